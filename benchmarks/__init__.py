@@ -1,4 +1,4 @@
 import os
 
-# No lines of torch's profiler between the tables; read when torch loads.
+# Silences torch's profiler, whose messages would interrupt the tables. It is read when torch is imported.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")

@@ -1,7 +1,7 @@
 """python -m benchmarks [--device cpu|cuda] [--ops OP ...]: time the kernels, print tables, write CSV and PNG.
 
-The files are benchmarks/results/<device>.csv and .png. Rows of other ops that a result file holds stay in it. On CPUs
-freed memory is kept by the C library, as `reca train` keeps it; the command of a result that was measured so says it.
+The files are benchmarks/results/<device>.csv and .png. Rows of other ops in a result file are preserved. On CPUs the C
+library keeps freed memory, as in `reca train`; the recorded command of such results says so.
 """
 
 import argparse
@@ -26,18 +26,18 @@ DTYPES = (torch.float32, torch.bfloat16)
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--ops", nargs="+", default=OPS, metavar="OP", help=f"among {', '.join(OPS)} (default: all)")
+    parser.add_argument("--ops", nargs="+", default=OPS, metavar="OP", help=f"some of {', '.join(OPS)} (default: all)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     parser.add_argument("--out", type=Path, help="folder of the result files (default: benchmarks/results)")
     parser.add_argument(
-        "--resume", action="store_true", help="leave out cases that the file holds of this command and commit"
+        "--resume", action="store_true", help="skip cases that the file has results for, of this command and commit"
     )
     parser.add_argument(
-        "--quick", action="store_true", help="one small shape of each op, twice; writes only with --out"
+        "--quick", action="store_true", help="one small shape of each op, two rounds; writes files only with --out"
     )
     options = parser.parse_args(arguments)
     if unknown := set(options.ops) - set(OPS):
-        parser.error(f"unknown ops {', '.join(sorted(unknown))}; known are {', '.join(OPS)}")
+        parser.error(f"unknown ops {', '.join(sorted(unknown))}; expected some of {', '.join(OPS)}")
     torch.set_num_threads(options.threads)
     device = opened(parser, options.device)
     command = " ".join(["python -m benchmarks", *arguments])
@@ -67,7 +67,7 @@ def run(
         measured = measure(case, device, most, about, rounds=2 if quick else None)
         print(show(measured, case.best), flush=True)
         rows = [row for row in rows if _case(row) != own] + measured
-        if path:  # after every case, so that a run which is cut off has not been for nothing
+        if path:  # after every case, so that an interrupted run keeps its results
             write(path, sorted(rows, key=lambda row: (CEILING, *OPS).index(row.op)))
     written = [path, plot(path)] if path else []
     print("wrote " + " and ".join(map(str, filter(None, written))) if path else "--quick: nothing was written")
@@ -80,7 +80,7 @@ def _case(row: Row) -> tuple[str, str, str]:
 def cases(op: str, device: Device, quick: bool) -> Iterator[Case]:
     """Return an op's cases.
 
-    Only the shapes for the choice of a backend run the definition, and nobody but our backends.
+    The shapes for choosing a backend run only our backends and the reference; other shapes do not run the reference.
     """
     module = importlib.import_module(f"benchmarks.{op}")
     for case in module.cases(device):

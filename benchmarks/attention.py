@@ -1,4 +1,4 @@
-"""attention: rows that attend to spans of other rows, against one call with a dense mask."""
+"""Benchmark of attention over spans, compared with one call with a dense mask."""
 
 from types import SimpleNamespace
 
@@ -13,8 +13,8 @@ from reca_kernels import AttentionSpan, attention, attention_plan
 from reca_kernels.attention import reference
 from reca_kernels.attention.implementations import IMPLS, unusable
 
-# Spans of a sample: (length, mode, visible to earlier). Show-o: two tokens, h_v that all rows see, prompt, codes, one
-# token. BAGEL: SigLIP features and their marks, template, noised latents of 1024 px.
+# Spans of a sample: (length, mode, visible to earlier). Show-o: two tokens, h_v visible to all rows, prompt, codes, one
+# token. BAGEL: SigLIP features with their markers, template, noised latents of 1024 px.
 SHOW_O = [(2, "causal"), (576, "full", True), (127, "causal"), (1024, "full"), (1, "causal")]
 BAGEL = [(258, "full"), (326, "causal"), (4098, "noise")]
 SHAPES = {
@@ -53,7 +53,7 @@ def _case(device: Device, name: str, s: dict, dtype: torch.dtype) -> Case:
             return torch.randn(batch, length, n, channels, generator=generator, device=place).to(dtype)
 
         q, k, v = (drawn(n).requires_grad_() for n in (heads, kv_heads, kv_heads))
-        # As the trainers make it, once per step: 0 where a row sees a key, else the least number.
+        # As in the released trainers, once per step: 0 where a row attends to a key, else the lowest number.
         mask = torch.zeros(batch, 1, length, length, dtype=dtype, device=place)
         mask.masked_fill_(~reference.allowed(spans).to(place), torch.finfo(dtype).min)
         return SimpleNamespace(q=q, k=k, v=v, mask=mask, grad=drawn(heads))
@@ -69,7 +69,7 @@ def _case(device: Device, name: str, s: dict, dtype: torch.dtype) -> Case:
     fast = compiled(masked)
 
     def exact(x):
-        """Head by head, and computed again for the gradient: the scores of all heads in fp64 fit no memory."""
+        """Compute head by head with activation checkpointing: the fp64 scores of all heads do not fit into memory."""
         group = heads // kv_heads
         lines = [
             torch.cat(
@@ -90,8 +90,8 @@ def _case(device: Device, name: str, s: dict, dtype: torch.dtype) -> Case:
         return (torch.cat(lines),)
 
     rows = batch * length * channels * dtype.itemsize
-    products = plan.pairs * heads * channels  # one product of scores or of values is twice as many operations
-    # forward: q, k, v and the result; backward: the same and the result's gradient read, three gradients written
+    products = plan.pairs * heads * channels  # multiply-adds of one matmul, with two FLOPs each
+    # forward: q, k, v and the output; backward: reads these and the output's gradient, writes three gradients
     forward, backward = rows * (2 * heads + 2 * kv_heads), rows * (4 * heads + 4 * kv_heads)
     return Case(
         op="attention",
@@ -108,6 +108,6 @@ def _case(device: Device, name: str, s: dict, dtype: torch.dtype) -> Case:
         best="eager as upstream",
         formula=exact,
         bytes={FORWARD: forward, BACKWARD: backward, BOTH: forward + backward},
-        # two products forward, five backward
+        # two matmuls forward, five backward
         flops={FORWARD: 4 * products, BACKWARD: 10 * products, BOTH: 14 * products},
     )

@@ -1,4 +1,4 @@
-"""What differs between a CPU and a GPU: clock, memory, cache, names. Everything else is the same code in runner.py."""
+"""The differences between CPU and GPU: clock, memory, cache, names. Everything else is common code in runner.py."""
 
 import argparse
 import itertools
@@ -23,13 +23,13 @@ Times = tuple[float, float]  # milliseconds of the forward and of the backward p
 
 
 class Ceilings(NamedTuple):
-    """What this device reached in this run: copies in GB/s, read plus written, and products in TFLOP/s by dtype."""
+    """Rates measured on this device in this run: a copy in GB/s, reads plus writes, and matmuls in TFLOP/s by dtype."""
 
     copy: float
     gemm: dict[str, float]
 
     def floor_ms(self, bytes_: int, flops: int, dtype: str) -> float:
-        """Return the least time for that traffic and that arithmetic."""
+        """Return the lower bound of the time for this traffic and arithmetic."""
         return max(bytes_ / self.copy / 1e6, flops / self.gemm[dtype] / 1e9 if flops else 0.0)
 
 
@@ -45,7 +45,7 @@ class Cpu:
         self.freed = FreedMemory()
 
     def keep_freed(self) -> bool:
-        """Let calls find the memory of those before them: cleared anew, it costs more than most ops."""
+        """Let calls reuse memory freed by earlier ones: mapping new zeroed pages takes longer than most ops."""
         return self.freed.keep()
 
     def time(self, forward: Forward, backward: Backward, inputs: Iterator) -> Times:
@@ -57,7 +57,7 @@ class Cpu:
         return 1e3 * (between - began), 1e3 * (self.clock() - between)
 
     def peak_mb(self, call: Callable[[], Any]) -> float:
-        """Largest sum of live allocations during a call above what lived before, in 1e6 bytes."""
+        """Return the peak of live allocations during a call, above those before it, in 1e6 bytes."""
         call()
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
             result = call()
@@ -84,9 +84,9 @@ class Cpu:
 
 
 class CpuTime(Cpu):
-    """A CPU under the CPU time of this process, of which others on a shared machine take less than of the wall clock's.
+    """A CPU with the CPU time of this process as its clock, which other processes on the machine affect less.
 
-    For whole training steps, whose products are larger.
+    For whole training steps, which have larger matmuls.
     """
 
     clock = staticmethod(time.process_time)
@@ -94,19 +94,19 @@ class CpuTime(Cpu):
 
 
 class Cuda:
-    """Times with events on the current stream. `api` stands for torch.cuda, and is something else in tests only."""
+    """A GPU, timed with events on the current stream. `api` is torch.cuda, except in tests."""
 
     type = "cuda"
     backends = ("cuda", "triton")
     graphs = True
     copy_bytes, gemm_side = 1 << 31, 8192
-    most_calls, graph_ms = 32, 0.3  # a graph holds enough calls to last this long
+    most_calls, graph_ms = 32, 0.3  # a graph contains enough calls to run this long
 
     def __init__(self, api: Any = torch.cuda, target: str = "cuda") -> None:
         if not api.is_available():
             raise RuntimeError(
-                f"--device cuda: torch {torch.__version__} finds no CUDA device; run where nvidia-smi shows one and "
-                "torch was built with CUDA, or take --device cpu"
+                f"--device cuda: torch {torch.__version__} finds no CUDA device; use a machine where nvidia-smi shows "
+                "one and a torch built with CUDA, or use --device cpu"
             )
         self.api, self.torch_device = api, torch.device(target)
         self.result_file = re.sub(r"\W+", "_", api.get_device_name().lower())
@@ -122,7 +122,7 @@ class Cuda:
     def time(self, forward: Forward, backward: Backward, inputs: Iterator) -> Times:
         """Time a call.
 
-        One that is not timed goes first and keeps the device busy while the timed one is being launched.
+        An untimed call before it keeps the device busy while the timed one is launched.
         """
         x = next(inputs)
         backward(x, forward(x))
@@ -137,10 +137,9 @@ class Cuda:
     def captured(
         self, forward: Forward, backward: Backward, sets: Sequence, floor_ms: float
     ) -> Callable[[Forward, Backward, Iterator], Times]:
-        """Return a replacement for `time` that replays two graphs, of forward and of backward passes over all input
-        sets.
+        """Return a replacement for `time` that replays two CUDA graphs: forward and backward passes over all inputs.
 
-        Raises RuntimeError for a provider that waits for the device, which a graph cannot hold.
+        Raises RuntimeError for a provider that synchronises with the device, which cannot be captured.
         """
         api, calls = self.api, min(self.most_calls, int(self.graph_ms / floor_ms) + 1)
         order = [sets[i % len(sets)] for i in range(max(calls, len(sets)))]
@@ -155,7 +154,7 @@ class Cuda:
         with api.graph(first, stream=stream):
             results = [forward(x) for x in order]
         with api.graph(second, pool=first.pool(), stream=stream):
-            # The graphs write to these tensors whenever they are replayed.
+            # The graphs write to these tensors at every replay.
             kept = [backward(x, r) for x, r in zip(order, results, strict=True)]
 
         def replay(forward: Forward, backward: Backward, inputs: Iterator, kept=(results, kept)) -> Times:
@@ -182,7 +181,7 @@ class Cuda:
             self.api.set_sync_debug_mode(before)
 
     def peak_mb(self, call: Callable[[], Any]) -> float:
-        """Largest sum of live allocations during a call above what lived before, in 1e6 bytes."""
+        """Return the peak of live allocations during a call, above those before it, in 1e6 bytes."""
         call()
         self.api.synchronize()
         self.api.reset_peak_memory_stats()
@@ -218,7 +217,7 @@ def opened(parser: argparse.ArgumentParser, kind: str, cpu: type[Cpu] = Cpu) -> 
 
 
 def ceilings(device: Device, dtypes: Sequence[torch.dtype], rounds: int = 9, share: int = 1) -> Ceilings:
-    """Measure them on random data, and give the memory back; buffers have 1/share of the device's usual size."""
+    """Measure the rates on random data, then free the memory. Buffers have 1 / share of the device's default size."""
     generator = torch.Generator(device.torch_device).manual_seed(0)
 
     def median_ms(call: Callable[[], Any]) -> float:

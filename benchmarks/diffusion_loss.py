@@ -1,4 +1,4 @@
-"""diffusion_loss: MAR's loss on Harmon's rows, noising included."""
+"""Benchmark of diffusion_loss: MAR's loss on Harmon's rows, including add_noise."""
 
 import math
 from types import SimpleNamespace
@@ -11,7 +11,7 @@ from benchmarks.runner import BF16, FP32, Case, Provider, compiled, ours, shapes
 from reca_kernels import Philox, diffusion_add_noise, diffusion_loss, diffusion_schedule
 from reca_kernels.diffusion_loss import reference
 
-# harmon_hidden_rows: the loss over the rows that were hidden, a quarter of them here
+# harmon_hidden_rows: the loss over the masked rows only, a quarter of all rows here
 SHAPES = {
     "cpu": {
         "harmon_512": dict(samples=32 * 1024, channels=16, repeats=4, dtypes=(FP32,)),
@@ -84,7 +84,7 @@ def cases(device: Device):
                 },
                 best="eager, one gather",
                 formula=exact,
-                # out and its gradient in its dtype; x0 once per distinct row and pass, x_t; t and rows
+                # out and its gradient in their dtype; x0 once per distinct row and pass, x_t; t and rows
                 bytes={
                     BOTH: 2 * 2 * channels * count * dtype.itemsize
                     + 4 * channels * (2 * s["samples"] + count)
@@ -94,9 +94,7 @@ def cases(device: Device):
 
 
 def _as_upstream(x0, t, out, table):
-    """Return the public formulation's shape: fp64 tables gathered one at a time, both posteriors, every branch
-    computed.
-    """
+    """Compute the loss as the public code does: gathers each fp64 table, computes both posteriors and all branches."""
     columns = [table[:, i].double() for i in range(table.shape[1])]
 
     def at(i):

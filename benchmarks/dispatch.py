@@ -1,12 +1,13 @@
-"""python -m benchmarks.dispatch: write reca_kernels/dispatch_table.json, which backend takes which sizes, and
-reca_kernels/attention/order.json, which impl of attention is taken first on which device.
+"""python -m benchmarks.dispatch: write the dispatch tables from the measurements in benchmarks/results.
 
-It reads benchmarks/results. Backends that were timed on one op, device and dtype are compared at every size, by a
-complete call's time. The default order's first stays unless another is clearly faster: p80 under that one's p20. The
-definition in plain PyTorch takes an op from the kernels for all sizes or for none, so that a batch's size never changes
-the formula: where it is clearly faster than every kernel at the largest size at which it was timed.
+reca_kernels/dispatch_table.json says which backend runs an op at which sizes. The backends that were timed for an op,
+device and dtype are compared at every size by the time of a complete call. The first of the default order is used
+unless another is clearly faster: p80 of the other below p20 of the first. The reference replaces the kernels for all
+sizes or for none, so that the formula never depends on the batch size. It does so if it is clearly faster than every
+kernel at the largest size at which it was timed.
 
-Impls of attention are ordered by the geometric mean, over the models' layouts, of their time relative to the fastest.
+reca_kernels/attention/order.json orders the impls of attention per device by the geometric mean of their times over the
+models' layouts.
 """
 
 import json
@@ -18,11 +19,11 @@ from benchmarks.rows import BY_SIZE, OURS, RESULTS, Row, all_results, complete
 from reca_kernels import dispatch
 from reca_kernels.attention.order import TABLE as ORDER_TABLE
 
-Timed = dict[int, dict[str, Row]]  # size -> backend -> its row
+Timed = dict[int, dict[str, Row]]  # size -> backend -> row
 
 
 def table(folder: Path = RESULTS) -> dict:
-    """Return what dispatch_table.json holds: per (op, device, dtype) the rules and what they were measured with."""
+    """Return the content of dispatch_table.json: the rules of each (op, device, dtype) and their measurements."""
     entries = []
     for device in ("cpu", "cuda"):
         newest: dict[tuple[str, str], Timed] = {}
@@ -35,7 +36,9 @@ def table(folder: Path = RESULTS) -> dict:
 
 
 def _timed(rows: list[Row]) -> dict[tuple[str, str], Timed]:
-    """Our backends' complete calls. Graphs hold the device's time alone and count where every backend has one."""
+    """Return the complete calls of our backends. CUDA graph timings, without launch overhead, are preferred if every
+    backend has one.
+    """
     clocks: dict[tuple, dict[str, dict[str, Row]]] = defaultdict(lambda: defaultdict(dict))
     for row in complete(rows):
         backend = row.provider.removeprefix(f"{OURS}: ")
@@ -50,7 +53,7 @@ def _timed(rows: list[Row]) -> dict[tuple[str, str], Timed]:
 
 
 def rules(sizes: Timed, device: str) -> list[dict]:
-    """[{"backend", "min_numel", "max_numel"}]; between sizes of different winners the limit is their geometric mean."""
+    """Return [{"backend", "min_numel", "max_numel"}]. A limit is the geometric mean of sizes with different winners."""
     if _definition_wins(sizes):
         return [{"backend": "reference", "min_numel": 0, "max_numel": None}]
     winners = []
@@ -94,9 +97,9 @@ def _facts(row: Row) -> dict:
 
 
 def attention_order(folder: Path = RESULTS) -> dict:
-    """Return what attention/order.json holds: per GPU its impls, fastest first, and what that was measured with."""
+    """Return the content of attention/order.json: the impls of each GPU, fastest first, and their measurements."""
     devices = {}
-    for rows in all_results("cuda", folder):  # the newest of a device is the last
+    for rows in all_results("cuda", folder):  # the last of a device is the newest
         rows = [r for r in complete(rows) if r.op == "attention" and not r.shape.startswith(BY_SIZE)]
         times: dict[str, dict[str, float]] = defaultdict(dict)
         for row in rows:

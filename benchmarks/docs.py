@@ -1,8 +1,8 @@
 """python -m benchmarks.docs: write the measured figures into README.md and pages of docs/.
 
-Text between `<!-- measured: NAME -->` and `<!-- /measured -->` is made from benchmarks/results and never typed. NAME is
-an op, `kernels` for one table of all ops, `step` for whole training steps, `data` for loaders, or `waiting` for runs
-that may wait for them.
+Text between `<!-- measured: NAME -->` and `<!-- /measured -->` is generated from benchmarks/results and never edited.
+NAME is an op, `kernels` for one table of all ops, `step` for whole training steps, `data` for loaders, or `waiting` for
+the time that runs wait for images.
 """
 
 import re
@@ -15,10 +15,10 @@ from benchmarks.rows import BACKWARD, BY_SIZE, CEILING, FORWARD, OURS, RESULTS, 
 from benchmarks.step import report as step
 
 ROOT = Path(__file__).parents[1]
-EAGER = ("eager", "torch.randn")  # how the names of eager PyTorch's providers begin
+EAGER = ("eager", "torch.randn")  # prefixes of the names of eager PyTorch providers
 MARKED = re.compile(r"(<!-- measured: (\w+) -->\n).*?(<!-- /measured -->)", re.DOTALL)
-LEFT_OUT = (CEILING, "row_gradients")  # of the front page: no op, and a part of one
-NO_GPU = "Not measured yet on a GPU: `python -m benchmarks --device cuda` does it."
+LEFT_OUT = (CEILING, "row_gradients")  # not in the summary: neither is a complete op
+NO_GPU = "Not measured yet on a GPU; run `python -m benchmarks --device cuda`."
 
 
 def pages(root: Path = ROOT) -> list[Path]:
@@ -27,14 +27,15 @@ def pages(root: Path = ROOT) -> list[Path]:
 
 
 def filled(page: Path, folder: Path = RESULTS) -> str:
-    """Return the page's text with the measured parts as the results have them.
+    """Return the page's text with the measured parts generated from the results.
 
-    Raises ValueError for a page of an op that has no markers.
+    Raises ValueError for a page without markers.
     """
     text = page.read_text()
     if not MARKED.search(text):
         raise ValueError(
-            f"{page} has no place for its figures; add lines '<!-- measured: {page.stem} -->' and '<!-- /measured -->'"
+            f"{page} has no markers for its figures; add lines '<!-- measured: {page.stem} -->' and "
+            "'<!-- /measured -->'"
         )
     sections = {
         "kernels": lambda: summary(folder),
@@ -46,7 +47,7 @@ def filled(page: Path, folder: Path = RESULTS) -> str:
 
 
 def of_op(op: str, folder: Path = RESULTS) -> str:
-    """Per device a line on how it was measured and a table of all providers."""
+    """Return, per device, a line on the measurement and a table of all providers."""
     parts = []
     for device, label in (("cpu", "CPU"), ("cuda", "GPU")):
         found = [rows for rows in (_of(op, rows) for rows in all_results(device, folder)) if rows]
@@ -69,12 +70,12 @@ def _how(rows: list[Row]) -> str:
     how = f"{where}, {', '.join(versions)}, {row.date}, commit {row.commit}: `{row.command}`. "
     if all(r.gb_per_s == "" for r in rows):
         return how + (
-            "Medians of forward and backward [p20, p80] over one set of inputs, from before ceilings, rotating inputs "
-            "and separate passes were measured; the error is the largest relative one against fp64."
+            "Medians [p20, p80] of forward and backward over one set of inputs, measured without ceilings, rotating "
+            "inputs and separate passes; the error is the largest relative error against fp64."
         )
     return how + (
-        "Medians of forward and backward [p20, p80]; shares are of what a plain copy and a matrix product reached in "
-        "the same run; the error is the largest relative one against fp64."
+        "Medians [p20, p80] of forward and backward; percentages are relative to a plain copy and a matrix product in "
+        "the same run; the error is the largest relative error against fp64."
     )
 
 
@@ -84,7 +85,8 @@ def _threads(row: Row) -> str:
 
 def _table(rows: list[Row]) -> str:
     columns = (
-        "shape", "by", "forward, ms", "backward, ms", "complete, ms", "to ours", "GB/s", "TFLOP/s", "peak, MB", "error",
+        "shape", "provider", "forward, ms", "backward, ms", "complete, ms", "vs ours", "GB/s", "TFLOP/s", "peak, MB",
+        "error",
     )  # fmt: skip
     whole = complete(rows)
     unknown = {
@@ -99,11 +101,11 @@ def _table(rows: list[Row]) -> str:
         part = {mode: _part(rows, row, mode) for mode in (FORWARD, BACKWARD)}
         cells = {
             "shape": f"{row.shape}, {short(row.dtype)}" + (", graph" if row.timing == "graph" else ""),
-            "by": f"**{row.provider}**" if row.provider.startswith(OURS) else row.provider,
+            "provider": f"**{row.provider}**" if row.provider.startswith(OURS) else row.provider,
             "forward, ms": _ms(part[FORWARD]),
             "backward, ms": _ms(part[BACKWARD]),
             "complete, ms": f"{digits(row.ms_p50)} [{digits(row.ms_p20)}, {digits(row.ms_p80)}]",
-            "to ours": f"{row.ms_p50 / base:.2f} x" if base else "",
+            "vs ours": f"{row.ms_p50 / base:.2f} x" if base else "",
             "GB/s": _share(row.gb_per_s, row.percent_copy),
             "TFLOP/s": _share(row.tflop_per_s, row.percent_gemm),
             "peak, MB": f"{row.peak_mb:.1f}",
@@ -114,7 +116,7 @@ def _table(rows: list[Row]) -> str:
 
 
 def _base(whole: list[Row], row: Row) -> float | None:
-    """Return the time of our fastest backend in that row's case, under the same clock."""
+    """Return the time of our fastest backend for that row's case and clock."""
     return min((r.ms_p50 for r in whole if r.case == row.case and r.provider.startswith(OURS)), default=None)
 
 
@@ -133,12 +135,12 @@ def _share(rate: float | str, percent: float | str) -> str:
 
 def _error(row: Row) -> str:
     if row.relative_error == "":
-        return "own noise" if not row.note else ""
+        return "n/a" if not row.note else ""
     return f"{row.relative_error:.1e}" if row.relative_error else "0"
 
 
 def _absent(rows: list[Row]) -> str:
-    """Who did not run and why, one line for all shapes; and what could not be measured as the others were."""
+    """Return a line with the notes of providers that did not run, or were measured differently."""
     notes: dict[str, list[str]] = {}
     for row in rows:
         if row.note:
@@ -150,11 +152,11 @@ def _absent(rows: list[Row]) -> str:
         note + ("" if len(set(shapes)) == everywhere else f" ({', '.join(dict.fromkeys(shapes))})")
         for note, shapes in notes.items()
     ]
-    return f"\nNot run, or not as the others: {'; '.join(said)}.\n"
+    return f"\nNot run, or measured differently: {'; '.join(said)}.\n"
 
 
 def summary(folder: Path = RESULTS) -> str:
-    """Return one line per case of every op and device: our fastest backend, and what others need relative to it."""
+    """Return one line per case of every op and device: our fastest backend, and other providers relative to it."""
     parts = []
     for device in ("cpu", "cuda"):
         whole = map(complete, all_results(device, folder))

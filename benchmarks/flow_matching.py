@@ -1,4 +1,4 @@
-"""flow_matching: noisy input, then loss and gradient, noise included."""
+"""Benchmark of flow_matching: noisy input, loss and gradient, including noise generation."""
 
 from types import SimpleNamespace
 
@@ -89,6 +89,6 @@ def cases(device: Device):
                 },
                 best="eager",
                 formula=lambda x, run=run: run(x, "reference"),
-                # x0 twice, x_t, the prediction and its gradient
+                # x0 twice, x_t, pred and its gradient
                 bytes={BOTH: 5 * dtype.itemsize * total},
             )

@@ -1,15 +1,14 @@
-"""python -m benchmarks.full_gpu_run [STEP ...] [--call N] [--out FOLDER]: everything that wants a GPU.
+"""python -m benchmarks.full_gpu_run [STEP ...] [--call N] [--out FOLDER]: all tests and benchmarks that need a GPU.
 
-Builds, runs the GPU tests and the benchmarks of every op, regenerates the dispatch table and the documents, times whole
-training steps of the models, and prints short tables last: everything beside its target. A step that fails or runs out
-of time does not stop the others; the exit status is 1 then. Needs no network. What a step prints goes to
-FOLDER/STEP.log (default $OUT, else build/gpu_run); its last lines are shown. Result files are copied there after every
-step, so a call that is cut off loses the step that it was in.
+Builds, runs the GPU tests and the benchmarks of every op, regenerates the dispatch tables and the documentation, times
+whole training steps of the models, and finally prints summary tables with targets. A step that fails or times out does
+not stop the others; the exit status is then 1. No network is needed. The output of a step goes to FOLDER/STEP.log
+(default $OUT, else build/gpu_run); its last lines are shown. Result files are copied there after every step, so an
+interrupted call loses only its current step.
 
---call N runs one of 8 groups of steps, each sized for about ten minutes, for GPUs with a time limit. On a machine that
-has no CUDA kernels of ours yet, it builds them first. The first tests are those of one op with every kernel waited for:
-a kernel that reads what is not its own spoils all later tests of its process, and the first failure is named wrongly
-otherwise.
+--call N runs one of 8 groups of steps, each sized for about ten minutes, for GPUs with a time limit. If the CUDA
+kernels are not built yet, it builds them first. The first tests are those of one op with CUDA_LAUNCH_BLOCKING: after an
+invalid memory access all later tests of the process fail, and without blocking the wrong kernel is reported.
 """
 
 import argparse
@@ -37,13 +36,13 @@ from reca_kernels.dispatch import TABLE
 
 ROOT = Path(__file__).parents[1]
 PYTHON = sys.executable
-GRACE = 15  # seconds between SIGINT, which lets pytest and the benchmarks say what they have, and SIGKILL
-SHOWN = 40  # last lines of a step's log
+GRACE = 15  # seconds between SIGINT, after which pytest and the benchmarks report what they have, and SIGKILL
+SHOWN = 40  # last lines of a step's log that are printed
 
 
 @dataclass
 class Step:
-    """A command and the seconds it may take, the last GRACE of them to end in."""
+    """A command and its time limit in seconds, of which the last GRACE are for shutting down."""
 
     name: str
     seconds: float
@@ -53,12 +52,12 @@ class Step:
 
 class Done(NamedTuple):
     name: str
-    rc: int  # 124: out of time
+    rc: int  # 124: timed out
     seconds: float
 
 
 def _tests(*options: str, processes: int = 1) -> list[str]:
-    """Tests on the GPU, each process with its own context, so that a failed kernel spoils the tests of one only."""
+    """Return a command for GPU tests. Each process has its own context, so a failed kernel affects only its tests."""
     split = ["-n", str(processes), "--dist", "worksteal"] if processes > 1 and importlib.util.find_spec("xdist") else []
     return [PYTHON, "-m", "pytest", "-q", "-ra", "-m", "gpu", *split, *options]
 
@@ -68,18 +67,18 @@ def _benchmark(op: str, seconds: int) -> Step:
 
 
 def _training(model: str, seconds: int, *options: str, size: str = "real") -> Step:
-    """Time whole training steps, one form after the other: both need most of the memory."""
+    """Return a step that times whole training steps, one form after the other, as both need most of the memory."""
     command = [PYTHON, "-m", "benchmarks.step", "--device", "cuda", "--apart", "--verbose"]
     command += ["--size", size, "--model", model]
     return Step(f"step_{model}" + ("" if size == "real" else f"_{size}"), seconds, [*command, *options])
 
 
 KERNEL_TESTS = ("tests/kernels", "tests/benchmarks")
-DRIVER_TESTS = ("tests/models", "tests/data", "tests/driver/test_memory.py")  # they need the driver's libraries
-# KiB of cuBLAS, which its own choice makes larger than all of a tiny model, whose peak of memory is compared.
+DRIVER_TESTS = ("tests/models", "tests/data", "tests/driver/test_memory.py")  # need the driver's dependencies
+# KiB of cuBLAS workspace: the default is larger than a whole tiny model, and these tests compare peak memory.
 SMALL_WORKSPACES = {"CUBLAS_WORKSPACE_CONFIG": ":16:8", "CUBLASLT_WORKSPACE_SIZE": "128"}
 REPORT = "import subprocess, reca_kernels; subprocess.run('nvidia-smi'); print(reca_kernels.backend_report())"
-# Sanitizers start a process each, and tests of more than 2^31 elements want the memory for themselves.
+# Sanitizer tests start a process each, and tests with more than 2^31 elements need most of the memory.
 LARGE, SANITIZED = "more_than_2_31", "sanitizer"
 BUILD = Step("build", 180, [PYTHON, "setup.py", "build_ext", "--inplace"])
 CALLS = [
@@ -115,12 +114,12 @@ CALLS = [
     ],
     [
         _training("show_o", 220),
-        # In passes of 42 images ours is predicted to take 115 GiB, and the released form keeps all rows of the prompt.
+        # With 42 images per micro-batch ours is predicted to need 115 GiB, and the released form keeps all prompt rows.
         _training("open_uni", 230, "--set", "objective.reca.micro_batch=28"),
         _training("janus", 140),
     ],
     [
-        # Moments in bf16: with fp32 ones the trained half of BAGEL alone takes 105 GB.
+        # bf16 moments: with fp32 moments the trained half of BAGEL alone needs 105 GB.
         _training("bagel", 260, "--form", "ours", "--set", "optim.moments=bf16"),
         _training("bagel", 320, size="quarter"),
     ],
@@ -134,7 +133,7 @@ STEPS = [step for call in CALLS for step in call]
 
 
 def run(steps: list[Step], out: Path) -> list[Done]:
-    """Run them one after another, each within its own time; what it prints goes to out/NAME.log."""
+    """Run the steps one after another, each within its time limit. The output of a step goes to out/NAME.log."""
     out.mkdir(parents=True, exist_ok=True)
     done, start = [], time.time()
     for step in steps:
@@ -149,7 +148,7 @@ def run(steps: list[Step], out: Path) -> list[Done]:
 
 
 def _copy_results(out: Path, since: float) -> None:
-    """Copy the result files, plots and dispatch tables that are newer than `since`."""
+    """Copy result files, plots and dispatch tables that are newer than `since` to `out`."""
     found = {path: path.name for path in (*RESULTS.glob("*.*"), TABLE)} | {ORDER_TABLE: "attention_order.json"}
     for kind, folder in (("step", STEP_RESULTS), ("data", DATA_RESULTS)):
         found |= {path: f"{kind}_{path.name}" for path in folder.glob("*.csv")}
@@ -170,7 +169,7 @@ def _run(step: Step, log: Path) -> int:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                # A shell starts what it runs in the background with SIGINT ignored, and a step is ended by it.
+                # Shells start background jobs with SIGINT ignored, but SIGINT is needed to end a step.
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
         except OSError as error:
@@ -180,7 +179,7 @@ def _run(step: Step, log: Path) -> int:
         try:
             return process.wait(step.seconds - grace)
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGINT)  # to the leader alone, which ends its own workers
+            process.send_signal(signal.SIGINT)  # only to the main process, which stops its workers
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(grace)
         _kill(process)
@@ -188,7 +187,7 @@ def _run(step: Step, log: Path) -> int:
 
 
 def _kill(process: subprocess.Popen) -> None:
-    """Kill the command and what it started, some of which may be left when it is gone."""
+    """Kill the command's process group: children may outlive the command."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -203,7 +202,7 @@ def main(arguments: list[str]) -> int:
         prog="python -m benchmarks.full_gpu_run", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     names = [step.name for step in STEPS]
-    parser.add_argument("steps", nargs="*", metavar="STEP", help=f"among {', '.join(names)} (default: all)")
+    parser.add_argument("steps", nargs="*", metavar="STEP", help=f"some of {', '.join(names)} (default: all)")
     parser.add_argument(
         "--call", type=int, metavar="N", help=f"run one of {len(CALLS)} groups of steps, of about ten minutes each"
     )
@@ -212,20 +211,20 @@ def main(arguments: list[str]) -> int:
         type=Path,
         default=Path(os.environ.get("OUT") or ROOT / "build" / "gpu_run"),
         metavar="FOLDER",
-        help="folder of logs, result files, plots and the dispatch table (default: $OUT, else build/gpu_run)",
+        help="folder for logs, result files, plots and dispatch tables (default: $OUT, else build/gpu_run)",
     )
     options = parser.parse_args(arguments)
     if unknown := set(options.steps) - set(names):
-        parser.error(f"unknown steps {', '.join(sorted(unknown))}; known are {', '.join(names)}")
+        parser.error(f"unknown steps {', '.join(sorted(unknown))}; expected some of {', '.join(names)}")
     if options.call is not None and (options.steps or not 1 <= options.call <= len(CALLS)):
-        parser.error(f"--call takes 1 to {len(CALLS)}, and no names of steps beside it")
+        parser.error(f"--call must be 1 to {len(CALLS)}, and cannot be combined with names of steps")
     chosen = [s for s in STEPS if not options.steps or s.name in options.steps]
     if options.call:
         chosen = CALLS[options.call - 1]
         if BUILD not in chosen and not (native.module and native.module.cuda_archs):
             chosen = [BUILD, *chosen]
     if not importlib.util.find_spec("xdist"):
-        print("pytest-xdist is not installed: the tests run in one process and may not end in time")
+        print("pytest-xdist is not installed: the tests run in one process and may exceed their time limit")
     done = run(chosen, options.out)
     print(summary())
     print(verdicts.table("cuda"))

@@ -1,4 +1,4 @@
-"""masked_cross_entropy: given logits, some rows with labels."""
+"""Benchmark of masked_cross_entropy on logits of which some rows carry a label."""
 
 from types import SimpleNamespace
 
@@ -12,7 +12,7 @@ from benchmarks.runner import BF16, FP32, Case, Provider, compiled, ours, shapes
 from reca_kernels import masked_cross_entropy
 
 # Show-o masks 2/pi of its codes on average; at 512 px 1024 of a sequence's 1155 positions are codes.
-# Harmon's understanding loss is over answers. A RECA micro-batch of Show-o has two images (four at 256 px).
+# Harmon's understanding loss covers the answers. A RECA micro-batch of Show-o has two images (four at 256 px).
 SHAPES = {
     "cpu": {
         "show_o_512": dict(rows=1024, vocabulary=58498, labelled=0.637, dtypes=(FP32, BF16)),
@@ -34,7 +34,7 @@ LIGER = "liger_kernel.transformers.functional"
 
 
 def labels_for(rows: int, vocabulary: int, labelled: float, generator: torch.Generator) -> torch.Tensor:
-    """[rows], -100 in all but the first round(labelled rows) of a random order: the same number for every seed."""
+    """Return labels [rows], -100 except in round(labelled * rows) random rows: as many for every seed."""
     labels = torch.randint(0, vocabulary, (rows,), generator=generator, device=generator.device)
     order = torch.randperm(rows, generator=generator, device=generator.device)
     labels[order[round(labelled * rows) :]] = -100
@@ -55,7 +55,7 @@ def cases(device: Device):
             def run(x, backend):
                 return (masked_cross_entropy(x.logits, x.labels, backend=backend),)
 
-            def upstream(x):  # fp32 copies of all rows, as Show-o's trainer makes them
+            def upstream(x):  # fp32 copies of all rows, as in Show-o's trainer
                 return (F.cross_entropy(x.logits.float(), x.labels, ignore_index=-100),)
 
             def gathered(x):
@@ -106,9 +106,7 @@ def _quack(module):
 
 
 def _apex(module):
-    """Call apex, which reads the logit of every label, so an ignored one must be a class: 0, whose loss is then left
-    out.
-    """
+    """Call apex. It reads the logit of every label, so ignored rows get class 0, and their loss is masked out."""
 
     def run(x):
         losses = module.SoftmaxCrossEntropyLoss.apply(x.logits, x.labels.clamp(min=0), 0.0, -1, True)

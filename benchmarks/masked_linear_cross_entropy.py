@@ -1,4 +1,4 @@
-"""masked_linear_cross_entropy: output head and cross-entropy in one, logits never kept."""
+"""Benchmark of masked_linear_cross_entropy: fused output head and cross-entropy, without materialised logits."""
 
 import inspect
 from types import SimpleNamespace
@@ -14,8 +14,8 @@ from benchmarks.runner import BF16, FP32, Case, Provider, compiled, ours, shapes
 from reca_kernels import masked_linear_cross_entropy
 from reca_kernels.masked_linear_cross_entropy.plan import PITCH
 
-# Phi's head, which Show-o has, adds a bias, Qwen2's does not. The last two on a GPU are shapes of published timings
-# (Liger-Kernel pull request 1356, on an H200).
+# Phi's head (Show-o) has a bias, Qwen2's does not. The last two GPU shapes are those of published timings (Liger-Kernel
+# pull request 1356, on an H200).
 SHAPES = {
     "cpu": {
         "show_o_512": dict(rows=2048, hidden=1024, vocabulary=58498, labelled=0.637, bias=True, dtypes=(FP32,)),
@@ -42,7 +42,7 @@ WAITS = ", max_labelled not given"
 
 
 def cases(device: Device):
-    place, real = device.torch_device, SHAPES["cuda"].values()  # a CPU waits for nobody
+    place, real = device.torch_device, SHAPES["cuda"].values()  # synchronisation matters on GPUs only
     for name, s in shapes(SHAPES, device):
         for dtype in s["dtypes"]:
 
@@ -67,7 +67,7 @@ def cases(device: Device):
                 options = {"backend": backend, "max_labelled": count}
                 return (masked_linear_cross_entropy(x.hidden, x.weight, x.labels, x.bias, **options),)
 
-            def counting(x, backend):  # the labels are counted on the device, and the host waits for their number
+            def counting(x, backend):  # the device counts the labels, which synchronises with the host
                 return run(x, backend, None)
 
             def upstream(x):  # logits of all rows, in fp32
@@ -113,14 +113,14 @@ def cases(device: Device):
                 },
                 best="eager, rows gathered",
                 formula=exact,
-                # hidden, weight and bias read once, their gradients written once; one product forward, two backward
+                # hidden, weight and bias read once, their gradients written once; one matmul forward, two backward
                 bytes={BOTH: sizes * dtype.itemsize},
                 flops={BOTH: 6 * products},
             )
 
 
 class _Products(torch.autograd.Function):
-    """The three products of the labelled rows and nothing else, over whole tiles: no loss, no gathering."""
+    """Only the three matmuls of the labelled rows, over whole tiles: no loss, no gathering."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, count):
@@ -143,7 +143,7 @@ def _products(x: SimpleNamespace, count: int) -> tuple[torch.Tensor, ...]:
 
 
 def _torch() -> Provider | str:
-    """torch's own, which works on chunks of rows when it is given options."""
+    """Return torch's own op, which computes in chunks of rows when options are given."""
     if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         return f"not in torch {torch.__version__}"
     options = torch.nn.LinearCrossEntropyOptions()
@@ -162,13 +162,16 @@ def _liger(module):
 
 
 def _cce(implementation: str, with_bias: bool):
-    """ "cce" leaves out gradients too small to matter, "cce_exact" does not; 25.1.1 has neither that nor a bias."""
+    """Return a function that runs CCE. "cce" skips negligible gradients, "cce_exact" does not.
+
+    Version 25.1.1 supports neither "cce_exact" nor a bias.
+    """
 
     def make(module):
         if implementation not in (one.name.lower() for one in module.LinearCrossEntropyImpl):
             raise AttributeError(f"no impl {implementation!r}")
         if with_bias and "bias" not in inspect.signature(module.linear_cross_entropy).parameters:
-            raise AttributeError("it takes no bias")
+            raise AttributeError("it does not support a bias")
 
         def run(x):
             bias = {} if x.bias is None else {"bias": x.bias}

@@ -1,4 +1,4 @@
-"""philox: normal numbers at an address, against a generator that hands out a stream."""
+"""Benchmark of philox: counter-based normal numbers, compared with torch's stateful generator."""
 
 from types import SimpleNamespace
 
@@ -46,7 +46,7 @@ def cases(device: Device):
                 "torch.compile": Provider(with_compile, exact=False),
             },
             best="torch.randn",
-            # The definition's bits are fp32; every backend has the same.
+            # The reference is fp32, and every backend is bit-identical to it.
             formula=lambda x: (philox_normal(x.noise, x.shape[1], backend="reference"),),
             bytes={FORWARD: 4 * count},
         )

@@ -1,4 +1,4 @@
-"""Bars of a result file: every provider's time as a multiple of ours, and the floor as a line."""
+"""Bar charts of a result file: every provider's time as a multiple of ours, with the lower bound as a line."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -8,7 +8,7 @@ from benchmarks.rows import BY_SIZE, CEILING, OURS, Row, complete, floor_ms, rea
 
 
 def pyplot() -> Any:
-    """Return matplotlib's pyplot, for files. Where it is not installed, say so and return None: rows need no plot."""
+    """Return matplotlib's pyplot with a file backend. If it is not installed, print a message and return None."""
     try:
         import matplotlib
     except ImportError:
@@ -21,7 +21,7 @@ def pyplot() -> Any:
 
 
 def plot(path: Path) -> Path | None:
-    """Write PATH.png beside a CSV of results. Returns its path; None without matplotlib."""
+    """Write a plot of a CSV of results next to it, as PNG. Return its path; None without matplotlib."""
     plt = pyplot()
     if plt is None:
         return None
@@ -47,7 +47,7 @@ def plot(path: Path) -> Path | None:
 
 
 def _cases(rows: list[Row]) -> dict[str, list[Row]]:
-    """Return the timed rows of complete calls, per case and clock, without those that only choose a backend by size."""
+    """Return the timed rows of complete calls, by case and clock, without the shapes for choosing a backend."""
     cases: dict[str, list[Row]] = defaultdict(list)
     for row in complete(rows):
         if row.op != CEILING and not row.shape.startswith(BY_SIZE):

@@ -1,4 +1,4 @@
-"""Libraries that compute the same ops. One that is not here is a row that says why."""
+"""Other libraries that implement the same ops. If one is not available, its row says why."""
 
 import importlib
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from benchmarks.runner import Provider
 def rival(
     package: str, module: str, device: Device, make: Callable[[ModuleType], Callable], own_inputs: bool = False
 ) -> Provider | str:
-    """Return a provider out of `module`, or why there is none. make: the module -> a function of the inputs.
+    """Return a provider that uses `module`, or why it cannot be used. make: module -> function of the inputs.
 
     All of these libraries run on CUDA devices only.
     """
@@ -28,4 +28,4 @@ def rival(
     try:
         return Provider(make(found), own_inputs)
     except AttributeError as error:
-        return f"another interface than expected ({package}): {error}"
+        return f"unexpected interface ({package}): {error}"

@@ -1,4 +1,7 @@
-"""row_gradients: what masked_linear_cross_entropy does between its products: losses, and gradients over the logits."""
+"""Benchmark of row_gradients, the kernel of masked_linear_cross_entropy between its matmuls.
+
+It computes losses and overwrites the logits with their gradients.
+"""
 
 from types import SimpleNamespace
 
@@ -13,7 +16,7 @@ from reca_kernels.masked_cross_entropy.options import CrossEntropyOptions
 from reca_kernels.masked_linear_cross_entropy.kernels import Kernels
 from reca_kernels.masked_linear_cross_entropy.plan import PITCH
 
-# A chunk each, as plan.py cuts the shapes of masked_linear_cross_entropy.
+# One chunk of each shape of masked_linear_cross_entropy, as planned by plan.py.
 SHAPES = {
     "cpu": {
         "show_o_512": dict(rows=512, vocabulary=58498, dtypes=(FP32, BF16)),
@@ -46,7 +49,7 @@ def cases(device: Device):
                 one = torch.ones((), device=place)
                 return SimpleNamespace(logits=logits, labels=labels, numbers=numbers, one=one)
 
-            def run(x, backend):  # over the logits
+            def run(x, backend):  # in place
                 kernels: Kernels = dispatch.load(backend, LINEAR)
                 losses = torch.empty(len(x.labels), device=x.labels.device)
                 kernels.row_gradients(x.logits, None, x.labels, x.numbers, None, x.one, OPTIONS, losses, True)
@@ -75,5 +78,5 @@ def cases(device: Device):
                 },
                 best="eager",
                 formula=eager,
-                bytes={FORWARD: 2 * rows * classes * dtype.itemsize},  # each logit read, its gradient written
+                bytes={FORWARD: 2 * rows * classes * dtype.itemsize},  # reads each logit, writes its gradient
             )

@@ -1,4 +1,4 @@
-"""The rows of result files: what they hold, reading and writing them."""
+"""The rows of result files: columns, reading and writing."""
 
 import csv
 from dataclasses import asdict, dataclass, fields
@@ -8,14 +8,14 @@ from typing import Any, TypeVar
 RESULTS = Path(__file__).parent / "results"
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
 OURS = "ours"
-CEILING = "ceiling"  # the op of the rows that say what the device reached
-ALONE = "products alone"  # what an op cannot do without: no rival
-BY_SIZE = "size "  # begins the names of shapes that only the choice of a backend needs
+CEILING = "ceiling"  # the op of rows with the measured rates of the device
+ALONE = "products alone"  # the matmuls that an op requires: a lower bound, not a rival
+BY_SIZE = "size "  # prefix of the names of shapes that are only for choosing a backend
 
 
 @dataclass(kw_only=True)
 class Made:
-    """Where, when and of what a row was made: the last columns of every file (`runner.facts`)."""
+    """Where, when and with which versions a row was measured: the last columns of every file (`runner.facts`)."""
 
     device: str = ""
     driver: str = ""
@@ -55,11 +55,11 @@ class Row(Made):
         return self.op, self.shape, self.dtype, self.timing
 
 
-AnyRow = TypeVar("AnyRow", bound=Any)  # a dataclass whose fields are texts, or numbers that may be missing
+AnyRow = TypeVar("AnyRow", bound=Any)  # a dataclass whose fields are strings, or numbers that may be missing
 
 
 def read(path: Path, kind: type[AnyRow] = Row) -> list[AnyRow]:
-    """Read the rows of a result file, none when it is not there. Raises ValueError for a file of other columns."""
+    """Read the rows of a result file; none if it does not exist. Raise ValueError for a file with other columns."""
     if not path.exists():
         return []
     expected = columns(kind)
@@ -68,7 +68,7 @@ def read(path: Path, kind: type[AnyRow] = Row) -> list[AnyRow]:
         reader = csv.DictReader(file)
         if reader.fieldnames != expected:
             raise ValueError(
-                f"{path} has the columns {reader.fieldnames}, expected {expected}; move it away, measure anew"
+                f"{path} has the columns {reader.fieldnames}, expected {expected}; move it away and measure again"
             )
         return [
             kind(**{name: text if name in texts else _number(text) for name, text in row.items()}) for row in reader
@@ -76,7 +76,7 @@ def read(path: Path, kind: type[AnyRow] = Row) -> list[AnyRow]:
 
 
 def columns(kind: type) -> list[str]:
-    """List the fields of a row, its own before those of `Made`."""
+    """Return the fields of a row: its own, then those of `Made`."""
     made = [f.name for f in fields(Made)]
     return [f.name for f in fields(kind) if f.name not in made] + made
 
@@ -88,7 +88,7 @@ def _number(text: str) -> str | int | float:
 
 
 def digits(x: float) -> str:
-    """Write a number with three digits, never with an exponent."""
+    """Format a number with three significant digits, without an exponent."""
     return f"{x:.0f}" if x >= 100 else f"{x:.3g}"
 
 
@@ -106,25 +106,25 @@ def write(path: Path, rows: list[AnyRow], kind: type[AnyRow] = Row) -> None:
 
 
 def files(folder: Path) -> list[Path]:
-    """List the result files of a folder, the CPU's first."""
+    """Return the result files of a folder, the CPU's first."""
     return sorted(folder.glob("*.csv"), key=lambda path: (path.stem != "cpu", path.stem))
 
 
 def all_results(device_type: str, folder: Path = RESULTS) -> list[list[Row]]:
-    """Return the rows of every result file of that kind of device, oldest first.
+    """Return the rows of every result file of a device type, oldest first.
 
-    cpu.csv is a CPU's, all others are GPUs'.
+    cpu.csv is for CPUs, all other files for GPUs.
     """
     paths = [path for path in files(folder) if (path.stem == "cpu") == (device_type == "cpu")]
     return sorted(filter(None, map(read, paths)), key=lambda rows: max(row.date for row in rows))
 
 
 def complete(rows: list[Row]) -> list[Row]:
-    """Return the timed rows of complete calls: both passes, or the only one there is."""
+    """Return the timed rows of complete calls: forward and backward, or forward for an op without gradients."""
     both = {row.op for row in rows if row.mode == BOTH}
     return [row for row in rows if row.ms_p50 != "" and row.mode == (BOTH if row.op in both else FORWARD)]
 
 
 def floor_ms(row: Row) -> float:
-    """Return the least time of what a complete call must do, by the ceilings of the same run; 0 where none is known."""
+    """Return the lower bound for a complete call by the ceilings of the same run; 0 if unknown."""
     return row.ms_p50 * max((s for s in (row.percent_copy, row.percent_gemm) if s != ""), default=0.0) / 100

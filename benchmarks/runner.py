@@ -1,7 +1,7 @@
-"""One protocol for all ops and devices: providers take turns, medians with p20 and p80, peak memory, fp64 errors.
+"""The measurement of all ops on all devices: alternating providers, medians with p20 and p80, peak memory, fp64 errors.
 
-Every input is random and none is zero. Timed calls take turns through input sets that together are twice the last
-cache, so nobody finds inputs in the cache that the call before left there. Three calls come before the first timed one.
+Inputs are random and non-zero. Timed calls rotate through input sets of twice the size of the last-level cache in
+total, so that no call finds its inputs in the cache. Three warm-up calls precede the first timed one.
 """
 
 import itertools
@@ -27,17 +27,17 @@ from reca_kernels import dispatch
 
 FP32, BF16 = torch.float32, torch.bfloat16
 
-ROUNDS = ((500.0, 25), (5000.0, 9), (20_000.0, 5), (math.inf, 3))  # the longer a round takes, in ms, the fewer
+ROUNDS = ((500.0, 25), (5000.0, 9), (20_000.0, 5), (math.inf, 3))  # (limit of a round in ms, number of rounds)
 MOST_SETS = 64
-SMALL_MS = 0.05  # of a shorter floor, launches would be most of what is measured: replayed from a graph, too
+SMALL_MS = 0.05  # with a lower bound below this, launch overhead dominates, so CUDA graphs are timed as well
 
 
 class Provider(NamedTuple):
-    """One way to compute an op.
+    """An implementation of an op.
 
     run         inputs -> results, the differentiable one last
-    own_inputs  it writes over its inputs, so it gets copies that nobody else reads
-    exact       whether the case's fp64 formula says what it must give; not when it draws its own noise
+    own_inputs  it overwrites its inputs and therefore gets its own copies
+    exact       its results are compared with the case's fp64 formula; False if it draws its own noise
     """
 
     run: Callable[[SimpleNamespace], tuple[Tensor, ...]]
@@ -46,10 +46,10 @@ class Provider(NamedTuple):
 
 
 def shapes(table: dict[str, dict[str, dict]], device: Device) -> Iterator[tuple[str, dict]]:
-    """Yield (name, sizes) of an op's shapes: those of the device, then those that the choice of a backend needs.
+    """Yield (name, sizes) of an op's shapes: those of the device type, then those for choosing a backend.
 
-    The table of an op holds, per kind of device, name -> sizes: real ones of the four UMMs for a GPU, scaled ones for a
-    CPU of 24 GiB. Those under "sizes" run on our own backends and the definition alone, and are named BY_SIZE + NAME.
+    The table of an op has name -> sizes per device type: sizes of the published models for GPUs, reduced ones for a CPU
+    with 24 GiB. Those under "sizes" run only on our backends and the reference, and are named BY_SIZE + NAME.
     """
     yield from table[device.type].items()
     for name, sizes in table["sizes"].items():
@@ -60,14 +60,14 @@ def shapes(table: dict[str, dict[str, dict]], device: Device) -> Iterator[tuple[
 class Case:
     """One op at one shape in one dtype.
 
-    numel        elements of the tensor by whose size a backend is chosen
-    inputs       seed -> a set of inputs; `grad`, where there is one, is the upstream gradient
+    numel        elements of the tensor whose size decides the backend
+    inputs       seed -> a set of inputs; `grad`, if there is one, is the upstream gradient
     leaves       names of the inputs that get gradients
-    providers    name -> Provider, or a string: why it cannot run here
-    best         which provider is the best one in eager PyTorch
-    formula      inputs -> results; run on the inputs in fp64 it gives what providers are compared with
-    bytes,flops  mode -> what any implementation must move or compute at least. Losses may make their gradient in the
-                 forward pass, so only both passes together can be counted.
+    providers    name -> Provider, or a string that says why it cannot run here
+    best         the best provider in eager PyTorch
+    formula      inputs -> results; with inputs in fp64 it gives the reference for all providers
+    bytes,flops  mode -> minimum that any implementation must move or compute. Losses may compute their gradient in the
+                 forward pass, so for them only the sum of both passes is known.
     """
 
     op: str
@@ -91,9 +91,9 @@ class Case:
 def ours(
     op: str, device: Device, run: Callable[[SimpleNamespace, str], tuple], how: str = "", **options
 ) -> dict[str, Provider | str]:
-    """ "ours: BACKEND" for the backends of a device and the definition; run takes the inputs and the backend's name.
+    """Return providers "ours: BACKEND" for a device's backends and the reference. run: inputs, backend -> results.
 
-    how: behind the name, of a way to call them that is not the best; the definition is left out then.
+    how: a suffix of the name, for a call with other arguments; the reference is then left out.
     """
     found: dict[str, Provider | str] = {}
     for backend in (*device.backends, *([] if how else ["reference"])):
@@ -103,7 +103,7 @@ def ours(
 
 
 def facts(device: Device, threads: int, command: str) -> dict:
-    """Return what every row of a run says about where it was made."""
+    """Return the columns `Made` of a run."""
     try:
         triton = metadata.version("triton")
     except metadata.PackageNotFoundError:
@@ -120,9 +120,9 @@ def facts(device: Device, threads: int, command: str) -> dict:
 
 
 def _commit() -> str:
-    """Return the commit, RECA_COMMIT where the code is no checkout of its own.
+    """Return the commit, or RECA_COMMIT if the code is not a git checkout.
 
-    With a "+" when files differ from it. Results, and pages made of them, may.
+    A "+" is appended if files differ from the commit, except results and documentation.
     """
     root = RESULTS.parents[1]
 
@@ -131,7 +131,7 @@ def _commit() -> str:
 
     try:
         top = git("rev-parse", "--show-toplevel")
-        if top and Path(top).samefile(root):  # and not a copy inside some other repository
+        if top and Path(top).samefile(root):  # not a copy inside another repository
             changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!benchmarks/results", ":!docs")
             return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except FileNotFoundError:
@@ -140,10 +140,11 @@ def _commit() -> str:
 
 
 def measure(case: Case, device: Device, ceilings: Ceilings, about: dict, rounds: int | None = None) -> list[Row]:
-    """Return the rows of every provider: forward, backward, both, or one that says why it did not run. rounds:
-    default by time.
+    """Return the rows of every provider: forward, backward and both, or one row that says why it did not run.
+
+    rounds: None chooses the number by the time of a round.
     """
-    torch.compiler.reset()  # its limit of recompilations counts per function, and cases share functions
+    torch.compiler.reset()  # the recompilation limit is per function, and cases share functions
     sets = _sets(case, device)
     floor = ceilings.floor_ms(case.bytes[case.whole], case.flops.get(case.whole, 0), case.dtype)
     trials: list[_Trial] = []
@@ -168,7 +169,7 @@ def measure(case: Case, device: Device, ceilings: Ceilings, about: dict, rounds:
 
 @dataclass
 class _Trial:
-    """One provider under one clock, and what was measured."""
+    """One provider with one clock, and its measurements."""
 
     name: str
     timing: str
@@ -180,7 +181,7 @@ class _Trial:
 
 
 def _exact(case: Case, inputs: SimpleNamespace) -> tuple[Tensor, ...] | str:
-    """Return what the formula gives in fp64, or why not: it may need more memory than there is."""
+    """Return the results of the formula in fp64, or the reason if memory is insufficient."""
     try:
         return _results(case, case.formula, _wide(inputs, case.leaves))
     except full_memory.KINDS as error:
@@ -214,8 +215,8 @@ def _trials(case, name, provider, device, sets, floor, exact) -> list[_Trial]:
 
 
 def _take_turns(trials: list[_Trial], rounds: int | None) -> None:
-    """Order the trials of a round. Every two rounds start one trial later, the second of them goes backwards: all
-    stand as early as late.
+    """Run the trials in rounds. Each pair of rounds starts one trial later, and its second round is reversed, so that
+    all trials run equally early and late.
     """
     done = 0
     while trials and (rounds is None or done < rounds):
@@ -230,7 +231,7 @@ def _take_turns(trials: list[_Trial], rounds: int | None) -> None:
 
 
 def percentiles(values: list[float]) -> tuple[float, float, float]:
-    """p20, p50, p80."""
+    """Return p20, p50 and p80."""
     cuts = statistics.quantiles(values, n=10, method="inclusive")
     return cuts[1], cuts[4], cuts[7]
 
@@ -298,7 +299,7 @@ def _gradients(case: Case, inputs: SimpleNamespace, results: tuple) -> tuple[Ten
     if not case.leaves:
         return ()
     leaves = [getattr(inputs, name) for name in case.leaves]
-    # Contiguous, as the products need them that come before: the gradient of cat is a view.
+    # Contiguous, as the preceding matmuls of a model need them: the gradient of cat is a view.
     return tuple(g.contiguous() for g in torch.autograd.grad(results[-1], leaves, getattr(inputs, "grad", None)))
 
 
@@ -308,7 +309,7 @@ def _results(case: Case, run: Callable, inputs: SimpleNamespace) -> tuple[Tensor
 
 
 def _error(found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> float:
-    """Largest relative Frobenius error over results and gradients; part by part, as fp64 copies are large."""
+    """Return the largest relative Frobenius error over results and gradients, computed in parts to save memory."""
     errors = []
     for a, b in zip(found, exact, strict=True):
         if a.shape != b.shape:

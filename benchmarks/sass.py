@@ -1,7 +1,8 @@
-"""python -m benchmarks.sass [--arch 90a]: count what row_gradients executes for 8 logits, from its machine code.
+"""python -m benchmarks.sass [--arch 90a]: count the instructions of row_gradients per 8 logits, from its machine code.
 
-Needs nvcc and cuobjdump (Triton's wheel carries one), no GPU. Per dtype, for the plain loss: the instructions of a turn
-of each pass's loop with a bias, both, registers, and how many blocks the registers let share a multiprocessor.
+Needs nvcc and cuobjdump (included in Triton's wheel), but no GPU. For each dtype, for the plain loss with a bias, it
+prints the instructions per loop iteration of both passes, their sum, registers, and the resulting blocks per
+multiprocessor.
 """
 
 import argparse
@@ -18,12 +19,12 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / "csrc" / "masked_linear_cross_entropy" / "cuda.cu"
 NVCC = ("nvcc", "-std=c++17", "-O3", "--expt-relaxed-constexpr", f"-I{ROOT / 'csrc'}")
-DTYPES = {"f16": "16", "bf16": "16", "f": "32"}  # in the name of an instance: bits of an element
-THREADS, REGISTERS = 512, 65536  # of a block; of a multiprocessor
+DTYPES = {"f16": "16", "bf16": "16", "f": "32"}  # type in a mangled name -> bits per element
+THREADS, REGISTERS = 512, 65536  # per block; per multiprocessor
 
 
 class Passes(NamedTuple):
-    """Instructions per 8 logits of one instance's two passes."""
+    """Instructions per 8 logits of the two passes of one template instance."""
 
     dtype: str
     first: float
@@ -35,7 +36,7 @@ class Passes(NamedTuple):
 
 
 def tool(name: str) -> str:
-    """Return a program of the CUDA toolkit; Triton's wheel carries its own."""
+    """Return the path of a program of the CUDA toolkit, preferably from Triton's wheel."""
     spec = importlib.util.find_spec("triton")
     carried = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / name if spec and spec.origin else Path()
     return str(carried) if carried.is_file() else shutil.which(name) or name
@@ -46,7 +47,7 @@ def disassembled(file: Path) -> str:
 
 
 def loops(code: str) -> Iterator[tuple[int, str, list[str]]]:
-    """Yield every loop of the machine code: its function, that one's symbol, its instructions, inner loops' too."""
+    """Yield every loop of the machine code: index and symbol of its function, instructions including inner loops."""
     for number, section in enumerate(code.split("Function : ")[1:]):
         lines = [(int(at, 16), op) for at, op in re.findall(r"/\*([0-9a-f]{4,})\*/ +([^;]+);", section)]
         for at, op in lines:
@@ -55,17 +56,17 @@ def loops(code: str) -> Iterator[tuple[int, str, list[str]]]:
 
 
 def passes(code: str) -> list[Passes]:
-    """Count every plain instance of row_gradients_kernel; loops may be unrolled.
+    """Count the instructions of every instance of row_gradients_kernel for the plain loss; loops may be unrolled.
 
-    Pass 1 looks for a maximum and takes a power of 2 more than it has logits, since it rescales its sum. Pass 2 has a
-    second loop, for negative slopes, which is not counted.
+    Pass 1 computes a maximum and one exponential more than it has logits, to rescale its sum. Pass 2 has a second loop,
+    for negative slopes, which is not counted.
     """
     found: dict[int, tuple[str, list[float], list[float]]] = {}
     for function, symbol, inside in loops(code):
         name = re.search(r"row_gradients_kernelI\w*?(f16|bf16|f)(?:EL|L)b0E", symbol)
         powers = sum("MUFU.EX2" in op for op in inside)
         n = 8 if name and DTYPES[name[1]] == "16" else 4
-        if name is None or powers < n or len(inside) > 250:  # not a loop over units, or the one around both
+        if name is None or powers < n or len(inside) > 250:  # not a loop over units, or the loop around both passes
             continue
         is_first = any("FMNMX" in op for op in inside)
         units, left = divmod(powers, n + is_first)
@@ -90,12 +91,12 @@ def main(arguments: list[str]) -> None:
         counted = passes(disassembled(made))
     pattern = r"function '\w*row_gradients_kernelI\w*?(f16|bf16|f)(?:EL|L)b0E.*?Used (\d+) registers"
     registers = {name: int(count) for name, count in re.findall(pattern, said.stderr, re.DOTALL)}
-    print(f"row_gradients, sm_{arch}, instructions for 8 logits:")
+    print(f"row_gradients, sm_{arch}, instructions per 8 logits:")
     for one in counted:
         blocks = REGISTERS // (THREADS * -(-registers[one.dtype] // 8) * 8)
         print(
             f"  {'fp32' if one.dtype == 'f' else one.dtype:<5} pass 1 {one.first:5.1f}  pass 2 {one.second:5.1f}  both "
-            f"{one.both:5.1f}  registers {registers[one.dtype]}: {blocks} blocks of {THREADS} on a multiprocessor"
+            f"{one.both:5.1f}  registers {registers[one.dtype]}: {blocks} blocks of {THREADS} per multiprocessor"
         )
 
 

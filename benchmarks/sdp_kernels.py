@@ -1,7 +1,7 @@
-"""python -m benchmarks.sdp_kernels [--device cpu|cuda]: which of torch's attention kernels `sdpa` runs on, as profiled.
+"""python -m benchmarks.sdp_kernels [--device cpu|cuda]: profile which of torch's attention kernels `sdpa` uses.
 
 On Hopper torch may prefer cuDNN, which makes a plan for every new shape; TORCH_CUDNN_SDPA_DEPRIORITIZED=1 puts it last.
-A line per model's layout: the operators that ran, how often, and on GPUs their share of the time.
+Prints one line per layout: the kernels that ran, the number of calls, and their time in the forward pass.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from benchmarks.attention import cases
 from benchmarks.devices import Device, opened
 from benchmarks.rows import BY_SIZE, OURS
 
-# Operators of torch by what they run on. `math` is a softmax between two products; it keeps all scores.
+# Torch operators and the names of their kernels. `math` is a softmax between two matmuls; it materialises all scores.
 KERNELS = {
     "_scaled_dot_product_cudnn_attention": "cuDNN",
     "_scaled_dot_product_flash_attention": "flash",
@@ -29,11 +29,11 @@ KERNELS = {
 class Ran(NamedTuple):
     kernel: str
     calls: int
-    ms: float  # on the device
+    ms: float  # time on the device
 
 
 def kernels_of(call: Callable[[], object], device: Device) -> list[Ran]:
-    """Return the attention kernels that a call runs on, most time first."""
+    """Return the attention kernels that a call uses, longest time first."""
     gpu = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]) as record:
         call()
@@ -46,15 +46,15 @@ def kernels_of(call: Callable[[], object], device: Device) -> list[Ran]:
 
 
 def report(device: Device) -> list[str]:
-    """Return a line per layout."""
+    """Return one line per layout."""
     lines = []
     for case in cases(device):
         if case.shape.startswith(BY_SIZE):
             continue
         x, run = case.inputs(0), case.providers[f"{OURS}: sdpa"].run
-        run(x)  # plans and workspaces are made
+        run(x)  # warm-up: creates plans and workspaces
         ran = kernels_of(lambda: torch.autograd.grad(run(x)[0], (x.q, x.k, x.v), x.grad), device)  # noqa: B023
-        kernels = ", ".join(f"{one.kernel} x {one.calls} ({one.ms:.3f} ms forward)" for one in ran) or "none known"
+        kernels = ", ".join(f"{one.kernel} x {one.calls} ({one.ms:.3f} ms forward)" for one in ran) or "no known kernel"
         lines.append(f"sdpa on {case.shape}, {case.dtype}: {kernels}")
         device.free()
     return lines

@@ -1,4 +1,4 @@
-"""template_concat: token embeddings and h_v into one sequence; table frozen, and trained; with additive rows."""
+"""Benchmark of template_concat: token embeddings and h_v in one sequence; frozen or trained table, additive rows."""
 
 from types import SimpleNamespace
 
@@ -10,9 +10,9 @@ from benchmarks.rows import BACKWARD, BOTH, FORWARD
 from benchmarks.runner import BF16, FP32, Case, Provider, compiled, ours, shapes
 from reca_kernels import TextSegment, VisualSegment, concat_plan, template_concat
 
-# text + visual + image positions per sample. Language models of OpenUni and BAGEL are frozen. `added`: of the visual
-# rows, how many get a position's and a timestep's row on top, as BAGEL's 64 x 64 latents do.
-# Not said: no image positions, nothing added, a frozen table.
+# Positions per sample: text + visual + image (default 0). The language models of OpenUni and BAGEL are frozen.
+# added: number of visual rows to which position and timestep embeddings are added (default 0), as to BAGEL's 64 x 64
+# latents. trained: whether the table is trained (default: frozen).
 SHAPES = {
     "cpu": {
         "show_o_512": dict(
@@ -38,7 +38,7 @@ SHAPES = {
     },
 }  # fmt: skip
 
-HEAD = 2  # words before the visual rows
+HEAD = 2  # text tokens before the visual rows
 
 
 def cases(device: Device):
@@ -109,7 +109,7 @@ def _case(device, name, s, trained, dtype, place) -> Case:
 
     rows, seen = batch * (words + n), batch * n
     width = hidden * dtype.itemsize
-    # read every source row once and write the sequence; then read the gradient of what learns and write it
+    # forward reads every source row once and writes the sequence; backward reads and writes gradients of trained rows
     forward = (2 * rows + (added + batch if added else 0)) * width
     backward = (2 * seen + (batch if added else 0)) * width
     if trained:

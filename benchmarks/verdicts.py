@@ -1,7 +1,8 @@
-"""python -m benchmarks.verdicts [--device cpu|cuda]: one table of what was measured beside what is to be reached.
+"""python -m benchmarks.verdicts [--device cpu|cuda]: print a table of measurements and targets.
 
-Per op and shape, and per whole step: ours, the best rival, their ratio, the share of the ceiling, and whether the
-target is met. The ceiling of an op is a copy or a matrix product, whichever is closer; that of a step the product.
+For each op and shape, and each whole training step: ours, the best rival, their ratio, the share of the ceiling, and
+whether the target is met. The ceiling of an op is the rate of a copy or of a matmul, whichever is closer; that of a
+step is the rate of a matmul.
 """
 
 import argparse
@@ -15,11 +16,11 @@ from benchmarks.step import report, rows, targets
 
 
 class Target(NamedTuple):
-    """Shares that are to be reached at least. None: no target.
+    """Minimum values to reach. None: no target.
 
-    share  of the ceiling
+    share  share of the ceiling
     ratio  the best rival's time over ours
-    alone  the time over ours of the products that the op cannot do without
+    alone  the time of the matmuls that the op requires over ours
     """
 
     share: float | None
@@ -27,7 +28,7 @@ class Target(NamedTuple):
     alone: float | None = None
 
 
-# (kind of device, op, dtype; "" for any) -> target
+# (device type, op, dtype; "" for any) -> target
 TARGETS = {
     ("cuda", "template_concat", ""): Target(0.85, 1.2),
     ("cuda", "masked_cross_entropy", ""): Target(0.80, 1.1),
@@ -51,11 +52,11 @@ class Verdict(NamedTuple):
     share: float | None
     alone: float | None
     target: str
-    met: str  # yes, no, or nothing where there is no target
+    met: str  # yes, no, or empty without a target
 
 
 def verdicts(kind: str, folder: Path = RESULTS) -> list[Verdict]:
-    """Return the lines of all results of a kind of device, ops first."""
+    """Return the lines of all results of a device type, ops first."""
     found = [line for measured in all_results(kind, folder) for line in _of_ops(kind, measured)]
     for measured in rows.all_results(folder / rows.FOLDER.name):
         if (measured[0].driver != "") == (kind == "cuda"):

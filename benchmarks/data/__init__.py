@@ -1,1 +1,1 @@
-"""Decoding and resizing, measured beside the usual loaders: see __main__.py."""
+"""Benchmark of image decoding and resizing, compared with common loaders: see __main__.py."""

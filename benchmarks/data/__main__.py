@@ -1,11 +1,11 @@
-"""python -m benchmarks.data [--device cpu|cuda] [--images N] [--rounds N]: images a second of loaders, on one core.
+"""python -m benchmarks.data [--device cpu|cuda] [--images N] [--rounds N]: images per second of loaders on one core.
 
-From JPEG files of 512 and 1024 px, 4:2:0, quality 90, to the two views of show_o_512: 512 px for generation and 336 px
-for understanding. Ours, plain Pillow, torchvision's ImageFolder in a DataLoader and its tensors, webdataset, DALI. On a
-CPU the time is that of the process and all of its threads, since other processes share the machine; the loaders take
-turns, and every other round goes backwards. Their views are compared with Pillow's.
+Measures from JPEG files of 512 and 1024 px, 4:2:0, quality 90, to the two views of show_o_512: 512 px for generation
+and 336 px for understanding. Loaders: ours, plain Pillow, torchvision's ImageFolder in a DataLoader and its
+decode_jpeg, webdataset, DALI. On a CPU the time is the CPU time of the process, since other processes share the
+machine. Loaders alternate, in reverse order in every other round. Their views are compared with Pillow's.
 
-It writes benchmarks/results/data/DEVICE.csv, and docs/data_speed.md is made of it.
+Writes benchmarks/results/data/DEVICE.csv, from which docs/data_speed.md is generated.
 """
 
 import argparse
@@ -36,10 +36,10 @@ def main(arguments: list[str]) -> None:
         prog="python -m benchmarks.data", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--images", type=int, default=32, help="files of each size (default: 32)")
-    parser.add_argument("--rounds", type=int, default=9, help="how often each loader reads them (default: 9)")
+    parser.add_argument("--images", type=int, default=32, help="files per size (default: 32)")
+    parser.add_argument("--rounds", type=int, default=9, help="times that each loader reads them (default: 9)")
     parser.add_argument(
-        "--out", type=Path, help=f"folder of the result file (default: {FOLDER}, and the page is written)"
+        "--out", type=Path, help=f"folder of the result file (default: {FOLDER}, which also updates the page)"
     )
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -60,7 +60,7 @@ def main(arguments: list[str]) -> None:
 
 
 def measure(side: int, images: int, rounds: int, device: str, about: dict) -> list[Row]:
-    """Return the rows of every way from files of one size."""
+    """Return the rows of all loaders for files of one size."""
     with tempfile.TemporaryDirectory() as folder:
         files = photos.write(Path(folder), side, images)
         found = ways(Path(folder), files, GEN, UND, device)

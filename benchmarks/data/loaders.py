@@ -1,6 +1,6 @@
-"""Ways from JPEG files to the two views of every image: uint8 [3, S, S], one process, one thread, batches of BATCH.
+"""Loaders from JPEG files to the two views of every image: uint8 [3, S, S], one process and thread, batches of BATCH.
 
-The usual loaders are called as their documentation shows. All resize the whole image, bicubic with antialiasing.
+Third-party loaders are called as in their documentation. All resize the whole image, bicubic with antialiasing.
 """
 
 import contextlib
@@ -28,14 +28,14 @@ Batches = Iterator[tuple[list[Tensor] | Tensor, list[Tensor] | Tensor]]
 
 
 class Way(NamedTuple):
-    """run: makes all batches of (gen, und) once, in the order of the files, where `in_order`."""
+    """A loader. run: yields all batches of (gen, und) once, in the order of the files if `in_order`."""
 
     run: Callable[[], Batches]
     in_order: bool = True
 
 
 def ways(folder: Path, files: list[bytes], gen: int, und: int, device: str) -> dict[str, Way | str]:
-    """Return the ways by name; a string says why one cannot run here."""
+    """Return the loaders by name, or a string that says why one cannot run here."""
     views = Views(View(gen), View(und))
     found: dict[str, Way | str] = {
         f"{OURS}: Pillow": Way(lambda: _decoded(PillowDecoder(views, CounterRNG(0)), files)),
@@ -61,7 +61,7 @@ def ways(folder: Path, files: list[bytes], gen: int, und: int, device: str) -> d
     for name, (module, make) in others.items():
         try:
             found[name] = Way(make(importlib.import_module(module)))
-        except Exception as error:  # a package for another torch fails with errors of many kinds
+        except Exception as error:  # a package built for another torch may raise anything
             found[name] = f"not importable: {type(error).__name__}: {str(error).splitlines()[0]}"
     if device != "cuda":
         found["DALI GPU, its own resizing"] = "needs a GPU"
@@ -86,7 +86,7 @@ def _batched(decoder: DaliDecoder, files: list[bytes]) -> Batches:
 
 
 def _loader(folder: Path, views: Views, count: int) -> Batches:
-    """Make the batches of a training run: files are read, templates drawn, batches put together."""
+    """Yield the batches of a training run, which includes reading files, drawing templates and collating."""
     config = DataConfig(images=str(folder / "images"), decoder="pillow", workers=0)
     loader = open_loader(config, "reca", views, seed=0, micro_batch=BATCH)
     for batch in itertools.islice(loader, count // BATCH):
@@ -167,7 +167,7 @@ _contexts: list = []
 
 
 def _dali_context(dynamic) -> contextlib.AbstractContextManager:
-    """Return the one context of one thread: to make its threads takes longer than a batch."""
+    """Return a single context with one thread: creating its threads takes longer than a batch."""
     if not _contexts:
         _contexts.append(dynamic.EvalContext(num_threads=1))
     return _contexts[0]

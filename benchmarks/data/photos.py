@@ -1,4 +1,4 @@
-"""JPEGs of photographs: cut from those of scikit-image, which need no network."""
+"""JPEGs cropped from the photographs in scikit-image, which need no network."""
 
 import io
 import tarfile
@@ -8,11 +8,11 @@ import numpy as np
 from PIL import Image
 
 PHOTOS = ("astronaut", "coffee", "chelsea", "rocket", "immunohistochemistry")
-QUALITY = 90  # with colours at half the resolution, as most JPEGs have them
+QUALITY = 90  # with 4:2:0 chroma subsampling, as in most JPEGs
 
 
 def jpeg(number: int, side: int) -> bytes:
-    """Return a JPEG of side x side pixels: a part of a photo at its own resolution, mirrored where it ends."""
+    """Return a JPEG of side x side pixels: a crop of a photo at its own resolution, with reflected borders."""
     from skimage import data
 
     photo = getattr(data, PHOTOS[number % len(PHOTOS)])()
@@ -25,7 +25,7 @@ def jpeg(number: int, side: int) -> bytes:
 
 
 def write(folder: Path, side: int, count: int) -> list[bytes]:
-    """Write folder/images/all/*.jpg, one class for torchvision, and folder/images.tar. Returns the files."""
+    """Write folder/images/all/*.jpg (one class for torchvision) and folder/images.tar. Return the encoded files."""
     files = [jpeg(number, side) for number in range(count)]
     (folder / "images" / "all").mkdir(parents=True)
     with tarfile.open(folder / "images.tar", "w") as tar:

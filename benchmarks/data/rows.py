@@ -1,4 +1,4 @@
-"""The rows of measured loaders, results/data/DEVICE.csv, and the figures of docs/data_speed.md."""
+"""The rows of measured loaders (results/data/DEVICE.csv), and the figures of docs/data_speed.md."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -9,15 +9,16 @@ from benchmarks.rows import OURS, RESULTS, digits
 
 FOLDER = RESULTS / "data"
 PAGE = Path(__file__).parents[2] / "docs" / "data_speed.md"
-NO_GPU = "**GPU.** Not measured yet on a GPU: `python -m benchmarks.data --device cuda` does it."
+NO_GPU = "**GPU.** Not measured yet on a GPU; run `python -m benchmarks.data --device cuda`."
 
 
 @dataclass
 class Row(rows.Made):
-    """One way at one size of files.
+    """One loader at one size of files.
 
-    ms            of an image: CPU time of all threads; with a GPU wall time, and `cpu_ms` beside it
-    largest_off   grey levels between these views and Pillow's; off_by_more: percent of the values that differ by over 1
+    ms           per image: CPU time of all threads; on a GPU wall time, with the CPU time in `cpu_ms`
+    largest_off  largest difference from Pillow's views, in levels of 255
+    off_by_more  percentage of values that differ by more than 1
     """
 
     by: str
@@ -54,12 +55,12 @@ def section(folder: Path = FOLDER) -> str:
 def _section(measured: list[Row], cpu: bool) -> str:
     row = measured[0]
     what = "CPU time of one thread" if cpu else "Wall time"
-    rate = "images/s a core" if cpu else "images/s"
+    rate = "images/s per core" if cpu else "images/s"
     lines = [
         f"**{'CPU' if cpu else 'GPU'}.** {row.device}, torch {row.torch}, {row.versions}, {row.date}, commit "
         f"{row.commit}: `{row.command}`. {what}, medians [p20, p80].",
         "",
-        f"| JPEG | by | {rate} | ms an image | to ours | largest difference to Pillow | off by more than 1 |",
+        f"| JPEG | loader | {rate} | ms per image | vs ours | largest difference from Pillow | off by more than 1 |",
         "|---|---|---|---|---|---|---|",
         *(_line(row, measured) for row in measured if row.ms_p50 != ""),
     ]

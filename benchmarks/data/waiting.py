@@ -1,11 +1,11 @@
-"""python -m benchmarks.data.waiting [--steps N] [--workers N ...]: the share of its time that a run waits for images.
+"""python -m benchmarks.data.waiting [--steps N] [--workers N ...]: the share of time that a run waits for images.
 
-A whole run of the trainer, with its loader and its log, from JPEG files of 512 and 1024 px to the two views of
-show_o_512, in steps of ten images and passes of two. The model is a stand-in, which only sleeps. First a step takes as
-long as show_o_512's by its FLOPs on the GPU that `reca check` assumes, with as many threads as `reca check` names for
-it. Then a step is as short as `reca check` allows for a number of threads, which have a fourth to spare and no more.
+Runs the trainer, with its loader and log, from JPEG files of 512 and 1024 px to the two views of show_o_512, with ten
+images per step and two per micro-batch. The model is a stand-in that only sleeps. First a step takes as long as that of
+show_o_512, by its FLOPs on the GPU that `reca check` assumes, with the number of threads that `reca check` recommends.
+Then a step is as short as `reca check` allows for a number of threads, which leaves them a margin of a quarter.
 
-It writes benchmarks/results/waiting/cpu.csv, and a table of docs/data_speed.md is made of it.
+Writes benchmarks/results/waiting/cpu.csv, from which a table of docs/data_speed.md is generated.
 """
 
 import argparse
@@ -36,19 +36,19 @@ from reca.recipe_files import load_recipe
 from reca.rng import CounterRNG
 from reca.trainer import Trainer
 
-IMAGES, PASS = 10, 2  # of a step, and of one of its passes
-FIRST = 5  # steps that are left out: the first waits for its images, whatever comes later
+IMAGES, PASS = 10, 2  # images per step and per micro-batch
+FIRST = 5  # warm-up steps that are not counted: the first always waits for its images
 
 
 class Sleeper(Adapter):
-    """A model that has show_o_512's views and takes its time."""
+    """A model with the views of show_o_512 that only sleeps."""
 
     name = "sleeper"
     tasks = frozenset({"reca"})
     trainable_roles = frozenset({"gen_head"})
     condition_keys = ("h_v",)
 
-    def __init__(self, seconds: float) -> None:  # of a pass
+    def __init__(self, seconds: float) -> None:  # per micro-batch
         super().__init__()
         self.seconds, self.layer = seconds, nn.Linear(1, 1)
 
@@ -73,7 +73,7 @@ class Sleeper(Adapter):
 
 
 def recipe(folder: Path, workers: int, steps: int) -> Recipe:
-    """Return the recipe of a run over the images of a folder."""
+    """Return the recipe of a run on the images of a folder."""
     return load_recipe(
         "show_o_tiny",
         {
@@ -97,16 +97,16 @@ def recipe(folder: Path, workers: int, steps: int) -> Recipe:
 
 
 def show_o_512() -> check.Decoding:
-    """Return the decoding and the step of the recipe of that name, RECA's images alone."""
+    """Return what `reca check` predicts for decoding with the recipe show_o_512, for RECA's images only."""
     made = load_recipe("show_o_512", {"objective.i2t.weight": 0})
     adapter, fake = build_meta(made)
     return check.decoding(made, adapter, sum(check.flops(adapter, fake, PASS)))
 
 
 def measure(jpeg: int, workers: int, steps: int, step: float | None = None) -> tuple[float, float, float]:
-    """Return the seconds of an image's decoding and of a step's sleep, and the share of the run that it waited.
+    """Return the decoding time per image and the sleep per step in seconds, and the share of time spent waiting.
 
-    step: seconds of the sleep; None = as short as `reca check` allows.
+    step: sleep per step in seconds; None: as short as `reca check` allows.
     """
     model = Sleeper(0.0)
     files = [photos.jpeg(number, jpeg) for number in range(2 * IMAGES)]
@@ -126,9 +126,9 @@ def measure(jpeg: int, workers: int, steps: int, step: float | None = None) -> t
 
 
 def decoding(views: Views, files: list[bytes]) -> float:
-    """Return the CPU seconds of an image on one core, a mean of these files."""
+    """Return the mean CPU seconds per image on one core."""
     decoder = PillowDecoder(views, CounterRNG(0))
-    decoder(files[0], 0)  # tables of resizing are made once
+    decoder(files[0], 0)  # warm-up: caches the resize weights
     began = time.thread_time()
     for number, file in enumerate(files):
         decoder(file, number)
@@ -139,9 +139,9 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.data.waiting", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=60, help=f"that count, behind {FIRST} that do not (default: 60)")
+    parser.add_argument("--steps", type=int, default=60, help=f"timed steps, after {FIRST} for warm-up (default: 60)")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="decoding threads (default: 1 and 2)")
-    parser.add_argument("--out", type=Path, help="folder of the result file; else that of the page, which is written")
+    parser.add_argument("--out", type=Path, help=f"folder of the result file (default: {FOLDER}; updates the page)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     about = facts(Cpu(), 1, " ".join(["python -m benchmarks.data.waiting", *arguments]))
@@ -154,7 +154,7 @@ def main(arguments: list[str]) -> int:
                 Row(jpeg, workers, rounded(1e3 * decode), rounded(1e3 * step), options.steps, rounded(waited), **about)
             )
             print(
-                f"{jpeg:5} px, {workers} threads: {1e3 * decode:.2f} ms an image, steps of {1e3 * step:.0f} ms, "
+                f"{jpeg:5} px, {workers} threads: {1e3 * decode:.2f} ms per image, steps of {1e3 * step:.0f} ms, "
                 f"waiting {100 * waited:.2f} %",
                 flush=True,
             )

@@ -1,4 +1,4 @@
-"""The rows of runs that may wait for images, results/waiting/cpu.csv, and their table in docs/data_speed.md."""
+"""The rows of benchmarks.data.waiting (results/waiting/cpu.csv), and their table in docs/data_speed.md."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +12,7 @@ FOLDER, TARGET = RESULTS / "waiting", 0.02
 
 @dataclass
 class Row(rows.Made):
-    """One run. decode_ms: an image's, on one core; step_ms: of the model; waited: share of the run's time."""
+    """One run. decode_ms: per image on one core; step_ms: of the model; waited: share of the run's time."""
 
     jpeg: int
     workers: int
@@ -29,12 +29,12 @@ def section(folder: Path = FOLDER) -> str:
     """Return the measured part of docs/data_speed.md."""
     found = read(folder / "cpu.csv")
     if not found:
-        return "Not measured yet: `python -m benchmarks.data.waiting` does it.\n"
+        return "Not measured yet; run `python -m benchmarks.data.waiting`.\n"
     row = found[0]
     lines = [
         f"{row.device}, torch {row.torch}, {row.date}, commit {row.commit}: `{row.command}`.",
         "",
-        "| JPEG | data.workers | decoding, ms an image and core | a step, ms | steps | waiting for images | at most |",
+        "| JPEG | data.workers | decoding, ms per image and core | step, ms | steps | waiting for images | at most |",
         "|---|---|---|---|---|---|---|",
         *(
             f"| {row.jpeg} px | {row.workers} | {digits(row.decode_ms)} | {digits(row.step_ms)} | {row.steps} | "

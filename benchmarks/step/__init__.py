@@ -1,11 +1,11 @@
-"""A whole training step of each model, ours and in the formulation of the released trainers: time by part and memory.
+"""Whole training steps of each model, ours and as formulated by the released trainers: time by part, and memory.
 
-recipes.py   what is trained at which size, from random weights
-release/     the same loss as the released trainers formulate it, one module per model
-parts.py     the clock that the parts of a step stop
-counting.py  operators, bytes, FLOPs and host waits of a step
-worker.py    one form in a process of its own, which makes a step whenever it is told to
-rows.py      what a measurement holds
+recipes.py   models and sizes, with random weights
+release/     the losses as formulated by the released trainers, one module per model
+parts.py     timing of the parts of a step
+counting.py  operators, bytes, FLOPs and host synchronisations of a step
+worker.py    a process for one form, which runs steps on request
+rows.py      the columns of a measurement
 report.py    the table, the plot and docs/step.md
-targets.py   what is to be reached, and what was predicted
+targets.py   targets and predictions
 """

@@ -1,9 +1,9 @@
 """python -m benchmarks.step [--model M ...] [--size S] [--device D] [--form F ...]: time whole training steps.
 
-Forms take turns, each in a process of its own: ours, and `release`, the same step in the formulation of the released
-trainers (benchmarks/step/release); `release_kept` is that one with freed memory kept, as ours has it. Rows go to
-benchmarks/results/step/DEVICE.csv as soon as they are measured, and plot and docs/step.md are made of them. On a CPU
-seconds are CPU time. Two of these commands may run at once, of different models.
+Forms alternate, each in its own process: `ours`; `release`, the same step as formulated by the released trainers
+(benchmarks/step/release); and `release_kept`, which also keeps freed memory, as ours does on CPUs. Rows are written to
+benchmarks/results/step/DEVICE.csv as soon as they are measured; the plot and docs/step.md are generated from them. On a
+CPU seconds are CPU time. Two of these commands may run at the same time for different models.
 """
 
 import argparse
@@ -32,14 +32,14 @@ from benchmarks.step.rows import FOLDER, FORMS, PARTS, StepRow, merged, read, wr
 from reca.full_memory import KINDS, is_memory_full
 
 ROOT = Path(__file__).parents[2]
-# A rate is the median of so many, some ten seconds of one thread: about as long as a step, since the rate of a virtual
-# machine swings by a fifth within seconds.
+# Repetitions per rate measurement, about ten seconds of one thread. This is about as long as a step, since the speed of
+# a virtual machine varies by a fifth within seconds.
 PRODUCTS = 40
 DTYPES = dict(tiny=torch.float32, narrow=torch.float32, quarter=torch.bfloat16, real=torch.bfloat16)
 
 
 class Process:
-    """A worker of one form, which answers commands."""
+    """A worker process of one form, which answers commands."""
 
     def __init__(self, form: str, options: argparse.Namespace, model: str, folder: Path) -> None:
         self.form, self.failed = form, ""
@@ -57,7 +57,7 @@ class Process:
         )
 
     def ask(self, command: str) -> dict[str, Any] | None:
-        """Return the answer; None, with the reason kept, when there is none, now and from then on."""
+        """Return the answer. After a failure, store the reason and return None, also for all later commands."""
         if self.failed:
             return None
         assert self.process.stdin and self.process.stdout
@@ -90,28 +90,28 @@ def main(arguments: list[str]) -> int:
         type=lambda name: MODEL_OF.get(name, name),
         default=MODELS,
         choices=MODELS,
-        help="models, or recipes of them (default: all)",
+        help="models, or names of their recipes (default: all)",
     )
     parser.add_argument("--size", default="narrow", choices=SIZES)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--form", nargs="+", default=FORMS[:2], choices=FORMS, help="(default: ours and release)")
+    parser.add_argument("--form", nargs="+", default=FORMS[:2], choices=FORMS, help="default: ours and release")
     parser.add_argument(
         "--rounds",
         type=int,
         default=3,
-        help="steps of each form that are timed, after a first one (default: %(default)s)",
+        help="timed steps per form, after a warm-up step (default: %(default)s)",
     )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
-    parser.add_argument("--apart", action="store_true", help="one form after the other, where both do not fit")
-    parser.add_argument("--resume", action="store_true", help="only what the file lacks of this commit and machine")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="further keys of the recipe")
+    parser.add_argument("--apart", action="store_true", help="one form after the other, if both do not fit into memory")
+    parser.add_argument("--resume", action="store_true", help="skip results of this commit and machine in the file")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of recipe keys")
     parser.add_argument("--out", type=Path, help=f"folder of the result file (default: {FOLDER.relative_to(ROOT)})")
-    parser.add_argument("--verbose", action="store_true", help="show what the processes print")
+    parser.add_argument("--verbose", action="store_true", help="show the stderr of the worker processes")
     options = parser.parse_args(arguments)
     if options.rounds < 1 or options.threads < 1:
         parser.error(f"--rounds and --threads must be at least 1, got {options.rounds} and {options.threads}")
     if wrong := [text for text in options.set if "=" not in text]:
-        parser.error(f"--set takes KEY=VALUE, got {', '.join(wrong)}")
+        parser.error(f"--set must be KEY=VALUE, got {', '.join(wrong)}")
     torch.set_num_threads(options.threads)
     options.changes = dict(text.split("=", 1) for text in options.set)
     device = opened(parser, options.device, CpuTime)
@@ -139,7 +139,7 @@ def main(arguments: list[str]) -> int:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Wait until no other process reads and writes the results of a folder."""
+    """Hold a lock on a folder of results, which excludes other processes of this benchmark."""
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -152,7 +152,7 @@ def _alone(folder: Path) -> Iterator[None]:
 def _measured(path: Path, model: str, options: argparse.Namespace, about: dict) -> list[StepRow]:
     """Return the rows of a model that --resume does not measure again."""
     where = {name: value for name, value in about.items() if name not in ("date", "command")}
-    if about["commit"].endswith("+"):  # of files that no commit has
+    if about["commit"].endswith("+"):  # the files differ from the commit
         return []
     return [
         row
@@ -168,7 +168,7 @@ def _measured(path: Path, model: str, options: argparse.Namespace, about: dict) 
 def measure(
     model: str, options: argparse.Namespace, device: Device, about: dict, known: Sequence[StepRow] = ()
 ) -> Iterator[list[StepRow]]:
-    """Yield the rows of forms of a model that run side by side. known: rows that are there already."""
+    """Yield the rows of the forms of a model, one group of alternating forms at a time. known: existing rows."""
     done = {row.form for row in known}
     forms = [f for f in options.form if f not in done and (f == "ours" or model in release.RELEASED)]
     useful = next((row.useful_flops for row in known), "")
@@ -190,7 +190,7 @@ def measure(
 def _take_turns(
     processes: list[Process], answers: dict[str, dict[str, list]], rounds: int, device: Device, dtype: torch.dtype
 ) -> list[Ceilings | None]:
-    """Let forms alternate, every other round in reverse. Returns the machine's rates before and after rounds."""
+    """Run the forms alternately, every other round in reverse. Return the machine's rates before and after rounds."""
 
     def ask(process: Process, command: str) -> None:
         if (answer := process.ask(command)) is not None:
@@ -207,13 +207,13 @@ def _take_turns(
 
 
 def _rates(device: Device, dtype: torch.dtype) -> Ceilings | None:
-    """Measure the machine's rates; None where the forms leave too little memory for it."""
+    """Measure the machine's rates; None if the forms leave too little memory for it."""
     try:
         return ceilings(device, [dtype], rounds=PRODUCTS)
     except KINDS as error:
         if not is_memory_full(error):
             raise
-    device.free()  # out here, where nothing holds what was made
+    device.free()  # outside of the except block, where no traceback keeps the tensors alive
     return None
 
 
@@ -227,7 +227,7 @@ def _row(
     rates: list[Ceilings | None],
     about: dict,
 ) -> StepRow:
-    """Make a row of what a process has answered: medians of its steps. Rates that no measurement gave are NaN."""
+    """Return the row of a process's answers: medians over its steps. Rates without a measurement are NaN."""
     row = StepRow(model, size, form, note=reason, clock="wall" if about["driver"] else "CPU time", **about)
     if not (steps := found["step"]):
         return row
@@ -245,7 +245,7 @@ def _row(
     row.peak_gib = round(max(step["peak"] for step in steps) / 2**30, 3)
     known = [one for one in rates if one is not None]
     if len(known) < len(rates):
-        row.note = row.note or f"no memory for {len(rates) - len(known)} of {len(rates)} measurements of the rates"
+        row.note = row.note or f"not enough memory for {len(rates) - len(known)} of {len(rates)} measurements of rates"
     row.gemm = rounded(1e12 * statistics.mean([one.gemm[row.dtype] for one in known] or [math.nan]))
     row.copy = rounded(1e9 * statistics.mean([one.copy for one in known] or [math.nan]))
     return row

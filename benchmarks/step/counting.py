@@ -1,4 +1,4 @@
-"""What a step asks of the machine, counted from its operators: how many, FLOPs, bytes, and waits of the host."""
+"""The operators of a step, with their FLOPs, bytes and host synchronisations."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from torch.utils.flop_counter import flop_registry
 
 from reca import check, objective
 
-# Results of these have as many elements as numbers say, or a number goes to the host: on a GPU the host waits.
+# Operators whose output shape depends on data, or that return a number to the host: on a GPU they synchronise.
 OF_NUMBERS = {
     "_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "unique_dim",
     "unique_consecutive", "bincount", "allclose",
@@ -22,11 +22,11 @@ FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"
 
 
 class Counter(TorchDispatchMode):
-    """Counts while operators run as they are.
+    """Counts operators while they run unchanged.
 
-    flops      of products, convolutions and attention; a multiply-add is two, a causal pair of tokens counts as any
-    launches   operators that compute: on a GPU each is one kernel or more
-    bytes      what all operators but products read and write
+    flops      of matmuls, convolutions and attention; a multiply-add is two, and masked pairs of tokens count in full
+    launches   operators that compute; on a GPU each launches at least one kernel
+    bytes      read and written by all operators without FLOPs
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class Counter(TorchDispatchMode):
 
     @contextmanager
     def waits(self) -> Iterator[list[str]]:
-        """List operators of both passes that synchronise host and GPU: what they return depends on data."""
+        """Collect the operators of both passes that synchronise with a GPU because their results depend on data."""
         inner, found = objective.backward, []
 
         def backward(*args: Any, **kwargs: Any) -> Any:
@@ -66,8 +66,8 @@ class Counter(TorchDispatchMode):
 
 
 def _flops(packet: Any, name: str, args: tuple, kwargs: dict, out: Any) -> int:
-    """Count the FLOPs of a product, a convolution or attention; 0 for any other operator."""
-    if name.startswith("_scaled_dot_product"):  # two products of scores or values, five in the backward pass
+    """Return the FLOPs of a matmul, a convolution or attention; 0 for any other operator."""
+    if name.startswith("_scaled_dot_product"):  # two matmuls forward, five backward
         backward = "backward" in name
         query, key = args[1:3] if backward else args[:2]
         return (10 if backward else 4) * query.numel() * key.shape[-2]
@@ -79,6 +79,6 @@ def _flops(packet: Any, name: str, args: tuple, kwargs: dict, out: Any) -> int:
 
 
 def _masked(args: tuple) -> bool:
-    """Tell whether a mask is an index."""
+    """Return whether an index is a boolean mask."""
     indices = args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else ()
     return any(isinstance(x, Tensor) and x.dtype in (torch.bool, torch.uint8) for x in indices)

@@ -1,4 +1,4 @@
-"""The clock of a step's parts: which part is running is known at every moment, so that the parts add up to the step.
+"""Timing of the parts of a step. Exactly one part is active at any time, so the parts add up to the step.
 
 Functions and layers of the trainer and the model are wrapped in place; the step itself is the trainer's own.
 """
@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from benchmarks.step.rows import PARTS
 from reca.trainer import Trainer
 
-# Modules that belong to the part in the middle of a loss beside `Adapter.blocks`, and those behind it.
+# Layers that count as "blocks" in addition to `Adapter.blocks`, and modules that count as "head and loss".
 MORE_BLOCKS = {"open_uni": "mllm.model.language_model.layers"}
 HEADS = {"harmon": "mar.diffloss.net"}
 
 
 class Parts:
-    """Adds up time by part.
+    """Accumulates time by part.
 
-    mark: makes a mark on the clock; between: seconds between two marks, which is asked when the step is over.
+    mark: records a timestamp. between: returns the seconds between two timestamps; called after the step.
     """
 
     def __init__(self, mark: Callable[[], Any], between: Callable[[Any, Any], float]) -> None:
@@ -36,7 +36,7 @@ class Parts:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Run a part inside of the one that runs. What the backward pass runs again is part of it."""
+        """Enter a part within the current one. Recomputation counts as part of the backward pass."""
         if not self.stack or self.stack[-1] in ("backward", name) or threading.get_ident() != self.thread:
             yield
             return
@@ -51,7 +51,7 @@ class Parts:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Begin and end a step. What is in no part is "other", and behind the backward passes "optimizer"."""
+        """Begin and end a step. Time outside of all parts is "other", and after the backward passes "optimizer"."""
         self.marks, self.stack = [("", self.mark())], ["other"]
         try:
             yield
@@ -71,7 +71,7 @@ class Parts:
         self.marks.append((self.stack[-1], self.mark()))
 
     def timed_loss(self, loss: Callable) -> Callable:
-        """Return a loss as parts: what runs before the last of the layers is the prompt, behind it head and loss."""
+        """Return a loss that is timed by part: "prompt" before the last layer, "head and loss" after it."""
 
         @functools.wraps(loss)
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -88,7 +88,7 @@ class Parts:
         return run
 
     def timed(self, function: Callable, name: str) -> Callable:
-        """Return the function as a part."""
+        """Return the function, timed as a part."""
 
         @functools.wraps(function)
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -99,7 +99,7 @@ class Parts:
 
 
 def instrument(adapter: nn.Module, parts: Parts) -> None:
-    """Let a model's functions and layers stop the clock, before the trainer takes it."""
+    """Instrument the functions and layers of a model, before it is passed to the trainer."""
     adapter.prepare = parts.timed(adapter.prepare, "prepare")
     adapter.encode = parts.timed(adapter.encode, "encoders")
     adapter.loss = parts.timed_loss(adapter.loss)
@@ -114,7 +114,7 @@ def instrument(adapter: nn.Module, parts: Parts) -> None:
 
 
 def _as_part(module: nn.Module, name: str, parts: Parts) -> None:
-    """Enter a part before a module's forward pass, and leave it behind."""
+    """Time the forward pass of a module as a part."""
     open_: list[Any] = []
 
     def enter(*_: Any) -> None:
@@ -130,7 +130,7 @@ def _as_part(module: nn.Module, name: str, parts: Parts) -> None:
 
 @contextmanager
 def timed_trainer(trainer: Trainer, parts: Parts) -> Iterator[None]:
-    """Let the trainer's functions stop the clock."""
+    """Instrument the functions of the trainer."""
     for loader in trainer.loaders.values():
         loader.decode = parts.timed(loader.decode, "decode")
     backward = parts.timed(Tensor.backward, "backward")

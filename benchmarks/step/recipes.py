@@ -1,10 +1,11 @@
-"""What is trained at which size: a recipe of the package with random weights and without a file to download.
+"""The recipes that are benchmarked, by model and size: with random weights and without downloads.
 
-tiny    the toy world's recipe, a few thousand parameters: for tests
-narrow  the published widths and sequence lengths, one layer of every trained stack, two of frozen encoders, patches for
-        the codec and one image, in fp32: for a CPU. BAGEL has half its width: a step at full width takes over a minute
-real    the published model in bf16, as many passes of the recipe's micro-batch as BATCHES says
-quarter the same with a quarter of the layers of every trained stack: both forms of BAGEL fit one card
+tiny     the recipe of the shapes dataset, for tests
+narrow   the published widths and sequence lengths, with one layer of every trained stack, two layers of frozen
+         encoders, patches instead of the codec, and one image, in fp32: for a CPU. BAGEL has half its width, since a
+         step at full width takes over a minute
+real     the published model in bf16, with the batch sizes of BATCHES
+quarter  the same with a quarter of the layers of every trained stack, where both forms of BAGEL fit on one GPU
 """
 
 import tempfile
@@ -28,11 +29,11 @@ NAMES = {  # model -> the recipes of its sizes
 }
 MODELS = tuple(NAMES)
 MODEL_OF = {recipe: model for model, recipes in NAMES.items() for recipe in recipes}
-# Keys of a published recipe that name files; null makes the part at random.
+# Keys of a published recipe that name files; null initialises the component randomly.
 FILES = ("weights", "codec_weights", "clip_weights", "tokenizer", "mllm", "dit")
-IMAGES, SIDE = 8, 1024  # JPEG files that stand for the data
+IMAGES, SIDE = 8, 1024  # number and side of the JPEG files that replace the dataset
 
-# What the toy recipes do otherwise than the published ones.
+# Overrides of the toy recipes to match the published ones.
 TINY = {
     "show_o": {"model.parity": True, "train.train": None, "train.frozen": []},
     "harmon": {"model.parity": True, "train.frozen": []},
@@ -117,7 +118,7 @@ REAL = {
     "janus": (16, 8),
     "janusflow": (16, 8),
 }
-# Images of a step, and of a pass.
+# Images per step and per micro-batch.
 BATCHES = {
     "tiny": dict.fromkeys(MODELS, (4, 2)),
     "narrow": dict.fromkeys(MODELS, (1, 1)),
@@ -127,7 +128,7 @@ BATCHES = {
 
 
 def step_recipe(model: str, size: str, folder: Path, changed: dict | None = None) -> Recipe:
-    """Return the recipe of a RECA step. folder: for the run and its images. changed: further keys, as overrides."""
+    """Return the recipe of a RECA step. folder: for the run and its images. changed: further overrides."""
     tiny, published = NAMES[model]
     images, micro_batch = BATCHES[size][model]
     keys = {
@@ -152,7 +153,7 @@ def step_recipe(model: str, size: str, folder: Path, changed: dict | None = None
 
 
 def words(model: str) -> list[str]:
-    """Return a vocabulary: Show-o's decides how many rows its table has, others have that number in the recipe."""
+    """Return a vocabulary. Show-o's determines the size of its embedding table; other recipes state that size."""
     return [f"word{i}" for i in range(PHI_TOKENS - 6)] if model == "show_o" else ["a"]
 
 

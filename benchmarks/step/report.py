@@ -13,7 +13,7 @@ PAGE = ROOT / "docs" / "step.md"
 
 
 def pairs(rows: list[StepRow]) -> Iterator[tuple[StepRow, StepRow]]:
-    """Yield ours with every measured released form of the same model and size."""
+    """Yield (ours, released form) for every measured released form of the same model and size."""
     measured = [row for row in rows if row.measured]
     for ours in measured:
         for row in measured:
@@ -22,7 +22,7 @@ def pairs(rows: list[StepRow]) -> Iterator[tuple[StepRow, StepRow]]:
 
 
 def table(rows: list[StepRow]) -> str:
-    """Return a table to print, with what became of the targets."""
+    """Return a table to print, with the results for the targets."""
     lines = [f"{rows[0].model} {rows[0].size}"]
     for row in rows:
         if not row.measured:
@@ -44,7 +44,7 @@ def table(rows: list[StepRow]) -> str:
 
 
 def _verdict(v: Verdict) -> str:
-    counted = f", by the count {v.reachable}" if v.reachable else ""
+    counted = f", {v.reachable}" if v.reachable else ""
     return f"{v.what}: {v.measured:.2f}, target {v.target:.2f}{counted}: {'met' if v.met else 'not met'}"
 
 
@@ -70,7 +70,7 @@ def _of_size(rows: list[StepRow]) -> Iterator[str]:
     )
     yield ""
     yield (
-        "| model | form | images | s a step [p20, p80] | images/s | TFLOP | of the matmul peak | MFU | roofline, s | "
+        "| model | form | images | s/step [p20, p80] | images/s | TFLOP | of the matmul peak | MFU | roofline, s | "
         "peak, GiB | operators | host waits |"
     )
     yield "|---" * 12 + "|"
@@ -84,7 +84,7 @@ def _of_size(rows: list[StepRow]) -> Iterator[str]:
                 f"{row.peak_gib:.2f} | {row.operators} | {row.host_waits} |"
             )
     yield ""
-    yield "Share of the step by part:"
+    yield "Share of each part in the step:"
     yield ""
     yield "| model | form | " + " | ".join(PARTS) + " |"
     yield "|---" * (2 + len(PARTS)) + "|"
@@ -105,7 +105,7 @@ def _comparison(rows: list[StepRow]) -> Iterator[str]:
     yield ""
     yield (
         "| model | form | form / ours | without the optimizer | by FLOPs | memory, ours / release | targets | "
-        "predicted before |"
+        "prediction |"
     )
     yield "|---" * 8 + "|"
     for ours, release in found:
@@ -130,11 +130,11 @@ def _comparison(rows: list[StepRow]) -> Iterator[str]:
 
 
 def _owed(measured: list[StepRow]) -> Iterator[str]:
-    """Yield the targets that nothing was measured against."""
+    """Yield the targets for which there is no measurement."""
     done = {("cuda" if ours.driver else "cpu", ours.size, ours.model) for ours, _ in pairs(measured)}
-    yield "### Owed: targets that nothing was measured against"
+    yield "### Targets without a measurement"
     yield ""
-    yield "| model | size | release / ours, at least | of the matmul peak, at least | memory, at most | predicted |"
+    yield "| model | size | release / ours, at least | of the matmul peak, at least | memory, at most | prediction |"
     yield "|---" * 6 + "|"
     for (kind, size), models in TARGETS.items():
         for model, target in models.items():
@@ -155,14 +155,14 @@ def _percent(share: float) -> str:
 
 
 def plots(folder: Path = FOLDER, out: Path = PAGE.parent / "images") -> list[Path]:
-    """Write a plot of every result file: seconds an image by part, stacked. None are written without matplotlib."""
+    """Write a plot of every result file: stacked seconds per image by part. Without matplotlib none are written."""
     measured = {path.stem: [row for row in read(path) if row.measured] for path in files(folder)}
     written = [plot(rows, out / f"step_{device}.png") for device, rows in measured.items() if rows]
     return [path for path in written if path]
 
 
 def plot(rows: list[StepRow], out: Path) -> Path | None:
-    """Write the plot of some rows. Returns its path; None without matplotlib."""
+    """Write a plot of the rows. Return its path; None without matplotlib."""
     plt = pyplot()
     if plt is None:
         return None
@@ -177,7 +177,7 @@ def plot(rows: list[StepRow], out: Path) -> Path | None:
         axis.plot([row.roofline_s / row.images] * 2, [place - 0.4, place + 0.4], color="black", linewidth=1.5)
         axis.text(left, place, f"  {digits(left)} s", va="center", fontsize=8)
     axis.set_yticks(range(len(rows)), [f"{row.model}, {row.size}, {row.form}" for row in reversed(rows)], fontsize=8)
-    axis.set_xlabel(f"seconds an image ({rows[0].clock}); black: the roofline")
+    axis.set_xlabel(f"seconds per image ({rows[0].clock}); black: roofline")
     axis.margins(x=0.08)
     axis.legend(ncols=5, fontsize=7, loc="upper center", bbox_to_anchor=(0.4, -0.28))
     figure.savefig(out, dpi=110, bbox_inches="tight")

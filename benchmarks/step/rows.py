@@ -1,4 +1,4 @@
-"""The rows of a measured step, and the files that hold them: results/step/DEVICE.csv."""
+"""The rows of measured steps, and their files: results/step/DEVICE.csv."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -18,12 +18,12 @@ PARTS = (
 
 @dataclass
 class StepRow(rows.Made):
-    """One form of one model at one size. Seconds are of a whole step; rates are of a second.
+    """One form of one model at one size. Seconds are those of a whole step; rates are per second.
 
-    flops         what this form computes, with what it recomputes; useful_flops: of ours without recomputation
-    gemm, copy    rates of a matrix product, and of a copy read plus written, around these steps by the same clock
-    operators     that compute, in a step; bytes: what all of them but products read and write
-    host_waits    for which forward and backward passes make the host wait, on a GPU
+    flops         computed by this form, including recomputation; useful_flops: those of ours without recomputation
+    gemm, copy    rates of a matmul (FLOPs) and of a copy (bytes read plus written), measured with the same clock
+    operators     operators of a step that compute; bytes: read and written by all of them without FLOPs
+    host_waits    host synchronisations of the forward and backward passes, on a GPU
     """
 
     model: str
@@ -67,17 +67,17 @@ class StepRow(rows.Made):
 
     @property
     def product_share(self) -> float:
-        """Return the rate of this form's FLOPs over that of a product."""
+        """Return the FLOP rate of this form relative to that of a matmul."""
         return self.flops / self.seconds_p50 / self.gemm
 
     @property
     def mfu(self) -> float:
-        """Return the rate of the FLOPs that any form must compute over that of a product."""
+        """Return the rate of useful FLOPs relative to the FLOP rate of a matmul."""
         return self.useful_flops / self.seconds_p50 / self.gemm
 
     @property
     def roofline_s(self) -> float:
-        """Return the seconds of the FLOPs at the rate of a product, and of the other bytes at that of a copy."""
+        """Return the seconds of the FLOPs at the rate of a matmul, plus those of the bytes at the rate of a copy."""
         return self.flops / self.gemm + self.bytes / self.copy
 
     def part(self, name: str) -> float:
@@ -88,7 +88,7 @@ read, write = partial(rows.read, kind=StepRow), partial(rows.write, kind=StepRow
 
 
 def merged(path: Path, made: list[StepRow]) -> list[StepRow]:
-    """Return the rows of a file with new ones in place of those of the same model, size and form."""
+    """Return the rows of a file, with new ones replacing those of the same model, size and form."""
     new = {(row.model, row.size, row.form): row for row in made}
     kept = [row for row in read(path) if (row.model, row.size, row.form) not in new]
     return sorted([*kept, *made], key=lambda row: (row.size, row.model, row.form))

@@ -1,4 +1,4 @@
-"""What a step is to reach, and what was predicted before it was measured."""
+"""Targets for training steps, and predictions made before they were measured."""
 
 from typing import NamedTuple
 
@@ -6,11 +6,12 @@ from benchmarks.step.rows import StepRow
 
 
 class Target(NamedTuple):
-    """Hold what a step of a model is to reach.
+    """The targets for a model's step.
 
-    ratio: seconds of the released form over ours, at least. product: share of the measured matmul peak, at least: of
-    the FLOPs that are computed on a CPU, of the useful ones (MFU) on a GPU. memory: peak over the release's, at most.
-    predicted: what was said before of the ratio, and on which grounds.
+    ratio      least ratio of the released form's time to ours
+    product    least share of the measured matmul peak: of all FLOPs on a CPU, of useful FLOPs (MFU) on a GPU
+    memory     greatest ratio of our peak memory to the release's
+    predicted  the predicted ratio and its basis
     """
 
     ratio: float
@@ -19,33 +20,42 @@ class Target(NamedTuple):
     predicted: str
 
 
-# (kind of device, size) -> model -> target
+# (device type, size) -> model -> target
 TARGETS = {
     ("cpu", "narrow"): {
         "show_o": Target(1.7, 0.95, None, "1.64 to 1.75, measured against the released code"),
         "open_uni": Target(1.3, 0.95, None, "1.30 with AdamW and 1.21 without, measured against the released code"),
-        "bagel": Target(1.3, 0.95, 0.6, "1.25 with AdamW and 1.20 without at 0.62 of the memory, measured likewise"),
+        "bagel": Target(
+            1.3, 0.95, 0.6, "1.25 with AdamW and 1.20 without at 0.62 of the memory, measured against the released code"
+        ),
         "harmon": Target(1.25, 0.95, None, "1.18 with AdamW and 1.12 without, measured against the released code"),
     },
     ("cuda", "real"): {
-        "show_o": Target(2.0, 0.55, 0.6, "42 ms of matmuls, head 1.6 and 50 ms of eager elementwise work a pass of 2"),
-        "open_uni": Target(1.5, 0.55, 0.6, "172 ms of matmuls and 64 of elementwise work in SANA a pass of 42"),
-        "bagel": Target(2.0, 0.55, 0.6, "710 ms of matmuls and 123 of elementwise work a pass of 2"),
-        "harmon": Target(1.5, 0.45, 0.6, "1892 ms of matmuls and 937 of elementwise work a pass of 48"),
+        "show_o": Target(
+            2.0,
+            0.55,
+            0.6,
+            "per micro-batch of 2: 42 ms of matmuls, 1.6 ms of head, 50 ms of eager elementwise operations",
+        ),
+        "open_uni": Target(
+            1.5, 0.55, 0.6, "per micro-batch of 42: 172 ms of matmuls, 64 ms of elementwise operations in SANA"
+        ),
+        "bagel": Target(2.0, 0.55, 0.6, "per micro-batch of 2: 710 ms of matmuls, 123 ms of elementwise operations"),
+        "harmon": Target(1.5, 0.45, 0.6, "per micro-batch of 48: 1892 ms of matmuls, 937 ms of elementwise operations"),
     },
-    # The released form of a whole BAGEL has gradients and moments of both experts, more than one card holds.
-    ("cuda", "quarter"): {"bagel": Target(2.0, 0.55, 0.6, "as the whole model")},
+    # The released form of the whole BAGEL has gradients and moments of both experts, too large for one GPU.
+    ("cuda", "quarter"): {"bagel": Target(2.0, 0.55, 0.6, "as for the whole model")},
 }
 
 
 class Verdict(NamedTuple):
-    """One target beside what was measured."""
+    """A target and its measurement."""
 
     what: str
     target: float
     measured: float
     met: bool
-    reachable: str = ""  # what it is by the count of FLOPs, or with nothing lost: other operators at the copy's rate
+    reachable: str = ""  # the value by the count of FLOPs, or at the roofline
 
 
 def target_of(row: StepRow) -> Target | None:
@@ -54,12 +64,12 @@ def target_of(row: StepRow) -> Target | None:
 
 
 def share(row: StepRow) -> float:
-    """Return the share of the matmul peak that the target is about."""
+    """Return the share of the matmul peak to which the target refers."""
     return row.mfu if row.driver else row.product_share
 
 
 def verdicts(ours: StepRow, release: StepRow) -> list[Verdict]:
-    """Return every target of a model beside what was measured."""
+    """Return every target of a model with its measurement."""
     target = target_of(ours)
     if target is None:
         return []

@@ -1,13 +1,13 @@
-"""One form of a step in a process of its own: python -m benchmarks.step.worker MODEL SIZE FORM DEVICE FOLDER CHANGES.
+"""A process that runs steps of one form: python -m benchmarks.step.worker MODEL SIZE FORM DEVICE FOLDER CHANGES.
 
-It reads commands, one a line, and answers each with a line of JSON:
+It reads one command per line and answers each with a line of JSON:
 
-    count  make a step, the first one, and count its operators. Where freed memory is kept make another: what the first
-           one has freed lies in pieces that its second one cannot use, and memory stays as it is from the third on
-    step   make a step and tell its parts in seconds
+    count  run the first step and count its operators. If freed memory is kept, run a second step: memory freed by the
+           first is too fragmented for it, and only from the third step on no new memory is mapped
+    step   run a step and return the seconds of its parts
 
-CPUs are timed in CPU time of the process: other processes on a shared machine cost it less than they cost the wall
-clock. GPUs are timed by events on the stream, whole steps by the wall clock between two waits for the GPU.
+On CPUs the clock is the CPU time of the process, which other processes on the machine affect less than wall time. On
+GPUs parts are timed by events on the stream, and whole steps by wall time between two synchronisations.
 """
 
 import contextlib
@@ -43,11 +43,11 @@ from reca.recompute import checkpoint_activations
 from reca.speed import peak_memory
 from reca.trainer import Trainer
 
-LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")  # how the names of what launches begin
+LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")  # prefixes of the names of launch functions
 
 
 class Worker:
-    """A trainer of one form, and its clock."""
+    """A trainer of one form, with its timing."""
 
     def __init__(self, model: str, size: str, form: str, device: str, folder: Path, changes: dict[str, Any]) -> None:
         self.cuda, self.form, released = device == "cuda", form, form != "ours"
@@ -72,20 +72,21 @@ class Worker:
         self.precision = {"fp32": "float32", "bf16": "bfloat16"}[recipe.train.precision]
 
     def count(self) -> dict[str, Any]:
-        """Make a step under a counter of operators.
+        """Run a step under a counter of operators.
 
-        FLOPs of ours on a GPU are those of `reca check`, of these very samples: not all kernels there say theirs.
+        FLOPs of ours on a GPU are computed by `reca check` for the same samples, because not all GPU kernels report
+        theirs.
         """
         recipe = self.trainer.recipe
-        # What Dynamo meets under such a mode it never compiles again, so nothing compiled may be called here.
+        # Dynamo never compiles a function again that it has first met under such a mode, so run eagerly here.
         with torch.compiler.set_stance("force_eager"), Counter() as counter, counter.waits() as waits:
             self._train_step()
         if self.trainer.freed.kept:
             self._train_step()
         launches = counter.launches
-        if self.cuda:  # layers may be compiled, which the counter sees operator by operator
+        if self.cuda:  # layers may be compiled, while the counter ran them operator by operator
             if compiled_blocks.wanted(recipe.train, self.trainer.device):
-                self._train_step()  # compiles, and times what the compiler chooses among
+                self._train_step()  # warm-up: compilation and autotuning
             launches, waits = _launches_and_waits(self._train_step)
         flops, useful = counter.flops, 0.0
         if self.form == "ours":
@@ -97,7 +98,7 @@ class Worker:
                     checked = _flops(recipe, meta, self.batches["reca"], fake)
             if self.cuda:
                 flops = checked
-            else:  # which leaves out what a GPU would compute and nobody reads
+            else:  # the count on a CPU omits unused results that a GPU would compute
                 useful = flops - (checked - useful)
         return {
             "images": recipe.objective.reca.batch_size,
@@ -111,13 +112,13 @@ class Worker:
         }
 
     def step(self) -> dict[str, Any]:
-        """Make a step of the samples that were counted; others are loaded for it, to time that.
+        """Run a step on the samples that were counted. A new batch is loaded only to time the loading.
 
-        Returns seconds by part, those of the whole, and the peak of memory: of this step on a GPU, so far on a CPU.
+        Return the seconds of the parts and of the step, and the peak memory: of this step on a GPU, so far on a CPU.
         """
         if self.cuda:
             torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()  # the step that was counted ran operator by operator, uncompiled
+            torch.cuda.reset_peak_memory_stats()  # the peak must not include the counted step, which ran uncompiled
         began = time.perf_counter()
         with timed_trainer(self.trainer, self.parts), self.parts.step():
             with self.parts.part("waiting"):
@@ -134,7 +135,7 @@ class Worker:
         }
 
     def _train_step(self) -> None:
-        """Make the step. In the released form autocast casts weights in every micro-batch."""
+        """Run the step. In the released form autocast casts weights in every micro-batch."""
         cast_once = self.form == "ours"
         with (
             contextlib.nullcontext() if cast_once else mock.patch.object(half_weights, "CAST", ()),
@@ -147,7 +148,7 @@ class Worker:
 
 
 def _flops(recipe: Recipe, meta: Adapter, batches: list[Batch], fake: FakeTensorMode) -> float:
-    """Count the FLOPs of a step of ours, with the masks that the step draws."""
+    """Return the FLOPs of a step of ours, with the masks that the step draws."""
     rng = task_rng(recipe.train.seed, "reca")
     return sum(len(batch) * sum(check.batch_flops(meta, check.without_memory(batch, fake), rng)) for batch in batches)
 
@@ -159,7 +160,7 @@ def _event() -> Any:
 
 
 def _launches_and_waits(train_step: Callable[[], None]) -> tuple[int, list]:
-    """Count the kernels that one step launches, and list what the host waits for in another."""
+    """Count the kernel launches of one step, and collect the host synchronisations of another."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as record:
         train_step()
     launched = sum(event.count for event in record.key_averages() if event.key.startswith(LAUNCHES))
@@ -170,7 +171,7 @@ def _launches_and_waits(train_step: Callable[[], None]) -> tuple[int, list]:
 
 @contextlib.contextmanager
 def _waits() -> Iterator[list]:
-    """List torch's warnings of what makes the host wait in the forward and backward passes of a step."""
+    """Collect torch's warnings of host synchronisations in the forward and backward passes of a step."""
     before, inner = torch.cuda.get_sync_debug_mode(), objective.backward
 
     def backward(*args: Any, **kwargs: Any) -> Any:
@@ -190,7 +191,7 @@ def _waits() -> Iterator[list]:
 def main(arguments: list[str]) -> None:
     model, size, form, device, folder, changes = arguments
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print
+    os.dup2(2, 1)  # output of libraries goes to stderr
     if device == "cpu":
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     worker = None
@@ -198,7 +199,7 @@ def main(arguments: list[str]) -> None:
         try:
             worker = worker or Worker(model, size, form, device, Path(folder), json.loads(changes))
             answer = getattr(worker, line.strip())()
-        except Exception as error:  # said by the one who asked
+        except Exception as error:  # reported by the parent process
             answer = {"error": f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"}
             traceback.print_exc()
         print(json.dumps(answer), file=answers, flush=True)

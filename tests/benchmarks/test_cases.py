@@ -158,7 +158,7 @@ def test_cce_as_pypi_has_it(monkeypatch, linear):
     assert case.providers["CCE"].run(x)[0].item() == pytest.approx(exact)
     assert case.providers["CCE, exact"].endswith("(cut-cross-entropy): no impl 'cce_exact'")
     case, _, _ = linear(bias=True)
-    assert case.providers["CCE"].endswith("(cut-cross-entropy): it takes no bias")
+    assert case.providers["CCE"].endswith("(cut-cross-entropy): it does not support a bias")
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -201,7 +201,7 @@ def test_why_a_library_does_not_run(monkeypatch):
     here = ModuleType("somebody")
     monkeypatch.setitem(sys.modules, "somebody", here)
     assert rival("some-body", "somebody", Cpu(), make) == "runs on CUDA devices only (some-body)"
-    assert rival("some-body", "somebody", GPU, make).startswith("another interface than expected (some-body): module")
+    assert rival("some-body", "somebody", GPU, make).startswith("unexpected interface (some-body): module")
     here.loss = max
     assert rival("some-body", "somebody", GPU, make, own_inputs=True) == Provider(max, own_inputs=True)
 
@@ -260,5 +260,5 @@ def test_rows_survive_writing_and_reading(tmp_path):
 
 def test_a_file_of_other_columns_is_refused(tmp_path):
     (tmp_path / "cpu.csv").write_text("op,shape\nphilox,x\n")
-    with pytest.raises(ValueError, match="measure anew"):
+    with pytest.raises(ValueError, match="measure again"):
         rows.read(tmp_path / "cpu.csv")

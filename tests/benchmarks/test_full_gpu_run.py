@@ -202,9 +202,9 @@ def test_chosen_steps_their_files_and_the_exit_status(monkeypatch, tmp_path, cap
         assert full_gpu_run.main(["--call", "2"]) == 1
         assert (tmp_path / "given" / "build.log").exists() == built
     for wrong, told in (
-        (["build_it"], "unknown steps build_it; known are good, bad"),
-        (["--call", "3"], "--call takes 1 to 2"),
-        (["--call", "1", "good"], "no names of steps beside it"),
+        (["build_it"], "unknown steps build_it; expected some of good, bad"),
+        (["--call", "3"], "--call must be 1 to 2"),
+        (["--call", "1", "good"], "cannot be combined with names of steps"),
     ):
         with pytest.raises(SystemExit):
             full_gpu_run.main(wrong)

@@ -60,13 +60,13 @@ def test_no_gpu_is_a_clear_error(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["--device", "cuda"])
     assert stopped.value.code == 2
-    assert "--device cuda: torch" in (said := capsys.readouterr().err) and "take --device cpu" in said
+    assert "--device cuda: torch" in (said := capsys.readouterr().err) and "use --device cpu" in said
 
 
 def test_unknown_op_is_a_clear_error(capsys):
     with pytest.raises(SystemExit):
         main(["--ops", "attention_of_nobody"])
-    assert f"unknown ops attention_of_nobody; known are {', '.join(OPS)}" in capsys.readouterr().err
+    assert f"unknown ops attention_of_nobody; expected some of {', '.join(OPS)}" in capsys.readouterr().err
 
 
 def test_percentiles_are_those_of_numpy():

@@ -128,7 +128,7 @@ def test_the_definition_takes_all_sizes_or_none(tmp_path, large, expected):
 
 
 def test_what_did_not_run_decides_nothing(tmp_path):
-    refused = Row("flow_matching", "n100", "ours: triton", BOTH, "bfloat16", note="it has no flow_matching")
+    refused = Row("flow_matching", "n100", "ours: triton", BOTH, "bfloat16", note="it does not implement flow_matching")
     assert made(tmp_path, [refused]) == {}
     rows = [
         refused,
@@ -208,15 +208,15 @@ def test_a_page_with_measurements(tmp_path):
         timed("ours: cuda", 0.25, 100, shape="bagel", mode=BACKWARD),
         timed("ours: cuda", 0.75, 100, shape="bagel"),
         timed("eager", 3.0, 100, shape="bagel", relative_error=""),
-        Row("flow_matching", "bagel", "ours: triton", BOTH, "bfloat16", note="it has no flow_matching"),
+        Row("flow_matching", "bagel", "ours: triton", BOTH, "bfloat16", note="it does not implement flow_matching"),
         timed("ours: cuda", 9.0, 7, shape="size tiny"),
     ]
     write(tmp_path / "nvidia_fake_80gb.csv", rows)
     text = docs.filled(page(tmp_path, MARKS), tmp_path)
     ours = "0.5 | 0.25 | 0.75 [0.712, 0.788] | 1.00 x | 2 (50 %) | 8.0 | 1.0e-03"
     assert f"| bagel, bf16 | **ours: cuda** | {ours} |" in text
-    assert "| bagel, bf16 | eager |  |  | 3 [2.85, 3.15] | 4.00 x | 2 (50 %) | 8.0 | own noise |" in text
-    assert "ours: triton: it has no flow_matching" in text and "tiny" not in text
+    assert "| bagel, bf16 | eager |  |  | 3 [2.85, 3.15] | 4.00 x | 2 (50 %) | 8.0 | n/a |" in text
+    assert "ours: triton: it does not implement flow_matching" in text and "tiny" not in text
     assert "NVIDIA Fake 80GB, torch 2.11, Triton 3.6, driver 580, 2026-01-02, commit abc" in text
     assert "Not measured yet on a GPU" not in text
     assert docs.filled(page(tmp_path, text), tmp_path) == text  # the same again

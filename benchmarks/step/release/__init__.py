@@ -1,10 +1,10 @@
-"""The RECA losses as the released trainers formulate them in eager PyTorch, on the modules of this package.
+"""The RECA losses as formulated by the released trainers in eager PyTorch, on the modules of this package.
 
-Written for this benchmark from what the releases compute, none of their code is here. Weights, batches and random
-numbers are those of our formulation, so that loss and gradients agree (tests/driver/test_step_benchmark.py) and the
-comparison is one of how a step is computed. What differs is said at the top of each module.
+They were written for this benchmark from what the releases compute and contain none of their code. Weights, batches and
+random numbers are those of our formulation, so loss and gradients agree (tests/driver/test_step_benchmark.py), and the
+comparison is only about how a step is computed. The docstring of each module lists the differences.
 
-Common to all: torch.optim.AdamW as the releases construct it, without `fused`.
+Common to all: torch.optim.AdamW as constructed by the releases, without `fused`.
 """
 
 import importlib
@@ -18,22 +18,25 @@ RELEASED = ("show_o", "harmon", "open_uni", "bagel")  # Janus-Pro has no release
 
 
 def recipe_changes(model: str) -> dict[str, Any]:
-    """Return the recipe keys that this form needs: layers are recomputed by its own rule, and BAGEL trains more."""
+    """Return the overrides for this form: it has its own checkpointing, and BAGEL has more trained parameters."""
     changes: dict[str, Any] = {"train.activation_checkpointing": False, "train.compile": False}
-    if model == "bagel":  # its understanding expert is frozen by detached activations and stays in the optimizer
+    if model == "bagel":  # the understanding expert is frozen by detaching activations but stays in the optimizer
         changes["train.train"] = ["gen_lm", "gen_head", "und_lm", "embed"]
     return changes
 
 
 def formulate(adapter: Adapter, checkpointed: bool) -> None:
-    """Give a model the released formulation of its RECA loss, in place. checkpointed: the recipe recomputes layers."""
+    """Replace a model's RECA loss by the released formulation, in place.
+
+    checkpointed: whether the recipe uses activation checkpointing.
+    """
     if adapter.name not in RELEASED:
-        raise ValueError(f"no RECA trainer of {adapter.name} was released; there are {', '.join(RELEASED)}")
+        raise ValueError(f"no RECA trainer was released for {adapter.name}; expected one of {', '.join(RELEASED)}")
     importlib.import_module(f"benchmarks.step.release.{adapter.name}").formulate(adapter, checkpointed)
 
 
 def make_optimizer(ours: torch.optim.Optimizer) -> torch.optim.AdamW:
-    """Return AdamW with its defaults, over the same groups as ours."""
+    """Return AdamW with default settings and the same parameter groups as ours."""
     common = {key: ours.defaults[key] for key in ("lr", "betas", "eps")}
     groups = [{key: group[key] for key in ("params", "weight_decay")} for group in ours.param_groups]
     return torch.optim.AdamW(groups, **common)

@@ -1,10 +1,10 @@
 """BAGEL as released.
 
-Prompt and noisy image are one packed sequence in one pass. Every layer gathers the rows of each expert by an index and
-writes its results into tensors of zeros. Understanding is frozen by detaching what its rows give, so that its weights
-and the token table get gradients of exact zeros, and moments. Attention with a dense mask per sample, key heads
-repeated in memory. The noise level is embedded once per token. Noise, noisy latents and target are tensors of their
-own. Layers are recomputed whole: their last product is followed by an indexed write.
+Prompt and noisy image are one packed sequence in one forward pass. Every layer gathers the rows of each expert by index
+and scatters its results into zero tensors. Understanding is frozen by detaching the outputs of its rows, so its weights
+and the embedding table get all-zero gradients, and optimizer moments. Attention uses a dense mask per sample, with key
+heads repeated in memory. The noise level is embedded once per token. Noise, noisy latents and target are materialised.
+Checkpointed layers are recomputed completely, because their last matmul is followed by an indexed write.
 """
 
 import functools
@@ -30,12 +30,12 @@ from reca_kernels import philox_normal
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared(ours.Prepared):
-    """With the packed sequence: places of rows in it, what stands there, and how long the samples are.
+    """Prepared samples with the layout of the packed sequence.
 
-    text_ids, text_at  int64: token ids and where they stand; vit_at, gen_at: where h_v and latents stand
-    vit_places, gen_places  int64: their places in the position tables
-    positions          int64 [T]: rotary positions
-    sizes              per sample its splits, (length, causal)
+    text_ids, text_at       int64: token ids and their rows; vit_at, gen_at: the rows of h_v and latents
+    vit_places, gen_places  int64: their indices in the position embedding tables
+    positions               int64 [T]: rotary positions
+    sizes                   the splits of each sample, (length, causal)
     """
 
     text_ids: Tensor
@@ -49,7 +49,7 @@ class Prepared(ours.Prepared):
 
 
 def formulate(adapter: Bagel, checkpointed: bool) -> None:
-    """Put the released preparation and loss in place of ours."""
+    """Replace preparation and loss by the released ones."""
     for one in adapter.language_model.model.layers:
         one.forward = functools.partial(layer, one)
         if checkpointed:
@@ -59,7 +59,7 @@ def formulate(adapter: Bagel, checkpointed: bool) -> None:
 
 
 class Packing:
-    """The packed sequence while it is made."""
+    """The packed sequence under construction."""
 
     def __init__(self, soi: int, eoi: int) -> None:
         self.soi, self.eoi, self.row = soi, eoi, 0
@@ -69,7 +69,7 @@ class Packing:
         self.sizes: list[list[tuple[int, bool]]] = []
 
     def put(self, ids: list[int], position: int) -> None:
-        """Put a text, whose positions count up."""
+        """Append a text, with consecutive positions."""
         n = len(ids)
         self.text_ids += ids
         self.text_at += range(self.row, self.row + n)
@@ -78,7 +78,7 @@ class Packing:
         self.row += n
 
     def put_image(self, n: int, position: int) -> range:
-        """Put an image between its borders, all at one position. Returns the rows of its n tokens."""
+        """Append an image with its border tokens, all at one position. Return the rows of its n tokens."""
         self.text_ids += [self.soi, self.eoi]
         self.text_at += [self.row, self.row + n + 1]
         self.positions += [position] * (n + 2)
@@ -88,7 +88,7 @@ class Packing:
 
 
 def prepare(self: Bagel, batch: Batch, rng: CounterRNG) -> Prepared:
-    """Pack the samples one after another: [soi h_v eoi] [text] [soi latents eoi]."""
+    """Pack the samples: [soi h_v eoi] [text] [soi latents eoi] for each."""
     made = ours.prepare(self, batch, rng)
     assert made.image and batch.gen
     packing = Packing(self.vocabulary.soi, self.vocabulary.eoi)
@@ -125,7 +125,7 @@ def prepare(self: Bagel, batch: Batch, rng: CounterRNG) -> Prepared:
 
 
 def loss(self: Bagel, prepared: Prepared, features: dict[str, Any], rng: CounterRNG) -> LossTerm:
-    """Sum over image tokens of the mean squared error of their velocity."""
+    """Return the sum over image tokens of the mean squared error of their velocity."""
     samples, patch, model = prepared.sample_ids, self.config.latent_patch_size, self.language_model.model
     latents = ours.sample_posterior(self, features["moments"], rng, samples)
     t = ours.noise_level(self, rng, samples)
@@ -168,7 +168,7 @@ def loss(self: Bagel, prepared: Prepared, features: dict[str, Any], rng: Counter
 
 
 def dense_mask(splits: list[tuple[int, bool]]) -> Tensor:
-    """Return which row of a sample sees which, bool [1, L, L]: earlier splits, and its own, causal or whole."""
+    """Return the mask of a sample, bool [1, L, L]: rows see earlier splits and, causally or fully, their own."""
     number = torch.repeat_interleave(torch.arange(len(splits)), torch.tensor([n for n, _ in splits]))
     causal = torch.tensor([causal for _, causal in splits])[number]
     place = torch.arange(len(number))

@@ -1,4 +1,4 @@
-"""What several of the released formulations share."""
+"""Code shared by several of the released formulations."""
 
 from collections.abc import Callable
 from dataclasses import fields
@@ -23,7 +23,7 @@ def unpadded(
     valid: Tensor,  # bool [B, L], False where a row is padding
     **_: object,
 ) -> tuple[Tensor, None]:
-    """Attend causally as FlashAttention's padded interface does: gather the valid rows, attend, write them back."""
+    """Compute causal attention like FlashAttention's padded interface: gather valid rows, attend, scatter."""
     batch, heads, length, width = query.shape
     indices = valid.flatten().nonzero()[:, 0]
     sizes = valid.sum(1).tolist()
@@ -43,14 +43,14 @@ AttentionInterface.register(UNPADDED, unpadded)
 
 
 class NewGELU(nn.Module):
-    """GELU by tanh, operator by operator."""
+    """Tanh-approximated GELU, composed of elementary operators."""
 
     def forward(self, x: Tensor) -> Tensor:
         return 0.5 * x * (1.0 + torch.tanh((2.0 / torch.pi) ** 0.5 * (x + 0.044715 * torch.pow(x, 3.0))))
 
 
 def recompute(block: nn.Module, reentrant: bool) -> None:
-    """Run a layer again in the backward pass."""
+    """Apply activation checkpointing to a layer, in place."""
     forward = block.forward
 
     def again(*args: Any, **kwargs: Any) -> Any:
@@ -62,7 +62,7 @@ def recompute(block: nn.Module, reentrant: bool) -> None:
 
 
 def extended(kind: Callable[..., Any], made: Any, **more: Any) -> Any:
-    """Return a Prepared of a class that has further fields, with what ours holds."""
+    """Return an instance of a subclass of Prepared, with the fields of ours and further ones."""
     return kind(**{f.name: getattr(made, f.name) for f in fields(made) if f.init}, **more)
 
 

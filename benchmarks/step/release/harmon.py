@@ -1,11 +1,11 @@
 """Harmon as released.
 
-The encoder embeds all tokens and drops hidden ones by a mask as an index. The prompt is scattered into a tensor of
-zeros, padded before the image, and that padding masked: FlashAttention's padded interface gathers the other rows. The
-diffusion head runs on every token, visible ones too, each repeated in memory for its four timesteps; its condition and
-timesteps are embedded for every repeat; every block takes the SiLU of its own condition. Loss terms are tensors of
-their own, the visible tokens are masked out of the mean. Dropout is torch's, in attention and behind it. Layers of the
-language model and the decoder are recomputed by re-entrant checkpoints, which run their last product again, too.
+The encoder embeds all tokens and drops masked ones by boolean indexing. The prompt is scattered into a zero tensor and
+padded before the image; FlashAttention's padded interface gathers the valid rows. The diffusion head runs on every
+token, including visible ones, each repeated in memory for its four timesteps. Its condition and timesteps are embedded
+for every repeat, and every block computes the SiLU of its condition. Loss terms are materialised, and the visible
+tokens are masked out of the mean. Dropout is torch's, in attention and after it. Layers of the language model and the
+decoder use re-entrant checkpointing, which also recomputes their last matmul.
 """
 
 import functools
@@ -30,12 +30,12 @@ from reca.rng import CounterRNG, RandomStream
 from reca_kernels import Philox, diffusion_schedule, philox_normal
 from reca_kernels.diffusion_loss import reference
 
-PAD_ID = 0  # embeds to something that no other row sees
+PAD_ID = 0  # any token: no other row attends to padding
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared(ours.PreparedImages):
-    """With token ids int64 [B, T], padded on the right, and valid bool [B, T]; hidden bool [B, S], tokens of images."""
+    """Prepared samples with token ids int64 [B, T], padded on the right, valid bool [B, T], is_hidden bool [B, S]."""
 
     ids: Tensor
     valid: Tensor
@@ -43,7 +43,7 @@ class Prepared(ours.PreparedImages):
 
 
 def formulate(adapter: Harmon, checkpointed: bool) -> None:
-    """Put the released preparation and loss in place of ours."""
+    """Replace preparation and loss by the released ones."""
     adapter.llm.set_attn_implementation(UNPADDED)
     for block in (*adapter.mar.encoder_blocks, *adapter.mar.decoder_blocks):
         block.forward = functools.partial(vit_block, block)
@@ -58,7 +58,7 @@ def formulate(adapter: Harmon, checkpointed: bool) -> None:
 
 
 def prepare(self: Harmon, batch: Batch, rng: CounterRNG) -> Prepared:
-    """Tokenise and pad the prompts, and draw what is hidden."""
+    """Tokenise and pad the prompts, and draw the masked tokens."""
     made = ours.prepare(self, batch, rng)
     prompts = [asked.ids for asked in ours.sample_prompts(self, batch, rng)]
     longest = max(map(len, prompts))
@@ -70,7 +70,7 @@ def prepare(self: Harmon, batch: Batch, rng: CounterRNG) -> Prepared:
 
 
 def loss(self: Harmon, prepared: Prepared, features: dict[str, Any], rng: CounterRNG) -> LossTerm:
-    """Sum the diffusion loss over hidden tokens and their timesteps."""
+    """Return the sum of the diffusion loss over masked tokens and their timesteps."""
     mar, latents, buffers = self.mar, features["latents"], self.config.mar.buffers
     batch = len(latents)
     given = self.proj_in(encode(mar, features["h_v"], torch.zeros_like(prepared.is_hidden)))
@@ -109,7 +109,7 @@ def loss(self: Harmon, prepared: Prepared, features: dict[str, Any], rng: Counte
 
 
 def encode(mar: Mar, latents: Tensor, hidden: Tensor) -> Tensor:  # [B, m, n, C], bool [B, S]
-    """Encode what is visible, [B, buffers + V, D]: all tokens are embedded, then the hidden ones dropped."""
+    """Encode the visible tokens, [B, buffers + V, D]: all tokens are embedded, then the masked ones dropped."""
     x, buffers = mar.z_proj(latents.flatten(1, 2)), mar.c.buffers
     x = torch.cat([mar.fake_latent.unsqueeze(1).repeat(len(x), buffers, 1), x], dim=1)
     x = mar.z_proj_ln(x + mar.positions(mar.encoder_pos_embed_learned, latents.shape[1:3]))
@@ -158,7 +158,7 @@ def diffusion_losses(self: Harmon, prepared: Prepared, z: Tensor, latents: Tenso
 
 
 def sample_ids(self: Harmon, prepared: Prepared) -> Tensor:
-    """Return the global ids of the samples, which the addresses of their noise hold: int64 [B]."""
+    """Return the global ids of the samples from the addresses of their noise, int64 [B]."""
     repeats, size = self.config.mar.repeats, prepared.is_hidden.shape[1]
     first = prepared.is_hidden.sum(1).cumsum(0) - prepared.is_hidden.sum(1)
     return prepared.noise[first] // (repeats * size)

@@ -1,8 +1,8 @@
 """OpenUni as released.
 
-Prompt and queries are one sequence in one pass of the language model: the queries need a graph, so every row of the
-frozen prompt gets one. h_v is written over placeholders by a mask as an index. FlashAttention's padded interface
-gathers the rows that are no padding. Noise, noisy latents and target are tensors of their own.
+Prompt and queries are one sequence in one forward pass of the language model. The queries need gradients, so the frozen
+prompt is part of the autograd graph too. h_v is written over placeholders by boolean indexing. FlashAttention's padded
+interface gathers the valid rows. Noise, noisy latents and target are materialised.
 """
 
 import types
@@ -27,14 +27,14 @@ from reca_kernels import philox_normal
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared(ours.Prepared):
-    """With token ids int64 [B, L], padded on the left, and valid bool [B, L]."""
+    """Prepared samples with token ids int64 [B, L], padded on the left, and valid bool [B, L]."""
 
     ids: Tensor
     valid: Tensor
 
 
 def formulate(adapter: OpenUni, checkpointed: bool) -> None:
-    """Put the released preparation and loss in place of ours."""
+    """Replace preparation and loss by the released ones."""
     adapter.mllm.model.language_model.config._attn_implementation = UNPADDED
     adapter.prepare = types.MethodType(prepare, adapter)
     adapter.loss = types.MethodType(loss, adapter)
@@ -54,7 +54,7 @@ def prepare(self: OpenUni, batch: Batch, rng: CounterRNG) -> Prepared:
 
 
 def loss(self: OpenUni, prepared: Prepared, features: dict[str, Any], rng: CounterRNG) -> LossTerm:
-    """Sum the mean squared error of the velocity over images."""
+    """Return the sum over images of the mean squared error of the velocity."""
     ids, queries, model = prepared.ids, self.config.queries, self.mllm.model.language_model
     embeds = model.embed_tokens(ids).clone()
     embeds[ids == control(self.tokenizer, CONTEXT)] = features["h_v"].to(embeds.dtype).flatten(0, 1)

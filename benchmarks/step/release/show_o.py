@@ -1,8 +1,9 @@
 """Show-o with CLIP as released.
 
-Sequences of a fixed length: the prompt is padded to its budget, and padding is computed. Embeddings by a lookup and a
-concatenation. A dense additive mask [B, 1, L, L]. GELU as a composite of operators. Logits of all rows over the whole
-vocabulary, in fp32, of which the image's are cut out; cross-entropy over all of them, ignoring what is not masked.
+Sequences have a fixed length: the prompt is padded to its budget, and padding is computed. Embeddings are looked up and
+concatenated. The mask is dense and additive, [B, 1, L, L]. GELU is composed of elementary operators. Logits are
+computed for all rows over the whole vocabulary, in fp32, and sliced to the image; cross-entropy covers all image rows
+and ignores those that are not masked.
 """
 
 import types
@@ -22,7 +23,7 @@ from reca_kernels import IGNORE_INDEX
 
 
 def formulate(adapter: ShowO, checkpointed: bool) -> None:
-    """Put the released loss in place of ours. The release asks for recomputation in vain: it is never switched on."""
+    """Replace the loss by the released one. It is never checkpointed: the release requests this without effect."""
     adapter.showo.set_attn_implementation("sdpa")
     if adapter.config.phi.hidden_act in ("gelu_new", "gelu_pytorch_tanh"):
         for layer in adapter.showo.model.layers:
@@ -31,7 +32,7 @@ def formulate(adapter: ShowO, checkpointed: bool) -> None:
 
 
 def loss(self: ShowO, prepared: Prepared, features: dict[str, Any], rng: CounterRNG) -> LossTerm:
-    """Sum the cross-entropy over masked codes."""
+    """Return the sum of the cross-entropy over masked codes."""
     v, codes, masked = self.vocabulary, features["codes"], prepared.masked
     image_ids = codes + v.offset
     labels = torch.where(masked, image_ids, IGNORE_INDEX)
@@ -63,9 +64,9 @@ def prompt_ids(self: ShowO, prepared: Prepared) -> Tensor:
 
 
 def attention_mask(ids: Tensor, pad: int, visual: int, image: int) -> Tensor:
-    """Return what is added to the scores, [B, 1, L, L]: causal, h_v seen by all, image rows by each other, no padding.
+    """Return the additive mask, [B, 1, L, L]: causal; h_v is visible to all rows, image rows to each other.
 
-    ids: without the tokens of h_v, which follow the second.
+    Padding is masked. ids: without the tokens of h_v, which follow the second token.
     """
     length = ids.shape[1] + visual
     place = torch.arange(length, device=ids.device)
