@@ -85,6 +85,18 @@ def test_two_prompts_of_graded_scores_have_intervals_as_wide_as_two_values_ask()
     assert inside / RUNS == pytest.approx(0.95, abs=0.03)
 
 
+def test_a_few_prompts_of_little_weight_cost_little_certainty():
+    """As where a benchmark weighs its categories: the spread of three prompts is hardly known, and hardly counts."""
+    rng, inside = np.random.default_rng(0), 0
+    for _ in range(RUNS):
+        values = [
+            (tag, str(i), value) for tag, n in (("a", 3), ("b", 60)) for i, value in enumerate(rng.normal(0, 1, n))
+        ]
+        found = statistics.estimate(values, {"a": 0.1, "b": 0.9}, resamples=500)
+        inside += found.overall.low <= 0 <= found.overall.high
+    assert inside / RUNS == pytest.approx(0.95, abs=0.02)
+
+
 def test_a_tag_without_a_miss_is_no_surer_beside_tags_that_vary():
     """Most of its images are right, so often all of a few are: that says little of its other prompts."""
     rng, inside, means = np.random.default_rng(0), dict.fromkeys("ab", 0), {"a": 0.85, "b": 0.6}
@@ -159,6 +171,18 @@ def test_a_mean_over_tags_is_one_over_those_that_both_have():
     two = [*before, ("b", "b0", 0.6)]
     assert statistics.estimate(two, mean).overall.value == pytest.approx(0.7)
     assert statistics.estimate(two, total).overall.value == pytest.approx(1.4)  # of a sum, such as MME's
+
+
+def test_more_images_help_where_images_of_a_prompt_differ():
+    """No number of images makes up for prompts that differ among themselves."""
+    zero = [("a", str(i), 0.0) for i in range(20) for _ in range(2)]
+    among_prompts = [("a", str(i), float(i % 2)) for i in range(20) for _ in range(2)]
+    among_images = [("a", str(i), float(k)) for i in range(20) for k in range(2)]
+    for after, gains in ((among_prompts, False), (among_images, True)):
+        few, many = statistics.power(after, zero, None, (0.2,), (1, 12))
+        assert (many.power > few.power + 0.3) == gains and (many.power == pytest.approx(few.power)) != gains
+    # An image has the variance 1/2, and the mean of 20 prompts of two each 1/80: 0.2 is 1.789 standard errors.
+    assert statistics.power(among_images, zero, None, (0.2,), (2,))[0].power == pytest.approx(0.432, abs=1e-3)
 
 
 def test_power():
