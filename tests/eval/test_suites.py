@@ -17,6 +17,7 @@ from reca.data.errors import DataError
 from reca.eval.errors import EvaluationError
 from reca.eval.suites import SUITES, open_suite
 from reca.eval.suites.geneval import GenEval
+from reca.eval.suites.geneval_rules import judge
 from reca.eval.suites.pope import measures, read_answer
 from tests.eval.world import Painter
 
@@ -162,6 +163,24 @@ def test_geneval_scores_the_public_scripts_results(geneval, tmp_path):
         EvaluationError, match="line 1: .* belongs to the prompt 'a photo of a bench', which is another"
     ):
         reca.evaluate(**arguments, records=results)
+
+
+@pytest.mark.parametrize(
+    "relation, right, down", [("left of", -1, 0), ("right of", 1, 0), ("above", 0, -1), ("below", 0, 1)]
+)
+def test_a_position_holds_from_half_of_the_distance_on(relation, right, down):
+    """A tenth of both sizes is taken off: of 10 pixels between boxes of 50 in all, 5 are left, and half is too few."""
+    rule = {
+        "tag": "position",
+        "include": [{"class": "cow", "count": 1}, {"class": "cup", "count": 1, "position": [relation, 0]}],
+    }
+
+    def shown(distance):
+        boxes = {"cow": [-15, -15, 15, 15], "cup": [-10, -10, 10, 10]}
+        boxes["cup"] = [side + distance * sign for side, sign in zip(boxes["cup"], (right, down) * 2, strict=True)]
+        return judge({name: [{"box": box, "score": 0.9}] for name, box in boxes.items()}, rule).correct
+
+    assert [shown(distance) for distance in (-100, 10, 10.1, 100)] == [False, False, True, True]
 
 
 # ---- the others ----
@@ -471,10 +490,12 @@ def test_mme_and_pope_by_the_models_own_answers(tmp_path, painter, monkeypatch):
         save(tmp_path / f"mme/color/{number}.png")
         truth = ("Yes", "No") if number == 0 else ("No", "No")
         lines = [f"Is it {c}? Please answer yes or no.\t{t}" for c, t in zip(("red", "blue"), truth, strict=True)]
-        (tmp_path / f"mme/color/{number}.txt").write_text("\n".join(lines) + "\n")
+        (tmp_path / f"mme/color/{number}.txt").write_text("\n\n".join(lines) + "\n")
     found = reca.evaluate("mme", painter, data=tmp_path / "mme")
     assert found["overall"]["value"] == pytest.approx((200 + 50) / 2) and found["overall"]["unit"] == "points"
     assert found["metrics"] == {"perception": 125, "cognition": None}
+    wrong = "Is it red? Please answer yes or no. -> Yes, it does."
+    assert [image["reason"] for row in found["items"] for image in row["images"]] == ["", wrong]
     assert len((painter / "eval/mme/answers.jsonl").read_text().splitlines()) == 4 and Painter.made == 4
     reca.evaluate("mme", painter, data=tmp_path / "mme")
     assert Painter.made == 4
@@ -488,9 +509,12 @@ def test_mme_and_pope_by_the_models_own_answers(tmp_path, painter, monkeypatch):
         (tmp_path / f"pope/coco_pope_{category}.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = reca.evaluate("pope", painter, data=tmp_path / "pope")
     assert found["overall"]["value"] == 0.5 and found["metrics"]["mean_f1"] == pytest.approx(2 / 3)
+    assert [image["reason"] for row in found["items"] for image in row["images"]] == ["", "no"] * 3
     (tmp_path / "pope/val2014/1.jpg").unlink()
     with pytest.raises(EvaluationError, match=r"1 of the 1 images that pope begins from do not exist: .*1.jpg. Give a"):
         reca.evaluate("pope", painter, data=tmp_path / "pope", out=tmp_path / "again")
+    beside = save(tmp_path / "pope/1.jpg")  # of the questions
+    assert {item.source for item in open_suite("pope", tmp_path / "pope").items()} == {beside}
 
 
 @pytest.mark.parametrize("behind", ["", " Answer the question using a single word or phrase."])
