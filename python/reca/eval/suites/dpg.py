@@ -120,8 +120,6 @@ class Dpg(Suite):
 
     def table(self) -> dict[str, list[Question]]:
         path = self.data_path() / "dpg_bench.csv"
-        if not path.is_file():
-            raise EvaluationError(f"{path} does not exist. {self.data_help}")
         reader = csv.DictReader(io.StringIO(files.read_text(path, self.data_help)))
         missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
         if missing:

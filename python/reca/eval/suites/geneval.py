@@ -26,8 +26,6 @@ class GenEval(Suite):
     def items(self) -> list[Item]:
         path = self.data_path()
         path = path / self.file if path.is_dir() else path
-        if not path.is_file():
-            raise EvaluationError(f"{path} does not exist. {self.data_help}")
         lines = files.read_lines(path, self.data_help)
         return [self._item(number, line, path) for number, line in enumerate(lines) if line.strip()]
 
