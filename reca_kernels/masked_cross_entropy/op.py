@@ -47,7 +47,7 @@ def masked_cross_entropy(
 
     Raises:
         ValueError: A shape, an option or a label is invalid, tensors are on several devices, inplace=True would
-            overwrite a parameter or overlapping rows, or the backend is unknown.
+            overwrite a leaf tensor or overlapping rows, or the backend is unknown.
         TypeError: Logits are not of a float dtype, labels are not int32 or int64, label_smoothing, z_loss or softcap is
             a tensor, or a tensor is sparse, nested, quantized or a DTensor.
         RuntimeError: The backend set by `backend` or RECA_BACKEND cannot run here, torch.jit.trace is active, a

@@ -65,6 +65,6 @@ def test_a_run_is_timed_as_it_waits_for_images(tmp_path):
     decode, step, waited = waiting.measure(64, 1, 2)
     assert step == pytest.approx(1.25 * waiting.IMAGES * decode) and 0 <= waited < 1
     where = dict(device="A CPU", torch="2", commit="abc", date="2026-11-27", command="the command")
-    assert "Not measured yet: `python -m benchmarks.data.waiting`" in waiting_rows.section(tmp_path)
+    assert "Not measured yet; run `python -m benchmarks.data.waiting`" in waiting_rows.section(tmp_path)
     waiting_rows.write(tmp_path / "cpu.csv", [waiting_rows.Row(512, 2, 2.5, 15.63, 60, 0.0131, **where)])
     assert "| 512 px | 2 | 2.5 | 15.6 | 60 | **1.3 %** | 2 % |" in waiting_rows.section(tmp_path)

@@ -107,7 +107,7 @@ def test_the_released_form_is_a_step_too(tmp_path):
 def test_only_released_trainers_have_the_form():
     adapter = nn.Module()
     adapter.name = "janus"
-    with pytest.raises(ValueError, match="no RECA trainer of janus was released; there are show_o"):
+    with pytest.raises(ValueError, match="no RECA trainer was released for janus; expected one of show_o"):
         release.formulate(adapter, False)
 
 
@@ -294,7 +294,7 @@ def test_rates_without_memory_cost_no_row(started, monkeypatch, capsys, tmp_path
     assert __main__.main(["--model", "bagel", "--form", "ours", "--out", str(tmp_path), "--rounds", "2"]) == 1
     (row,) = read(tmp_path / "cpu.csv")
     assert row.seconds_p50 == 2.0 and (row.gemm == 1e11 if there else math.isnan(row.gemm))
-    assert row.note == f"no memory for {3 - there} of 3 measurements of the rates"
+    assert row.note == f"not enough memory for {3 - there} of 3 measurements of rates"
     assert row.note in capsys.readouterr().out and row.note in report.section(tmp_path)
 
 
