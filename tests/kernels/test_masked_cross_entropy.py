@@ -185,7 +185,7 @@ def test_no_labels_at_all(backend, device, reduction, rows):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("layout", ["padded", "begins anywhere", "transposed"])
+@pytest.mark.parametrize("layout", ["padded", "begins anywhere", "columns of wider rows", "transposed"])
 @EVERYWHERE
 def test_layouts(backend, device, layout, dtype):
     """The same bits, however rows lie in memory, and with labels of either size."""
@@ -196,7 +196,8 @@ def test_layouts(backend, device, layout, dtype):
         view = plain.detach().T.contiguous().T
     else:
         lead = 0 if layout == "padded" else 3
-        around = torch.full((rows, classes + 3 + lead), float("nan"), dtype=dtype, device=device)
+        beside = 2003 if layout == "columns of wider rows" else 3  # then the gradient is packed and begins elsewhere
+        around = torch.full((rows, classes + beside + lead), float("nan"), dtype=dtype, device=device)
         view = around[:, lead : lead + classes]
         view.copy_(plain.detach())
     view.requires_grad_()
@@ -257,9 +258,10 @@ def test_expanded_upstream_gradient(backend, device):
     assert got.any() and torch.equal(got, want)
 
 
+@pytest.mark.parametrize("classes", [77, 20001])  # the second, whose rows begin anywhere, is in pieces on GPUs
 @KERNELS
-def test_inplace_writes_the_gradient_over_the_logits(backend, device):
-    leaves, labels = problem(device=device)
+def test_inplace_writes_the_gradient_over_the_logits(backend, device, classes):
+    leaves, labels = problem(classes=classes, device=device)
     logits = logits_of(leaves)
     want = torch.autograd.grad(masked_cross_entropy(logits, labels, backend=backend), logits)[0]
     worked = logits * 1
