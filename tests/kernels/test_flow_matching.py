@@ -269,16 +269,26 @@ def test_no_images_and_no_elements(shape, patch, expected, reduction, backend, d
     assert pred.grad.shape == expected
 
 
+@pytest.mark.parametrize("moved", ["x0", "pred", "t", "noise", "all"])
 @KERNELS
-def test_memory_that_is_not_aligned(backend, device):
-    """x0, pred and t begin four bytes after a 16-byte boundary, with sizes for which vectors would do otherwise."""
-    x0, t, noise, _ = case("batch in eights", device=device)
-    shifted = [torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape) for x in (x0, x0 * 2, t)]
-    assert shifted[0].data_ptr() % 16 == 4
-    got = flow_matching_add_noise(shifted[0], shifted[2], noise, backend=backend)
-    assert torch.equal(got, flow_matching_add_noise(x0, t, noise, backend=backend))
-    got = flow_matching_loss(shifted[1], shifted[0], shifted[2], noise, backend=backend)
-    torch.testing.assert_close(got, flow_matching_loss(x0 * 2, x0, t, noise, backend=backend), rtol=1e-6, atol=0)
+def test_memory_that_is_not_aligned(backend, device, moved):
+    """It begins four bytes after a 16-byte boundary, with sizes for which vectors would do otherwise."""
+    x0, t, address, _ = case("batch in eights", device=device)
+    noise = flow_matching_add_noise(x0, torch.ones_like(t), address, backend=backend)
+    tensors = {"x0": x0, "pred": x0 * 2, "t": t, "noise": noise}
+    results = []
+    for names in ((), tuple(tensors) if moved == "all" else (moved,)):
+        there = dict(tensors)
+        for name in names:
+            x = tensors[name]
+            there[name] = torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape)
+            assert there[name].data_ptr() % 16 == 4
+        pred, rest = there["pred"].requires_grad_(), (there["x0"], there["t"])
+        losses = [flow_matching_loss(pred, *rest, eps, backend=backend) for eps in (address, there["noise"])]
+        noisy = [flow_matching_add_noise(*rest, eps, backend=backend) for eps in (address, there["noise"])]
+        results.append((losses, [*noisy, *(torch.autograd.grad(loss, pred)[0] for loss in losses)]))
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-6, atol=0)
+    assert all(torch.equal(got, want) for got, want in zip(results[1][1], results[0][1], strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
