@@ -53,6 +53,20 @@ def test_wide_rows(backend, device, classes):
         close(got, true, 1e-5)
 
 
+@EVERYWHERE
+def test_a_common_offset_of_smoothed_logits_costs_no_digits(backend, device):
+    """The sum of 5000 logits around 1e5 would; the logits are whole numbers, so that their product is exact."""
+    generator = torch.Generator().manual_seed(5)
+    hidden, weight = (torch.randint(-2, 3, size, generator=generator).float() for size in ((3, 8), (5000, 8)))
+    leaves = [x.to(device).requires_grad_() for x in (hidden, weight, torch.full((5000,), 2.0**17))]
+    labels, wide = torch.tensor([0, 77, 4999], device=device), exact(leaves)
+    loss = masked_linear_cross_entropy(*leaves[:2], labels, leaves[2], label_smoothing=0.5, backend=backend)
+    want = reference.masked_linear_cross_entropy(*wide[:2], labels, wide[2], label_smoothing=0.5)
+    close(loss.detach(), want.detach(), 1e-6)
+    for got, true in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(want, wide), strict=True):
+        close(got, true, 1e-4)  # of hidden: sums of large terms that cancel
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
