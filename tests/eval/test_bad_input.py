@@ -58,6 +58,12 @@ def test_a_file_that_is_none_of_the_benchmark(tmp_path, suite, name, content):
         settings.items()
 
 
+def test_a_table_without_a_column(tmp_path):
+    (tmp_path / "dpg_bench.csv").write_text("item_id,proposition_id,tuple\n" + "p1,1,entity\n" * 2)
+    with pytest.raises(EvaluationError, match=r"dpg_bench.csv has no column dependency, question_natural_language; exp"):
+        open_suite("dpg", tmp_path).items()
+
+
 def test_ids_and_prompts_that_cannot_be_used(tmp_path):
     suite = open_suite("wise", wise(tmp_path, [prompt(1), prompt(2), prompt(1, "other")]))
     with pytest.raises(EvaluationError, match="wise: item '1' comes twice"):
