@@ -197,6 +197,7 @@ def test_dpg(tmp_path):
             writer.writerow(["p1", "", "", number, parent, "", "", f"entity - whole ({number})", f"question {number}?"])
     (tmp_path / "prompts").mkdir()
     (tmp_path / "prompts/p1.txt").write_text("a long prompt\n")
+    (tmp_path / "prompts/p2.txt").write_text("a prompt that no question is about\n")
     suite = open_suite("dpg", tmp_path)
     (item,) = suite.items()
     assert item.prompt == "a long prompt" and suite.path(item, 2) == "p1_2.png"
