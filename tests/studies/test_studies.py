@@ -523,6 +523,10 @@ def test_intervals():
     spread = judge.mean([{"value": v} for v in (10.0, 20.0, 30.0)])
     assert spread == pytest.approx((20.0, 20 - 24.84, 20 + 24.84), abs=1e-2)
     assert judge.mean([{"value": 3.0}]) == (3.0, None, None)
+    for interval in (None, [None, 2.0], [0.0, None]):  # a loss has none, and one prompt tells none
+        some, other = {0: {"value": 3.0, "interval": [2.0, 4.0]}}, {0: {"value": 1.0, "interval": interval}}
+        assert judge.difference(some, other) == (2.0, None, None)
+        assert judge.difference(other, some) == (-2.0, None, None)
     # Newcombe 1998, method 10, the first example of its table II: 56 of 70 against 48 of 80.
     gap = judge.difference({0: rate(56, 70)}, {0: rate(48, 80)})
     assert gap == pytest.approx((20.0, 5.24, 33.39), abs=1e-2)
@@ -586,7 +590,7 @@ def test_a_difference_is_written_with_its_sign():
         ("higher", (5, -1, 9), "open"),
         ("lower", (-5, -9, -1), "agrees"),
         ("lower", (5, 1, 9), "disagrees"),
-        ("equal", (0, -2, 2), "agrees"),
+        ("equal", (0, -3, 3), "agrees"),
         ("equal", (0, -2, 4), "open"),
         ("equal", (6, 4, 9), "disagrees"),
         ("equal", (-6, -9, -4), "disagrees"),
