@@ -60,7 +60,7 @@ def test_a_file_that_is_none_of_the_benchmark(tmp_path, suite, name, content):
 
 def test_a_table_without_a_column(tmp_path):
     (tmp_path / "dpg_bench.csv").write_text("item_id,proposition_id,tuple\n" + "p1,1,entity\n" * 2)
-    with pytest.raises(EvaluationError, match=r"dpg_bench.csv has no column dependency, question_natural_language; exp"):
+    with pytest.raises(EvaluationError, match=r"dpg_bench.csv has no column dependency, question_natural_lang"):
         open_suite("dpg", tmp_path).items()
 
 
