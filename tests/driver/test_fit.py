@@ -53,11 +53,20 @@ def test_all_samples_at_once_where_they_fit(peaks):
 
 
 def test_order_of_what_costs_time(peaks):
-    """Rows are few here: recomputation costs a third of 16 samples', a pass as much as 1024, the host 8192."""
+    """Rows are few here: recomputation costs a third of 16 samples', a pass as much as 1024, the host 32768."""
     assert (chosen(32)[MICRO], chosen(32)[fit.CHECKPOINTING]) == (16, True)  # 12 + 16 and its reserve
     assert (chosen(24)[MICRO], chosen(24)[fit.CHECKPOINTING]) == (8, True)  # 12 + 8
     assert not chosen(24)["optim.offload"]
     assert chosen(8)["optim.offload"]  # 4 + 1
+
+
+def test_moments_cross_the_bus_as_long_as_the_data_sheets_say(peaks):
+    """16 bytes a parameter at PCIe's rate, in rows of 6 FLOPs a parameter: of an A100 and of an H100."""
+    rows = [16 * flops / (6 * rate) for flops, rate in ((312e12, 31.5e9), (989e12, 63e9))]
+    assert rows[0] < fit.OFFLOAD < rows[1]
+    recipe, keys = recipe_of(), {fit.CHECKPOINTING: False, MICRO: 16, "parallel.shard": 2}
+    costs = [fit._time(recipe, keys | {"optim.offload": on}, 2, 100) for on in (False, True)]
+    assert costs[1] - costs[0] == fit.OFFLOAD / 2
 
 
 def test_where_rows_are_many_passes_come_before_recomputation(peaks, monkeypatch):
