@@ -82,6 +82,29 @@ class RunFolder:
         """Write a file when the start is accepted."""
         self.waiting.append((path, content))
 
+    def reject_moved(self) -> None:
+        """Raise OSError where the folder has another path by now: what follows would lie in a new one at the old path.
+
+        The status is written where the folder is, as far as the system tells that.
+        """
+        if self.lock is None:
+            return
+        own, old = os.fstat(self.lock), self.path
+        with contextlib.suppress(FileNotFoundError):
+            there = os.stat(old / folder_lock.FILE)
+            if (there.st_dev, there.st_ino) == (own.st_dev, own.st_ino):
+                return
+        if not own.st_nlink:
+            return  # the lock file was deleted
+        place = "where it was moved to"
+        with contextlib.suppress(OSError):
+            self.path = Path(os.readlink(f"/proc/self/fd/{self.lock}")).parent
+            place = f"in {self.path}"
+        raise OSError(
+            f"the run folder {old} was moved while the run went on: its checkpoints and logs so far lie {place}. Move "
+            "it back, or give its new path as run_dir; the same command then goes on from the newest checkpoint"
+        )
+
     def record_checkpoint(self, checkpoint: Path | None) -> None:
         """Record the latest complete checkpoint in the status; None if there is none."""
         self.status.checkpoint = None if checkpoint is None else str(checkpoint.relative_to(self.path))

@@ -326,7 +326,11 @@ class Trainer:
         """Write a checkpoint and return its folder; None, with an error in the log, if the disk cannot take it.
 
         in_background: return when it is copied to host memory, and with the folder of one that is complete already.
+        Raises OSError where the run folder was moved.
         """
+        with distributed.fail_together():
+            if distributed.rank() == 0:
+                self.folder.reject_moved()
         state = {
             "step": self.step,
             "samples": {task: self._position(task) for task in self.tasks},

@@ -381,6 +381,28 @@ def test_memory_is_checked_before_weights_are_read(tmp_path, monkeypatch):
         Trainer(recipe)
 
 
+def test_a_folder_that_is_moved_while_it_trains_is_not_made_again(recipe, tmp_path):
+    made = recipe("checkpoint.every=2", "train.steps=6", "checkpoint.async_save=false", "log.tensorboard=false")
+    trainer, moved = Trainer(made, ToyAdapter()), tmp_path / "moved"
+    step, old = trainer.train_step, trainer.run_dir
+
+    def moving(batches):
+        if trainer.step == 3:
+            old.rename(moved)
+        return step(batches)
+
+    trainer.train_step = moving
+    with pytest.raises(OSError, match=f"{old} was moved while the run went on: .* lie in {moved}. Move it"):
+        trainer.run()
+    assert not old.exists()
+    status = Status.read(moved)
+    assert (status.state, status.step, status.exit_code) == ("failed", 2, exits.DATA)
+    made.run_dir = str(moved)
+    again = Trainer(made, ToyAdapter())
+    assert again.step == 2
+    again.run()
+
+
 def test_files_are_readable_as_the_umask_allows(recipe, tmp_path):
     """Colleagues read them too: libraries that write weights give their files mode 0600."""
     before = os.umask(0o022)
