@@ -286,6 +286,7 @@ def test_shards_that_are_not_there(tmp_path):
         (b"{}", "no weight_map"),
         (b'{"weight_map": {}}', "no weight_map"),
         (b'{"weight_map": {"a": 3}}', "no weight_map"),
+        (b'{"weight_map": ["a"]}', "no weight_map"),
         (b'{"weight_map": {"a": "../../m.safetensors"}}', "outside its folder"),
         (b'{"weight_map": {"a": "/etc/m.safetensors"}}', "outside its folder"),
     ],

@@ -62,8 +62,9 @@ def test_a_hub_that_gives_nothing(monkeypatch, cause):
 
 
 def test_wrong_files(tmp_path):
-    with pytest.raises(ValueError, match="does not exist"):
-        read_tensors(tmp_path / "x.safetensors")
+    for name in ("x.safetensors", "x.safetensors.index.json"):
+        with pytest.raises(ValueError, match=f"weight file .*{name} does not exist"):
+            read_tensors(tmp_path / name)
     with pytest.raises(ValueError, match="contains no .*index.json"):
         read_tensors(tmp_path)
     (tmp_path / "x.txt").write_text("hello")
