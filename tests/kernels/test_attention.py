@@ -320,6 +320,27 @@ def test_padding_gives_nothing_and_takes_nothing(impl):
     same(with_gradients(run(impl, plan, qkv), qkv, upstream), clean)
 
 
+@pytest.mark.parametrize("held", [torch.nan, torch.inf])
+@pytest.mark.parametrize("mode", ["noise", "pad"])
+@pytest.mark.parametrize("impl", [None, "sdpa", "dense"])
+@pytest.mark.parametrize("padded", [True, False], ids=["batch", "packed"])
+def test_what_hidden_rows_hold_reaches_no_other_row(impl, mode, held, padded):
+    """Neither outputs nor gradients of rows that do not attend to it; rows of noise themselves become NaN."""
+    sample = [Span(3), Span(4, mode), Span(2, "full"), Span(3, "noise")]
+    plan, qkv, upstream = problem([sample, sample], padded)
+    others = torch.tensor([True] * 3 + [False] * 4 + [True] * 5).repeat(2)
+    with torch.no_grad():
+        upstream.flatten(0, -3)[~others] = 0
+    clean = with_gradients(attention(*qkv, plan, impl=impl), qkv, upstream)
+    with torch.no_grad():
+        for x in qkv:
+            x.flatten(0, -3)[~others] = held
+    got = with_gradients(attention(*qkv, plan, impl=impl), qkv, upstream)
+    same([x.flatten(0, -3)[others] for x in got], [x.flatten(0, -3)[others] for x in clean])
+    own = got[0].flatten(0, -3)[~others]
+    assert own.isnan().all() if mode == "noise" else not own.any()
+
+
 def test_nobody_sees_anything():
     for samples in (
         [],
