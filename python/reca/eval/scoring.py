@@ -15,9 +15,7 @@ def score(suite: Suite, answers: Mapping[Key, object], items: Sequence[Item]) ->
         found = suite.score(answers, items)
     except Exception:  # whatever a rule raises on an answer of another form than its own
         failed = _unread(suite, answers, items)
-        if not failed:
-            raise
-        lost = {key for key, _ in failed}
+        lost = {key for key, _ in failed}  # none, where answers fail only together, which then raise again
         found = suite.score({key: answer for key, answer in answers.items() if key not in lost}, items)
     worthless = {(v.item, v.k): v.value for v in found.values if not math.isfinite(v.value)}
     if worthless:
