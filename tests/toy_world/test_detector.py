@@ -56,6 +56,16 @@ def test_what_was_asked_is_what_is_judged(drawn, colours, layout, verdict):
     assert shows(noisy(drawn), PAIR, colours, layout) == verdict
 
 
+@pytest.mark.parametrize(("relation", "down", "right"), [("above", 1, 0), ("left_of", 0, 1)])
+def test_a_thing_that_stands_aside_is_in_no_relation(relation, down, right):
+    """Less than half of an object's side is allowed: on a diagonal, each is neither above nor left of the other."""
+    for aside, verdict in ((0, True), (3, True), (4, False), (12, False)):
+        corners = [(0, 0), (12 * down + aside * right, 12 * right + aside * down)]
+        image = render(PAIR, corners=corners)
+        assert shows(image, Scene((RED, BLUE), relation), True, True) == verdict, aside
+        assert shows(image, Scene((RED, BLUE), relation), True, False)
+
+
 def test_an_extra_object_is_too_many():
     assert not shows(render(PAIR), Scene((RED,)), True, True)
 
