@@ -84,8 +84,7 @@ def shows(image: Tensor, scene: Scene, colours: bool, layout: bool) -> bool:
     found = detect(image)
     if found is None or len(found) != len(scene.things):
         return False
-    orders = [found, found[::-1]] if len(found) == 2 else [found]
-    return any(_matches(order, scene, colours, layout) for order in orders)
+    return any(_matches(order, scene, colours, layout) for order in (found, found[::-1]))
 
 
 def _matches(found: list[Found], scene: Scene, colours: bool, layout: bool) -> bool:
