@@ -91,6 +91,10 @@ def test_against_an_evaluation_that_was_made_before(painter, tmp_path):
     assert change["value"] == pytest.approx(json.loads(text)["overall"]["value"])
     assert change["difference"] == pytest.approx(1 - change["value"])
     kept.chmod(0o755)
+    more = reca.evaluate("world", painter, against="base", limit=42)["against"]["overall"]["value"]
+    found = reca.evaluate("world", painter, against=painter / "eval/base/world", limit=21, out=tmp_path / "out")
+    change = found["against"]["overall"]
+    assert found["against"]["items"] == 21 and change["value"] == pytest.approx(1 - change["difference"]) != more
     for content, message in (
         ("{", "holds no results of format 1"),
         (text.replace('"toy world"', '"x"'), "different suites"),
