@@ -13,6 +13,7 @@ from reca.eval import evaluation, files, generate, judge, records, report, targe
 from reca.eval.errors import EvaluationError
 from reca.eval.judges.base import Judge
 from reca.eval.judges.world import WorldJudge
+from reca.eval.suites import open_suite
 from reca.eval.suites.geneval import GenEval
 from reca.models import UMMS
 from tests.eval.world import Painter
@@ -75,6 +76,40 @@ def test_before_and_after(painter, capsys):
         and "points  [+" in shown
     )
     assert shown.strip() == (painter / "eval/world/report.txt").read_text().strip()
+
+
+def test_results_count_what_they_are_of():
+    suite, by = open_suite("t2i_compbench"), {"name": "x"}
+    items = [item for item in suite.items() if item.tag in ("color", "shape") and item.metadata["number"] < 2]
+    values = {"color/0000": (1.0, 0.5), "color/0001": (0.25, 0.25), "shape/0000": (0.5,)}
+    said = [records.Record(item, k, None, by, value) for item, row in values.items() for k, value in enumerate(row)]
+    said += [records.Record(*key, None, by, error="refused") for key in (("shape/0000", 1), ("shape/0001", 0))]
+    found = report.results(suite, items, {}, said, by, {}, missing=3)
+    assert found["counts"] == {"items": 3, "images": 5, "failed": 2, "missing": 3} and found["images_per_item"] == 2
+    assert {tag: [row[name] for name in ("value", "items", "images")] for tag, row in found["tags"].items()} == {
+        "color": [0.5, 2, 4], "shape": [0.5, 1, 1],
+    }  # fmt: skip
+    assert [(row["item"], row["k"], row["error"]) for row in found["failed"]] == [
+        ("shape/0000", 1, "refused"), ("shape/0001", 0, "refused"),
+    ]  # fmt: skip
+    assert "2 images failed and 3 are missing: the figures leave them out" in report.text(found)
+
+
+@pytest.mark.parametrize(("unit", "point"), [("fraction", 0.01), ("percent", 1), ("points", 0.5)])
+def test_power_is_told_for_changes_of_one_two_and_five_percent(unit, point):
+    """Of all that there is, or of the score where a benchmark has points: of 50, 0.5, 1 and 2.5."""
+    judged, suite = {"name": "x"}, open_suite("t2i_compbench")
+    items = suite.items()[:8]
+    sides = [
+        report.results(
+            suite, items, {}, [records.Record(i.id, 0, None, judged, v * n) for n, i in enumerate(items)], judged, {}
+        )
+        for v in (100 / 7, 1.0)
+    ]
+    for side in sides:
+        side["overall"]["unit"] = unit
+    table = report.compare(*sides, "before")["power"]
+    assert sorted({row["difference"] for row in table}) == pytest.approx([point, 2 * point, 5 * point])
 
 
 def test_against_an_evaluation_that_was_made_before(painter, tmp_path):
