@@ -115,9 +115,10 @@ class Waits(TorchDispatchMode):
 
 
 def modules_of(umm: str) -> list[ModuleType]:
-    """The loaded modules of a model, and of the one whose losses it shares."""
+    """The loaded modules of a model, and those whose losses it shares."""
     packages = {"janusflow": ("janus", "janusflow")}.get(umm, (umm,))
-    return [m for name, m in sys.modules.items() if name.startswith(tuple(f"reca.models.{p}." for p in packages))]
+    packages = (*packages, "common.token_loss")
+    return [m for name, m in sys.modules.items() if f"{name}.".startswith(tuple(f"reca.models.{p}." for p in packages))]
 
 
 @contextmanager

@@ -28,13 +28,6 @@ def cross_entropy(
     samples: int,
     labelled: int | None = None,
 ) -> Tensor:  # [samples, 2]
-    """Compute every sample's sum of cross-entropy over labelled rows, and the number of these rows."""
-    rows = masked_linear_cross_entropy(
-        hidden, head.weight, labels, getattr(head, "bias", None), reduction="none", max_labelled=labelled
-    )
+    """Compute the cross-entropy of every sample's labelled rows, and their number."""
+    rows = masked_linear_cross_entropy(hidden, head.weight, labels, head.bias, reduction="none", max_labelled=labelled)
     return add_up(rows, owners, samples, labels != IGNORE_INDEX)
-
-
-def rectangle(samples: int, length: int, device: torch.device) -> Tensor:
-    """Return the sample index of every row of a flattened [samples, length] batch, int64."""
-    return torch.arange(samples * length, device=device) // length

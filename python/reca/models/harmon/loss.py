@@ -13,17 +13,12 @@ from reca.models import base
 from reca.models.base import LossTerm
 from reca.models.common import by_sample
 from reca.models.common.chat import Prompt
+from reca.models.common.token_loss import token_loss
 from reca.models.harmon import modules, prompt
 from reca.models.harmon.masking import Masking, masked_counts
 from reca.models.harmon.modules import Network
 from reca.rng import CounterRNG, RandomStream
-from reca_kernels import (
-    IGNORE_INDEX,
-    diffusion_add_noise,
-    diffusion_loss,
-    diffusion_schedule,
-    masked_linear_cross_entropy,
-)
+from reca_kernels import IGNORE_INDEX, diffusion_add_noise, diffusion_loss, diffusion_schedule
 
 
 @dataclass(frozen=True)
@@ -165,14 +160,7 @@ def image_loss(
 def reply_loss(net: Network, prepared: Prepared, latents: Tensor) -> LossTerm:
     """Compute the sum of the next-token cross-entropy of replies; logits are computed for labelled rows only."""
     h_v = net.encode_understanding(net.mar.encode(latents))
-    hidden, labels, head = net.states(prepared.layout, h_v), prepared.layout.labels, net.llm.lm_head
-    rows, flat, labelled = hidden.flatten(0, 1), labels.flatten(), int(prepared.weight)
-    total = masked_linear_cross_entropy(rows, head.weight, flat, reduction="sum", max_labelled=labelled)
-    samples = None
-    if prepared.by_sample:
-        owners = by_sample.rectangle(len(labels), labels.shape[1], labels.device)
-        samples = by_sample.cross_entropy(rows, head, flat, owners, len(labels), labelled)
-    return LossTerm.of(total, prepared, samples)
+    return token_loss(net.states(prepared.layout, h_v), net.llm.lm_head, prepared.layout.labels, prepared)
 
 
 @contextlib.contextmanager

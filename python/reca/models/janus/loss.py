@@ -8,12 +8,12 @@ from torch import Tensor
 from reca.data.batch import Batch
 from reca.models import base
 from reca.models.base import LossTerm
-from reca.models.common import by_sample
+from reca.models.common.token_loss import token_loss
 from reca.models.janus import prompt
 from reca.models.janus.modules import Network, SharedLlama
 from reca.models.janus.prompt import Layout, Segment
 from reca.rng import CounterRNG, RandomStream
-from reca_kernels import IGNORE_INDEX, TextSegment, VisualSegment, masked_linear_cross_entropy
+from reca_kernels import IGNORE_INDEX, TextSegment, VisualSegment
 
 
 @dataclass(frozen=True)
@@ -43,33 +43,20 @@ def prepare(net: Network, batch: Batch, rng: CounterRNG) -> Prepared:
 def compute_loss(net: Network, prepared: Prepared, features: dict[str, Any]) -> LossTerm:
     """Compute the sum of the cross-entropy over codes, or over labelled tokens of replies."""
     if prepared.task == "i2t":
-        return LossTerm.of(*reply_loss(net, prepared, features["h_v"]))
-    return LossTerm.of(*image_loss(net, prepared, features["codes"], features.get("h_v")))
+        return reply_loss(net, prepared, features["h_v"])
+    return image_loss(net, prepared, features["codes"], features.get("h_v"))
 
 
-# arguments of LossTerm.of, returned by both losses
-Parts = tuple[Tensor, Prepared, Tensor | None]
-
-
-def image_loss(net: Network, prepared: Prepared, codes: Tensor, h_v: Tensor | None) -> Parts:  # codes int64 [B, N]
+def image_loss(net: Network, prepared: Prepared, codes: Tensor, h_v: Tensor | None) -> LossTerm:  # codes int64 [B, N]
     """Compute the sum of the cross-entropy of codes; tokens from boi to the second-to-last code predict the next."""
     hidden = net.hidden(prepared.layout, h_v, net.embed_codes(codes[:, :-1]))[:, -codes.shape[1] :]
-    return _cross_entropy(net.gen_head.features(hidden), net.gen_head.vision_head, codes, prepared, codes.numel())
+    return token_loss(net.gen_head.features(hidden), net.gen_head.vision_head, codes, prepared)
 
 
-def reply_loss(net: SharedLlama, prepared: Prepared, h_v: Tensor) -> Parts:
+def reply_loss(net: SharedLlama, prepared: Prepared, h_v: Tensor) -> LossTerm:
     """Compute the sum of the next-token cross-entropy of replies; logits are computed for labelled rows only."""
     hidden, labels = net.hidden(prepared.layout, h_v)[:, :-1], prepared.layout.labels[:, 1:]
-    return _cross_entropy(hidden, net.language_model.lm_head, labels, prepared, int(prepared.weight))
-
-
-def _cross_entropy(hidden: Tensor, head: Any, labels: Tensor, prepared: Prepared, labelled: int) -> Parts:
-    rows, flat, samples = hidden.flatten(0, 1), labels.flatten(), None
-    total = masked_linear_cross_entropy(rows, head.weight, flat, head.bias, reduction="sum", max_labelled=labelled)
-    if prepared.by_sample:
-        owners = by_sample.rectangle(len(labels), labels.shape[1], labels.device)
-        samples = by_sample.cross_entropy(rows, head, flat, owners, len(labels), labelled)
-    return total, prepared, samples
+    return token_loss(hidden, net.language_model.lm_head, labels, prepared)
 
 
 def reca_prompt(net: Network, text: str) -> list[Segment]:

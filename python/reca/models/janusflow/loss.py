@@ -63,7 +63,7 @@ def longest_prompt(net: Network) -> int:
 def compute_loss(net: Network, prepared: Prepared, features: dict[str, Any], rng: CounterRNG) -> LossTerm:
     """Compute the sum of the velocity's MSE over images, or of the cross-entropy over labelled tokens of replies."""
     if prepared.task == "i2t":
-        return LossTerm.of(*janus.reply_loss(net, prepared, features["h_v"]))
+        return janus.reply_loss(net, prepared, features["h_v"])
     assert isinstance(prepared.layout, Layout)
     latents = sample_posterior(net, features["moments"], prepared.sample_ids, rng)
     errors = flow_loss(net, prepared.layout, features.get("h_v"), latents, prepared.sample_ids, rng)

@@ -13,10 +13,11 @@ from reca.models.base import LossTerm
 from reca.models.common import by_sample
 from reca.models.common.chat import Prompt
 from reca.models.common.scored_flow import scored_flow_loss, token_rewards
+from reca.models.common.token_loss import token_loss
 from reca.models.open_uni import modules, prompt
 from reca.models.open_uni.modules import Network
 from reca.rng import CounterRNG, RandomStream
-from reca_kernels import attention_plan, flow_matching_add_noise, flow_matching_loss, masked_linear_cross_entropy
+from reca_kernels import attention_plan, flow_matching_add_noise, flow_matching_loss
 
 STEPS = 1000
 CAPTION_DROP = 0.1
@@ -75,7 +76,7 @@ def reca_prompts(net: Network, templates: Sequence[str]) -> list[Prompt]:
 def compute_loss(net: Network, prepared: Prepared, features: dict[str, Any], rng: CounterRNG) -> LossTerm:
     """Compute the sum of the velocity's MSE over images, or of the cross-entropy over labelled tokens of replies."""
     if prepared.task == "i2t":
-        return LossTerm.of(*reply_loss(net, prepared, features["h_v"]))
+        return reply_loss(net, prepared, features["h_v"])
     condition = net.condition(prepared.layout, features["h_v"] if prepared.task == "reca" else None)
     scored = prepared.rewards, features.get("target")
     errors = flow_loss(net, condition, features["latents"], prepared.sample_ids, rng, *scored)
@@ -108,22 +109,12 @@ def noise_level(rng: CounterRNG, sample_ids: Tensor) -> Tensor:
     return (STEPS - index) / STEPS
 
 
-def reply_loss(net: Network, prepared: Prepared, h_v: Tensor) -> tuple[Tensor, Prepared, Tensor | None]:
-    """Compute the sum of the next-token cross-entropy of replies; logits are computed for labelled rows only.
-
-    Returns the arguments of LossTerm.of.
-    """
-    layout, head = prepared.layout, net.mllm.lm_head
+def reply_loss(net: Network, prepared: Prepared, h_v: Tensor) -> LossTerm:
+    """Compute the sum of the next-token cross-entropy of replies; logits are computed for labelled rows only."""
+    layout = prepared.layout
     hidden = net.mllm.model.language_model(
         inputs_embeds=net.embed(layout.src, h_v),
         position_ids=layout.positions,
         plan=attention_plan(layout.spans(), device=h_v.device),
     ).last_hidden_state
-    batch, length = len(hidden), hidden.shape[1] - 1
-    rows, labels, labelled = hidden[:, :-1].flatten(0, 1), layout.labels[:, 1:].flatten(), int(prepared.weight)
-    total = masked_linear_cross_entropy(rows, head.weight, labels, reduction="sum", max_labelled=labelled)
-    samples = None
-    if prepared.by_sample:
-        owners = by_sample.rectangle(batch, length, rows.device)
-        samples = by_sample.cross_entropy(rows, head, labels, owners, batch, labelled)
-    return total, prepared, samples
+    return token_loss(hidden[:, :-1], net.mllm.lm_head, layout.labels[:, 1:], prepared)

@@ -10,7 +10,7 @@ from reca.data.batch import Batch
 from reca.data.tasks import Turn
 from reca.models import base
 from reca.models.base import LossTerm
-from reca.models.common import by_sample
+from reca.models.common.token_loss import token_loss
 from reca.models.show_o import prompt
 from reca.models.show_o.conditioner import Conditioner, conditioner
 from reca.models.show_o.masking import sample_mask
@@ -53,14 +53,9 @@ def compute_loss(net: Network, prepared: Prepared, features: dict[str, Any]) -> 
         layout = prompt.apply_mask(layout, features["codes"], prepared.masked, net.vocabulary)
     if prepared.task == "reca":
         prompt_requires_grad = conditioner(net, "reca").prompt_requires_grad()
-    labels, labelled = layout.labels, int(prepared.weight)
-    hidden = net.hidden(layout, h_v, prompt_requires_grad, read=labels != IGNORE_INDEX, read_rows=labelled)
-    samples = None
-    if prepared.by_sample:
-        owners = by_sample.rectangle(len(labels), labels.shape[1], labels.device)
-        flat = hidden.flatten(0, 1), net.showo.lm_head, labels.flatten()
-        samples = by_sample.cross_entropy(*flat, owners, len(labels), labelled)
-    return LossTerm.of(cross_entropy(net, hidden, labels, labelled), prepared, samples)
+    read = layout.labels != IGNORE_INDEX
+    hidden = net.hidden(layout, h_v, prompt_requires_grad, read=read, read_rows=int(prepared.weight))
+    return token_loss(hidden, net.showo.lm_head, layout.labels, prepared)
 
 
 def cross_entropy(net: Network, hidden: Tensor, labels: Tensor, labelled: int | None = None) -> Tensor:
