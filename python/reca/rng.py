@@ -5,6 +5,8 @@ global id of the sample it belongs to. Resuming, re-sharding, other batch sizes 
 draw as it was, so there is no random state to save.
 """
 
+import math
+from collections.abc import Sequence
 from enum import IntEnum
 
 import torch
@@ -57,6 +59,12 @@ class CounterRNG:
     def normal(self, purpose: RandomStream, sample_ids: Tensor, n: int = 1) -> Tensor:
         """Draw fp32 [B, n], standard normal."""
         return philox_normal(self.noise(purpose, sample_ids), n)
+
+
+def seeded_normal(seed: int, purpose: RandomStream, shape: Sequence[int], device: torch.device) -> Tensor:
+    """Draw fp32 numbers of a shape, standard normal, that an image's seed alone decides."""
+    one = torch.zeros(1, dtype=torch.int64, device=device)
+    return CounterRNG(seed).normal(purpose, one, math.prod(shape)).view(*shape)
 
 
 def _mix(seed: int, part: int) -> int:

@@ -15,7 +15,7 @@ from reca.models.bagel.views import edit_views, task_views
 from reca.models.common.greedy import decode_replies, greedy_tokens
 from reca.models.common.images import fit_to_view, to_uint8
 from reca.models.common.inference import check_multiple
-from reca.rng import CounterRNG, RandomStream
+from reca.rng import RandomStream, seeded_normal
 
 RENORMS = ("global", "channel", "text_channel")
 EPSILON = 1e-8
@@ -222,21 +222,16 @@ def _renormalise(out: Tensor, v: Tensor, least: float, dim) -> Tensor:
 
 def start_noise(net: Network, sizes: list[tuple[int, int]], seeds: list[int]) -> Tensor:
     """Draw standard normal tokens. Those of an image depend on its seed only."""
-    channels, one = net.vae2llm.in_features, torch.zeros(1, dtype=torch.int64, device=net.device)
-    return torch.cat(
-        [
-            CounterRNG(seed).normal(RandomStream.NOISE, one, height * width * channels).view(-1, channels)
-            for (height, width), seed in zip(sizes, seeds, strict=True)
-        ]
-    )
+    shapes = [(height * width, net.vae2llm.in_features) for height, width in sizes]
+    pairs = zip(seeds, shapes, strict=True)
+    return torch.cat([seeded_normal(seed, RandomStream.NOISE, shape, net.device) for seed, shape in pairs])
 
 
 def posterior_noise(net: Network, images: list[Tensor], seeds: list[int]) -> list[Tensor]:
-    one, made = torch.zeros(1, dtype=torch.int64, device=net.device), []
-    for image, seed in zip(images, seeds, strict=True):
-        h, w = (size // net.codec.factor for size in image.shape[1:])
-        made.append(CounterRNG(seed).normal(RandomStream.POSTERIOR, one, net.codec.channels * h * w).view(-1, h, w))
-    return made
+    channels, factor = net.codec.channels, net.codec.factor
+    shapes = [(channels, *(side // factor for side in image.shape[1:])) for image in images]
+    pairs = zip(seeds, shapes, strict=True)
+    return [seeded_normal(seed, RandomStream.POSTERIOR, shape, net.device) for seed, shape in pairs]
 
 
 def pixels(net: Network, tokens: Tensor, sizes: list[tuple[int, int]]) -> list[Tensor]:

@@ -12,7 +12,7 @@ from reca.models.janusflow import prompt
 from reca.models.janusflow.loss import longest_prompt, reca_prompt, t2i_prompt
 from reca.models.janusflow.modules import Network
 from reca.models.janusflow.prompt import Segment
-from reca.rng import CounterRNG, RandomStream
+from reca.rng import RandomStream, seeded_normal
 from reca_kernels import attention_plan
 
 
@@ -38,9 +38,7 @@ def draw(
 ) -> list[Tensor]:
     """Generate an image per prompt, uint8 [3, S, S]. The initial noise of an image depends on its seed only."""
     shape = (net.codec.channels, net.side, net.side)
-    one = torch.zeros(1, dtype=torch.int64, device=net.device)
-    n = shape[0] * shape[1] * shape[2]
-    start = torch.cat([CounterRNG(seed).normal(RandomStream.NOISE, one, n).view(1, *shape) for seed in seeds])
+    start = torch.stack([seeded_normal(seed, RandomStream.NOISE, shape, net.device) for seed in seeds])
     latents = denoise(net, prompts, h_v, start, steps=steps, guidance=guidance)
     return list(to_uint8(net.codec.decode(latents), floor=True))  # as in the release
 

@@ -14,7 +14,7 @@ from reca.models.common.planned import greedy
 from reca.models.common.text import control
 from reca.models.open_uni import modules, prompt
 from reca.models.open_uni.modules import Network
-from reca.rng import CounterRNG, RandomStream
+from reca.rng import RandomStream, seeded_normal
 
 PIPELINE_FACTOR = 32  # pixels per latent that the pipeline assumes when it checks sizes
 
@@ -121,9 +121,7 @@ def sample(
     latents = modules.codec_sizes(net.config)
     check_multiple(latents.size, height, width)
     shape = (latents.channels, height // latents.size, width // latents.size)
-    one = torch.zeros(1, dtype=torch.int64, device=net.device)
-    n = shape[0] * shape[1] * shape[2]
-    start = torch.cat([CounterRNG(seed).normal(RandomStream.NOISE, one, n).view(1, *shape) for seed in seeds])
+    start = torch.stack([seeded_normal(seed, RandomStream.NOISE, shape, net.device) for seed in seeds])
     conditions = (condition(net, prompts, h_v) for prompts in (cond, uncond))
     return list(to_uint8(denoise(net, *conditions, start, steps, guidance)))
 
