@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from reca.environment import environment
 from reca.models.common.on_cpu import as_gpu
 from reca_kernels.masked_linear_cross_entropy.plan import CPU, Machine, plan
 
@@ -247,11 +248,6 @@ def _attention(
 @contextmanager
 def on_gpu() -> Iterator[None]:
     """Do as a GPU does, with tensors of the CPU that have no memory."""
-    before = os.environ.get("RECA_ATTENTION")
-    os.environ.setdefault("RECA_ATTENTION", "sdpa")  # the others take no tensors of a CPU, or are for small ones
-    try:
-        with OnGPU(), as_gpu():
-            yield
-    finally:
-        if before is None:
-            del os.environ["RECA_ATTENTION"]
+    # By default sdpa: the others take no tensors of a CPU, or are for small ones.
+    with environment(RECA_ATTENTION=os.environ.get("RECA_ATTENTION", "sdpa")), OnGPU(), as_gpu():
+        yield

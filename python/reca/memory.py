@@ -22,6 +22,7 @@ from reca.data.batch import Batch, task_rng
 from reca.data.tasks import Scored, ScoredBox, Turn
 from reca.data.templates import load_templates
 from reca.ema import EMA
+from reca.environment import environment
 from reca.meta_model import build_meta
 from reca.micro_batches import accumulation_steps, micro_batch_sizes, passes_by_tokens
 from reca.models.base import Adapter
@@ -294,17 +295,12 @@ def _world(gpus: int, node: int) -> Iterator[None]:
     if gpus == 1:
         yield
         return
-    before = os.environ.get("LOCAL_WORLD_SIZE")
-    os.environ["LOCAL_WORLD_SIZE"] = str(min(node, gpus))
-    dist.init_process_group("fake", rank=0, world_size=gpus, store=FakeStore())
-    try:
-        yield
-    finally:
-        distributed.shut_down()
-        if before is None:
-            del os.environ["LOCAL_WORLD_SIZE"]
-        else:
-            os.environ["LOCAL_WORLD_SIZE"] = before
+    with environment(LOCAL_WORLD_SIZE=str(min(node, gpus))):
+        dist.init_process_group("fake", rank=0, world_size=gpus, store=FakeStore())
+        try:
+            yield
+        finally:
+            distributed.shut_down()
 
 
 def in_own_process(function: Callable[..., Result], *arguments: Any) -> Result:

@@ -7,18 +7,18 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
 from importlib import import_module
 from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 from reca import exits, library_logs
+from reca.environment import environment
 
 FORK_SERVER = sys.platform == "linux"  # what a Mac's libraries import does not outlive a fork
-THREAD_COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")  # of any library
 
 
 def prepare(*modules: str) -> None:
@@ -28,7 +28,7 @@ def prepare(*modules: str) -> None:
     """
     if FORK_SERVER:
         multiprocessing.forkserver.set_forkserver_preload(["reca.quiet_imports", *modules])
-        with _one_thread():
+        with environment(**ONE_THREAD):
             multiprocessing.forkserver.ensure_running()
 
 
@@ -72,7 +72,7 @@ class Workers:
 
     def _open(self, gpu: str | None) -> ProcessPoolExecutor:
         context = get_context("forkserver" if FORK_SERVER and gpu is None else "spawn")
-        with _one_thread():
+        with environment(**ONE_THREAD):
             pool = ProcessPoolExecutor(1, mp_context=context, initializer=_begin, initargs=(gpu, dict(os.environ)))
             pool.submit(_import, self.modules)  # starts the process
         return pool
@@ -118,18 +118,3 @@ def _work(work: Callable[..., Any], given: Sequence[Any]) -> Any:
 def _import(modules: Sequence[str]) -> None:
     for name in modules:
         import_module(name)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Make the processes that start inside compute with one thread, whatever library computes."""
-    before = {name: os.environ.get(name) for name in THREAD_COUNTS}
-    os.environ.update(dict.fromkeys(THREAD_COUNTS, "1"))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
