@@ -23,6 +23,7 @@ from torch import Tensor
 from benchmarks.devices import Ceilings, Device
 from benchmarks.rows import BACKWARD, BOTH, BY_SIZE, CEILING, FORWARD, OURS, RESULTS, Row, rounded
 from reca import full_memory
+from reca.errors import first_line
 from reca_kernels import dispatch
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -155,7 +156,7 @@ def measure(case: Case, device: Device, ceilings: Ceilings, about: dict, rounds:
         try:
             trials += _trials(case, name, provider, device, sets, floor, exact)
         except Exception as error:
-            reasons[name] = f"failed: {type(error).__name__}: {full_memory.first_line(error)}"
+            reasons[name] = f"failed: {type(error).__name__}: {first_line(error)}"
         device.free()
     exact = None
     device.free()
@@ -187,7 +188,7 @@ def _exact(case: Case, inputs: SimpleNamespace) -> tuple[Tensor, ...] | str:
     except full_memory.KINDS as error:
         if not full_memory.is_memory_full(error):
             raise
-        return f"no error: fp64 formula: {full_memory.first_line(error)}"
+        return f"no error: fp64 formula: {first_line(error)}"
 
 
 def _trials(case, name, provider, device, sets, floor, exact) -> list[_Trial]:
@@ -210,7 +211,7 @@ def _trials(case, name, provider, device, sets, floor, exact) -> list[_Trial]:
             replay = device.captured(provider.run, backward, sets, floor)
             made.append(_Trial(name, "graph", lambda: replay(provider.run, backward, inputs), peak, error))
         except RuntimeError as refused:
-            made[0].note = f"no graph: {full_memory.first_line(refused)}"
+            made[0].note = f"no graph: {first_line(refused)}"
     return made
 
 

@@ -1,4 +1,4 @@
-"""Errors of many ranks: each is printed once, however many ranks raise it."""
+"""Messages of errors: their first line, and printed once, however many ranks raise them."""
 
 import contextlib
 import hashlib
@@ -21,6 +21,11 @@ class PeerFailed(RuntimeError):
     def __init__(self, rank: int, exit_code: int, reason: str):
         super().__init__(f"rank {rank} failed: {reason}")
         self.exit_code, self.reason = exit_code, reason
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def print_once(sentence: str) -> None:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from reca import distributed, exits, full_memory
-from reca.full_memory import first_line, is_memory_full
+from reca.errors import first_line
+from reca.full_memory import is_memory_full
 
 log = logging.getLogger("reca")
 T = TypeVar("T")

@@ -10,6 +10,7 @@ import torch
 
 from reca import distributed, fit, full_memory, memory, units
 from reca.config import Recipe
+from reca.errors import first_line
 from reca.options import RecipeError
 
 log = logging.getLogger("reca")
@@ -38,7 +39,7 @@ def explained(recipe_of: Callable[[], Recipe]) -> Iterator[None]:
             raise
         recipe = recipe_of()
         left = snapshot(Path(recipe.run_dir))
-        raise RecipeError(f"out of memory ({full_memory.first_line(error)}). {advice(recipe)}{left}") from error
+        raise RecipeError(f"out of memory ({first_line(error)}). {advice(recipe)}{left}") from error
 
 
 def record_history(recipe: Recipe) -> None:

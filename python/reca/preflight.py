@@ -13,6 +13,7 @@ from reca.config import Recipe
 from reca.data.errors import DataError
 from reca.data.sample import Source
 from reca.data.templates import load_templates
+from reca.errors import first_line
 from reca.eval.training import TrainingSuite
 from reca.held import held, host_moments
 from reca.host_memory import total as host_memory
@@ -169,6 +170,6 @@ def memory_errors() -> Iterator[None]:
         if not full_memory.is_memory_full(error):
             raise
         raise RecipeError(
-            f"out of memory ({full_memory.first_line(error)}). Lower micro_batch of the objective's tasks, set "
+            f"out of memory ({first_line(error)}). Lower micro_batch of the objective's tasks, set "
             "train.activation_checkpointing=true, or use more GPUs"
         ) from error

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from reca.errors import first_line
 from reca.image_grid import make_grid
 
 log = logging.getLogger("reca")
@@ -122,16 +123,12 @@ class Trackers:
                 said = f"{kind.name} cannot be used ({error})"
             log.info("%s: logging to log.jsonl without it", said)
         except Exception as error:  # a full disk, no network, no login: whatever the service raises
-            log.warning("%s cannot be used (%s): logging to log.jsonl without it", kind.name, _first_line(error))
+            log.warning("%s cannot be used (%s): logging to log.jsonl without it", kind.name, first_line(error))
 
     def _each(self, method: str, *arguments: Any) -> None:
         for tracker in list(self.open):
             try:
                 getattr(tracker, method)(*arguments)
             except Exception as error:
-                log.warning("%s cannot be written (%s): it ends here", tracker.name, _first_line(error))
+                log.warning("%s cannot be written (%s): it ends here", tracker.name, first_line(error))
                 self.open.remove(tracker)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -7,7 +7,7 @@ import torch
 
 from reca import api, cli, exits, inference, out_of_memory, preflight, serve
 from reca.data.batch import Batch
-from reca.full_memory import first_line
+from reca.errors import first_line
 from reca.options import RecipeError
 from reca.recipe_files import load_recipe
 from reca.reconstructions import reconstruct

@@ -3,6 +3,7 @@
 import torch.distributed.checkpoint as dcp
 
 from reca import exits
+from reca.errors import first_line
 
 
 class CheckpointError(RuntimeError):
@@ -18,7 +19,6 @@ def first_failure(error: BaseException) -> BaseException:
     return error
 
 
-def first_line(error: BaseException) -> str:
+def first_reason(error: BaseException) -> str:
     """Return the message of the first rank that failed, without the traceback that DCP adds."""
-    error = first_failure(error)
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return first_line(first_failure(error))

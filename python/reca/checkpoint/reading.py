@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 
 from reca import distributed, exits, lora, manifest
 from reca.checkpoint.contents import EMA, FLAT, changed_parameters, named_parameters, tensors
-from reca.checkpoint.errors import CheckpointError, first_line
+from reca.checkpoint.errors import CheckpointError, first_reason
 from reca.checkpoint.listing import MARKER, compare, find_damage, latest_valid
 from reca.config import LoraConfig
 from reca.errors import PeerFailed
@@ -183,7 +183,7 @@ def _read(folder: Path, tensors: dict[str, Tensor]) -> None:
         rank, failure = next(iter(failures.items()))
         if (own := failures.get(distributed.rank())) is not None:
             raise own from error
-        raise PeerFailed(rank, exits.code_of(failure), first_line(failure)) from error
+        raise PeerFailed(rank, exits.code_of(failure), first_reason(failure)) from error
 
 
 def _reading(folder: Path, read: Callable):
@@ -198,7 +198,7 @@ def _reading(folder: Path, read: Callable):
 
 def _damage(error: BaseException) -> str:
     """Describe contents that could not be parsed; empty where an error proves nothing about them."""
-    return "" if isinstance(error, PROVE_NOTHING) else f"{type(error).__name__}: {first_line(error)}"
+    return "" if isinstance(error, PROVE_NOTHING) else f"{type(error).__name__}: {first_reason(error)}"
 
 
 def _damaged(folder: Path, damage: str) -> CheckpointError:

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
 from reca import distributed, exits, folders, manifest, units
 from reca.checkpoint.contents import Snapshot, snapshot
-from reca.checkpoint.errors import first_failure, first_line
+from reca.checkpoint.errors import first_failure, first_reason
 from reca.checkpoint.listing import MARKER, PARTIAL, free_space, list_complete, remove
 from reca.checkpoint.retention import Keep
 from reca.models.base import Adapter
@@ -60,7 +60,7 @@ def write(run_dir: Path, taken: Snapshot, keep: Keep) -> Path | None:
         disk = exits.code_of(error) == exits.DATA
         log.error(
             "checkpoint at step %d NOT saved: %s. Earlier checkpoints are untouched%s",
-            step, getattr(error, "reason", None) or first_line(error), f"; free space in {run_dir}" if disk else "",
+            step, getattr(error, "reason", None) or first_reason(error), f"; free space in {run_dir}" if disk else "",
             exc_info=None if isinstance(error, OSError | RuntimeError) else error,
         )  # fmt: skip
         if distributed.rank() == 0:
@@ -90,7 +90,7 @@ def _write(folder: Path, part: dict[str, Tensor], files: dict[str, int]) -> None
         dcp.save(part, storage_writer=writer, process_group=distributed.gloo_group())
     except dcp.api.CheckpointException as error:  # a BaseException
         kind = OSError if isinstance(first_failure(error), OSError) else RuntimeError
-        raise kind(first_line(error)) from error
+        raise kind(first_reason(error)) from error
 
 
 def _write_state(partial: Path, state: dict) -> None:

@@ -11,13 +11,14 @@ from tqdm import tqdm
 from reca import inference
 from reca.data.errors import BadSample, DataError
 from reca.data.pixels import read_image
+from reca.errors import first_line
 from reca.eval import records, scoring
 from reca.eval.errors import EvaluationError
 from reca.eval.judges.base import Judge, JudgeError
 from reca.eval.records import Record
 from reca.eval.suites import Item, Key, Suite
 from reca.eval.suites.base import agree, image_hash
-from reca.full_memory import first_line, is_memory_full
+from reca.full_memory import is_memory_full
 
 log = logging.getLogger("reca")
 MOST_FAILURES = 5  # in a row, after which the judge is taken to be broken

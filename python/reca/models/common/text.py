@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from reca.data.text import encodable
+from reca.errors import first_line
 from reca.files import damage
 
 _PLAIN: "weakref.WeakKeyDictionary[PreTrainedTokenizerBase, _Plain]" = weakref.WeakKeyDictionary()
@@ -58,8 +59,9 @@ def read_tokenizer(folder: Path, as_is: bool = False) -> PreTrainedTokenizerBase
         for path in sorted(folder.glob("*.json")):
             if cause := damage(path):
                 raise ValueError(f"{path} {cause}") from error
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{folder} contains no readable tokenizer ({reason}); set model.tokenizer") from error
+        raise ValueError(
+            f"{folder} contains no readable tokenizer ({first_line(error)}); set model.tokenizer"
+        ) from error
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[str], rows: int, model: str) -> None:

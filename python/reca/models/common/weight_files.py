@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from reca.errors import first_line
 from reca.files import AGAIN, HEAD, damage, is_safetensors, read_json, size_of
 from reca.models.common import deferred_weights
 
@@ -125,7 +126,7 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
     except (OSError, MemoryError):
         raise
     except Exception as error:
-        raise ValueError(f"{_named(path)} is a damaged safetensors file ({_first_line(error)}); {AGAIN}") from error
+        raise ValueError(f"{_named(path)} is a damaged safetensors file ({first_line(error):.200}); {AGAIN}") from error
 
 
 def _torch(path: Path) -> Mapping[Any, Any]:
@@ -162,7 +163,7 @@ def _loaded(path: Path) -> Any:
                 "them can run arbitrary code; if you trust it, save its state dict alone, preferably as .safetensors"
             ) from error
         what = "is not a torch.save file, or a damaged one"
-        raise ValueError(f"{_named(path)} {what} ({_first_line(error)}); {AGAIN}") from error
+        raise ValueError(f"{_named(path)} {what} ({first_line(error):.200}); {AGAIN}") from error
 
 
 def _unwrapped(state: Mapping[Any, Any], path: Path) -> Mapping[Any, Any]:
@@ -278,10 +279,6 @@ def _joined(shards: Iterable[Path]) -> dict[str, Tensor]:
 def _by_number(name: str) -> list[tuple[int, str]]:
     """Return a sort key that orders part-2 before part-10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
 
 
 @contextlib.contextmanager
