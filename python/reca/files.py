@@ -1,5 +1,6 @@
-"""Identify files by their first bytes, and say what to do about those that cannot be used."""
+"""Identify files by their first bytes or all of them, and say what to do about those that cannot be used."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from reca import units
 
 HEAD = 1 << 10  # bytes that identify a file
+CHUNK = 8 << 20  # bytes that are read at once
 DOWNLOADS = (".incomplete", ".part", ".partial", ".crdownload", ".download", ".aria2", ".tmp")
 AGAIN = "fetch it again"
 
@@ -41,6 +43,15 @@ def is_safetensors(head: bytes) -> bool:
 def size_of(path: Path) -> str:
     """Write the size of a file, such as 132 bytes or 5.82 GiB."""
     return units.size(path.stat().st_size)
+
+
+def sha256(path: Path) -> str:
+    """Hash the contents of a file, as hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def placeholder(head: bytes) -> str | None:

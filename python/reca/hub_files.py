@@ -1,18 +1,17 @@
 """Files of the hub: what a repository holds, what of it is on this machine, and bringing the rest."""
 
 import fcntl
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from reca.data.errors import DataError
+from reca.files import sha256
 
 # Smaller files are left to huggingface_hub, which fetches several at once and starts them again after an interruption.
 RESUMED = 2**30
 # Larger ones the hub gives by its own protocol (hf_xet) alone.
 LARGEST = 50_000_000_000
-CHUNK = 2**22
 
 
 @dataclass(frozen=True)
@@ -177,11 +176,3 @@ def _transfer(listing: Listing, file: HubFile, out: BinaryIO) -> None:
         except HfHubHTTPError:
             if out.seek(0, 2) == here:
                 raise  # it is not that the signature ended while the file came
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()

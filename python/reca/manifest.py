@@ -1,13 +1,13 @@
 """Manifests: a folder's files with sizes and checksums. Written last, it marks the folder as complete."""
 
-import hashlib
 import json
 import stat
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-CHUNK = 8 << 20
+from reca.files import sha256
+
 THREADS = 8  # hashlib releases the interpreter lock
 
 
@@ -63,11 +63,7 @@ def _size(path: Path) -> int | None:
 
 
 def _entry(path: Path) -> dict:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def _is_entry(entry) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from reca import exits, units
-from reca.hub_files import sha256
+from reca.files import sha256
 from reca.models.common.hub import cause_of
 
 SHOWN = 3  # files that a message names
