@@ -7,9 +7,7 @@ Output  about [-1, 1], rounded to the nearest of 256 levels (`to_uint8`).
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from reca.data.pixels import make_view
@@ -43,7 +41,7 @@ def fit_to_view(image: Tensor, view: View) -> Tensor:  # uint8 [3, H, W]
         raise TypeError(
             f"an image must be a uint8 tensor [3, H, W], got {got}; reca.data.pixels.read_image(PATH) returns one"
         )
-    return make_view(Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).cpu().numpy())), view)
+    return make_view(image.cpu(), view)
 
 
 def per_channel(values: Sequence[float], pixels: Tensor) -> Tensor:
