@@ -62,9 +62,9 @@ def _contexts(selective: bool, precision: str, uncached: bool) -> Callable[[], t
         if selective:
             first, second = create_selective_checkpoint_contexts(_policy)
         if uncached:
-            first, second = _Both(_without_cast_cache(), first), _Both(_without_cast_cache(), second)
+            first, second = _both(_without_cast_cache(), first), _both(_without_cast_cache(), second)
         if precision == "fp64":  # torch knows of autocast and repeats it, but of no other context
-            second = _Both(autocast(precision, torch.device("cpu")), second)
+            second = _both(autocast(precision, torch.device("cpu")), second)
         return first, second
 
     return contexts
@@ -91,15 +91,7 @@ def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolic
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-class _Both(contextlib.ExitStack):
-    """Two contexts as one."""
-
-    def __init__(self, *contexts: Any) -> None:
-        super().__init__()
-        self.contexts = contexts
-
-    def __enter__(self) -> "_Both":
-        super().__enter__()
-        for context in self.contexts:
-            self.enter_context(context)
-        return self
+@contextlib.contextmanager
+def _both(first: AbstractContextManager, second: AbstractContextManager) -> Iterator[None]:
+    with first, second:
+        yield
