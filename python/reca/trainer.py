@@ -42,7 +42,7 @@ from reca.optim import FusedBackward, gradient_norm, lr_at, make_optimizer, set_
 from reca.parallelize import load, parallelize
 from reca.precision import autocast, cast, training_kernels
 from reca.precompute import features_identity
-from reca.profiling import ProfileWindow
+from reca.profiling import profiler_of
 from reca.recipe_files import absolute_paths, as_dict, save_recipe
 from reca.reporting import RunReport
 from reca.run_folder import RunFolder
@@ -205,8 +205,8 @@ class Trainer:
             if not self.evaluations.begun:
                 self._evaluate(report, watch)
             first = self.step
-            window = ProfileWindow(recipe.log.profile, self.step, recipe.train.steps, self.run_dir)
-            profiler = running.enter_context(window)
+            if profiler := profiler_of(recipe.log.profile, self.step, recipe.train.steps, self.run_dir):
+                running.enter_context(profiler)
             while self.step < recipe.train.steps:
                 watch.enter(self.step + 1, "loading of batches")
                 started = time.perf_counter()
@@ -225,7 +225,8 @@ class Trainer:
                 report.step(self.step, metrics, seconds, data_wait)
                 report.sample(self.step, self.diagnostics)
                 self._evaluate(report, watch)
-                profiler.step()
+                if profiler:
+                    profiler.step()
                 watch.enter(self.step, "saving")
                 self._save_or_stop()
             watch.enter(self.step, "drawing reconstructions")
