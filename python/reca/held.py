@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from reca.config import Recipe
 from reca.micro_batches import accumulation_steps
@@ -48,7 +48,7 @@ def held(adapter: Adapter, recipe: Recipe, gpus: int, node: int, card: int = 0) 
     shard = shard_size(recipe.parallel, gpus, min(node, gpus), replicas_fit(adapter, card)) if gpus > 1 else 1
     half = recipe.train.precision == "bf16"
     cast = gpus == 1 and half and recipe.train.cast_once
-    weights = sum(_bytes(buffer) for buffer in adapter.buffers())
+    weights = sum(buffer.nbytes for buffer in adapter.buffers())
     gradients = moments = ema = copies = 0
     for parameter in adapter.parameters():
         own = part(parameter, shard) * parameter.itemsize
@@ -64,8 +64,8 @@ def held(adapter: Adapter, recipe: Recipe, gpus: int, node: int, card: int = 0) 
         ids = set(map(id, managed))
         blocks = [[p for p in block.parameters() if id(p) in ids] for block in adapter.blocks()]
         inside = {id(parameter) for block in blocks for parameter in block}
-        copies = sum(_bytes(parameter) for parameter in managed if id(parameter) not in inside)
-        sizes = sorted(sum(p.numel() * 2 if half else _bytes(p) for p in block) for block in blocks)
+        copies = sum(parameter.nbytes for parameter in managed if id(parameter) not in inside)
+        sizes = sorted(sum(p.numel() * 2 if half else p.nbytes for p in block) for block in blocks)
         copies += sum(sizes[-2:])
     return Held(weights, gradients, moments, ema, copies)
 
@@ -79,9 +79,9 @@ def host_memory(adapter: Adapter, recipe: Recipe, gpus: int, node: int, card: in
     ranks = min(node, gpus)
     shard = shard_size(recipe.parallel, gpus, ranks, replicas_fit(adapter, card)) if gpus > 1 else 1
     copied = max(part(parameter, shard) * parameter.itemsize for parameter in adapter.parameters())
-    need = ranks * (copied + sum(_bytes(buffer) for buffer in adapter.buffers()))
+    need = ranks * (copied + sum(buffer.nbytes for buffer in adapter.buffers()))
     if not published_files(recipe):
-        need += sum(_bytes(parameter) for parameter in adapter.parameters())
+        need += sum(parameter.nbytes for parameter in adapter.parameters())
     return need
 
 
@@ -99,7 +99,3 @@ def part(parameter: nn.Parameter, shard: int) -> int:
     if parameter.ndim == 0:
         return 1
     return -(-parameter.shape[0] // shard) * parameter[:1].numel()
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.itemsize

@@ -102,7 +102,7 @@ def replicas_fit(adapter: nn.Module, memory: int) -> bool:
 
     The rest is for activations and copies of weights.
     """
-    state = sum(tensor.numel() * tensor.itemsize for tensor in (*adapter.parameters(), *adapter.buffers()))
+    state = sum(tensor.nbytes for tensor in (*adapter.parameters(), *adapter.buffers()))
     state += sum(p.numel() * (4 + 2 * p.itemsize) for p in adapter.parameters() if p.requires_grad)
     return state <= SHARE * memory
 

@@ -57,7 +57,7 @@ def snapshot(
         state | {"group_steps": [group.get("step") for group in optimizer.param_groups]},  # where apex counts
         {name: own_share(part) for name, part in whole.items()},
         {name: split_into_files(part) for name, part in whole.items()},
-        sum(_bytes(tensor) for part in whole.values() for tensor in part.values()),
+        sum(tensor.nbytes for part in whole.values() for tensor in part.values()),
     )
 
 
@@ -81,7 +81,7 @@ def size(adapter: Adapter, config: OptimConfig, ema: bool = False) -> int:
     ema: with an fp32 average of these, too.
     """
     trained = [p for p in adapter.parameters() if p.requires_grad]
-    changed = sum(map(_bytes, changed_parameters(adapter).values()))
+    changed = sum(parameter.nbytes for parameter in changed_parameters(adapter).values())
     return changed + sum(state_bytes(p, config) + (4 * p.numel() if ema else 0) for p in trained)
 
 
@@ -94,11 +94,11 @@ def own_share(whole: dict[str, Tensor]) -> dict[str, Tensor]:
     """Leave to each rank what it alone has, and an equal share of what several ranks hold the same copies of."""
     loads: dict[int, list[int]] = {}  # bytes by owner, for every number of copies
     own = set()
-    for name in sorted(whole, key=lambda name: -_bytes(whole[name])):
+    for name in sorted(whole, key=lambda name: -whole[name].nbytes):
         copies, index = _copies(whole[name])
         load = loads.setdefault(copies, [0] * copies)
         owner = load.index(min(load))
-        load[owner] += _bytes(whole[name])
+        load[owner] += whole[name].nbytes
         if owner == index:
             own.add(name)
     return {name: tensor for name, tensor in whole.items() if name in own}
@@ -109,7 +109,7 @@ def split_into_files(whole: dict[str, Tensor]) -> dict[str, int]:
     files, file, filled = {}, 1, 0
     for name, tensor in whole.items():
         shards = tensor.device_mesh.size() // _copies(tensor)[0] if isinstance(tensor, DTensor) else 1
-        need = -(-_bytes(tensor) // shards)
+        need = -(-tensor.nbytes // shards)
         if filled and filled + need > FILE_BYTES:
             file, filled = file + 1, 0
         filled += need
@@ -129,7 +129,3 @@ def _copies(tensor: Tensor) -> tuple[int, int]:
     for dim in replicated:
         index = index * mesh.size(dim) + coordinate[dim]
     return math.prod(mesh.size(dim) for dim in replicated), index
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

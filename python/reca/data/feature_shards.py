@@ -97,7 +97,7 @@ class ShardWriter(AbstractContextManager["ShardWriter"]):
         for number, address in enumerate(addresses):
             for name, row in features_of(features, number).items():
                 self.waiting[f"{address}/{name}"] = row
-                self.waiting_bytes += row.numel() * row.element_size()
+                self.waiting_bytes += row.nbytes
         self.images += len(addresses)
         if self.waiting_bytes >= SHARD_BYTES:
             self.write()

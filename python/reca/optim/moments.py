@@ -7,6 +7,7 @@ stand for depend on how FSDP2 shards the rows. A second moment above 0 is never 
 divide by it.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -88,11 +89,7 @@ def round_to_bf16(values: Tensor, seed: Tensor, first: int, stream: int) -> Tens
 
 def _rows(shape: Sequence[int]) -> tuple[int, int]:
     """Return how many rows a parameter has, and the elements of each."""
-    rows = shape[0] if len(shape) else 1
-    row = 1
-    for size in shape[1:]:
-        row *= size
-    return rows, row
+    return (shape[0] if len(shape) else 1), math.prod(shape[1:])
 
 
 def _quantized(shape: Sequence[int]) -> bool:

@@ -106,7 +106,7 @@ def export_to(folder: Path | str) -> Iterator[Export]:
 
 
 def _bytes(state: Mapping[str, Any]) -> int:
-    return sum(_bytes(v) if isinstance(v, Mapping) else v.numel() * v.element_size() for v in state.values())
+    return sum(_bytes(v) if isinstance(v, Mapping) else v.nbytes for v in state.values())
 
 
 def _on_cpu(state: Mapping[str, Any]) -> dict[str, Any]:
