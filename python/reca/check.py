@@ -21,7 +21,7 @@ from reca.meta_model import build_meta
 from reca.micro_batches import describe_split, size_warning
 from reca.models.base import ROLES, Adapter
 from reca.models.common.on_cpu import as_gpu
-from reca.parallelize import replicas_fit, shard_size
+from reca.parallelize import predicted_shard_size
 from reca.peaks import known_peak
 from reca.recipe_files import by_key
 from reca.recompute import checkpoint_activations
@@ -154,7 +154,7 @@ def report(recipe: Recipe, gpus: int = 1, node: int = 8, card: int | None = None
         lines += textwrap.wrap(text, 100, initial_indent="  ", subsequent_indent="  ")
     lines += ["", f"peak memory per GPU of a step, predicted, {units.counted(gpus, 'GPU')}"]
     if gpus > 1:
-        shard = shard_size(recipe.parallel, gpus, min(node, gpus), replicas_fit(adapter, room))
+        shard = predicted_shard_size(adapter, recipe, gpus, node, room)
         held = "all weights (ddp)" if shard == 1 else f"1/{shard} of the weights"
         lines.append(f"  each GPU of {units.size(room)} holds {held}")
     peak = memory.predict(recipe, gpus, node, room)

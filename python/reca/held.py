@@ -9,7 +9,7 @@ from reca.config import Recipe
 from reca.micro_batches import accumulation_steps
 from reca.models.base import Adapter
 from reca.optim import state_bytes
-from reca.parallelize import replicas_fit, shard_size
+from reca.parallelize import predicted_shard_size
 from reca.runs import published_files
 
 
@@ -45,7 +45,7 @@ def held(adapter: Adapter, recipe: Recipe, gpus: int, node: int, card: int = 0) 
             raise ValueError(f"{recipe.umm} has no {task} loss: set objective.{task}.weight=0")
     several = sum(accumulation_steps(getattr(recipe.objective, task), gpus) for task in recipe.active_tasks()) > 1
     whole = gpus > 1 and several and not recipe.parallel.reduce_every_micro_batch
-    shard = shard_size(recipe.parallel, gpus, min(node, gpus), replicas_fit(adapter, card)) if gpus > 1 else 1
+    shard = predicted_shard_size(adapter, recipe, gpus, node, card)
     half = recipe.train.precision == "bf16"
     cast = gpus == 1 and half and recipe.train.cast_once
     weights = sum(buffer.nbytes for buffer in adapter.buffers())
@@ -76,8 +76,7 @@ def host_memory(adapter: Adapter, recipe: Recipe, gpus: int, node: int, card: in
     Files are mapped, and each process copies its part of one parameter at a time to its GPU; what the system keeps of
     the files beside that it gives back when it must. A model without files is made on one machine as a whole.
     """
-    ranks = min(node, gpus)
-    shard = shard_size(recipe.parallel, gpus, ranks, replicas_fit(adapter, card)) if gpus > 1 else 1
+    ranks, shard = min(node, gpus), predicted_shard_size(adapter, recipe, gpus, node, card)
     copied = max(part(parameter, shard) * parameter.itemsize for parameter in adapter.parameters())
     need = ranks * (copied + sum(buffer.nbytes for buffer in adapter.buffers()))
     if not published_files(recipe):
@@ -89,8 +88,7 @@ def host_moments(adapter: Adapter, recipe: Recipe, gpus: int, node: int, card: i
     """Count the bytes of a machine's memory in which optim.offload keeps moments, with `node` GPUs in a machine."""
     if not recipe.optim.offload:
         return 0
-    ranks = min(node, gpus)
-    shard = shard_size(recipe.parallel, gpus, ranks, replicas_fit(adapter, card)) if gpus > 1 else 1
+    ranks, shard = min(node, gpus), predicted_shard_size(adapter, recipe, gpus, node, card)
     return ranks * sum(state_bytes(p, recipe.optim, shard) for p in adapter.parameters() if p.requires_grad)
 
 

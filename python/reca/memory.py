@@ -29,7 +29,7 @@ from reca.models.base import Adapter
 from reca.optim import gradient_norm, make_optimizer
 from reca.optim.adamw import PIECE, AdamW
 from reca.options import RecipeError
-from reca.parallelize import replicas_fit, shard, shard_size
+from reca.parallelize import predicted_shard_size, shard
 from reca.precision import autocast
 from reca.recompute import checkpoint_activations
 
@@ -69,9 +69,7 @@ def needed(predicted: int) -> int:
     return int(predicted * (1 + FRAGMENTATION)) + CONTEXT
 
 
-def predict(
-    recipe: Recipe, gpus: int = 1, node: int = 8, card: int = CARD, *, gpu: bool = True, shards: int | None = None
-) -> Memory:
+def predict(recipe: Recipe, gpus: int = 1, node: int = 8, card: int = CARD, *, gpu: bool = True) -> Memory:
     """Predict the peak memory of a training step, by running one on fake tensors.
 
     The longest texts and the largest images are taken that the model takes.
@@ -81,24 +79,14 @@ def predict(
         gpus: Of the run, `node` of them in a machine.
         card: Bytes of a GPU: parallel.strategy=auto has all weights on each where they fit.
         gpu: Attention, autocast and block sizes of CUDA; False: those of a CPU.
-        shards: Ranks that share one copy of the weights; None: as the recipe says.
 
     Raises:
         ValueError: For what `reca train` would refuse.
     """
-    return peak_of(recipe, list(recipe.active_tasks()), gpus, node, card, gpu=gpu, shards=shards)
+    return peak_of(recipe, list(recipe.active_tasks()), gpus, node, card, gpu=gpu)
 
 
-def peak_of(
-    recipe: Recipe,
-    tasks: list[str],
-    gpus: int,
-    node: int,
-    card: int = CARD,
-    *,
-    gpu: bool = True,
-    shards: int | None = None,
-) -> Memory:
+def peak_of(recipe: Recipe, tasks: list[str], gpus: int, node: int, card: int = CARD, *, gpu: bool = True) -> Memory:
     """Predict the peak of the passes of some of a step's tasks, and of the optimizer."""
     if dist.is_initialized():
         raise RuntimeError("a process with a process group predicts in another process: use in_own_process")
@@ -111,7 +99,7 @@ def peak_of(
         checkpoint_activations(adapter, recipe.train)
         if gpus > 1:
             adapter.reduces_every_micro_batch = recipe.parallel.reduce_every_micro_batch
-            size = shards or shard_size(recipe.parallel, gpus, min(node, gpus), replicas_fit(adapter, card))
+            size = predicted_shard_size(adapter, recipe, gpus, node, card)
             distributed.mesh(torch.device("cpu"), gpus // size, size)  # kept, and made of numbers
             with fake:
                 shard(adapter, size, torch.device("cpu"), recipe.train.precision)

@@ -97,6 +97,14 @@ def shard_size(config: ParallelConfig, ranks: int, node: int, replicas_fit: bool
     return config.shard
 
 
+def predicted_shard_size(adapter: nn.Module, recipe: Recipe, gpus: int, node: int, card: int) -> int:
+    """Return how many of `gpus` GPUs of `card` bytes, `node` of them in a machine, would share one copy of the weights.
+
+    Raises ValueError as `shard_size`.
+    """
+    return shard_size(recipe.parallel, gpus, min(node, gpus), replicas_fit(adapter, card)) if gpus > 1 else 1
+
+
 def replicas_fit(adapter: nn.Module, memory: int) -> bool:
     """Tell whether weights, fp32 gradients and AdamW's moments take at most half of `memory` bytes.
 
