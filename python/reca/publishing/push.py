@@ -14,7 +14,7 @@ from typing import Any
 
 from reca import exits, units
 from reca.files import sha256
-from reca.models.common.hub import cause_of
+from reca.models.common.hub import cause_of, with_causes
 
 SHOWN = 3  # files that a message names
 OF_THE_HUB = (".gitattributes",)  # that every repository has
@@ -175,28 +175,20 @@ def _is(path: Path, digest: str | None) -> bool:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == digest
 
 
-def _chain(error: BaseException) -> list[BaseException]:
-    """List an error and its causes."""
-    chain = [error]
-    while chain[-1].__cause__ is not None and len(chain) < 8:
-        chain.append(chain[-1].__cause__)
-    return chain
-
-
 def _status_of(error: BaseException) -> int | None:
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
 def _status(error: BaseException) -> int | None:
     """Find the HTTP status that an error, or one of its causes, tells."""
-    return next((status for one in _chain(error) if (status := _status_of(one)) is not None), None)
+    return next((status for one in with_causes(error) if (status := _status_of(one)) is not None), None)
 
 
 def _cause(error: Exception) -> str:
     """Say what went wrong and what to do about it, without a word of the request."""
     from huggingface_hub.errors import LocalTokenNotFoundError
 
-    for one in _chain(error):
+    for one in with_causes(error):
         if isinstance(one, LocalTokenNotFoundError):
             return "there is no token; `hf auth login`, or set HF_TOKEN"
         if isinstance(one, ValueError) and "metadata in README.md" in str(one):

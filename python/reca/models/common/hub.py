@@ -63,13 +63,19 @@ def _wanted(repository: str, file: str, patterns: list[str] | None, key: str, er
     )
 
 
+def with_causes(error: BaseException) -> list[BaseException]:
+    """List an error and its causes."""
+    chain = [error]
+    while chain[-1].__cause__ is not None and len(chain) < 8:
+        chain.append(chain[-1].__cause__)
+    return chain
+
+
 def cause_of(error: Exception) -> str:
     """Summarise why a hub request failed, as a predicate of "the hub"."""
     from huggingface_hub import errors
 
-    chain: list[BaseException] = [error]
-    while chain[-1].__cause__ is not None and len(chain) < 8:
-        chain.append(chain[-1].__cause__)
+    chain = with_causes(error)
     for one in chain:
         if isinstance(one, errors.GatedRepoError):
             return "requires its terms to be accepted (do so on its page, then `hf auth login`)"
