@@ -14,6 +14,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from reca.models.base import Adapter
 from reca.options import RecipeError
 from reca.parallelize import replicas_fit
 from reca.recipe_files import by_key
+from reca.values import override_text
 
 log = logging.getLogger("reca")
 
@@ -73,19 +75,13 @@ def with_keys(recipe: Recipe, keys: dict[str, Any]) -> Recipe:
     """Return the recipe with other values of some keys."""
     recipe = copy.deepcopy(recipe)
     for key, value in keys.items():
-        *groups, name = key.split(".")
-        group: Any = recipe
-        for part in groups:
-            group = getattr(group, part)
-        setattr(group, name, value)
+        group, _, name = key.rpartition(".")
+        setattr(attrgetter(group)(recipe), name, value)
     return recipe
 
 
 def value_of(recipe: Recipe, key: str) -> Any:
-    group: Any = recipe
-    for part in key.split("."):
-        group = getattr(group, part)
-    return group
+    return attrgetter(key)(recipe)
 
 
 class Predictions:
@@ -298,7 +294,7 @@ def _refusal(recipe: Recipe, gpus: int, node: int, card: int, need: int, keys: d
 
 def describe(keys: dict[str, Any]) -> str:
     """Write settings as overrides."""
-    return " ".join(f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in keys.items())
+    return " ".join(f"{key}={override_text(value)}" for key, value in keys.items())
 
 
 # ---- a run ----
