@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from reca.data.chat_rows import BadRow, turns
 from reca.data.config import ColumnsConfig
 from reca.data.errors import BadSample, DataError, LeftOut
-from reca.data.remote import AnyPath, is_address, read_range, to_path
+from reca.data.remote import AnyPath, is_address, read_whole, to_path
 from reca.data.sample import MAX_CAPTION_BYTES, MAX_IMAGE_BYTES, Sample, checked_size, decode_caption
 from reca.data.skipped import Skipped
 
@@ -118,7 +118,9 @@ def image_bytes(cell: Any, root: AnyPath) -> bytes:
         path = to_path(cell) if is_address(cell) else root / cell
     except DataError as error:
         raise BadSample(str(error)) from error
-    data = read_range(path, 0, MAX_IMAGE_BYTES + 1) if isinstance(path, Path) else path.read_bytes()
+    if isinstance(path, Path):
+        return read_whole(path, MAX_IMAGE_BYTES, "image")
+    data = path.read_bytes()
     checked_size(len(data), MAX_IMAGE_BYTES, "image")
     return data
 

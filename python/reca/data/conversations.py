@@ -15,8 +15,8 @@ from reca.data.folder import total_size
 from reca.data.index_files import IndexFile
 from reca.data.json_rows import Form, cannot_be_read, load_rows, stream_rows
 from reca.data.packed_rows import PackedRows, finish, image_of, open_packed, pack
-from reca.data.remote import AnyPath, RemotePath, read_range, to_path
-from reca.data.sample import MAX_IMAGE_BYTES, Sample, checked_size, digest
+from reca.data.remote import AnyPath, RemotePath, read_whole, to_path
+from reca.data.sample import MAX_IMAGE_BYTES, Sample, digest
 from reca.data.skipped import Skipped, log_once
 
 FORM = Form(
@@ -131,13 +131,7 @@ class Conversations:
 
     def __getitem__(self, index: int) -> Sample:
         row = self.rows[index]
-        if isinstance(self.root, RemotePath):
-            data = read_range(self.root / row.image, 0, MAX_IMAGE_BYTES + 1)
-            checked_size(len(data), MAX_IMAGE_BYTES, "image")
-            return Sample(row.image, data, list(row.turns))
-        with (self.root / row.image).open("rb") as file:
-            checked_size(os.fstat(file.fileno()).st_size, MAX_IMAGE_BYTES, "image")
-            return Sample(row.image, file.read(MAX_IMAGE_BYTES), list(row.turns))
+        return Sample(row.image, read_whole(self.root / row.image, MAX_IMAGE_BYTES, "image"), list(row.turns))
 
     def key(self, index: int) -> str:
         return self.rows.name(index)

@@ -6,14 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from reca.data.errors import DataError
-from reca.data.remote import AnyPath
+from reca.data.remote import AnyPath, read_whole
 from reca.data.sample import (
     IMAGE_SUFFIXES,
     MAX_CAPTION_BYTES,
     MAX_IMAGE_BYTES,
     OTHER_IMAGE_SUFFIXES,
     Sample,
-    checked_size,
     decode_caption,
     digest,
     hidden,
@@ -91,9 +90,7 @@ class Folder(ImageFolder):
         super().__init__(root, task, list_files(root, skipped), skipped)
 
     def read(self, name: str, limit: int, what: str) -> bytes:
-        with (self.root / name).open("rb") as file:
-            checked_size(os.fstat(file.fileno()).st_size, limit, what)
-            return file.read(limit)
+        return read_whole(self.root / name, limit, what)
 
     def total_size(self, names: Sequence[str]) -> int:
         return total_size(self.root / name for name in names)

@@ -3,6 +3,7 @@
 import contextlib
 import glob
 import io
+import os
 import posixpath
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any, BinaryIO, cast
 from urllib.parse import quote
 
 from reca.data.errors import DataError
+from reca.data.sample import checked_size
 
 ATTEMPTS = 3  # of a request
 PAUSE = 0.5  # seconds before the second attempt, and twice as many before each further one
@@ -163,6 +165,17 @@ def read_range(path: AnyPath, offset: int, size: int) -> bytes:
     with path.open("rb") as file:
         file.seek(offset)
         return file.read(size)
+
+
+def read_whole(path: AnyPath, limit: int, what: str) -> bytes:
+    """Read a file of at most `limit` bytes. Raises BadSample for a larger one. what: it is, for the message."""
+    if isinstance(path, RemotePath):
+        data = path.read_range(0, limit + 1)
+        checked_size(len(data), limit, what)
+        return data
+    with path.open("rb") as file:
+        checked_size(os.fstat(file.fileno()).st_size, limit, what)
+        return file.read(limit)
 
 
 class _File(io.RawIOBase):

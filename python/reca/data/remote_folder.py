@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from reca.data.errors import DataError
 from reca.data.folder import ImageFolder
-from reca.data.remote import RemotePath, read_range
+from reca.data.remote import RemotePath, read_range, read_whole
 from reca.data.sample import IMAGE_SUFFIXES, checked_size, hidden
 from reca.data.skipped import Skipped
 
@@ -36,9 +36,7 @@ class RemoteFolder(ImageFolder):
     def read(self, name: str, limit: int, what: str) -> bytes:
         if (size := self.sizes[name]) is not None:
             return read_range(self.root.listed(name), 0, checked_size(size, limit, what))
-        data = read_range(self.root.listed(name), 0, limit + 1)
-        checked_size(len(data), limit, what)
-        return data
+        return read_whole(self.root.listed(name), limit, what)
 
     def total_size(self, names: Sequence[str]) -> int:
         return sum(self.sizes[name] or 0 for name in names)

@@ -1,15 +1,15 @@
 """Images that a model has drawn, with scores of their regions: what SRUM trains on."""
 
 import math
-import os
 from typing import Any, NamedTuple
 
 from reca.data.chat_rows import BadRow, image_name
 from reca.data.errors import BadSample, DataError
+from reca.data.folder import total_size
 from reca.data.json_rows import Form, load_rows
 from reca.data.pixels import shown_size
-from reca.data.remote import AnyPath, RemotePath, read_range, to_path
-from reca.data.sample import MAX_IMAGE_BYTES, Sample, checked_size, digest
+from reca.data.remote import AnyPath, RemotePath, read_whole, to_path
+from reca.data.sample import MAX_IMAGE_BYTES, Sample, digest
 from reca.data.skipped import Skipped
 from reca.data.tasks import Scored, ScoredBox
 from reca.data.text import encodable
@@ -73,9 +73,7 @@ class ScoredImages:
         return Sample(self.key(index), image, Scored(row.caption, boxes, row.background, target))
 
     def _read(self, name: str) -> bytes:
-        data = read_range(self.root / name, 0, MAX_IMAGE_BYTES + 1)
-        checked_size(len(data), MAX_IMAGE_BYTES, "image")
-        return data
+        return read_whole(self.root / name, MAX_IMAGE_BYTES, "image")
 
     def key(self, index: int) -> str:
         row = self.rows[index]
@@ -86,10 +84,7 @@ class ScoredImages:
         if isinstance(self.root, RemotePath):
             return 0
         row = self.rows[index]
-        try:
-            return sum(os.stat(self.root / name).st_size for name in (row.image, row.target) if name is not None)
-        except OSError:
-            return -1
+        return total_size(self.root / name for name in (row.image, row.target) if name is not None)
 
     def identity(self) -> str:
         return digest((tuple(self.rows[index]), self.size(index)) for index in range(len(self)))
