@@ -40,8 +40,16 @@ def test_lists_are_read_in_pieces_of_any_size(tmp_path, monkeypatch, encoding, i
     path = tmp_path / "a.json"
     path.write_bytes(("\r\n " + json.dumps(ITEMS, indent=indent, ensure_ascii=False) + "\n ").encode(encoding))
     assert list(read_items(path, lines=False)) == ITEMS
-    path.write_bytes("\r\n".join(json.dumps(item) for item in ITEMS).encode(encoding))
-    assert list(read_items(path, lines=True)) == ITEMS
+    rows = [item for item in ITEMS if not isinstance(item, list)]
+    path.write_bytes("\r\n".join(map(json.dumps, rows)).encode(encoding))
+    assert list(read_items(path, lines=True)) == rows
+
+
+def test_a_line_that_is_a_list_is_named_with_blank_lines_counted(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"a": 1}\n\n[{"a": 2}]\n')
+    with pytest.raises(ValueError, match="line 3 is a list"):
+        list(read_items(path, lines=True))
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 10**6])

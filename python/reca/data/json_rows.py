@@ -6,7 +6,7 @@ from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 from reca.data.errors import DataError
-from reca.data.json_stream import read_items
+from reca.data.json_stream import parse_lines, read_items
 from reca.data.remote import AnyPath, read_range
 from reca.data.text import decode_text
 from reca.files import HEAD, packed, placeholder
@@ -36,7 +36,7 @@ def load_rows(path: AnyPath, form: Form) -> list[Any]:
         if cause := placeholder(data[:HEAD]) or packed(data[:HEAD]):
             raise DataError(f"{form.file} {path} {cause}")
         text = decode_text(data)
-        items = _lines(text) if holds_lines(path) else json.loads(text)
+        items = list(parse_lines(text.split("\n"))) if holds_lines(path) else json.loads(text)
         if not isinstance(items, list):
             raise form.wrong(path)
         return items
@@ -54,8 +54,7 @@ def stream_rows(path: AnyPath, form: Form) -> Iterator[Any]:
         head = read_range(path, 0, HEAD)
         if cause := placeholder(head) or packed(head):
             raise DataError(f"{form.file} {path} {cause}")
-        for number, row in enumerate(read_items(path, holds_lines(path)), 1):
-            yield _row(row, number) if holds_lines(path) else row
+        yield from read_items(path, holds_lines(path))
     except TypeError as error:
         raise DataError(f"{path} is {error} and not {form.name}: expected a list of {form.row}") from error
     except DataError:
@@ -71,23 +70,3 @@ def cannot_be_read(path: AnyPath, form: Form, error: OSError) -> DataError:
 def _no_json(path: AnyPath, error: Exception) -> DataError:
     hint = "; of rows one a line the name ends in .jsonl" if "Extra data" in str(error) else ""
     return DataError(f"{path} is not JSON: {error}{hint}")
-
-
-def _row(row: Any, number: int) -> Any:
-    """Return a row of a file that holds one a line. Raises ValueError for a list: of rows, or of a part of them."""
-    if isinstance(row, list):
-        raise ValueError(
-            f"line {number} is a list, and each line should be a row; of a list of rows the name ends in .json"
-        )
-    return row
-
-
-def _lines(text: str) -> list[Any]:
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):
-        try:
-            if line.strip():
-                rows.append(_row(json.loads(line), number))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"line {number}: {error.msg}, at its character {error.pos}") from error
-    return rows

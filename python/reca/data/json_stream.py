@@ -3,7 +3,7 @@
 import codecs
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO, TextIO
 
 from reca.data.remote import AnyPath, open_stream
@@ -17,14 +17,15 @@ BLANKS = " \t\n\r"
 def read_items(path: AnyPath, lines: bool) -> Iterator[Any]:
     """Yield the items of a JSON list; lines: of a file that holds one a line.
 
-    Raises ValueError with the place for what is not JSON, TypeError for JSON that is no list, and OSError.
+    Raises ValueError with the place for what is not JSON and for a line that is a list, TypeError for JSON that is to
+    be a list and is none, and OSError.
     """
     with open_stream(path) as file:
         encoding = _encoding(file)
         file.seek(0)
         text = io.TextIOWrapper(file, encoding)  # line ends of all kinds become \n
         try:
-            yield from _lines(text) if lines else _list(text)
+            yield from parse_lines(text) if lines else _list(text)
         except UnicodeDecodeError as error:
             raise ValueError(f"the text is not {encoding.upper()} ({error.reason}): save it as UTF-8") from error
 
@@ -37,13 +38,20 @@ def _encoding(file: BinaryIO) -> str:
     return name.rpartition("-")[0] if mark else name  # utf-16 and utf-32 read the mark and drop it
 
 
-def _lines(text: TextIO) -> Iterator[Any]:
-    for number, line in enumerate(text, 1):
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"line {number}: {error.msg}, at its character {error.pos}") from error
+def parse_lines(lines: Iterable[str]) -> Iterator[Any]:
+    """Yield the row of each line. Raises ValueError for what is not JSON, and for a list: of rows, or of a part."""
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {number}: {error.msg}, at its character {error.pos}") from error
+        if isinstance(row, list):
+            raise ValueError(
+                f"line {number} is a list, and each line should be a row; of a list of rows the name ends in .json"
+            )
+        yield row
 
 
 class _Buffer:
