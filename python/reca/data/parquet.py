@@ -6,7 +6,6 @@ import logging
 import os
 import re
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,7 +45,6 @@ class Parquet:
     """
 
     def __init__(self, paths: Sequence[AnyPath], task: str, columns: ColumnsConfig, image_root: str | None = None):
-        _pyarrow()
         self.paths, self.task = list(paths), task
         self.names = relative_names(paths)
         self.root = to_path(image_root) if image_root else None
@@ -118,12 +116,14 @@ class Parquet:
 
     def _load(self, number: int) -> Any:
         """Read a row group's columns. Raises BadSample where its bytes are damaged."""
-        parquet, group = _pyarrow(), self.groups[number]
+        from pyarrow.parquet import ParquetFile
+
+        group = self.groups[number]
         columns = [column for column in self.columns if column is not None]
         try:
             path = self.paths[group.file]
             source = path.open("rb") if isinstance(path, RemotePath) else path
-            with parquet.ParquetFile(source, metadata=self.metadata(group.file)) as file:
+            with ParquetFile(source, metadata=self.metadata(group.file)) as file:
                 return file.read_row_group(group.number, columns=columns, use_threads=False)
         except OSError as error:
             if error.errno is not None:
@@ -174,7 +174,8 @@ def read_footer(path: AnyPath) -> tuple[Any, str]:
 
     Raises DataError for a file that is no parquet, or not whole.
     """
-    parquet = _pyarrow()
+    from pyarrow.parquet import read_metadata
+
     try:
         with path.open("rb") as file:
             head = file.read(HEAD)
@@ -189,7 +190,7 @@ def read_footer(path: AnyPath) -> tuple[Any, str]:
             file.seek(max(0, size - 8 - length))
             footer = hashlib.sha256(b"%d " % size + file.read(length)).hexdigest()
             file.seek(0)
-            return parquet.read_metadata(file), footer
+            return read_metadata(file), footer
     except DataError:
         raise
     except (OSError, ValueError) as error:  # pyarrow raises both, and OSError without a number, for broken bytes
@@ -217,13 +218,3 @@ def _split(path: AnyPath, folder: AnyPath) -> str | None:
     names = str(path).removeprefix(str(folder)).split("/")
     found = (SPLIT.match(name.removeprefix("split=")) for name in reversed(names))
     return next((match[1] for match in found if match), None)
-
-
-def _pyarrow() -> ModuleType:
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise DataError(
-            f"parquet files need pyarrow, which cannot be imported ({error}): pip install pyarrow"
-        ) from error
-    return parquet
