@@ -13,7 +13,6 @@ class Facts:
 
     size: float | None = None  # bytes of what recipes ask for
     licence: str | None = None
-    gated: bool | None = None  # whether the hub gives it only to who has accepted its terms
 
 
 S_LAB = "S-Lab License 1.0 (non-commercial)"
@@ -133,7 +132,7 @@ def facts_of(repository: str, file: str = "") -> Facts:
     whole = WEIGHTS.get(repository, Facts())
     if not file:
         return whole
-    return WEIGHTS.get(f"{repository}/{file}", Facts(licence=whole.licence, gated=whole.gated))
+    return WEIGHTS.get(f"{repository}/{file}", Facts(licence=whole.licence))
 
 
 # How the hub names terms: its own short name, or "other" with a name and a URL.

@@ -151,15 +151,14 @@ def _print(download: Download, listing: Listing | None, to: Path | None) -> None
     what = f"{download.repository}/{download.file}" if download.file else download.repository
     keys = ", ".join(key for key, _ in download.settings)
     print(f"{what}  {keys}".rstrip())
-    facts = download.facts
-    licence, gated = facts.licence, facts.gated
+    facts, gated = download.facts, None if listing is None else listing.gated
+    licence = facts.licence
     if listing is None:
         amount = f"about {units.size(facts.size)}" if facts.size else "size unknown"
     else:
-        licence, gated = listing.licence or licence, listing.gated
+        licence = listing.licence or licence
         total, missing = sum(file.size for file in listing.files), missing_bytes(listing, to)
-        number = len(listing.files)
-        amount = f"{units.size(total)} in {number} file{'s' if number != 1 else ''}"
+        amount = f"{units.size(total)} in {units.counted(len(listing.files), 'file')}"
         if missing < total:
             amount += f", of which {units.size(total - missing)} are here"
     gate = {None: "not known whether gated", False: "not gated", True: "gated"}[gated]
