@@ -62,10 +62,8 @@ def _parameters(adapter: Adapter) -> str:
 
 
 def _count(number: int) -> str:
-    for unit, name in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if number >= unit:
-            return f"{number / unit:.3g}{name}"
-    return str(number)
+    unit, name = units.largest(number, ((1e9, "B"), (1e6, "M"), (1e3, "k"), (1, "")))
+    return f"{number / unit:.3g}{name}"
 
 
 def _precision(recipe: Recipe, device: torch.device) -> str:
