@@ -17,6 +17,8 @@ from reca.options import RecipeError, check_heads, check_values, format_value
 from reca.paths import each_path, expand_home, make_absolute
 from reca.values import BLANK, convert, override_text, read_override, read_yaml, write_yaml
 
+_types = functools.cache(get_type_hints)
+
 RECIPES = Path(__file__).parent / "recipes"
 OVERRIDES = "the overrides"
 
@@ -213,11 +215,6 @@ class _Layer:
         return RecipeError(
             f"unknown key {format_value(key)} in {self.source}{hint} (reca train RECIPE --explain lists all keys)"
         )
-
-
-@functools.cache
-def _types(group: Any) -> dict[str, Any]:
-    return get_type_hints(group)
 
 
 def _check(config: Any, prefix: str = "") -> None:

@@ -246,7 +246,7 @@ def check_parent(recipe: Recipe, model: Adapter) -> None:
     if recipe.train.init_from is None:
         return
     folder = Path(recipe.train.init_from)
-    if not (folder / "recipe.yaml").is_file():
+    if not is_run(folder):
         raise RecipeError(f"train.init_from={folder} is no folder of a run: it has no recipe.yaml")
     before = load_recipe(folder / "recipe.yaml")
     ours, theirs = ({"umm": r.umm} | published_files(r) for r in (recipe, before))
