@@ -15,6 +15,7 @@ from reca.options import RecipeError
 
 log = logging.getLogger("reca")
 
+USUAL = "Lower micro_batch of the objective's tasks, set train.activation_checkpointing=true, or use more GPUs"
 ADVISED = 3
 EVENTS = 100_000  # allocations and releases that a snapshot remembers
 
@@ -27,19 +28,28 @@ class Knob(NamedTuple):
 
 
 @contextlib.contextmanager
-def explained(recipe_of: Callable[[], Recipe]) -> Iterator[None]:
-    """Turn an error of a full memory into a RecipeError with advice, and leave a snapshot in the run folder.
-
-    recipe_of: returns the recipe as it is trained, when the error comes.
-    """
+def memory_errors(advise: Callable[[], str] = lambda: USUAL) -> Iterator[None]:
+    """Turn an error of a full memory into a RecipeError with advice."""
     try:
         yield
     except full_memory.KINDS as error:
         if not full_memory.is_memory_full(error):
             raise
+        raise RecipeError(f"out of memory ({first_line(error)}). {advise()}") from error
+
+
+def explained(recipe_of: Callable[[], Recipe]) -> contextlib.AbstractContextManager[None]:
+    """Turn an error of a full memory into a RecipeError with advice, and leave a snapshot in the run folder.
+
+    recipe_of: returns the recipe as it is trained, when the error comes.
+    """
+
+    def advise() -> str:
         recipe = recipe_of()
         left = snapshot(Path(recipe.run_dir))
-        raise RecipeError(f"out of memory ({first_line(error)}). {advice(recipe)}{left}") from error
+        return f"{advice(recipe)}{left}"
+
+    return memory_errors(advise)
 
 
 def record_history(recipe: Recipe) -> None:
@@ -69,10 +79,7 @@ def advice(recipe: Recipe) -> str:
         now, best = memory.in_own_process(knobs, recipe, ranks, node, memory.own_card())
     except Exception as error:
         log.warning("no prediction: %s", error)
-        return (
-            "Lower micro_batch of the objective's tasks, set train.activation_checkpointing=true, or use more GPUs; "
-            "train.fit chooses for you"
-        )
+        return f"{USUAL}; train.fit chooses for you"
     helpful = ", ".join(f"{knob.text}: {units.size(knob.bytes)}" for knob in best)
     return (
         f"{units.size(now)} are predicted for this recipe. What would help most: {helpful or 'more GPUs'}. "

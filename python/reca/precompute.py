@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from reca import distributed, preflight, units
+from reca import distributed, out_of_memory, units
 from reca.config import LoraConfig, Recipe
 from reca.data.batch import Batch
 from reca.data.errors import BadSample, LeftOut
@@ -70,7 +70,7 @@ def cache_features(recipe: Recipe) -> list[str]:
     if recipe.data.cache is None:
         raise RecipeError("data.cache is null: give the folder of the features, as in data.cache=/fast/disk/features")
     device = distributed.initialize(60 * distributed.HOURS)  # ranks have unequal shares where some are there
-    with distributed.fail_together(), preflight.memory_errors():
+    with distributed.fail_together(), out_of_memory.memory_errors():
         adapter = cast(load_encoders(recipe, device).train(), recipe.train.precision)
         identity = features_identity(recipe, adapter, parent_digest(recipe))
     context = autocast(recipe.train.precision, device)

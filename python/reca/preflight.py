@@ -1,19 +1,17 @@
 """Checks before any weight is read: recipe, data, memory and disk."""
 
-import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from reca import checkpoint, distributed, float8, full_memory, runs, units
+from reca import checkpoint, distributed, float8, runs, units
 from reca.config import Recipe
 from reca.data.errors import DataError
 from reca.data.sample import Source
 from reca.data.templates import load_templates
-from reca.errors import first_line
 from reca.eval.training import TrainingSuite
 from reca.held import held, host_moments
 from reca.host_memory import total as host_memory
@@ -159,17 +157,3 @@ def _disk(recipe: Recipe, adapter: Adapter) -> None:
             "checkpoint.keep and keep_every to keep fewer",
             run_dir, more, units.size(need), rule, units.size(free),
         )  # fmt: skip
-
-
-@contextlib.contextmanager
-def memory_errors() -> Iterator[None]:
-    """Turn an error of a full memory into a RecipeError with advice: `check` does not count activations."""
-    try:
-        yield
-    except full_memory.KINDS as error:
-        if not full_memory.is_memory_full(error):
-            raise
-        raise RecipeError(
-            f"out of memory ({first_line(error)}). Lower micro_batch of the objective's tasks, set "
-            "train.activation_checkpointing=true, or use more GPUs"
-        ) from error

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from reca import api, cli, exits, inference, out_of_memory, preflight, serve
+from reca import api, cli, exits, inference, out_of_memory, serve
 from reca.data.batch import Batch
 from reca.errors import first_line
 from reca.options import RecipeError
@@ -103,7 +103,7 @@ def test_a_full_memory_is_the_same_everywhere(error, monkeypatch, tmp_path):
     recipe = load_recipe("show_o_tiny", {"run_dir": str(tmp_path)})
     with pytest.raises(RecipeError, match="out of memory .*advice"), out_of_memory.explained(lambda: recipe):
         raise error
-    with pytest.raises(RecipeError, match="out of memory .*micro_batch"), preflight.memory_errors():
+    with pytest.raises(RecipeError, match="out of memory .*micro_batch"), out_of_memory.memory_errors():
         raise error
     with pytest.raises(inference.MemoryFull) as told:
         inference.generate(Small(room=9), ["x"], [0])
@@ -116,7 +116,7 @@ def test_a_full_memory_is_the_same_everywhere(error, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("error", [ValueError("not enough memory"), RuntimeError("shapes differ")])
 def test_another_error_is_no_full_memory(error):
-    with pytest.raises(type(error), match=str(error)), preflight.memory_errors(), out_of_memory.explained(None):
+    with pytest.raises(type(error), match=str(error)), out_of_memory.memory_errors(), out_of_memory.explained(None):
         raise error
 
 
