@@ -1,4 +1,4 @@
-"""The cross-entropy of predicted tokens: of replies, and of the codes of an image."""
+"""Cross-entropy of predicted tokens: those of replies, and the codes of an image."""
 
 from typing import Any
 
@@ -12,11 +12,11 @@ from reca_kernels import masked_linear_cross_entropy
 
 def token_loss(
     hidden: Tensor,  # [B, L, H]
-    head: Any,  # linear layer of the vocabulary
+    head: Any,  # output layer, [V, H]
     labels: Tensor,  # int64 [B, L]
     prepared: Prepared,  # its weight is the number of labels
 ) -> LossTerm:
-    """Sum the cross-entropy of labelled rows; logits exist for these only."""
+    """Compute the sum of the cross-entropy over labelled rows; logits are computed for these rows only."""
     (batch, length), labelled = labels.shape, int(prepared.weight)
     rows, flat, samples = hidden.flatten(0, 1), labels.flatten(), None
     total = masked_linear_cross_entropy(rows, head.weight, flat, head.bias, reduction="sum", max_labelled=labelled)
