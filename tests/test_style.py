@@ -132,7 +132,7 @@ def folder_graph(graph: Mapping[str, Collection[str]]) -> dict[str, set[str]]:
 FOUNDATION = {
     f"reca.{name}"
     for name in (
-        *("catalog", "exits", "files", "folders", "micro_batches"),
+        *("catalog", "errors", "exits", "files", "folders", "micro_batches"),
         *("options", "precision", "rng", "sampling_options", "units", "values"),
     )
 }
