@@ -217,6 +217,16 @@ def test_records_of_two_judges_are_not_mixed(tmp_path):
     assert judge_and_score(settings, side, None, given, "cpu")["judge"] == {"name": "a"}
 
 
+def test_a_judge_that_failed_takes_no_answer_back(tmp_path):
+    """Nor does a line that broke off within a character of several bytes, as where its process was killed."""
+    suite, path = open_suite("geneval"), tmp_path / "records.jsonl"
+    items = suite.items()[:3]
+    failed = [Record(item.id, 0, None, {"name": "a"}, error="refused").line() + "\n" for item in items[1:]]
+    path.write_bytes((judged_by("a", items[:2]) + "".join(failed) + '{"item": "caf').encode() + "é".encode()[:1])
+    found = records.import_answers(path, suite, items)
+    assert list(found) == [(item.id, 0) for item in items[:2]] and {r.error for r in found.values()} == {None}
+
+
 def test_a_result_file_that_was_replaced_is_read_again(tmp_path):
     """Files of other judges have the same name: that of the script's default, in another folder."""
     data, images = write_wise(tmp_path / "w.json", ["e", "e"]), tmp_path / "images"

@@ -119,6 +119,13 @@ def check_there(path: Path) -> None:
         raise EvaluationError(f"{path} does not exist; expected records.jsonl or a benchmark's result file")
 
 
+def _begins_with_record(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return parse(file.readline()) is not None
+
+
 def import_answers(path: Path, suite: Suite, items: Sequence[Item]) -> dict[Key, Record]:
     """Read records of the judge that was asked last, or a result file of the benchmark's own scripts as records.
 
@@ -126,7 +133,7 @@ def import_answers(path: Path, suite: Suite, items: Sequence[Item]) -> dict[Key,
     """
     check_there(path)
     try:
-        foreign = suite.import_answers(path, items)
+        foreign = None if _begins_with_record(path) else suite.import_answers(path, items)
     except EvaluationError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
@@ -135,7 +142,7 @@ def import_answers(path: Path, suite: Suite, items: Sequence[Item]) -> dict[Key,
         judge = {"name": f"imported:{path.name}", "version": None, "dtype": None, "exact": None}
         return {key: Record(*key, None, judge, answer) for key, answer in foreign.items()}
     known = {item.id: item.judged for item in items}
-    named = [r for r in (read(path) if path.is_file() else []) if r.error is None and r.item in known]
+    named = [r for r in read(path) if r.error is None and r.item in known]
     own = [record for record in named if agree(record.digest, known[record.item])]
     if named and not own:
         raise EvaluationError(
