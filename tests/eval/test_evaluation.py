@@ -158,6 +158,18 @@ def test_nothing_is_done_twice(painter, monkeypatch):
     assert reca.evaluate("world", painter, steps=["report"]) == first
 
 
+def test_the_model_gets_the_sampling_options_that_its_results_name(painter, monkeypatch):
+    given, draw = [], Painter.generate
+
+    def generate(self, texts, seeds, **options):
+        given.append(options)
+        return draw(self, texts, seeds)
+
+    monkeypatch.setattr(Painter, "generate", generate)
+    named = reca.evaluate("world", painter, limit=2, sampling={"steps": 3})["sampling"]
+    assert given == [{name: value for name, value in named.items() if name != "seed"}] and given[0]["steps"] == 3
+
+
 def test_an_image_depends_on_its_item_alone(painter, monkeypatch, tmp_path):
     """Neither on ranks, nor on the batch, nor on what was there before."""
     suite = evaluation.open_settings("world", None, limit=LIMIT).suite

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 
+import numpy as np
 import pyarrow
 import pytest
 import torch
@@ -15,6 +16,7 @@ from pyarrow import parquet
 import reca
 from reca.data.errors import DataError
 from reca.eval.errors import EvaluationError
+from reca.eval.generate import image_seed
 from reca.eval.suites import SUITES, open_suite
 from reca.eval.suites.geneval import GenEval
 from reca.eval.suites.geneval_rules import judge
@@ -476,9 +478,10 @@ def test_gedit_as_the_hub_has_it(tmp_path):
 
 
 class Answerer(Painter):
-    abilities = frozenset({"answer"})
+    abilities, longest = frozenset({"answer"}), set()
 
     def answer(self, images, questions, max_new_tokens=100):
+        self.longest.add(max_new_tokens)
         Painter.made += len(images)
         return ["Yes, it does." if "red" in question else "no" for question in questions]
 
@@ -502,6 +505,9 @@ def test_mme_and_pope_by_the_models_own_answers(tmp_path, painter, monkeypatch):
     assert Painter.made == 4
     half = reca.evaluate("mme", painter, data=tmp_path / "mme", limit=1)  # of images, with both questions
     assert half["counts"]["items"] == 1 and half["overall"]["value"] == 200
+    short = {"sampling": {"max_new_tokens": 5}, "out": tmp_path / "short"}
+    assert reca.evaluate("mme", painter, data=tmp_path / "mme", **short)["sampling"]["max_new_tokens"] == 5
+    assert Answerer.longest == {16, 5}
 
     save(tmp_path / "pope/val2014/1.jpg")
     for category in ("random", "popular", "adversarial"):
@@ -577,16 +583,25 @@ def test_edits_depend_on_their_item_and_lie_beside_their_source(tmp_path, painte
     from reca.eval import evaluation, targets
 
     class Editor(Painter):
-        abilities = frozenset({"edit"})
+        abilities, strengths = frozenset({"edit"}), []
 
-        def edit(self, images, instructions, seeds, **_):
+        def edit(self, images, instructions, seeds, *, strength: float = 1.0):
+            self.strengths.append(strength)
             return [
                 image + torch.tensor(seed % 7, dtype=torch.uint8) for image, seed in zip(images, seeds, strict=True)
             ]
 
     test_gedit(tmp_path)
+    row = json.loads((tmp_path / "items.jsonl").read_text().splitlines()[0])
+    save(tmp_path / "images/b.png", (10, 20, 30))
+    with (tmp_path / "items.jsonl").open("a") as file:
+        file.write(json.dumps(row | {"key": "k2", "source": "images/b.png"}) + "\n")
     monkeypatch.setattr(targets.Target, "load", lambda *_: Editor())
     monkeypatch.setattr(evaluation, "umm_package", lambda _: type("package", (), {"Adapter": Editor}))
-    reca.evaluate("gedit", painter, data=tmp_path, steps=["generate"])
-    made = sorted(path.name for path in (painter / "eval/gedit/images").rglob("*.png"))
-    assert made == ["k0.png", "k0_SRCIMG.png"]
+    reca.evaluate("gedit", painter, data=tmp_path, steps=["generate"], sampling={"strength": 0.5})
+    made = {path.name: path for path in (painter / "eval/gedit/images").rglob("*.png")}
+    assert sorted(made) == ["k0.png", "k0_SRCIMG.png", "k2.png", "k2_SRCIMG.png"] and Editor.strengths == [0.5]
+    for item in open_suite("gedit", tmp_path).items():
+        source, edited = (torch.from_numpy(np.array(Image.open(p))) for p in (item.source, made[f"{item.id}.png"]))
+        assert torch.equal(edited, source + torch.tensor(image_seed("gedit", item.id, 0) % 7, dtype=torch.uint8))
+        assert made[f"{item.id}_SRCIMG.png"].read_bytes() == item.source.read_bytes()
