@@ -437,9 +437,10 @@ def test_a_layout_of_one_image_for_every_item_takes_no_more(painter, tmp_path):
 
 def test_images_of_other_weights_or_settings_are_not_mixed(painter, monkeypatch):
     reca.evaluate("world", painter, limit=5)
-    for change in ({"seed": 1}, {"sampling": {"steps": 3}}):
-        with pytest.raises(EvaluationError, match="made otherwise \\((seed|sampling) differ\\); give another --out"):
-            reca.evaluate("world", painter, limit=5, **change)
+    settings = [{"seed": 1}, {"sampling": {"steps": 3}}, {"ema": True}, {"overrides": ["model.seed=3"]}]
+    for name, change in zip(("seed", "sampling", "fingerprint", "fingerprint"), settings, strict=True):
+        with pytest.raises(EvaluationError, match=f"made otherwise \\({name} differ\\); give another --out"):
+            reca.evaluate("world", painter, limit=5, out=painter / "eval/world", **change)
     monkeypatch.setattr(targets.Target, "load", lambda *_: Painter(0.2))
     with pytest.raises(EvaluationError, match="made otherwise \\(weights differ\\)"):
         reca.evaluate("world", painter, limit=9)
