@@ -265,6 +265,8 @@ def test_geneval2(tmp_path):
     assert asked[1] == ("How many cats? Answer in one word.", ["two", "Two", " two", " Two", "2", " 2"])
     score = suite.score({(item.id, 0): answer}, [item])
     assert score.metrics["soft_tifa_gm"] == pytest.approx(50) and score.metrics["per_skill"]["verb"] is None
+    means = suite.score({(item.id, 0): [1.0, 0.5, 0.25]}, [item]).metrics
+    assert (means["soft_tifa_am"], means["soft_tifa_gm"]) == pytest.approx((175 / 3, 50))
     (tmp_path / "score_lists.json").write_text(json.dumps([[1.0, 0.5, 0.25], [1]]))
     assert suite.import_answers(tmp_path / "score_lists.json", [item]) == {(item.id, 0): [1.0, 0.5, 0.25]}
     (tmp_path / "records.jsonl").write_text('{"item": "00000", "k": 0, "answer": [0.5]}\n' * 2)
