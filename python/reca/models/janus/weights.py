@@ -18,7 +18,7 @@ from reca.models.common.exporting import export_to
 from reca.models.common.hub import TOKENIZER, beside, fetch
 from reca.models.common.text import check_tokenizer, read_tokenizer
 from reca.models.common.tiny_tokenizer import word_tokenizer
-from reca.models.common.weight_files import assign_state_dict, init_on_meta, init_random, read_tensors, weight_file
+from reca.models.common.weight_files import assign_state_dict, init_on_meta, init_random, read_tensors
 from reca.models.janus import prompt
 from reca.models.janus.config import JanusConfig
 from reca.models.janus.modules import Network
@@ -85,8 +85,7 @@ def load(cls: type[N], config: JanusConfig) -> N:
     with init_on_meta():
         net = cls(config, tokenizer)
     check_config(beside(source), config)
-    state = read_tensors(weight_file(source) if source.is_dir() else source)
-    assign_published(net, state, str(source))
+    assign_published(net, read_tensors(source), str(source))
     return net
 
 

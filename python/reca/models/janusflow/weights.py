@@ -17,7 +17,7 @@ from reca.models.common.exporting import export_to
 from reca.models.common.hub import TOKENIZER, beside, fetch
 from reca.models.common.kl_codec import KlCodec
 from reca.models.common.ldm_autoencoder import renew_attention
-from reca.models.common.weight_files import assign_state_dict, init_on_meta, init_random, read_tensors, weight_file
+from reca.models.common.weight_files import assign_state_dict, init_on_meta, init_random, read_tensors
 from reca.models.janus.published import HALF, PREPROCESSOR, compare, language_file, processor_files, tower
 from reca.models.janus.weights import DTYPES, TokenizerNeeds, load_tokenizer
 from reca.models.janusflow import prompt
@@ -59,8 +59,7 @@ def load(cls: type[N], config: JanusFlowConfig) -> N:
     check_files(beside(source), config)
     given = config.codec_weights
     folder = fetch(given, DOWNLOADS["codec_weights"], "model.codec_weights") if given else beside(source)
-    state = read_tensors(weight_file(source) if source.is_dir() else source)
-    assign_published(net, state, read_codec(config, folder), str(source))
+    assign_published(net, read_tensors(source), read_codec(config, folder), str(source))
     return net
 
 

@@ -19,11 +19,11 @@ from transformers import PreTrainedTokenizerBase
 from reca.files import read_json
 from reca.models.base import in_fp32
 from reca.models.common.exporting import export_to
-from reca.models.common.hub import TOKENIZER, fetch
+from reca.models.common.hub import TOKENIZER, beside, fetch
 from reca.models.common.pooled_features import assign_weights
 from reca.models.common.text import check_tokenizer, read_tokenizer
 from reca.models.common.tiny_tokenizer import word_tokenizer
-from reca.models.common.weight_files import assign_state_dict, init_on_meta, init_random, read_tensors, weight_file
+from reca.models.common.weight_files import assign_state_dict, init_on_meta, init_random, read_tensors
 from reca.models.open_uni import prompt
 from reca.models.open_uni.config import OpenUniConfig
 from reca.models.open_uni.modules import Network
@@ -106,7 +106,7 @@ def load(cls: type[N], config: OpenUniConfig, device: torch.device | str = "cpu"
         net = cls(config, load_tokenizer(config))
     assert config.mllm and config.weights, "`absent` would name them"
     folder = fetch(config.mllm, DOWNLOADS["mllm"], "model.mllm")
-    mllm = mllm_native(_tensors(folder))
+    mllm = mllm_native(read_tensors(folder))
     net.transformer = _diffusers_part(SanaTransformer2DModel, config.dit, "dit", "transformer")
     net.codec = _diffusers_part(AutoencoderDC, config.codec_weights, "codec_weights", "vae")
     sources = [fetch(s, key=f"model.{key}") for key in ("weights", "overlay") if (s := getattr(config, key))]
@@ -177,8 +177,7 @@ def frozen_beside(weights: str | None) -> Path | None:
     """Return the file of frozen parts that `export` wrote, if any. weights: its folder, or the .pth in it."""
     if weights is None:
         return None
-    path = Path(weights).expanduser()
-    path = (path if path.is_dir() else path.parent) / FROZEN
+    path = beside(Path(weights).expanduser()) / FROZEN
     return path if path.is_file() else None
 
 
@@ -251,10 +250,6 @@ def overlay(paths: list[Path]) -> tuple[dict[str, Tensor], list[str]]:
     return merged, report
 
 
-def _tensors(source: Path) -> dict[str, Tensor]:
-    return read_tensors(weight_file(source) if source.is_dir() else source)
-
-
 @in_fp32
 def _diffusers_part(class_: Any, source: str, key: str, part: str) -> nn.Module:
     """Load a diffusers model in fp32 with the sizes of its config.json, from a repository or its subfolder `part`."""
@@ -262,5 +257,5 @@ def _diffusers_part(class_: Any, source: str, key: str, part: str) -> nn.Module:
     folder = folder / part if (folder / part).is_dir() else folder
     with init_on_meta():
         module = class_.from_config(read_json(folder / "config.json"))
-    assign_state_dict(module, _tensors(folder), str(folder), torch.float32)
+    assign_state_dict(module, read_tensors(folder), str(folder), torch.float32)
     return module
