@@ -23,6 +23,7 @@ from reca.models.common.tiny_tokenizer import word_tokenizer
 from reca.models.common.weight_files import (
     INDEX,
     assign_state_dict,
+    cast_parameters,
     init_on_meta,
     init_random,
     read_tensors,
@@ -104,9 +105,7 @@ def published_parts(net: Network) -> nn.ModuleDict:
 
 def to_kept_types(net: T) -> T:
     """Cast parameters to the dtypes of `kept_dtype`."""
-    for name, parameter in net.named_parameters():
-        parameter.data = parameter.data.to(kept_dtype(net.config, name))
-    return net
+    return cast_parameters(net, lambda name: kept_dtype(net.config, name))
 
 
 def kept_dtype(config: BagelConfig, name: str) -> torch.dtype:

@@ -8,7 +8,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file
@@ -19,7 +19,7 @@ from reca.files import AGAIN, HEAD, damage, is_safetensors, read_json, size_of
 from reca.models.common import deferred_weights
 
 log = logging.getLogger("reca")
-
+M = TypeVar("M", bound=nn.Module)
 
 SUFFIXES = {".safetensors": "safetensors", **dict.fromkeys((".pth", ".pt", ".bin", ".ckpt"), "torch")}
 INDEX = ".index.json"
@@ -368,6 +368,13 @@ def assign_state_dict(
     module.load_state_dict(cast, strict=True, assign=True)
     if deferred:
         deferred_weights.attach(module, state)
+
+
+def cast_parameters(module: M, dtype_of: Callable[[str], torch.dtype]) -> M:
+    """Cast parameters to types by their names; Module.to cannot, of tensors without memory. Returns the module."""
+    for name, parameter in module.named_parameters():
+        parameter.data = parameter.data.to(dtype_of(name))
+    return module
 
 
 def _is_plain(tensor: Tensor) -> bool:

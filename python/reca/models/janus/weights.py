@@ -18,7 +18,7 @@ from reca.models.common.exporting import export_to
 from reca.models.common.hub import TOKENIZER, beside, fetch
 from reca.models.common.text import check_tokenizer, read_tokenizer
 from reca.models.common.tiny_tokenizer import word_tokenizer
-from reca.models.common.weight_files import assign_state_dict, init_on_meta, init_random, read_tensors
+from reca.models.common.weight_files import assign_state_dict, cast_parameters, init_on_meta, init_random, read_tensors
 from reca.models.janus import prompt
 from reca.models.janus.config import JanusConfig
 from reca.models.janus.modules import Network
@@ -104,9 +104,7 @@ def kept_dtype(config: JanusConfig, name: str) -> torch.dtype:
 def build_meta(cls: type[N], config: JanusConfig) -> N:
     """Build the model that `load` builds, without reading weights."""
     net = cls(config, load_tokenizer(replace(config, tokenizer=None), None))
-    for name, parameter in net.named_parameters():
-        parameter.data = parameter.data.to(kept_dtype(config, name))  # Module.to does not support fake tensors
-    return net
+    return cast_parameters(net, lambda name: kept_dtype(config, name))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from reca.models.common.exporting import export_to
 from reca.models.common.hub import TOKENIZER, beside, fetch
 from reca.models.common.kl_codec import KlCodec
 from reca.models.common.ldm_autoencoder import renew_attention
-from reca.models.common.weight_files import assign_state_dict, init_on_meta, init_random, read_tensors
+from reca.models.common.weight_files import assign_state_dict, cast_parameters, init_on_meta, init_random, read_tensors
 from reca.models.janus.published import HALF, PREPROCESSOR, compare, language_file, processor_files, tower
 from reca.models.janus.weights import DTYPES, TokenizerNeeds, load_tokenizer
 from reca.models.janusflow import prompt
@@ -51,9 +51,7 @@ def load(cls: type[N], config: JanusFlowConfig) -> N:
             raise ValueError("model.codec_weights needs model.weights, which is null; set both or neither")
         with init_random(config.seed):
             net = cls(config, tokenizer)
-        for name, parameter in net.named_parameters():
-            parameter.data = parameter.data.to(kept_dtype(config, name))
-        return net
+        return cast_parameters(net, lambda name: kept_dtype(config, name))
     with init_on_meta():
         net = cls(config, tokenizer)
     check_files(beside(source), config)
@@ -97,9 +95,7 @@ def kept_dtype(config: JanusFlowConfig, name: str) -> torch.dtype:
 def build_meta(cls: type[N], config: JanusFlowConfig) -> N:
     """Build the model that `load` builds, without reading weights."""
     net = cls(config, load_tokenizer(replace(config, tokenizer=None), None, NEEDS))
-    for name, parameter in net.named_parameters():
-        parameter.data = parameter.data.to(kept_dtype(config, name))  # Module.to does not support fake tensors
-    return net
+    return cast_parameters(net, lambda name: kept_dtype(config, name))
 
 
 # the JSON files of a published folder

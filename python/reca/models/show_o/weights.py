@@ -17,7 +17,7 @@ from reca.models.common.hub import TOKENIZER, beside, fetch
 from reca.models.common.pooled_features import assign_weights
 from reca.models.common.text import read_tokenizer
 from reca.models.common.tiny_tokenizer import UNKNOWN, word_tokenizer
-from reca.models.common.weight_files import assign_state_dict, init_on_meta, init_random, read_tensors
+from reca.models.common.weight_files import assign_state_dict, cast_parameters, init_on_meta, init_random, read_tensors
 from reca.models.show_o import prompt
 from reca.models.show_o.config import ShowOConfig
 from reca.models.show_o.modules import Network
@@ -71,8 +71,7 @@ def build_meta(cls: type[N], config: ShowOConfig) -> N:
         words = [f"word{i}" for i in range(PHI_TOKENS - len((UNKNOWN, *prompt.WORDS, prompt.END_OF_TEXT)))]
         config, folder = replace(config, tokenizer=None, words=words), None
     net = cls(config, load_tokenizer(config, folder))
-    for parameter in (published_parts(net) if config.weights else net.showo).parameters():
-        parameter.data = parameter.data.to(DTYPES[config.dtype])  # Module.to does not support fake tensors
+    cast_parameters(published_parts(net) if config.weights else net.showo, lambda _: DTYPES[config.dtype])
     return net
 
 
