@@ -37,31 +37,28 @@ def load(cls: type[N], config: HarmonConfig, device: torch.device | str) -> N:
     Raises ValueError for files that do not fit the recipe, listing missing, unexpected and misshapen tensors.
     """
     source = fetch(config.weights, DOWNLOADS["weights"]) if config.weights else None
+    codec_file = fetch(config.codec_weights, key="model.codec_weights") if config.codec_weights else None
     tokenizer = load_tokenizer(config, source)
     if source is None:
         with init_random(config.seed, device):
             net = cls(config, tokenizer)
-        if config.codec_weights:
-            state = read_codec(fetch(config.codec_weights, key="model.codec_weights"), _levels(config))
-            assign_state_dict(net.codec, state, config.codec_weights, torch.float32)
+        if codec_file:
+            assign_state_dict(net.codec, read_codec(codec_file, _levels(config)), str(codec_file), torch.float32)
         return net.to(device)
     with init_on_meta():
         net = cls(config, tokenizer)
     state, inside = read(source)
     assign_published(net, state, str(source))
-    near = beside(source) / CODEC_FILE
+    path = codec_file or beside(source) / CODEC_FILE
     if config.codec == "patches":
-        path = fetch(config.codec_weights, key="model.codec_weights") if config.codec_weights else near
-        assign_state_dict(net.codec, read_tensors(path), str(path), torch.float32)
+        codec = read_tensors(path)
+    elif codec_file or (not inside and path.is_file()):
+        codec = read_codec(path, _levels(config))
+    elif inside:
+        path, codec = source, to_diffusers(inside, _levels(config))
     else:
-        if config.codec_weights or (not inside and near.is_file()):
-            path = fetch(config.codec_weights, key="model.codec_weights") if config.codec_weights else near
-            codec = read_codec(path, _levels(config))
-        elif inside:
-            codec = to_diffusers(inside, _levels(config))
-        else:
-            raise ValueError(f"{source} contains no VAE; set model.codec_weights, such as wusize/harmon/{CODEC_FILE}")
-        assign_state_dict(net.codec, codec, config.codec_weights or str(source), torch.float32)
+        raise ValueError(f"{source} contains no VAE; set model.codec_weights, such as wusize/harmon/{CODEC_FILE}")
+    assign_state_dict(net.codec, codec, str(path), torch.float32)
     return net.to(device)
 
 
