@@ -2,42 +2,37 @@
 
 import argparse
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 
 def generate(options: argparse.Namespace) -> None:
     from reca import inference
-    from reca.models.common.inference import warn_of_unknown_words
 
     seeds = [options.seed + i for i in range(len(options.prompt))]
     sampling = _sampling(options, _adapter(options, "generate").generate, seeds, options.prompt)
-    model = _model(options)
-    warn_of_unknown_words(model.tokenizer, options.prompt)
+    model = _model(options, options.prompt)
     _write(inference.generate(model, options.prompt, seeds, **sampling), options, seeds, options.prompt)
 
 
 def edit(options: argparse.Namespace) -> None:
     from reca import inference
-    from reca.models.common.inference import warn_of_unknown_words
 
     seeds, instructions = [options.seed], [options.instruction]
     sampling = _sampling(options, _adapter(options, "edit").edit, seeds, instructions)
     image = _read(options.image)
-    model = _model(options)
-    warn_of_unknown_words(model.tokenizer, instructions)
+    model = _model(options, instructions)
     _write(inference.edit(model, [image], instructions, seeds, **sampling), options, seeds, instructions)
 
 
 def answer(options: argparse.Namespace) -> None:
     from reca import inference
-    from reca.models.common.inference import warn_of_unknown_words
 
     _adapter(options, "answer")
     _reject_empty([options.question])
     image = _read(options.image)
-    model = _model(options)
-    warn_of_unknown_words(model.tokenizer, [options.question])
+    model = _model(options, [options.question])
     print(inference.answer(model, [image], [options.question])[0])
 
 
@@ -47,7 +42,6 @@ def best_of(options: argparse.Namespace) -> None:
     from reca.api import is_run, recipe_of
     from reca.data.sample import digest
     from reca.eval.targets import Target
-    from reca.models.common.inference import warn_of_unknown_words
 
     if options.candidates < 1:
         raise ValueError(f"--candidates must be at least 1, got {options.candidates}")
@@ -65,13 +59,8 @@ def best_of(options: argparse.Namespace) -> None:
         "weights": digest([source.fingerprint()]),
     }
 
-    def load():
-        model = _model(options)
-        warn_of_unknown_words(model.tokenizer, [*prompts, choice.question])
-        return model
-
     distributed.initialize(60 * distributed.HOURS)  # each rank draws its share alone
-    records = best_of.choose(load, prompts, choice, options.out)
+    records = best_of.choose(lambda: _model(options, [*prompts, choice.question]), prompts, choice, options.out)
     if distributed.is_main_process():
         print(*best_of.report(records, options.out), sep="\n")
     distributed.shut_down()
@@ -118,10 +107,14 @@ def _adapter(options: argparse.Namespace, ability: str) -> Any:
     return adapter
 
 
-def _model(options: argparse.Namespace):
+def _model(options: argparse.Namespace, texts: Sequence[str] = ()) -> Any:
+    """Load the model, and warn of words in texts that it does not know."""
     from reca.api import load
+    from reca.models.common.inference import warn_of_unknown_words
 
-    return load(options.recipe, options.overrides, ema=options.ema)
+    model = load(options.recipe, options.overrides, ema=options.ema)
+    warn_of_unknown_words(model.tokenizer, texts)
+    return model
 
 
 def _sampling(options: argparse.Namespace, method, seeds: list[int], texts: list[str]) -> dict:
