@@ -83,19 +83,31 @@ def load(cls: type[N], config: OpenUniConfig, device: torch.device | str = "cpu"
     keys = ("weights", "mllm", "dit", "codec_weights")
     absent = [key for key in keys if getattr(config, key) is None]
     if absent == ["mllm", "dit", "codec_weights"] and (frozen := frozen_beside(config.weights)):
-        with init_on_meta():
-            net = cls(config, load_tokenizer(config))
-        trained, _ = overlay([Path(source) for source in (config.weights, config.overlay) if source])
-        assign_state_dict(net, read_tensors(frozen) | trained, str(frozen.parent), torch.float32)
-        return net.to(device)
+        return _exported(cls, config, frozen).to(device)
     if absent and len(absent) < len(keys):
         raise ValueError(f"model.{absent[0]} is null but other parts are given; set all of {', '.join(keys)}, or none")
-    if absent:
-        with init_random(config.seed, device):
-            net = cls(config, load_tokenizer(config)).requires_grad_(True)
-        if config.understanding == "efficientnet" and config.efficientnet_weights:
-            assign_weights(net.mllm.model.vision_tower, config.efficientnet_weights)
-        return net.to(device)
+    return (_random(cls, config, device) if absent else _published(cls, config)).to(device)
+
+
+def _exported(cls: type[N], config: OpenUniConfig, frozen: Path) -> N:
+    """Build the model of an export, of which `frozen` is a file."""
+    with init_on_meta():
+        net = cls(config, load_tokenizer(config))
+    trained, _ = overlay([Path(source) for source in (config.weights, config.overlay) if source])
+    assign_state_dict(net, read_tensors(frozen) | trained, str(frozen.parent), torch.float32)
+    return net
+
+
+def _random(cls: type[N], config: OpenUniConfig, device: torch.device | str) -> N:
+    with init_random(config.seed, device):
+        net = cls(config, load_tokenizer(config)).requires_grad_(True)
+    if config.understanding == "efficientnet" and config.efficientnet_weights:
+        assign_weights(net.mllm.model.vision_tower, config.efficientnet_weights)
+    return net
+
+
+def _published(cls: type[N], config: OpenUniConfig) -> N:
+    """Build the model of InternVL3, SANA, DC-AE and OpenUni's own files."""
     for key, published in (("codec", "dc_ae"), ("understanding", "internvit")):
         if getattr(config, key) != published:
             raise ValueError(
@@ -117,7 +129,7 @@ def load(cls: type[N], config: OpenUniConfig, device: torch.device | str = "cpu"
     kept = next(iter(mllm.values())).dtype
     assign_state_dict(net.mllm, mllm | {name: tensor.to(kept) for name, tensor in changed.items()}, str(folder))
     assign_published(net, state, config.weights)
-    return net.to(device)
+    return net
 
 
 def build_meta(cls: type[N], config: OpenUniConfig) -> N:
