@@ -1,4 +1,4 @@
-"""JSON lines files of a run. A full disk loses lines, and never ends the run."""
+"""JSON Lines files of a run. When the disk is full, lines are lost but the run continues."""
 
 import contextlib
 import json
@@ -14,9 +14,9 @@ log = logging.getLogger("reca")
 
 
 class JsonLines:
-    """Appends to a file, every line at once. Lines that cannot be written are counted; the first is logged.
+    """Appends lines to a file, each with one unbuffered write. Counts lines that cannot be written; logs the first.
 
-    A line that was left incomplete, here or before, is ended first.
+    If the file ends in an incomplete line, a line break is written first.
     """
 
     def __init__(self, path: Path):
@@ -37,19 +37,19 @@ class JsonLines:
             reason = error.strerror or str(error)
         self.lost += 1
         if self.lost == 1:
-            log.warning("%s cannot be written (%s): lines are lost from here on", self.path, reason)
+            log.warning("%s cannot be written (%s): further lines may be lost", self.path, reason)
 
     def close(self) -> None:
         os.close(self.handle)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Read the complete lines of a file. Incomplete lines and a missing file are skipped."""
+    """Read the lines of a file that are JSON objects. Incomplete lines are skipped; a missing file has none."""
     return [value for _, value in _lines(path)]
 
 
 def truncate_after(path: Path, step: int) -> None:
-    """Remove the lines of steps after `step`, which a run continued from there writes again, and incomplete lines."""
+    """Remove incomplete lines and those of steps after `step`, which a run resumed at `step` writes again."""
     lines = _lines(path)
     kept = b"".join(line + b"\n" for line, value in lines if _step_of(value) <= step)
     if path.is_file() and kept != path.read_bytes():
@@ -57,7 +57,7 @@ def truncate_after(path: Path, step: int) -> None:
 
 
 def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """List the lines that are JSON objects, each as bytes and as its value."""
+    """Return the raw bytes and the parsed value of every line that is a JSON object."""
     found = []
     for line in path.read_bytes().splitlines() if path.is_file() else ():
         with contextlib.suppress(ValueError, RecursionError):

@@ -1,12 +1,12 @@
-"""What libraries log about parts of them that are not used here."""
+"""Suppression of library warnings about features that reca does not use."""
 
 import logging
 
-# transformers and diffusers import torchao where it is installed, and all of them warn of its parts
+# transformers and diffusers import torchao if it is installed; all of them then warn about it
 UNUSED = ("torchao", "torch.utils._pytree", "diffusers.quantizers")
 
 
 def leave_out_unused() -> None:
-    """Leave out warnings about parts of libraries that are not used here."""
+    """Suppress warnings of library modules that reca does not use."""
     for library in UNUSED:
         logging.getLogger(library).setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Log of a run: log.jsonl always, what is printed, grids of sample images, TensorBoard and Weights & Biases."""
+"""Log of a run: log.jsonl, console output, grids of sample images, TensorBoard and Weights & Biases."""
 
 import logging
 import math
@@ -18,13 +18,13 @@ from reca.trackers import Trackers
 
 log = logging.getLogger("reca")
 
-LINES_OF_STEPS = ("log.jsonl", "spikes_*.jsonl", "non_finite_*.jsonl")  # cut back where steps are made again
+LINES_OF_STEPS = ("log.jsonl", "spikes_*.jsonl", "non_finite_*.jsonl")  # truncated to the resumed step
 
 
 class RunLog:
-    """Log of a run on rank 0; on other ranks it keeps warnings in a file of their own.
+    """Log of a run on rank 0; other ranks only write their warnings to a file per rank.
 
-    done: steps made before. shown: print a header, and a bar or lines.
+    done: number of steps completed before this start. shown: print to the console.
     """
 
     def __init__(self, recipe: Recipe, run_dir: Path, done: int, shown: bool = True):
@@ -46,18 +46,18 @@ class RunLog:
             self.stack.callback(self.console.close)
 
     def print(self, lines: Sequence[str]) -> None:
-        """Print lines as they are."""
+        """Print lines to the console."""
         if self.console:
             for line in lines:
                 self.console.write(line)
 
     def step(self, loss: float, images_per_s: float) -> None:
-        """Show that a step has been made."""
+        """Show a completed step on the console."""
         if self.console:
             self.console.step(loss, images_per_s)
 
     def record(self, step: int, values: Mapping[str, float], remaining: float | None = None) -> None:
-        """Write the metrics of a step everywhere. remaining: seconds to the end of the run, None if not known."""
+        """Write the metrics of a step to all outputs. remaining: seconds to the end of the run; None if unknown."""
         if self.main_process:
             self.lines.write({"step": step} | {k: _finite(v) for k, v in values.items()})
             self.trackers.scalars(step, values)
@@ -65,7 +65,7 @@ class RunLog:
                 self.console.line(step, values, remaining)
 
     def record_evaluation(self, step: int, values: Mapping[str, float], alarms: Sequence[str], seconds: float) -> None:
-        """Write what an evaluation of the model after `step` has found everywhere. alarms: those that hold."""
+        """Write the results of the evaluation after `step` to all outputs. alarms: those that are active."""
         if self.main_process:
             line = {"step": step, "evaluation": True} | {k: _finite(v) for k, v in values.items()}
             self.lines.write(line | {"alarms": list(alarms)})
@@ -78,13 +78,13 @@ class RunLog:
             self.lines.write({"step": step, "warning": warning})
 
     def sample_images(self, step: int, images: list[Tensor]) -> None:
-        """Save a grid of images, one of each prompt of the recipe."""
+        """Save a grid of images, one for each prompt in log.prompts."""
         if self.main_process:
             self._save_grid(f"{step:06d}.png", images)
             self.trackers.images(step, "samples", images, self.prompts)
 
     def reconstructions(self, step: int, pairs: list[list[Tensor]]) -> None:
-        """Save images, each beside what the model makes of it."""
+        """Save a two-column grid of (image, reconstruction) pairs."""
         if self.main_process:
             self._save_grid(f"{step:06d}_reconstructions.png", [image for pair in pairs for image in pair], columns=2)
             captions = ["image, reconstruction"] * len(pairs)
@@ -103,7 +103,7 @@ class RunLog:
 
 
 def due(step: int, every: int) -> bool:
-    """Tell whether something that happens every so many steps happens after `step`; 0 is never."""
+    """Tell whether an action with period `every` is due after `step`. every=0 means never."""
     return every > 0 and step % every == 0
 
 

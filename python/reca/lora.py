@@ -1,8 +1,8 @@
-"""LoRA and DoRA: low-rank matrices beside the linear layers that would be trained, made by peft.
+"""LoRA and DoRA by peft: low-rank adapters on the linear layers that would otherwise be trained.
 
-The layers that get them are the linear ones in the model's blocks whose weights `freeze` leaves trainable, so that
-roles and train.frozen mean what they mean without LoRA. Nothing else is trained. Parameters that were there keep their
-published names in checkpoints, and an export holds the merged weights under those names.
+Adapters are added to the linear layers in the model's blocks whose weights `freeze` leaves trainable, so that roles and
+train.frozen have the same meaning as without LoRA. Nothing else is trained. The model's own parameters keep their
+published names in checkpoints, and an export contains the merged weights under those names.
 """
 
 import contextlib
@@ -26,21 +26,22 @@ from reca.optim import freeze
 from reca.optim.gradients import HALVES
 from reca.rng import CounterRNG
 
-NAME = "default"  # peft's name of the only set of matrices that a layer has
-PREFIX = "base_model.model."  # in front of the names in peft's files
-DROPOUT = 0x64726F70  # keeps these random numbers apart from a run's others
-FOLDER = "lora"  # of an export; beside the merged weights, transformers would add the matrices to them once more
+NAME = "default"  # peft's name for the only adapter of a layer
+PREFIX = "base_model.model."  # of tensor names in peft's files
+DROPOUT = 0x64726F70  # separates the dropout's random stream from the other streams of a run
+FOLDER = "lora"  # subfolder of an export: next to the merged weights, transformers would apply the adapter again
 
 
 def choose_trained(adapter: Adapter, recipe: Recipe) -> list[str]:
-    """Leave only what the recipe trains trainable, and add LoRA if it asks for that. Returns the trained roles.
+    """Freeze everything that the recipe does not train and add LoRA if requested. Return the trained roles.
 
-    A model that has LoRA already keeps its layers.
-    Raises ValueError as `freeze` does, for an idle pattern of lora.targets, and where no layer can have LoRA.
+    A model that already has LoRA keeps its layers.
+    Raises ValueError as `freeze` does, if existing LoRA differs from the recipe's, if a pattern of lora.targets matches
+    no layer, and if no layer can have LoRA.
     """
     if (existing := adapter.lora) is not None:
         if existing != recipe.lora:
-            raise ValueError(f"the model has LoRA of {asdict(existing)}, the recipe asks for {asdict(recipe.lora)}")
+            raise ValueError(f"the model has LoRA {asdict(existing)}, but the recipe asks for {asdict(recipe.lora)}")
         roles = adapter.roles()
         return sorted({roles[name] for name, p in adapter.named_parameters() if p.requires_grad})
     trained = freeze(adapter, recipe.train.train, recipe.train.frozen)
@@ -51,7 +52,7 @@ def choose_trained(adapter: Adapter, recipe: Recipe) -> list[str]:
 
 
 def add(adapter: Adapter, config: LoraConfig, seed: int) -> None:
-    """Give the trainable linear layers of an adapter's blocks LoRA, and freeze all else."""
+    """Add LoRA to the trainable linear layers in an adapter's blocks and freeze all other parameters."""
     peft = _peft()
     names = target_names(adapter, config)
     wanted = peft.LoraConfig(
@@ -64,12 +65,12 @@ def add(adapter: Adapter, config: LoraConfig, seed: int) -> None:
     modules = dict(adapter.named_modules())
     if config.base_dtype == "bf16":
         for name in names:
-            for parameter in modules[name].parameters():  # Module.to would make others, of no memory or source
+            for parameter in modules[name].parameters():  # in place: Module.to would replace meta parameters
                 parameter.data = parameter.data.to(torch.bfloat16)
     peft.inject_adapter_in_model(wanted, _holder(adapter), adapter_name=NAME)
     found = layers(adapter)
     if sorted(found) != sorted(names):
-        raise RuntimeError(f"peft gave LoRA to {len(found)} layers in place of {len(names)}: is it of another version?")
+        raise RuntimeError(f"peft added LoRA to {len(found)} layers instead of {len(names)}: unsupported peft version?")
     for name, parameter in adapter.named_parameters():
         parameter.requires_grad_(is_lora(name))
         if is_lora(name) and parameter.dtype in HALVES:
@@ -85,7 +86,7 @@ def add(adapter: Adapter, config: LoraConfig, seed: int) -> None:
 
 
 def target_names(adapter: Adapter, config: LoraConfig) -> list[str]:
-    """List the layers that get LoRA. Raises ValueError where there are none, or none for one of lora.targets."""
+    """List the layers that get LoRA. Raises ValueError if there are none or a pattern of lora.targets matches none."""
     inside = {id(module) for block in adapter.blocks() for module in block.modules()}
     able = [
         name
@@ -106,11 +107,11 @@ def layers(adapter: nn.Module) -> dict[str, Any]:
 
 
 def reset(adapter: Adapter, seed: int) -> None:
-    """Set LoRA to no change of the weights as they are: A uniform as peft draws it, B 0, DoRA's norms those of rows.
+    """Initialise LoRA to the identity: A uniform as in peft, B zero, DoRA magnitudes equal to the row norms of W.
 
-    seed: A is a function of it and the layer's name, and not of device or rank. Of weights that are still to come,
-    DoRA's norms are not known yet.
-    Raises ValueError for DoRA of rows that are 0: it divides by their norms.
+    A depends on `seed` and the layer's name only, not on device or rank. DoRA magnitudes of deferred weights are left
+    as they are; call this again when the weights are loaded.
+    Raises ValueError for DoRA if a weight has zero rows: it divides by their norms.
     """
     for name, layer in layers(adapter).items():
         first, second, base = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight, layer.get_base_layer().weight
@@ -125,8 +126,8 @@ def reset(adapter: Adapter, seed: int) -> None:
                 norms = _row_norms(local_part(base).float())
                 if not norms.all():
                     raise ValueError(
-                        f"lora.dora=true divides by the norms of rows, and {name}.weight has rows of zeros, as layers "
-                        "have before any training: leave such layers out by lora.targets, or set lora.dora=false"
+                        f"lora.dora=true divides by row norms, and {name}.weight has zero rows, as in zero-initialised "
+                        "layers: exclude those with lora.targets, or set lora.dora=false"
                     )
                 local_part(layer.lora_magnitude_vector[NAME].weight).copy_(norms)
 
@@ -137,12 +138,12 @@ def is_lora(name: str) -> bool:
 
 
 def published_name(name: str) -> str:
-    """Return the name that a parameter has without LoRA. Those of LoRA itself keep theirs."""
+    """Return the name that a parameter of the model has without LoRA. Names of LoRA parameters are unchanged."""
     return name.replace(".base_layer.", ".")
 
 
 def weight_beside(name: str) -> str:
-    """Return the published name of the weight that a tensor of LoRA belongs to."""
+    """Return the published name of the weight that a LoRA parameter belongs to."""
     return f"{name.partition('.lora_')[0]}.weight"
 
 
@@ -156,7 +157,7 @@ def fits(name: str, shape: tuple[int, ...], others: Mapping[str, tuple[int, ...]
 
 
 def continues(before: Recipe, recipe: Recipe) -> bool:
-    """Tell whether the LoRA of one run is a start for another's as it is, without merging it."""
+    """Tell whether a run can start from the LoRA of run `before` without merging it."""
 
     def form(r: Recipe) -> tuple:
         alpha = r.lora.rank if r.lora.alpha is None else r.lora.alpha
@@ -166,7 +167,10 @@ def continues(before: Recipe, recipe: Recipe) -> bool:
 
 
 def merged_weight(weight: Tensor, a: Tensor, b: Tensor, config: LoraConfig, norms: Tensor | None) -> Tensor:
-    """Compute W + alpha / rank * B A in fp32, with rows scaled to `norms` in DoRA, in the type of `weight`."""
+    """Compute W + alpha / rank * B A in at least fp32, with rows rescaled to `norms` for DoRA.
+
+    The result has the dtype of `weight`.
+    """
     wide = torch.promote_types(weight.dtype, torch.float32)
     scale = 1.0 if config.alpha is None else config.alpha / config.rank
     whole = weight.to(wide) + scale * (b.to(wide) @ a.to(wide))
@@ -177,9 +181,9 @@ def merged_weight(weight: Tensor, a: Tensor, b: Tensor, config: LoraConfig, norm
 
 @contextlib.contextmanager
 def merged(adapter: Adapter) -> Iterator[None]:
-    """Let an adapter have plain layers with merged weights inside the context, under published names.
+    """Replace LoRA layers by plain layers with merged weights, under published names, inside the context.
 
-    Afterwards it is what it was, to the bit.
+    On exit the original layers and weights are restored bit for bit.
     """
     assert adapter.lora is not None
     replaced = []
@@ -202,9 +206,9 @@ def merged(adapter: Adapter) -> Iterator[None]:
 
 @torch.no_grad()
 def merge_tensors(adapter: Adapter, tensors: dict[str, Tensor], config: LoraConfig) -> frozenset[str]:
-    """Merge another run's LoRA into the weights it belongs to. Returns their published names.
+    """Merge another run's LoRA into the model's weights. Return the published names of the changed weights.
 
-    tensors: that run's LoRA by parameter name. config: its own.
+    tensors: that run's LoRA parameters by name. config: that run's LoraConfig.
     """
     weights = {published_name(name): parameter for name, parameter in adapter.named_parameters()}
     changed = []
@@ -221,7 +225,7 @@ def merge_tensors(adapter: Adapter, tensors: dict[str, Tensor], config: LoraConf
 
 
 def _export(adapter: Adapter, export: Callable[..., list[str]], wanted: Any, folder: Path, *given: Any, **options: Any):
-    """Write the published files with merged weights, and LoRA as peft writes it into the folder `lora` beside them."""
+    """Export the published files with merged weights, and the LoRA in peft's format in the subfolder `lora`."""
     peft = _peft()
     holder = _holder(adapter)
     holder.peft_config = {NAME: wanted}  # type: ignore[assignment]
@@ -237,7 +241,7 @@ def _export(adapter: Adapter, export: Callable[..., list[str]], wanted: Any, fol
 
 
 def _roles(adapter: Adapter, roles: Callable[[], dict[str, str]]) -> dict[str, str]:
-    """Map every parameter to its role: one of LoRA to that of the weight beside it."""
+    """Map every parameter to its role. A LoRA parameter has the role of the weight it belongs to."""
     known = {published_name(name): role for name, role in roles().items()}
     return {
         name: known[weight_beside(name) if is_lora(name) else published_name(name)]
@@ -246,13 +250,13 @@ def _roles(adapter: Adapter, roles: Callable[[], dict[str, str]]) -> dict[str, s
 
 
 def _seed_dropout(_: nn.Module, given: tuple) -> None:
-    """Make dropout a function of the run's seed and the first sample of a micro-batch."""
+    """Seed dropout from the run's seed and the id of the first sample of the micro-batch."""
     batch, rng = given[:2]
     torch.manual_seed(CounterRNG(rng.seed, DROPOUT, int(batch.host_ids[0])).seed)
 
 
 def _holder(adapter: Adapter) -> nn.Module:
-    """Return a plain module of the adapter's parts: peft reads and sets attributes of what it is given."""
+    """Return a plain module with the adapter's children: peft sets attributes on the module it is given."""
     holder = nn.Module()
     for name, child in adapter.named_children():
         holder.add_module(name, child)
@@ -264,7 +268,7 @@ def _row_norms(weight: Tensor) -> Tensor:
 
 
 def _give_memory(layer: Any) -> None:
-    """Put LoRA beside weights that are still to come into host memory: it is in no file."""
+    """Allocate LoRA parameters of deferred weights in host memory: no file to load contains them."""
     for part in (*layer.lora_A.values(), *layer.lora_B.values(), *layer.lora_magnitude_vector.values()):
         if part.weight.is_meta and not isinstance(part.weight, FakeTensor):
             part.weight = nn.Parameter(torch.zeros(part.weight.shape, dtype=part.weight.dtype))
@@ -275,7 +279,6 @@ def _peft() -> Any:
         import peft
     except ImportError as error:
         raise ValueError(
-            "lora.rank above 0 needs the package peft, which is not installed: pip install 'reca[lora]', or set "
-            "lora.rank=0"
+            "lora.rank above 0 needs peft, which is not installed: run pip install 'reca[lora]', or set lora.rank=0"
         ) from error
     return peft

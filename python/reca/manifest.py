@@ -1,4 +1,4 @@
-"""Manifests: a folder's files with sizes and checksums. Written last, it marks the folder as complete."""
+"""Manifests: sizes and checksums of a folder's files. Written last, a manifest marks the folder as complete."""
 
 import json
 import stat
@@ -8,34 +8,34 @@ from pathlib import Path
 
 from reca.files import sha256
 
-THREADS = 8  # hashlib releases the interpreter lock
+THREADS = 8  # hashlib releases the GIL
 
 
 def entries(folder: Path, names: Iterable[str]) -> dict[str, dict]:
-    """Take size and SHA-256 of these files of `folder`, by name."""
+    """Return the size and SHA-256 of files of `folder`, by name."""
     with ThreadPoolExecutor(THREADS) as pool:
         names = list(names)
         return dict(zip(names, pool.map(lambda name: _entry(folder / name), names), strict=True))
 
 
 def files(folder: Path) -> list[str]:
-    """Name all files below `folder`, sorted."""
+    """List the relative paths of all files below `folder`, sorted."""
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def read(path: Path) -> dict[str, dict]:
-    """Read the entries of a manifest. Raises ValueError when it is not one, OSError when it is not readable."""
+    """Read the entries of a manifest. Raises ValueError if it is invalid, OSError if it cannot be read."""
     listed = json.loads(path.read_bytes())
     if not isinstance(listed, dict) or not all(_is_entry(entry) for entry in listed.values()):
-        raise ValueError(f"{path} is no list of files")
+        raise ValueError(f"{path} is not a manifest")
     return listed
 
 
 def damage(folder: Path, listed: dict[str, dict], contents: bool = True) -> list[str]:
-    """List the differences between the files and the manifest; empty when there are none.
+    """List the differences between the files and the manifest; empty if there are none.
 
-    Sizes are compared first: a file of another size is not read, and without `contents` none is.
-    Raises OSError when a file that is there cannot be read: that tells nothing of what it holds.
+    Files whose size differs are not hashed; with contents=False only sizes are compared.
+    Raises OSError if an existing file cannot be read, because that is no evidence of damage.
     """
     faults, same_size = [], []
     for name, entry in listed.items():
@@ -49,12 +49,12 @@ def damage(folder: Path, listed: dict[str, dict], contents: bool = True) -> list
     now = entries(folder, same_size)
     return [
         *faults,
-        *(f"{name} has other contents than were written" for name in same_size if now[name] != listed[name]),
+        *(f"{name} does not match its checksum" for name in same_size if now[name] != listed[name]),
     ]
 
 
 def _size(path: Path) -> int | None:
-    """Return the size of a file; None where there is none of this name."""
+    """Return the size of a file; None if it does not exist or is not a regular file."""
     try:
         found = path.stat()
     except (FileNotFoundError, NotADirectoryError):

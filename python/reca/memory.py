@@ -1,4 +1,4 @@
-"""Peak memory per GPU of a recipe's training step, predicted by running the step on tensors that have no memory."""
+"""Peak memory per GPU of a recipe's training step, predicted by running the step on fake tensors."""
 
 import contextlib
 import os
@@ -35,24 +35,24 @@ from reca.recompute import checkpoint_activations
 
 Result = TypeVar("Result")
 
-CARD = 80 << 30  # bytes of a GPU where nobody says which
-CONTEXT = 3 << 29  # bytes: of the CUDA context, NCCL's buffers and cuBLAS's workspaces
-FRAGMENTATION = 0.05  # of what is allocated, that the allocator reserves beyond it
+CARD = 80 << 30  # default GPU memory in bytes
+CONTEXT = 3 << 29  # bytes for the CUDA context, NCCL buffers and cuBLAS workspaces
+FRAGMENTATION = 0.05  # memory that the allocator reserves beyond what is allocated, as a fraction of it
 NOT_COUNTED = "CUDA context, NCCL, workspaces of torch's kernels, fragmentation"
-PIECES = 8  # fp32 pieces of parameters, gradients and moments that our AdamW works on at a time
-DRAWS = 8  # of masks and dropped texts, of which those with the fewest and with the most predicted tokens are run
-SPREAD = 1.1  # between fewest and most predicted tokens, below which only the most are run
-WORDS = 2048  # in the texts of conversations and captions: a model cuts them to what it takes
+PIECES = 8  # fp32 chunks of parameters, gradients and moments that reca's AdamW processes at a time
+DRAWS = 8  # random draws of masks and dropped texts; those with the fewest and the most predicted tokens are run
+SPREAD = 1.1  # ratio of most to fewest predicted tokens up to which only the draw with the most is run
+WORDS = 2048  # words of conversations and captions; models truncate them to their limit
 
 
 class Memory(NamedTuple):
-    """Bytes on the GPU that holds most, at the moment when it holds most."""
+    """Bytes by category on the most loaded GPU, at its peak."""
 
-    weights: int  # this rank's part, and buffers
+    weights: int  # this rank's shard, and buffers
     gradients: int
-    moments: int  # of the optimizer
+    moments: int  # optimizer state
     ema: int
-    activations: int  # and all else: gathered and cast copies of weights, temporaries, pixels
+    activations: int  # and everything else: gathered and cast copies of weights, temporaries, pixels
 
     @property
     def total(self) -> int:
@@ -60,36 +60,37 @@ class Memory(NamedTuple):
 
 
 def own_card() -> int:
-    """Count the bytes of this machine's GPU; CARD where there is none."""
+    """Return the memory of this machine's GPU in bytes; CARD if there is none."""
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else CARD
 
 
 def needed(predicted: int) -> int:
-    """Return the bytes of a card that a predicted peak asks for, with a reserve for what is not counted."""
+    """Return the GPU memory needed for a predicted peak, with a reserve for NOT_COUNTED."""
     return int(predicted * (1 + FRAGMENTATION)) + CONTEXT
 
 
 def predict(recipe: Recipe, gpus: int = 1, node: int = 8, card: int = CARD, *, gpu: bool = True) -> Memory:
-    """Predict the peak memory of a training step, by running one on fake tensors.
+    """Predict the peak memory of a training step by running one on fake tensors.
 
-    The longest texts and the largest images are taken that the model takes.
+    Texts and images have the largest size that the model accepts.
 
     Args:
-        recipe: What is trained.
-        gpus: Of the run, `node` of them in a machine.
-        card: Bytes of a GPU: parallel.strategy=auto has all weights on each where they fit.
-        gpu: Attention, autocast and block sizes of CUDA; False: those of a CPU.
+        recipe: Recipe to train.
+        gpus: Number of GPUs of the run.
+        node: Number of GPUs per machine.
+        card: Memory of a GPU in bytes. parallel.strategy=auto replicates the weights if they fit.
+        gpu: Simulate CUDA's attention kernels, autocast and block sizes; False: those of a CPU.
 
     Raises:
-        ValueError: For what `reca train` would refuse.
+        ValueError: `reca train` would reject the recipe.
     """
     return peak_of(recipe, list(recipe.active_tasks()), gpus, node, card, gpu=gpu)
 
 
 def peak_of(recipe: Recipe, tasks: list[str], gpus: int, node: int, card: int = CARD, *, gpu: bool = True) -> Memory:
-    """Predict the peak of the passes of some of a step's tasks, and of the optimizer."""
+    """Predict the peak of a step that runs only `tasks` and the optimizer. Other arguments as in `predict`."""
     if dist.is_initialized():
-        raise RuntimeError("a process with a process group predicts in another process: use in_own_process")
+        raise RuntimeError("memory cannot be predicted in a process with a process group: use in_own_process")
     with _world(gpus, node):
         adapter, fake = build_meta(recipe)
         for task in recipe.active_tasks():
@@ -100,7 +101,7 @@ def peak_of(recipe: Recipe, tasks: list[str], gpus: int, node: int, card: int = 
         if gpus > 1:
             adapter.reduces_every_micro_batch = recipe.parallel.reduce_every_micro_batch
             size = predicted_shard_size(adapter, recipe, gpus, node, card)
-            distributed.mesh(torch.device("cpu"), gpus // size, size)  # kept, and made of numbers
+            distributed.mesh(torch.device("cpu"), gpus // size, size)  # cached; built outside of fake mode
             with fake:
                 shard(adapter, size, torch.device("cpu"), recipe.train.precision)
         return run_step(adapter, recipe, batches, Allocations(gpu, card), gpus, fake)
@@ -114,10 +115,10 @@ def run_step(
     gpus: int,
     mode: contextlib.AbstractContextManager,
 ) -> Memory:
-    """Run the passes of a training step and the optimizer, and return the peak.
+    """Run the forward and backward passes of a training step and the optimizer, and return the peak.
 
-    batches: by task, draws of its largest micro-batch. All run as passes of one step, with the gradients of earlier
-    passes in place where the recipe's step has several.
+    batches: draws of the largest micro-batch, by task. If the recipe's step has several passes, gradients of earlier
+    passes are allocated.
     """
     passes = {
         task: _passes(getattr(recipe.objective, task), gpus, batches.get(task, [])) for task in recipe.active_tasks()
@@ -136,11 +137,11 @@ def run_step(
                 batch.prepared = batch.prepared.to("cpu")
             allocations.hold((passes[task] - 1) * sum(x.numel() for x in (*(mine[0].gen or ()), *(mine[0].und or ()))))
         config = recipe.optim
-        if config.name == "apex":  # holds what AdamW holds, and works on a GPU alone
+        if config.name == "apex":  # runs on GPUs only; its state has the size of AdamW's
             config = replace(config, name="adamw")
         optimizer = make_optimizer(adapter, config, recipe.train.seed)
         states = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
-        allocations.label(states, "host" if recipe.optim.offload else "moments")  # on the host: no part of the peak
+        allocations.label(states, "host" if recipe.optim.offload else "moments")  # "host" is not part of the peak
         own = isinstance(optimizer, AdamW)
         pieces = PIECES * 4 * min(PIECE, max(p.numel() for p in trained)) if own else 0
         if recipe.optim.fused_backward:
@@ -167,7 +168,7 @@ def run_step(
             allocations.label([p.grad for p in trained], "gradients")
         allocations.reset_peak()
         gradient_norm(adapter, recipe.optim.max_grad_norm)
-        if not own:  # that one works on the values' addresses, piece by piece
+        if not own:  # reca's AdamW needs real data pointers; `pieces` is its workspace
             optimizer.step()
         moments = allocations.now.get("moments", 0)
         at_step = allocations.at_peak
@@ -180,14 +181,14 @@ def run_step(
 
 
 def _drop_gradient(parameter: Tensor) -> None:
-    parameter.grad = None  # as optim.fused_backward does, after the parameter's step
+    parameter.grad = None  # like optim.fused_backward after the parameter's update
 
 
 def _steps(batches: dict[str, list[Batch]], passes: dict[str, int], gpus: int) -> Iterator[dict[str, list[Batch]]]:
-    """Yield micro-batches to run as one call of objective.backward each.
+    """Yield the micro-batches of each call of objective.backward.
 
-    FSDP2 keeps whole gradients from its second pass on and reduces them in the last, so a step of several passes is run
-    with two of each task that has two.
+    With several GPUs, each task with more than one pass runs two: FSDP2 accumulates unsharded gradients and reduces
+    them in the last pass.
     """
     for number in range(max(map(len, batches.values()))):
         draws = {task: mine[min(number, len(mine) - 1)] for task, mine in batches.items()}
@@ -198,16 +199,16 @@ def _steps(batches: dict[str, list[Batch]], passes: dict[str, int], gpus: int) -
 
 
 def _passes(config: TaskConfig, gpus: int, batches: list[Batch]) -> int:
-    """Count the passes of a task's step on a rank; with max_tokens, of samples as those of these batches."""
+    """Count the passes of a task's step on a rank; with max_tokens, for samples like those of `batches`."""
     if config.max_tokens is None or not batches:
         return accumulation_steps(config, gpus)
     return -(-config.batch_size // (gpus * min(map(len, batches))))
 
 
 def _batches(adapter: Adapter, recipe: Recipe, task: str, gpus: int, fake: FakeTensorMode) -> list[Batch]:
-    """Make the largest micro-batch of a task with the draws that have the most and the fewest predicted tokens.
+    """Make the largest micro-batch of a task, for the draws with the most and the fewest predicted tokens.
 
-    With max_tokens the longest texts and the shortest each fill one: which takes more depends on the model.
+    With max_tokens, make one of the longest and one of the shortest texts: which needs more depends on the model.
     """
     config, found = getattr(recipe.objective, task), []
     fills: list[Fill] = [Fill(WORDS, micro_batch_sizes(config.batch_size, config.micro_batch, gpus)[0])]
@@ -222,22 +223,22 @@ def _batches(adapter: Adapter, recipe: Recipe, task: str, gpus: int, fake: FakeT
 
 
 def largest_sample(adapter: Adapter, recipe: Recipe, task: str, fake: FakeTensorMode) -> int:
-    """Count the tokens of a task's longest sample: the largest image, with the longest text that the model takes."""
+    """Count the tokens of a task's longest sample: the largest image with the longest text that the model accepts."""
     return max(_batch(adapter, recipe, task, Fill(WORDS, DRAWS), 0, fake).prepared.tokens)
 
 
 class Fill(NamedTuple):
-    """What is in a micro-batch: images of the largest size, with texts of so many words."""
+    """Contents of a micro-batch: images of the largest size, with texts of `words` words."""
 
     words: int
     samples: int
-    last: int | None = None  # height of the last image to generate, where it is smaller
+    last: int | None = None  # height of the last image to generate, if it is smaller
 
 
 def _fill(adapter: Adapter, recipe: Recipe, task: str, share: int, words: int, fake: FakeTensorMode) -> Fill:
-    """Fill a pass of max_tokens, of at most `share` samples.
+    """Choose the samples of a pass of at most max_tokens tokens and `share` samples.
 
-    The last image of a model that takes any size is as large as there is room for.
+    If the model accepts images of any size, the remaining room is filled by one smaller image.
     """
     most, view = getattr(recipe.objective, task).max_tokens, adapter.views(task).gen
     few = _batch(adapter, recipe, task, Fill(words, min(share, DRAWS)), 0, fake).prepared
@@ -271,7 +272,7 @@ def _batch(adapter: Adapter, recipe: Recipe, task: str, fill: Fill, draw: int, f
         text = [Turn("a", text)]
     elif task == "srum":
         text = Scored(text, (ScoredBox(0.0, 0.0, 1.0, 1.0, 1.0),))
-    target = gen if task == "srum" else None  # at most: images may stay near themselves
+    target = gen if task == "srum" else None  # upper bound: a target is optional
     batch = Batch(task, ids, [text] * len(ids), gen, und, target=target)
     batch.prepared = adapter.prepare(batch, task_rng(recipe.train.seed, task))
     return batch
@@ -279,7 +280,7 @@ def _batch(adapter: Adapter, recipe: Recipe, task: str, fill: Fill, draw: int, f
 
 @contextlib.contextmanager
 def _world(gpus: int, node: int) -> Iterator[None]:
-    """Be rank 0 of so many, whose collectives do nothing."""
+    """Simulate rank 0 of `gpus` ranks inside the context, with collectives that do nothing."""
     if gpus == 1:
         yield
         return
@@ -292,9 +293,9 @@ def _world(gpus: int, node: int) -> Iterator[None]:
 
 
 def in_own_process(function: Callable[..., Result], *arguments: Any) -> Result:
-    """Call a function of an importable module in a process of its own, which sees no GPU and joins no group.
+    """Call a function of an importable module in a subprocess without GPUs and without a process group.
 
-    Raises what the function raises.
+    Exceptions of the function are raised here.
     """
     joined = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     environment = {key: value for key, value in os.environ.items() if key not in joined}
@@ -313,9 +314,9 @@ def in_own_process(function: Callable[..., Result], *arguments: Any) -> Result:
 
 
 def _answer() -> None:
-    """Be the other process of `in_own_process`."""
+    """Run the subprocess of `in_own_process`."""
     out = os.dup(1)
-    os.dup2(2, 1)  # what libraries print
+    os.dup2(2, 1)  # keep library output out of the result
     function, arguments = pickle.load(sys.stdin.buffer)
     try:
         result: Any = function(*arguments)

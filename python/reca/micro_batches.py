@@ -1,4 +1,4 @@
-"""The samples of a step, split into micro-batches over ranks and gradient accumulation steps."""
+"""Split of a step's samples into micro-batches over ranks and gradient accumulation steps."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -7,22 +7,22 @@ from reca import units
 
 
 class MicroBatch(NamedTuple):
-    """Samples that one rank runs forward and backward at once."""
+    """Samples of one forward and backward pass of one rank."""
 
-    start: int  # its first sample, counted from the first of the step
+    start: int  # index of its first sample within the step
     size: int  # number of samples
-    counted: bool = True  # False: a copy of another rank's micro-batch, run for FSDP2's collectives and counted there
+    counted: bool = True  # False: a copy of another micro-batch, run only to match FSDP2's collectives
 
 
 def split_batch(batch_size: int, micro_batch: int, ranks: int) -> list[list[MicroBatch]]:
-    """Split a step into micro-batches: a list for every rank, with one entry an accumulation step.
+    """Split a step into micro-batches: a list for every rank, with one entry per accumulation step.
 
-    All ranks make the same number of steps, because FSDP2 communicates in each. On R ranks, micro-batch p R + r is that
-    of rank r in step p. Sizes differ by at most one, are at most `micro_batch`, and larger ones come first, so that an
-    step takes as long as ceil(batch_size / R) samples on one rank. With fewer samples than micro-batches, each has
-    one sample or a copy of one.
+    All ranks run the same number of accumulation steps, because FSDP2 communicates in each. On R ranks, micro-batch
+    p R + r is run by rank r in accumulation step p. Sizes are at most `micro_batch` and differ by at most one, larger
+    ones first, so no rank has more than ceil(batch_size / R) samples. If there are fewer samples than micro-batches,
+    each has one sample or a copy of one.
 
-    Raises ValueError for a number below 1.
+    Raises ValueError if an argument is below 1.
     """
     if min(batch_size, micro_batch, ranks) < 1:
         raise ValueError(
@@ -40,16 +40,16 @@ def split_batch(batch_size: int, micro_batch: int, ranks: int) -> list[list[Micr
 
 
 def shares_of(config: Any, ranks: int) -> list[list[MicroBatch]]:
-    """Split a task's step as `split_batch`: with max_tokens into all samples of a rank. config: its TaskConfig."""
+    """Split a task's step as `split_batch`; with max_tokens, each rank has a single entry. config: a TaskConfig."""
     most = config.micro_batch if config.max_tokens is None else -(-config.batch_size // ranks)
     return split_batch(config.batch_size, most, ranks)
 
 
 def passes_by_tokens(tokens: Sequence[int], most: int, packed: bool) -> list[int]:
-    """Split a rank's samples, in their order, into passes of at most `most` tokens, and return how many each has.
+    """Split a rank's samples, in order, into passes of at most `most` tokens. Return the number of samples of each.
 
-    tokens: of each sample. packed: they stand behind each other; else a pass is as long as its longest, times samples.
-    A sample of more than `most` is a pass by itself.
+    tokens: length of each sample. packed: samples are concatenated; otherwise they are padded to the longest, and
+    padding counts. A sample of more than `most` tokens has a pass of its own.
     """
     sizes, whole, longest = [0], 0, 0
     for own in tokens:
@@ -62,21 +62,21 @@ def passes_by_tokens(tokens: Sequence[int], most: int, packed: bool) -> list[int
 
 
 def accumulation_steps(config: Any, ranks: int) -> int:
-    """Count the micro-batches of one task on each rank in one step; with max_tokens 1, the least. config: a TaskConfig.
+    """Count the micro-batches of one task on each rank in one step. config: a TaskConfig.
 
-    How many they are with max_tokens the lengths of the samples decide.
+    With max_tokens the number depends on the lengths of the samples; 1, the minimum, is returned.
     """
     return len(shares_of(config, ranks)[0])
 
 
 def micro_batch_sizes(batch_size: int, micro_batch: int, ranks: int) -> list[int]:
-    """List the distinct sizes of the micro-batches, largest first. Copies do not count."""
+    """List the distinct sizes of the micro-batches, largest first, without copies."""
     split = split_batch(batch_size, micro_batch, ranks)
     return sorted({one.size for rank in split for one in rank if one.counted}, reverse=True)
 
 
 def describe_split(config: Any, ranks: int) -> str:
-    """Describe the samples of a rank, its passes, and the sizes of micro-batches. config: a TaskConfig."""
+    """Describe the number of samples and passes per rank and the micro-batch sizes. config: a TaskConfig."""
     split = shares_of(config, ranks)
     own = [sum(one.size for one in rank if one.counted) for rank in split]
     count = len(split[0])
@@ -88,9 +88,9 @@ def describe_split(config: Any, ranks: int) -> str:
 
 
 def size_warning(objective: Any, tasks: Iterable[str], ranks: int) -> str | None:
-    """Describe how the step on `ranks` GPUs differs from the recipe's; None if it does not.
+    """Describe how the micro-batches on `ranks` GPUs differ from the recipe's; None if the loss is not affected.
 
-    objective: an ObjectiveConfig. A mean over the step does not depend on micro-batches.
+    objective: an ObjectiveConfig. Only objective.mean=micro_batch depends on the split into micro-batches.
     """
     differing = []
     for task in tasks if objective.mean == "micro_batch" else ():
@@ -101,8 +101,9 @@ def size_warning(objective: Any, tasks: Iterable[str], ranks: int) -> str | None
     if not differing:
         return None
     return (
-        f"the samples of the micro-batches on {units.counted(ranks, 'GPU')} are not the recipe's: "
+        f"micro-batch sizes on {units.counted(ranks, 'GPU')} differ from the recipe's: "
         f"{'; '.join(differing)}. "
-        "objective.mean=micro_batch averages each by itself and weights it by its share of the samples, so the step "
-        "changes a little where samples carry different numbers of tokens; objective.mean=batch averages over all"
+        "objective.mean=micro_batch averages micro-batches separately and weights each by its share of the samples, so "
+        "the loss changes slightly if samples have different numbers of tokens; objective.mean=batch averages over the "
+        "whole step"
     )

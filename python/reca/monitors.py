@@ -1,6 +1,6 @@
-"""Monitors that warn when a run collapses instead of learning, by the metrics of its training steps.
+"""Monitors that detect from training metrics that a run is collapsing. alarms.py checks its evaluations.
 
-alarms.py looks at its evaluations. No threshold here has been calibrated at scale.
+No threshold here has been calibrated at scale.
 """
 
 import copy
@@ -10,24 +10,24 @@ from typing import Any
 from reca.config import Recipe
 from reca.models.base import Adapter
 
-BASELINE_STEPS = 100  # steps whose mean loss later losses are compared with
-COPY_RATIO = 0.3  # share of that loss under which the model probably copies h_v into the image
+BASELINE_STEPS = 100  # the mean loss of these first steps is the baseline
+COPY_RATIO = 0.3  # fraction of the baseline below which the model probably copies h_v into the image
 DRIFT_RATIO = 1.05  # growth of a fixed batch's loss that counts as forgetting
-GAP_RATIO = 3.0  # growth of the condition gap that, with drift, speaks of copying
+GAP_RATIO = 3.0  # growth of the condition gap that, together with drift, indicates copying
 
 
 def config_warnings(recipe: Recipe, adapter: Adapter, roles: Iterable[str]) -> list[str]:
-    """List what is known before the first step to make this run collapse."""
+    """List settings of this run that are known to make it collapse or to have no effect."""
     found, roles = list(adapter.config_warnings()), set(roles)
     if "shared_lm" in roles and recipe.objective.reca.weight and not recipe.objective.i2t.weight:
         found.append(
             "understanding and generation share trained weights but objective.i2t.weight is 0: understanding may be "
-            "forgotten. Give conversations and weight 1, as the paper does for Show-o and Harmon"
+            "forgotten. Set data.conversations and objective.i2t.weight=1, as the paper does for Show-o and Harmon"
         )
     if idle := sorted(roles & (adapter.encoder_roles or frozenset())):
         found.append(
-            f"train.train names {' and '.join(idle)}, but what makes features of pixels runs without a gradient here: "
-            "it will not change"
+            f"train.train includes {' and '.join(idle)}, but the encoders run without a gradient: their weights will "
+            "not change"
         )
     there = set(adapter.roles().values())
     decoupled = "gen_lm" in there or ("gen_head" in roles and "shared_lm" not in there)
@@ -39,14 +39,14 @@ def config_warnings(recipe: Recipe, adapter: Adapter, roles: Iterable[str]) -> l
     trained = [(name, parameter) for name, parameter in adapter.named_parameters() if parameter.requires_grad]
     if recipe.optim.weight_decay and not any(adapter.decays(name, parameter) for name, parameter in trained):
         found.append(
-            f"optim.weight_decay={recipe.optim.weight_decay:g} has no effect: {adapter.name} decays none of what is "
-            "trained, as its release does not"
+            f"optim.weight_decay={recipe.optim.weight_decay:g} has no effect: like its release, {adapter.name} applies "
+            "no weight decay to the trained parameters"
         )
     return found
 
 
 class Monitor:
-    """Watches the metrics of a run. `check` returns new warnings, each once until its condition clears."""
+    """Monitors the metrics of a run. `check` returns each warning once until its condition clears."""
 
     def __init__(self) -> None:
         self.start: dict[str, list[float]] = {}
@@ -55,7 +55,7 @@ class Monitor:
         self.active: set[str] = set()
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps, JSON-able: a run that goes on compares with its own first steps."""
+        """Return the JSON-able state for checkpoints, so that a resumed run keeps the baselines of its first steps."""
         return copy.deepcopy(vars(self) | {"active": sorted(self.active)})
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -64,7 +64,7 @@ class Monitor:
     def check(self, step: int, metrics: dict[str, float], tasks: Iterable[str]) -> list[str]:
         conditions = {}
         for task in tasks:
-            text = f"no sample of task {task} in this step carries a label; its loss was skipped. Check the {task} data"
+            text = f"no sample of task {task} in this step has a label; its loss was skipped. Check the {task} data"
             conditions[f"no {task} labels"] = metrics.get(f"{task}/weight") == 0, text
         if (loss := metrics.get("reca/loss")) is not None and metrics.get("reca/weight"):
             early = self.start.setdefault("reca", [])
@@ -73,9 +73,9 @@ class Monitor:
             self.smooth["reca"] = 0.95 * self.smooth.get("reca", loss) + 0.05 * loss
             level = sum(early) / len(early)
             text = (
-                f"the reconstruction loss fell to {self.smooth['reca']:.3g}, under {COPY_RATIO:.0%} of its first "
-                f"{BASELINE_STEPS} steps ({level:.3g}). If text-to-image images get worse the model copies h_v: lower "
-                "the understanding resolution or blur that view"
+                f"the reconstruction loss fell to {self.smooth['reca']:.3g}, below {COPY_RATIO:.0%} of the mean of the "
+                f"first {BASELINE_STEPS} steps ({level:.3g}). If text-to-image images get worse, the model copies h_v: "
+                "lower the understanding resolution or blur that view"
             )
             conditions["copying"] = len(early) == BASELINE_STEPS and self.smooth["reca"] < COPY_RATIO * level, text
         drifted = False
@@ -89,8 +89,8 @@ class Monitor:
         if (gap := metrics.get("reca/gap")) is not None:
             base = self.first.setdefault("gap", abs(gap))
             text = (
-                f"the loss with another image's h_v exceeds the matched loss by {gap:.3g} (at first {base:.3g}) while "
-                "text-to-image gets worse: the model leans on h_v alone"
+                f"the loss with another image's h_v exceeds the matched loss by {gap:.3g} (initially {base:.3g}) while "
+                "the text-to-image loss rises: the model relies on h_v alone"
             )
             conditions["gap"] = drifted and gap > GAP_RATIO * base, text
         new = [text for name, (up, text) in conditions.items() if up and name not in self.active]

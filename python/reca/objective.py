@@ -1,11 +1,12 @@
-"""L_total = sum over tasks of lambda_k * L_k, each L_k a mean over the whole step.
+"""The training objective: L_total = sum over tasks of lambda_k * L_k, each L_k a mean over the whole step.
 
-A task's loss is (sum over ranks and micro-batches of its sums) / (the same of its weights). So one GPU that
-accumulates eight micro-batches makes the step that eight GPUs make at once, and lambda keeps its meaning when
-micro-batches carry different numbers of tokens.
+L_k is the sum of loss sums over ranks and micro-batches, divided by the sum of weights. So one GPU that accumulates
+eight micro-batches computes the same step as eight GPUs, and lambda_k keeps its meaning if micro-batches have different
+numbers of tokens.
 
-With objective.mean=micro_batch it is a mean of the micro-batches' own means, each with its share of the step's
-samples. That is the release's mean where all have the same size. It depends on which samples share a micro-batch.
+With objective.mean=micro_batch, L_k is the mean of the micro-batch means, weighted by their share of the step's
+samples. It equals the release's mean if all micro-batches have the same size, and depends on which samples share a
+micro-batch.
 """
 
 import contextlib
@@ -35,13 +36,14 @@ def backward(
     autocast: contextlib.AbstractContextManager,
     labels: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, Tensor]:
-    """Add the gradient of L_total over `batches` to the parameters.
+    """Accumulate the gradient of L_total over `batches` into the parameters' .grad.
 
-    batches: the micro-batches of one step on this rank, by task. Every rank has as many.
-    labels: of the sources of tasks whose loss is wanted by source, too: as TASK/loss@LABEL, where the model tells it.
-    Returns fp32 [2] tensors (sum, weight) by task, over the samples that this rank counts; fp64 where the weights are.
-    Over all ranks, sum / weight of a task is its L_k; of a source the mean over its labels, whatever objective.mean.
-    A task without any label in the whole step adds nothing.
+    batches: this rank's micro-batches of one step, by task. Every rank must pass the same number.
+    labels: names of each task's data sources. For these tasks the loss is also returned per source, as TASK/loss@LABEL,
+    if the model computes per-sample losses.
+    Returns tensors [2] of (sum, weight) by name, over the samples counted on this rank: fp32, or fp64 if the model is.
+    Summed over all ranks, sum / weight is L_k for a task. For a source it is the mean over its predicted tokens,
+    whatever objective.mean is. A task without a label in the whole step contributes no gradient.
     """
     rng = {task: task_rng(seed, task) for task in batches}
     labels = labels or {}
@@ -63,10 +65,10 @@ def backward(
             term = adapter(batch, rng[task], condition)
         _check_reach(adapter, task, term)
         weight, samples = totals[task]
-        share: float | Tensor = 1.0  # of the sum in what is logged: the task's loss is what is optimised
+        share: float | Tensor = 1.0  # factor of the sum in the logged loss, so that it equals the optimised one
         if not batch.counted:
-            # Its rank, too, sends a gradient of zero back through the whole model, since FSDP2 communicates there. A
-            # NaN on the way cannot come from here alone: the rank that counts these very samples has the same one.
+            # The backward pass still runs, with a zero gradient, because FSDP2 communicates in it. A NaN here cannot be
+            # spurious: the rank that counts these samples has the same one.
             scale: float | Tensor = 0.0
         elif objective.mean == "batch":
             scale = torch.where(weight > 0, distributed.world_size() / weight.clamp(min=TINY), 0.0)
@@ -87,7 +89,7 @@ def backward(
 
 
 def _ready(adapter: Adapter, batch: Batch, rng: CounterRNG, by_sample: bool = False) -> Batch:
-    """Return the batch with what its loss needs, which the loader has made unless the batch came another way."""
+    """Return a copy of the batch with its `prepared` set, computing it if the loader has not."""
     ready = copy.copy(batch)
     ready.prepared = adapter.ensure_prepared(batch, rng)
     if by_sample:
@@ -96,14 +98,14 @@ def _ready(adapter: Adapter, batch: Batch, rng: CounterRNG, by_sample: bool = Fa
 
 
 def _total_dtype(adapter: Adapter) -> torch.dtype:
-    """Return the type of sums over samples: fp32, or fp64 in a run of fp64."""
+    """Return the dtype of sums over samples: fp32, or fp64 for an fp64 model."""
     return torch.float64 if next(adapter.parameters()).dtype == torch.float64 else torch.float32
 
 
 def _totals(batches: dict[str, list[Batch]], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Add up weight and samples of each task in the whole step, [2] each, on the device.
+    """Sum weight and number of samples of each task over the whole step, [2] each, on the device.
 
-    They are known on the host, so no rank runs the model for them, and one call adds up those of all ranks.
+    Both are known on the host before the forward pass, so a single all-reduce suffices.
     """
     own = []
     for micro_batches in batches.values():
@@ -115,9 +117,9 @@ def _totals(batches: dict[str, list[Batch]], dtype: torch.dtype) -> dict[str, Te
 
 
 def means(sums: dict[str, Tensor], tasks: Iterable[str]) -> dict[str, float]:
-    """Add up this rank's (sum, weight) pairs with those of others, and divide: a task's loss and weight, or a mean.
+    """Sum (sum, weight) pairs over ranks and divide. Return loss and weight of each task, and the mean of other names.
 
-    sums: fp32 [2] by name, the same names on every rank. They take one exchange and one transfer.
+    sums: [2] by name, with the same names on every rank. Costs one all-reduce and one device-to-host copy.
     """
     names = list(sums)
     table = distributed.sum_over_ranks(torch.stack([sums[name].double() for name in names])).tolist()
@@ -132,10 +134,7 @@ def means(sums: dict[str, Tensor], tasks: Iterable[str]) -> dict[str, float]:
 
 
 def _check_reach(adapter: Adapter, task: str, term: LossTerm) -> None:
-    """Refuse a loss that no trained parameter has a part in, which backward would only find without saying which.
-
-    Raises RecipeError.
-    """
+    """Raise RecipeError if a loss depends on no trained parameter; autograd's own error would not name the task."""
     if term.sum.requires_grad:
         return
     roles, trained = adapter.roles(), set()
@@ -143,9 +142,9 @@ def _check_reach(adapter: Adapter, task: str, term: LossTerm) -> None:
         if parameter.requires_grad:
             trained.add(roles[name])
     raise RecipeError(
-        f"the {task} loss of {adapter.name} depends on no parameter that is trained (of roles "
-        f"{', '.join(sorted(trained))}), so it cannot train: set objective.{task}.weight=0, or name another role in "
-        f"train.train (there are {', '.join(sorted(set(roles.values())))})"
+        f"the {task} loss of {adapter.name} depends on no trained parameter (trained roles: "
+        f"{', '.join(sorted(trained))}): set objective.{task}.weight=0, or add another role to train.train (roles of "
+        f"this model: {', '.join(sorted(set(roles.values())))})"
     )
 
 
@@ -157,7 +156,7 @@ def evaluate(
     autocast: contextlib.AbstractContextManager,
     condition: str = "own",
 ) -> float:
-    """Compute the mean loss over fixed batches, with the random numbers of their sample ids and without dropout."""
+    """Compute the mean loss over fixed batches in eval mode, with random numbers derived from the sample ids."""
     adapter.eval()
     sums = torch.zeros(2, device=next(adapter.parameters()).device, dtype=_total_dtype(adapter))
     with inference.together(adapter):

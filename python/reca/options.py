@@ -1,21 +1,21 @@
-"""Declare recipe keys: dataclass fields with documentation and bounds on their values."""
+"""Declaration of recipe keys: dataclass fields with documentation and bounds."""
 
 import math
 from dataclasses import MISSING, field, fields
 from typing import Any
 
-LARGEST = 2**63 - 1  # the largest number of any integer key
+LARGEST = 2**63 - 1  # upper bound of integer keys without a bound of their own
 
-# What a path key may hold beside a path, which decides how it is made absolute (recipe_files.absolute_paths).
+# Kinds of path keys, which decide how a value is made absolute (recipe_files.absolute_paths).
 LOCAL = "local"  # a file or folder
 GLOB = "glob"  # a file, a folder, a pattern of tar files, or an importable spec (reca/data/spec.py)
 SPEC = "spec"  # a file, or an importable spec
-HUB = "hub"  # a file or folder that is there, or else a name of the Hugging Face hub
-JUDGE = "judge"  # NAME, or NAME:ARGUMENT where the argument is as of HUB
+HUB = "hub"  # an existing file or folder, otherwise a name on the Hugging Face hub
+JUDGE = "judge"  # NAME, or NAME:ARGUMENT with an argument of kind HUB
 
 
 class RecipeError(ValueError):
-    """A recipe that cannot be run as written; the message names the key, the reason and a valid value."""
+    """A recipe cannot be run as written; the message names the key, the reason and a valid value."""
 
 
 def config_field(
@@ -30,11 +30,11 @@ def config_field(
     fewest: int = 0,
     path: str | None = None,
 ) -> Any:
-    """Declare a recipe key. Mutable defaults (lists, nested configs) are given as a callable.
+    """Declare a recipe key. Pass mutable defaults (lists, nested configs) as a callable.
 
-    choices: all values there are, of the key or of each item of its list. least, most: the smallest and the largest
-    that a number, or each number of a list, may be; above, below: the same, themselves left out. fewest: the items
-    that a list has at least. path: LOCAL, GLOB, SPEC, HUB or JUDGE for a text that names files.
+    choices: the allowed values of the key, or of each item of a list. least, most: inclusive bounds of a number, or of
+    each number of a list. above, below: exclusive bounds. fewest: minimum length of a list. path: LOCAL, GLOB, SPEC,
+    HUB or JUDGE for a string that names files.
     """
     metadata: dict[str, Any] = {"doc": doc, "choices": choices, "fewest": fewest, "path": path}
     metadata |= {"least": least, "above": above, "most": most, "below": below}
@@ -61,7 +61,7 @@ def share(default: float, doc: str = "") -> Any:
 
 
 def check_values(config: Any, prefix: str = "") -> None:
-    """Raise RecipeError when a field of `config` is outside what it declared. prefix: of the keys, in the message."""
+    """Raise RecipeError if a field of `config` violates its declaration. prefix: of the keys, for the message."""
     for f in fields(config):
         choices, value, key = f.metadata.get("choices"), getattr(config, f.name), f"{prefix}{f.name}"
         for item in value if isinstance(value, list) else [value]:
@@ -76,10 +76,10 @@ def check_values(config: Any, prefix: str = "") -> None:
 
 
 def check_heads(config: Any, prefix: str) -> None:
-    """Raise RecipeError when the sizes of a transformer do not fit each other. config: its group of keys, if it is one.
+    """Raise RecipeError if the sizes of a transformer are inconsistent. Groups of other keys are ignored.
 
-    Every head is as wide as every other, key and value heads serve as many query heads each, and rotary positions turn
-    pairs of channels.
+    hidden_size must be a multiple of the number of heads, the number of query heads a multiple of the number of
+    key-value heads, and the number of rotary channels per head even.
     """
     width, heads, groups, theta, rotary = (
         getattr(config, name, None)
@@ -102,13 +102,13 @@ def check_heads(config: Any, prefix: str) -> None:
     turned = int(width // heads * (rotary or 1))
     if theta and (turned % 2 or not turned):
         raise RecipeError(
-            f"{prefix}hidden_size={width} over {prefix}num_attention_heads={heads} leaves {turned} channels of a head "
-            "to rotary positions, which turn pairs: it must be even"
+            f"{prefix}hidden_size={width} with {prefix}num_attention_heads={heads} gives {turned} rotary channels per "
+            "head, which must be a positive even number"
         )
 
 
 def format_value(value: Any) -> str:
-    """Format a value for a message, short and on one line."""
+    """Format a value for a message, on one line and shortened to about 90 characters."""
     text = "null" if value is None else repr(value)
     return text if len(text) <= 90 else f"{text[:60]}...{text[-20:]}"
 

@@ -1,4 +1,4 @@
-"""What a run says when memory is full: what would help, with predicted numbers, and a snapshot."""
+"""Out-of-memory errors of a run: advice with predicted peaks, and a memory snapshot."""
 
 import contextlib
 import logging
@@ -16,12 +16,12 @@ from reca.options import RecipeError
 log = logging.getLogger("reca")
 
 USUAL = "Lower micro_batch of the objective's tasks, set train.activation_checkpointing=true, or use more GPUs"
-ADVISED = 3
-EVENTS = 100_000  # allocations and releases that a snapshot remembers
+ADVISED = 3  # number of recipe changes in the advice
+EVENTS = 100_000  # allocations and releases in the history of a snapshot
 
 
 class Knob(NamedTuple):
-    """A change of the recipe, as overrides, and the peak that is predicted with it."""
+    """A change of the recipe, as overrides, and its predicted peak in bytes."""
 
     text: str
     bytes: int
@@ -29,7 +29,7 @@ class Knob(NamedTuple):
 
 @contextlib.contextmanager
 def memory_errors(advise: Callable[[], str] = lambda: USUAL) -> Iterator[None]:
-    """Turn an error of a full memory into a RecipeError with advice."""
+    """Convert an out-of-memory error into a RecipeError with advice."""
     try:
         yield
     except full_memory.KINDS as error:
@@ -53,43 +53,43 @@ def explained(recipe_of: Callable[[], Recipe]) -> contextlib.AbstractContextMana
 
 
 def record_history(recipe: Recipe) -> None:
-    """Begin to remember who allocates what, if the recipe asks for it and there is a GPU."""
+    """Start recording the allocation history if log.memory_snapshot is set and a GPU is available."""
     if recipe.log.memory_snapshot and torch.cuda.is_available():
         torch.cuda.memory._record_memory_history(max_entries=EVENTS, stacks="python")
 
 
 def snapshot(folder: Path) -> str:
-    """Write what is allocated, for docs.pytorch.org/memory_viz, and say where; with a history if there is one."""
+    """Write a memory snapshot for pytorch.org/memory_viz. Return a sentence that names the file; empty if none."""
     if not torch.cuda.is_available():
         return ""
     file = folder / f"out_of_memory_rank{distributed.rank()}.pickle"
     try:
         torch.cuda.memory._dump_snapshot(str(file))
-    except Exception as error:  # the error that is being explained matters more
-        log.warning("no snapshot of the memory: %s", error)
+    except Exception as error:  # must not hide the out-of-memory error
+        log.warning("the memory snapshot could not be written: %s", error)
         return ""
     return f". {file} shows what was allocated (pytorch.org/memory_viz)"
 
 
 def advice(recipe: Recipe) -> str:
-    """Name what would help most, with predicted peaks; without them where no prediction can be made."""
+    """Return the most helpful recipe changes with their predicted peaks, or general advice if prediction fails."""
     ranks, node = distributed.world_size(), distributed.local_world_size()
-    log.warning("out of memory: predicting what would help")
+    log.warning("out of memory: predicting which changes would help")
     try:
         now, best = memory.in_own_process(knobs, recipe, ranks, node, memory.own_card())
     except Exception as error:
-        log.warning("no prediction: %s", error)
-        return f"{USUAL}; train.fit chooses for you"
+        log.warning("the peak memory cannot be predicted: %s", error)
+        return f"{USUAL}; train.fit chooses settings automatically"
     helpful = ", ".join(f"{knob.text}: {units.size(knob.bytes)}" for knob in best)
     return (
-        f"{units.size(now)} are predicted for this recipe. What would help most: {helpful or 'more GPUs'}. "
-        f"Add about {memory.FRAGMENTATION:.0%} and {units.size(memory.CONTEXT)} to compare with a card; train.fit "
-        "chooses for you"
+        f"The predicted peak of this recipe is {units.size(now)}. Most helpful changes: {helpful or 'more GPUs'}. "
+        f"Add about {memory.FRAGMENTATION:.0%} and {units.size(memory.CONTEXT)} before comparing with a GPU's memory; "
+        "train.fit chooses settings automatically"
     )
 
 
 def knobs(recipe: Recipe, gpus: int, node: int, card: int) -> tuple[int, list[Knob]]:
-    """Predict the recipe's peak, and return the changes that lower it most, the most helpful first."""
+    """Predict the recipe's peak in bytes, and return it with the ADVISED changes that lower it most, best first."""
     predict = fit.Predictions(recipe)
     now, found = predict({}, gpus, node, card).total, []
     for keys in changes(recipe, gpus, node):
@@ -103,7 +103,7 @@ def knobs(recipe: Recipe, gpus: int, node: int, card: int) -> tuple[int, list[Kn
 
 
 def changes(recipe: Recipe, gpus: int, node: int) -> Iterator[dict[str, Any]]:
-    """Yield changes of the recipe that take less memory."""
+    """Yield changes of the recipe that may reduce memory, each as overrides."""
     if recipe.train.activation_checkpointing is not True:
         yield {fit.CHECKPOINTING: True}
     halves = {}
@@ -112,7 +112,7 @@ def changes(recipe: Recipe, gpus: int, node: int) -> Iterator[dict[str, Any]]:
         size = min(config.micro_batch, -(-config.batch_size // gpus))
         if config.max_tokens is not None:
             halves[f"objective.{task}.max_tokens"] = max(config.max_tokens // 2, 1)
-        elif size > 1 and not recipe.optim.fused_backward:  # which takes one pass a step
+        elif size > 1 and not recipe.optim.fused_backward:  # which requires one pass per step
             halves[f"objective.{task}.micro_batch"] = size // 2
     if halves:
         yield halves

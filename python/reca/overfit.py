@@ -1,8 +1,7 @@
-"""`reca train RECIPE --overfit N`: a dry run that learns one batch, and says what is wrong where it cannot.
+"""`reca train RECIPE --overfit N`: a dry run that overfits a single batch and diagnoses a failure to do so.
 
-Every step sees the same samples with the same noise, masks and templates, so that even the loss of a diffusion model,
-which noise of its own keeps from falling, can go to zero. It runs what training runs, at the recipe's peak learning
-rate from the first step on, and leaves the run folder as it is.
+Every step uses the same samples with the same noise, masks and templates, so that even a diffusion loss can approach
+zero. It runs the training code at the recipe's peak learning rate, without warm-up, and does not touch the run folder.
 """
 
 import contextlib
@@ -28,31 +27,31 @@ from reca.optim import gradient_norm
 from reca.skipped_steps import NonFiniteError
 from reca.trainer import Trainer
 
-TARGET = 0.5  # share of the first loss that the last must have reached
-FLAT = 0.01  # share of the first loss whose change counts as none
-STILL = 1e-3  # share of their size that weights move by in all, under which the learning rate is called too small
-MARGIN = 1.3  # on the number of steps that is advised: a loss falls slower and slower
-LAST = 3  # losses, of which the smallest is what was reached
+TARGET = 0.5  # default target: final loss as a fraction of the initial one
+FLAT = 0.01  # relative change of the loss below which it counts as constant
+STILL = 1e-3  # total relative change of the weights below which the learning rate counts as too small
+MARGIN = 1.3  # factor on the advised number of steps, because a loss falls more and more slowly
+LAST = 3  # number of last losses; the smallest is the final loss
 
 
 class NotLearning(RuntimeError):
-    """The dry run did not learn its batch; the message says why."""
+    """The dry run did not overfit its batch; the message says why."""
 
     exit_code = exits.NOT_LEARNING
 
 
 @dataclass
 class DryRun:
-    """What a dry run has seen.
+    """Result of a dry run.
 
-    target     share of the first loss to be reached
-    lr         of every step
-    losses     of every step, before its update
-    tasks      losses of every step, by task, the first of them before any step
-    gradients  norm by role of trained parameters, the larger one of the first and the last step; empty where
-               optim.fused_backward has freed them
+    target     required final loss, as a fraction of the initial one
+    lr         learning rate, constant
+    losses     loss of every step, before its update
+    tasks      losses by task: one measured before the first step, then one per step
+    gradients  gradient norm by role, the larger of before and after training; empty with optim.fused_backward, which
+               frees gradients
     size       root mean square of the trained parameters at the start
-    non_finite loss or gradient was NaN or infinite after the last of these steps
+    non_finite whether the run ended because the loss or gradient was NaN or infinite
     """
 
     target: float
@@ -65,7 +64,7 @@ class DryRun:
 
     @property
     def share(self) -> float:
-        """Return what is left of the first loss."""
+        """Return the final loss as a fraction of the initial one; NaN if that is not positive."""
         first = self.losses[0] if self.losses else 0.0
         return min(self.losses[-LAST:]) / first if first > 0 else math.nan
 
@@ -74,12 +73,12 @@ class DryRun:
         return not self.non_finite and self.share <= self.target
 
     def describe(self) -> list[str]:
-        """Write what was seen, a line for each kind."""
+        """Return a summary in lines: losses, losses by task, gradient norms, notes."""
         lines, steps = [], len(self.losses) - 1
         if self.losses:
             lines.append(
-                f"loss       {self.losses[0]:.4g} at first, {self.losses[-1]:.4g} after {steps} steps on the same "
-                f"batch: {self.share:.1%} are left, {self.target:.0%} or less were to be reached"
+                f"loss       {self.losses[0]:.4g} initially, {self.losses[-1]:.4g} after {steps} steps on the same "
+                f"batch: {self.share:.1%} of the initial loss (target: at most {self.target:.0%})"
             )
         if len(self.tasks) > 1 and self.losses:
             parts = (f"{task} {losses[0]:.4g} to {losses[-1]:.4g}" for task, losses in self.tasks.items())
@@ -90,7 +89,7 @@ class DryRun:
         return lines
 
     def fault(self) -> str:
-        """Say what is wrong and what to do; empty where the loss was reached."""
+        """Return what is wrong and what to do; empty if the target was reached."""
         if self.reached:
             return ""
         if self.non_finite:
@@ -103,8 +102,8 @@ class DryRun:
         moved = self.lr * steps / self.size if self.size else math.inf
         if abs(1 - self.share) < FLAT and moved < STILL:
             return (
-                f"the loss stays as it is, and the learning rate is too small to change it: {steps} steps of "
-                f"optim.lr={self.lr:g} move weights of size {self.size:.2g} by {moved:.1g} of it. Raise optim.lr"
+                f"the loss is constant because the learning rate is too small: {steps} steps of optim.lr={self.lr:g} "
+                f"change weights of RMS {self.size:.2g} by about {moved:.1g} of it. Raise optim.lr"
             )
         if self.share > 1 + FLAT or max(self.losses) > 2 * self.losses[0]:
             return (
@@ -113,13 +112,13 @@ class DryRun:
             )
         if abs(1 - self.share) < FLAT:
             return (
-                "the loss stays as it is although weights move: what is trained (train.train, train.frozen) has little "
-                "part in it, or inputs do not reach it. Train more roles, or look at the data (reca data view)"
+                "the loss is constant although weights change: it hardly depends on what is trained (train.train, "
+                "train.frozen), or the inputs are wrong. Train more roles, or look at the data (reca data view)"
             )
         more = math.ceil(MARGIN * steps * math.log(self.target) / math.log(self.share))
         return (
-            f"the loss falls, but not far enough: at this rate it takes about {more} steps. Give --overfit {more}, or "
-            f"a larger optim.lr than {self.lr:g} for the dry run"
+            f"the loss falls, but not far enough: at this rate it needs about {more} steps. Use --overfit {more}, or "
+            f"raise optim.lr above {self.lr:g} for the dry run"
         )
 
     def _non_finite(self) -> str:
@@ -130,7 +129,7 @@ class DryRun:
         elif roles:
             where = f"the gradient of {' and '.join(roles)} is not finite before any update"
         else:
-            where = f"loss or gradient is not finite any more after {len(self.losses)} steps of optim.lr={self.lr:g}"
+            where = f"the loss or gradient became non-finite after {len(self.losses)} steps of optim.lr={self.lr:g}"
         return f"{where}: look at the data (reca data check), set train.precision=fp32, or lower optim.lr"
 
     def _silent_roles(self) -> list[str]:
@@ -138,20 +137,20 @@ class DryRun:
         if not zero:
             return []
         return [
-            f"the gradient is zero in {' and '.join(zero)}: no loss reaches what is trained there. Leave it out of "
-            "train.train, or give the task that trains it a weight"
+            f"the gradient is zero in {' and '.join(zero)}: no loss depends on its trained parameters. Remove it from "
+            "train.train, or set a positive weight for a task that trains it"
         ]
 
 
 def overfit(recipe: Recipe, steps: int, target: float = TARGET, adapter: Adapter | None = None) -> DryRun:
-    """Make `steps` steps on the recipe's first batch. Every rank calls it.
+    """Train `steps` steps on the recipe's first batch. All ranks must call it.
 
-    adapter: a model to train in place of the recipe's.
-    Raises ValueError for steps or a target out of range, and what `Trainer` raises.
+    adapter: a model to train instead of the recipe's.
+    Raises ValueError if steps or target is out of range, and the errors of `Trainer`.
     """
     if steps < 2 or not 0 < target < 1:
         raise ValueError(
-            f"--overfit takes at least 2 steps, and --overfit-to a share between 0 and 1: {steps}, {target:g}"
+            f"--overfit must be at least 2 and --overfit-to between 0 and 1 (exclusive), got {steps} and {target:g}"
         )
     distributed.initialize(recipe.parallel.timeout_minutes)
     with _scratch(Path(recipe.run_dir)) as folder:
@@ -159,7 +158,7 @@ def overfit(recipe: Recipe, steps: int, target: float = TARGET, adapter: Adapter
         with trainer.around():
             found = _learn(trainer, steps, target)
         trainer.folder.close()
-        distributed.barrier()  # none still uses the folder
+        distributed.barrier()  # until no rank uses the folder
     return found
 
 
@@ -187,7 +186,7 @@ def _learn(trainer: Trainer, steps: int, target: float) -> DryRun:
 
 
 def _dry(recipe: Recipe, steps: int, folder: Path) -> Recipe:
-    """Return the recipe of a dry run: nothing that only a long run needs, and no slow beginning."""
+    """Return the recipe of a dry run: without warm-up, decay, EMA, evaluations, skipped steps and optional logging."""
     return replace(
         recipe,
         run_dir=str(folder),
@@ -202,14 +201,14 @@ def _dry(recipe: Recipe, steps: int, folder: Path) -> Recipe:
 
 @contextlib.contextmanager
 def _scratch(run_dir: Path) -> Iterator[Path]:
-    """Make a folder beside the run's, where all ranks see it, and remove it with what it made on the way there."""
+    """Create a temporary sibling of the run folder, visible to all ranks. On exit, remove it and new parent folders."""
     parent, name = run_dir.absolute().parent, f".{run_dir.name}.overfit-"
     folder = parent / f"{name}{distributed.all_gather(os.getpid())[0]}"
     above = [path for path in folder.parents if not path.exists()]
     with distributed.fail_together():
         if distributed.rank() == 0:
             for old in parent.glob(f"{glob.escape(name)}*"):
-                if not is_locked(old):  # of one that was killed
+                if not is_locked(old):  # left by a dry run that was killed
                     shutil.rmtree(old, ignore_errors=True)
             ensure_writable(folder, "run_dir")
     try:
@@ -223,7 +222,10 @@ def _scratch(run_dir: Path) -> Iterator[Path]:
 
 
 def _gradients(trainer: Trainer, batches: Mapping[str, list[Batch]]) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the norm of the gradient by role, and the loss by task, of one pass without an update."""
+    """Run a forward and backward pass without an update. Return the gradient norm by role and the loss by task.
+
+    Both are empty with optim.fused_backward.
+    """
     if trainer.fused_backward:
         return {}, {}
     recipe, adapter = trainer.recipe, trainer.adapter
@@ -241,7 +243,7 @@ def _gradients(trainer: Trainer, batches: Mapping[str, list[Batch]]) -> tuple[di
 
 @torch.no_grad()
 def _size(adapter: Adapter) -> float:
-    """Compute the root mean square of the trained parameters, or of this rank's part of them."""
+    """Compute the root mean square of the trained parameters; of this rank's shard if they are sharded."""
     parts = [local_part(parameter) for parameter in adapter.parameters() if parameter.requires_grad]
     squares = torch.stack([part.double().square().sum() for part in parts]).sum()
     return float((squares / max(1, sum(part.numel() for part in parts))).sqrt())

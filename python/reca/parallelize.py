@@ -1,4 +1,4 @@
-"""Wrap a model for training: torch.compile, activation checkpointing, and replicas or shards by FSDP2."""
+"""Preparation of a model for training: float8, torch.compile, activation checkpointing, and FSDP2."""
 
 import torch
 import torch.distributed as dist
@@ -12,13 +12,13 @@ from reca.models.base import Adapter
 from reca.models.common.deferred_weights import DeferredWeights, deferring
 from reca.recompute import checkpoint_activations
 
-SHARE = 0.5  # of a GPU's memory that weights, gradients and moments may take for every GPU to hold them all
+SHARE = 0.5  # fraction of a GPU's memory up to which weights, gradients and moments are replicated
 
 
 def load(recipe: Recipe, device: torch.device) -> tuple[Adapter, bool]:
-    """Load a recipe's model, and tell whether its weights are still to come: `parallelize` reads them into shards.
+    """Load a recipe's model. Return it, and whether its weights are deferred: `parallelize` reads them into shards.
 
-    They are there at once on a single process without a GPU.
+    Weights are loaded immediately in a single process without a GPU.
     """
     adapter = umm_package(recipe.umm).Adapter
     if device.type == "cpu" and not dist.is_initialized():
@@ -28,9 +28,10 @@ def load(recipe: Recipe, device: torch.device) -> tuple[Adapter, bool]:
 
 
 def parallelize(adapter: Adapter, recipe: Recipe, device: torch.device, deferred: bool = False) -> None:
-    """Round, compile, recompute and shard the blocks of a model, as the recipe asks.
+    """Apply float8, torch.compile, activation checkpointing and sharding to a model as the recipe requests.
 
-    Compiled before activation checkpointing, which Dynamo does not look into. deferred: weights are still to come.
+    Blocks are compiled before checkpointing is applied, because Dynamo does not trace into it. deferred: as returned by
+    `load`.
     """
     weights = DeferredWeights(adapter) if deferred else None
     if recipe.train.float8:
@@ -49,15 +50,17 @@ def parallelize(adapter: Adapter, recipe: Recipe, device: torch.device, deferred
 
 
 def shard(adapter: Adapter, size: int, device: torch.device, precision: str) -> None:
-    """Give every rank its part of the parameters: one of `size`, with replicas between groups of `size` ranks.
+    """Shard parameters within groups of `size` ranks and replicate them between groups, by FSDP2.
 
-    size = all ranks is FSDP2; fewer is HSDP; 1 is data parallelism with whole replicas. FSDP2 does all three, and not
-    DistributedDataParallel the last: a step runs several tasks whose losses use different parameters, and reduces once,
-    after the last of them. DDP would search every graph for unused parameters, see only calls of `forward`, and name
-    parameters and checkpoints otherwise. With size 1 nothing is gathered; a block's trained weights are copied, to bf16
-    in bf16, as autocast would cast them, and frozen weights are left alone.
+    size equal to the world size is full sharding, a smaller size is HSDP, and 1 is data parallelism with whole
+    replicas. FSDP2 implements the latter as well, instead of DistributedDataParallel: a step runs several tasks whose
+    losses use different parameters, and reduces once, after the last task. DDP would search every graph for unused
+    parameters, would hook calls of `forward` only, and would change the names of parameters and checkpoints. With size
+    1 nothing is gathered: a block's trained weights are copied (cast to bf16 in a bf16 run, as by autocast), frozen
+    ones are not.
 
-    Gradients are reduced in fp32. A block is gathered while the one before it computes, in both directions.
+    Gradients are reduced in fp32 (fp64 in an fp64 run). A block is prefetched while the previous one computes, in both
+    passes.
     """
     mesh = distributed.mesh(device, distributed.world_size() // size, size)
     compute = torch.bfloat16 if precision == "bf16" else None
@@ -77,12 +80,12 @@ def shard(adapter: Adapter, size: int, device: torch.device, precision: str) -> 
 
 
 def shard_size(config: ParallelConfig, ranks: int, node: int, replicas_fit: bool = False) -> int:
-    """Return how many of `ranks` ranks share one copy of the weights.
+    """Return the number of ranks that share one copy of the weights.
 
-    node: fewest ranks of any machine. replicas_fit: every rank has room for a copy of its own.
-    By default a rank has its own copy where they fit; else those of one machine share one; all ranks do where machines
-    do not hold equally many.
-    Raises ValueError for a `config.shard` that does not divide the ranks.
+    node: smallest number of ranks on a machine. replicas_fit: every rank has memory for its own copy.
+    By default every rank has a copy if they fit. Otherwise the ranks of a machine share one, or all ranks if `node`
+    does not divide their number.
+    Raises ValueError if `config.shard` does not divide the number of ranks.
     """
     if config.shard is None:
         if config.strategy == "ddp" or (config.strategy == "auto" and replicas_fit):
@@ -106,9 +109,9 @@ def predicted_shard_size(adapter: nn.Module, recipe: Recipe, gpus: int, node: in
 
 
 def replicas_fit(adapter: nn.Module, memory: int) -> bool:
-    """Tell whether weights, fp32 gradients and AdamW's moments take at most half of `memory` bytes.
+    """Tell whether weights, fp32 gradients and AdamW's moments use at most SHARE of `memory` bytes.
 
-    The rest is for activations and copies of weights.
+    The rest is reserved for activations and copies of weights.
     """
     state = sum(tensor.nbytes for tensor in (*adapter.parameters(), *adapter.buffers()))
     state += sum(p.numel() * (4 + 2 * p.itemsize) for p in adapter.parameters() if p.requires_grad)
@@ -116,20 +119,20 @@ def replicas_fit(adapter: nn.Module, memory: int) -> bool:
 
 
 def memory_per_rank(device: torch.device) -> int:
-    """Count the bytes of memory of this rank's GPU, or its part of this machine's."""
+    """Return the memory in bytes of this rank's GPU, or its share of the machine's memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return host_memory.total() // distributed.local_world_size()
 
 
 def _least(value: int, device: torch.device) -> int:
-    """Return the least of all ranks' values, the same on every rank."""
+    """Return the minimum over all ranks."""
     least = torch.tensor(int(value), device=device)
     dist.all_reduce(least, dist.ReduceOp.MIN)
     return int(least)
 
 
 def set_gradient_sync(adapter: Adapter, last: bool) -> None:
-    """Set whether the next backward pass reduces gradients: the last of a step does, the others if they are told to."""
+    """Set whether the next backward pass reduces gradients: the last pass of a step, or all if the adapter says so."""
     if isinstance(adapter, FSDPModule):
         adapter.set_requires_gradient_sync(last or adapter.reduces_every_micro_batch)

@@ -14,9 +14,9 @@ _FILES = re.compile(r"\.(tar|parquet|pq)", re.IGNORECASE)  # in names that are p
 
 
 def make_absolute(text: str, kind: str) -> str:
-    """Make a relative path absolute. kind: of the key, as in reca/options.py.
+    """Make a relative path absolute. kind: kind of path key (reca/options.py).
 
-    Importable specs, URLs and names of the hub stay as they are.
+    Importable specs, URLs and hub names are returned unchanged.
     """
     if kind == JUDGE:
         name, colon, argument = text.partition(":")
@@ -28,14 +28,14 @@ def make_absolute(text: str, kind: str) -> str:
 
 
 def each_path(value: Any, change: Callable[[str], str]) -> Any:
-    """Apply `change` to the value of a path key, or to every source of a list."""
+    """Apply `change` to the value of a path key, or to the source of every item of a list."""
     if isinstance(value, list):
         return [item | {"source": change(item["source"])} for item in value]
     return change(value)
 
 
 def expand_home(text: str) -> str:
-    """Expand ~ in a path. Raises RecipeError for an unknown user, and for shell variables, which are not expanded."""
+    """Expand ~ in a path. Raises RecipeError for an unknown user and for shell variables, which are not supported."""
     if text.startswith("~"):
         full = os.path.expanduser(text)
         if full.startswith("~"):
@@ -45,7 +45,7 @@ def expand_home(text: str) -> str:
         return full
     if re.match(r"\$[A-Za-z_]", text) or "${" in text:
         raise RecipeError(
-            f"{format_value(text)}: variables are not expanded here; write the path itself, or ~ for home"
+            f"{format_value(text)}: variables are not expanded; write the path itself, or ~ for the home folder"
         )
     return text
 

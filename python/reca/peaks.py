@@ -1,10 +1,9 @@
-"""What GPUs reach at most."""
+"""Peak throughput of GPUs."""
 
 import re
 
-# Dense bf16 with fp32 accumulation, in TFLOP/s, by words of the device's name; the first that fits counts. From
-# NVIDIA's data sheets and white papers (architectures Ampere, Ada, Hopper, Blackwell), which state twice as much where
-# they count 2:4 sparsity.
+# Dense bf16 with fp32 accumulation, in TFLOP/s, by words of the device name; the first match counts. From NVIDIA's data
+# sheets and white papers (Ampere, Ada, Hopper, Blackwell), halved if they assume 2:4 sparsity.
 PEAK_TFLOPS = (
     ("GB200", 2500.0),
     ("B200", 2250.0),
@@ -31,11 +30,11 @@ PEAK_TFLOPS = (
 )
 
 
-OTHER_CARD = re.compile(r"\b(Laptop|Ti|D|SUPER)\b")  # words that make another card of one of the same number
+OTHER_CARD = re.compile(r"\b(Laptop|Ti|D|SUPER)\b")  # variants of a card with a different peak
 
 
 def known_peak(name: str) -> float | None:
-    """Look up the peak of a device by its name, in FLOP/s."""
+    """Look up the dense bf16 peak of a device by name, in FLOP/s; None if unknown."""
     if OTHER_CARD.search(name):
         return None
     return next((peak * 1e12 for words, peak in PEAK_TFLOPS if re.search(rf"\b{words}\b", name)), None)

@@ -1,4 +1,4 @@
-"""What a run computes in: fp32, bf16 by autocast, or fp64, which tests compare splits of a step in."""
+"""Precision of a run: fp32, bf16 by autocast, or fp64, in which tests compare splits of a step."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 M = TypeVar("M", bound=nn.Module)
 
-# Products and norms want all operands of one type; everything else promotes fp32 to fp64 by itself.
+# Matrix products and norms require operands of one dtype; other functions promote fp32 to fp64.
 _PRODUCTS = {
     torch.nn.functional.linear,
     torch.nn.functional.layer_norm,
@@ -31,7 +31,7 @@ _PRODUCTS = {
 
 
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
-    """Return the context of forward passes, which may be entered again and again. precision: of TrainConfig."""
+    """Return a re-enterable context for forward passes. precision: train.precision."""
     if precision == "fp64":
         return KeepDouble()
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
@@ -39,9 +39,9 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
 
 @contextlib.contextmanager
 def tf32_products(precision: str, device: torch.device) -> Iterator[None]:
-    """Multiply in TF32 on a GPU what stays fp32 in a run of bf16: frozen encoders that run outside of autocast.
+    """Use TF32 on a GPU for the fp32 matrix products of a bf16 run: frozen encoders that run outside of autocast.
 
-    cuDNN's convolutions do so by torch's default. Of the operands 10 bits of mantissa count, sums are fp32.
+    cuDNN's convolutions already do by default. Operands are rounded to 10 mantissa bits and accumulated in fp32.
     """
     if precision != "bf16" or device.type != "cuda":
         yield
@@ -52,10 +52,10 @@ def tf32_products(precision: str, device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def attention_without_plans() -> Iterator[None]:
-    """Keep torch's attention off cuDNN, which it prefers on Hopper and Blackwell.
+    """Disable torch's cuDNN attention, which is preferred on Hopper and Blackwell.
 
-    cuDNN makes a plan for every new shape, 0.4 to 1 s each (modelscope/FunASR#3704), and shapes are new where images
-    differ in size or in how much of them is hidden.
+    cuDNN builds a plan for every new shape, 0.4 to 1 s each (modelscope/FunASR#3704), and shapes change with the size
+    of images and the number of masked tokens.
     """
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -67,13 +67,13 @@ def attention_without_plans() -> Iterator[None]:
 
 @contextlib.contextmanager
 def training_kernels(precision: str, device: torch.device) -> Iterator[None]:
-    """Choose what a GPU multiplies and attends by in a training step. precision: of TrainConfig."""
+    """Set the matrix-product precision and attention backends of training. precision: train.precision."""
     with tf32_products(precision, device), attention_without_plans():
         yield
 
 
 def fp32_products() -> contextlib.AbstractContextManager:
-    """Return the context of products that choose among neighbours, such as codes, which TF32 would confuse."""
+    """Return a context with full fp32 products, for nearest-neighbour lookups that TF32 rounding could change."""
     return _matmul_precision("highest")
 
 
@@ -88,16 +88,16 @@ def _matmul_precision(precision: str) -> Iterator[None]:
 
 
 def cast(module: M, precision: str) -> M:
-    """Make all numbers of a model fp64 in a run of fp64; leave them as they are in any other."""
+    """Cast a model to fp64 for precision "fp64"; otherwise return it unchanged."""
     return module.double() if precision == "fp64" else module
 
 
 class KeepDouble(TorchFunctionMode):
-    """Compute in fp64 what meets an fp64 tensor, whatever the code asks for.
+    """Keep computations with fp64 tensors in fp64, even if the code casts to fp32.
 
-    A cast of fp64 to fp32 is none, and fp32 operands of a product with fp64 are cast. So models and libraries that take
-    a norm or a softmax in fp32 take it in fp64. Numbers that never meet a weight (random draws, rotary angles) are
-    those of fp32.
+    Casts from fp64 to fp32 are ignored, and fp32 operands of a product with fp64 are cast to fp64. So norms and softmax
+    that models and libraries compute in fp32 are computed in fp64. Values that are computed without fp64 operands
+    (random draws, rotary angles) remain fp32.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:

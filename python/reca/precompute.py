@@ -1,4 +1,4 @@
-"""`reca cache`: the features of all images, made ahead of training and packed in shards."""
+"""`reca cache`: the features of all images, computed ahead of training and packed into shards."""
 
 import time
 from collections.abc import Iterator
@@ -27,25 +27,25 @@ from reca.runs import check_parent, load_parent, parent_digest
 
 
 def features_identity(recipe: Recipe, adapter: Adapter, parent: str | None) -> list[Any]:
-    """Return what, beside images and views, the features of a recipe's frozen encoders depend on.
+    """Return what the features of a recipe's frozen encoders depend on, other than images and views.
 
-    parent: digest of the checkpoint that the run began from. It counts where `encode` reads a parameter of it.
+    parent: digest of the checkpoint that the run started from. It is included if `encode` reads one of its parameters.
     """
     found = [recipe.umm, recipe.train.precision, as_dict(recipe)["model"]]
     return [*found, parent] if adapter.inherited and _encoders(adapter) & adapter.inherited else found
 
 
 def _encoders(adapter: Adapter) -> set[str]:
-    """List the parameters that `encode` reads, by published name."""
+    """Return the published names of the parameters that `encode` reads."""
     roles, read = adapter.roles(), adapter.encoder_roles
     return {published_name(name) for name, role in roles.items() if read is None or role in read}
 
 
 def load_encoders(recipe: Recipe, device: torch.device) -> Adapter:
-    """Load what a run of this recipe starts from, with the weights that `encode` reads alone; others are meta.
+    """Load the model that a run of this recipe starts from, with only the weights that `encode` reads.
 
-    A model that does not say which those are is loaded whole.
-    Every rank must call it. Raises as `check_parent` for train.init_from.
+    Other parameters are on the meta device. If the model does not declare `encoder_roles`, all weights are loaded.
+    All ranks must call it. Raises as `check_parent` for train.init_from.
     """
     kind = umm_package(recipe.umm).Adapter
     if kind.encoder_roles is None:
@@ -61,15 +61,15 @@ def load_encoders(recipe: Recipe, device: torch.device) -> Adapter:
 
 
 def cache_features(recipe: Recipe) -> list[str]:
-    """Make the features of every image of every active task, this rank its share. Returns lines that say what was done.
+    """Compute this rank's share of the features of all images of all active tasks. Return a summary line per task.
 
-    What is in the cache is left as it is, so the same command goes on where one was stopped, on any number of ranks.
-    The counts in a line are of all ranks.
-    Raises RecipeError without data.cache, and DataError and OSError of data and disk.
+    Cached features are kept, so an interrupted command can be repeated, on any number of ranks. The summary counts all
+    ranks.
+    Raises RecipeError if data.cache is not set, DataError for the data and OSError for the disk.
     """
     if recipe.data.cache is None:
-        raise RecipeError("data.cache is null: give the folder of the features, as in data.cache=/fast/disk/features")
-    device = distributed.initialize(60 * distributed.HOURS)  # ranks have unequal shares where some are there
+        raise RecipeError("data.cache is null: set the folder of the features, as in data.cache=/fast/disk/features")
+    device = distributed.initialize(60 * distributed.HOURS)  # shares differ in size if some features are cached
     with distributed.fail_together(), out_of_memory.memory_errors():
         adapter = cast(load_encoders(recipe, device).train(), recipe.train.precision)
         identity = features_identity(recipe, adapter, parent_digest(recipe))
@@ -98,15 +98,15 @@ def cache_features(recipe: Recipe) -> list[str]:
         images, size, cached = map(sum, zip(*counts, strict=True))
         lines.append(
             f"{task}: {images} images encoded ({units.size(size)}, {images / took:.1f} images/s), "
-            f"{cached} were there, {loader.bad} bad; in {folder}"
+            f"{cached} already cached, {loader.bad} bad; in {folder}"
         )
     return lines
 
 
 class _Reader:
-    """The rows of this rank whose features are missing, read ahead by threads. cached: counts the others.
+    """Iterates over this rank's rows without cached features, read ahead by threads. cached: count of the others.
 
-    A rank's rows follow each other, so that ranks read different row groups.
+    A rank's rows are contiguous, so that ranks read different row groups.
     """
 
     def __init__(self, loader: Loader):

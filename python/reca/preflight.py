@@ -1,4 +1,4 @@
-"""Checks before any weight is read: recipe, data, memory and disk."""
+"""Checks before weights are loaded: recipe, data, memory and disk."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -28,11 +28,11 @@ log = logging.getLogger("reca")
 def check_on_ranks(
     recipe: Recipe, tasks: Sequence[str], adapter: Adapter | None, state: Mapping[str, Any] | None
 ) -> tuple[dict[str, Source], dict[str, Any]]:
-    """Check everything that needs no weights, on rank 0 first.
+    """Check everything that needs no weights on rank 0, then open the data on the other ranks.
 
-    state: of the checkpoint to go on from. Returns the sources of samples by task, and what the run is made from, by
-    content; the latter is empty on other ranks than 0.
-    Raises what `check` does, and RecipeError where the run in the folder is of another recipe.
+    state: state of the checkpoint to resume from; None for a new run. Returns the data sources by task, and the run's
+    `fingerprint`, which is empty on ranks other than 0.
+    Raises the errors of `check`, and RecipeError if the folder contains a run of another recipe.
     """
     sources: dict[str, Source] = {}
     fingerprint: dict[str, Any] = {}
@@ -52,13 +52,13 @@ def check_on_ranks(
 def check(
     recipe: Recipe, tasks: Sequence[str], ranks: int, node: int, adapter: Adapter | None = None, begins: bool = True
 ) -> tuple[dict[str, Source], list[str]]:
-    """Raise the errors that `Trainer` would meet after minutes of loading. Takes seconds and no memory.
+    """Raise within seconds the errors that `Trainer` would otherwise raise after minutes of loading.
 
-    tasks: those whose samples are opened. node: ranks on this machine.
-    adapter: an existing model, in place of the recipe's. begins: the run starts from train.init_from, not from a
-    checkpoint of its own.
+    tasks: tasks whose data is opened. node: number of ranks on this machine.
+    adapter: an existing model to use instead of the recipe's. begins: the run is new rather than resumed, so
+    train.init_from is checked.
 
-    Returns the sources of samples, as `open_run_sources`, and the templates.
+    Returns the data sources, as `open_run_sources`, and the templates.
     Raises RecipeError or ValueError for the recipe and the machine, DataError for data and disk, CheckpointError for
     train.init_from.
     """
@@ -84,20 +84,20 @@ def check(
 
 
 def _others_exist(recipe: Recipe, sources: Mapping[str, Source]) -> None:
-    """Refuse to train with h_v of another image where there is one image alone, and warn where it is measured with it.
+    """Check that there is another image to take h_v from, if there is only one.
 
-    It would be the image's own.
+    Raises DataError for objective.condition=other; logs a warning for log.gap_every.
     """
     if "reca" not in sources or len(sources["reca"]) > 1:
         return
     if recipe.objective.condition == "other":
-        raise DataError("objective.condition=other takes h_v from another image, and data.images has one; give more")
+        raise DataError("objective.condition=other takes h_v from another image, but data.images has only one")
     if recipe.log.gap_every:
-        log.warning("log.gap_every takes h_v from another image, and data.images has one: the gap is always 0")
+        log.warning("log.gap_every takes h_v from another image, but data.images has only one: the gap is always 0")
 
 
 def check_recipe(recipe: Recipe, model: Adapter) -> list[str]:
-    """Raise the errors that a recipe and its model tell without weights, samples and machine. Returns the templates.
+    """Check a recipe against its model, without weights, data or hardware. Return the templates.
 
     Raises RecipeError, or DataError for the templates.
     """
@@ -110,11 +110,11 @@ def check_recipe(recipe: Recipe, model: Adapter) -> list[str]:
 
 
 def check_files(recipe: Recipe) -> None:
-    """Refuse a path that is written as one and is not there."""
+    """Raise RecipeError if a model file that is given as a path does not exist."""
     for name, value in runs.published_files(recipe).items():
         if value.startswith(("/", "./", "../", "~")) and not Path(value).exists():
             raise RecipeError(
-                f"model.{name}={value} does not exist; give a file, a folder, or a hub id such as owner/name"
+                f"model.{name}={value} does not exist; set a file, a folder, or a hub id such as owner/name"
             )
 
 
@@ -126,15 +126,15 @@ def _memory(recipe: Recipe, adapter: Adapter, ranks: int, node: int) -> None:
         have, where, each = host_memory(), "this machine", node
     if (moments := host_moments(adapter, recipe, ranks, node)) > host_memory():
         raise RecipeError(
-            f"optim.offload=true keeps {units.size(moments)} of moments in the memory of each machine, and this one "
-            f"has {units.size(host_memory())}. Set optim.name=adamw_8bit or optim.moments=bf16, which round moments, "
-            "or use more machines"
+            f"optim.offload=true needs {units.size(moments)} of host memory for moments on each machine, but this one "
+            f"has {units.size(host_memory())}. Set optim.name=adamw_8bit or optim.moments=bf16 for smaller moments, or "
+            "use more machines"
         )
     if need * each + (0 if torch.cuda.is_available() else moments) > have:
         raise RecipeError(
-            f"training needs at least {units.size(need)} for each of {ranks} processes, without activations, and "
+            f"training needs at least {units.size(need)} per process ({ranks} in total), without activations, but "
             f"{where} has {units.size(have / each)}. Use more GPUs, or train less of the model (train.train, "
-            "train.frozen); `reca check` shows what takes the memory"
+            "train.frozen); `reca check` shows what uses the memory"
         )
 
 
@@ -144,8 +144,8 @@ def _disk(recipe: Recipe, adapter: Adapter) -> None:
     free = checkpoint.free_space(run_dir)
     if need > free:
         raise DataError(
-            f"run_dir {run_dir}: a checkpoint needs about {units.size(need)} and {units.size(free)} are free; free "
-            "space or name another folder"
+            f"run_dir {run_dir}: a checkpoint needs about {units.size(need)}, but only {units.size(free)} are free; "
+            "free space or set another run_dir"
         )
     most = checkpoint.Keep(config.keep, config.keep_every).most(recipe.train.steps, config.every)
     more = most - len(checkpoint.list_complete(run_dir))
@@ -153,7 +153,7 @@ def _disk(recipe: Recipe, adapter: Adapter) -> None:
         rule = f"the latest {config.keep}" if config.keep else "all"
         rule += f" and one for every {config.keep_every} steps" if config.keep and config.keep_every else ""
         log.warning(
-            "run_dir %s: %d more checkpoints of %s will be kept (%s) and %s are free; free space, or set "
+            "run_dir %s: %d more checkpoints of %s will be kept (%s), but only %s are free; free space, or set "
             "checkpoint.keep and keep_every to keep fewer",
             run_dir, more, units.size(need), rule, units.size(free),
         )  # fmt: skip

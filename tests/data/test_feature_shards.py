@@ -107,9 +107,9 @@ def recipe(tmp_path, monkeypatch):
 def test_all_features_are_made_once_and_training_uses_them(recipe):
     (line,) = precompute.cache_features(recipe)
     assert sorted(Model.seen) == list(range(11)) and line.startswith("reca: 11 images encoded (44 bytes")
-    assert ", 0 were there, 1 bad" in line
+    assert ", 0 already cached, 1 bad" in line
     (line,) = precompute.cache_features(recipe)
-    assert Model.seen == [] and "reca: 0 images encoded" in line and ", 12 were there, 1 bad" in line
+    assert Model.seen == [] and "reca: 0 images encoded" in line and ", 12 already cached, 1 bad" in line
     stream = open_loader(
         recipe.data, "reca", VIEWS, seed=0, micro_batch=4, identity=precompute.features_identity(recipe, Model(), None)
     )
@@ -158,7 +158,7 @@ def test_ranks_read_different_row_groups(recipe, tmp_path, monkeypatch):
 def test_counts_are_of_all_ranks(recipe, monkeypatch):
     monkeypatch.setattr("reca.distributed.all_gather", lambda value, group=None: [value] * 3)
     assert precompute.cache_features(recipe)[0].startswith("reca: 33 images encoded (132 bytes")
-    assert ", 36 were there" in precompute.cache_features(recipe)[0]
+    assert ", 36 already cached" in precompute.cache_features(recipe)[0]
 
 
 def test_ranks_wait_for_one_that_has_more_left(recipe, monkeypatch):
@@ -171,7 +171,7 @@ def test_ranks_wait_for_one_that_has_more_left(recipe, monkeypatch):
 
 def test_no_folder_is_an_error(recipe, capsys):
     recipe.data.cache = None
-    with pytest.raises(RecipeError, match="data.cache is null: give the folder of the features"):
+    with pytest.raises(RecipeError, match="data.cache is null: set the folder of the features"):
         precompute.cache_features(recipe)
     assert main(["cache", "show_o_tiny"]) == 3
 

@@ -264,7 +264,7 @@ def test_checksums_tell_every_change(tmp_path):
     listed = manifest.entries(tmp_path, manifest.files(tmp_path))
     assert manifest.damage(tmp_path, listed) == []
     flip(tmp_path / "a.safetensors")
-    assert manifest.damage(tmp_path, listed) == ["a.safetensors has other contents than were written"]
+    assert manifest.damage(tmp_path, listed) == ["a.safetensors does not match its checksum"]
     (tmp_path / "b").unlink()
     cut(tmp_path / "a.safetensors")
     size = listed["a.safetensors"]["bytes"]

@@ -147,8 +147,8 @@ def test_a_loss_that_trains_nothing_is_exit_3(name, capsys, tmp_path):
     small = [f"objective.{task}.{key}=2" for task in ("reca", "i2t") for key in ("batch_size", "micro_batch")]
     assert main(["train", f"{name}_tiny", "objective.i2t.weight=1", *small, f"run_dir={tmp_path}/run"]) == 3
     error = capsys.readouterr().err
-    assert f"the i2t loss of {name} depends on no parameter that is trained" in error
-    assert "set objective.i2t.weight=0, or name another role in train.train" in error
+    assert f"the i2t loss of {name} depends on no trained parameter" in error
+    assert "set objective.i2t.weight=0, or add another role to train.train" in error
 
 
 def test_a_run_that_trains_nothing_is_exit_3(capsys, tmp_path):

@@ -303,7 +303,7 @@ def test_full_memory_names_knobs_and_leaves_a_snapshot(recipe, peaks, monkeypatc
         with pytest.raises(RecipeError) as error, out_of_memory.explained(lambda: trainer.recipe):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
     said = str(error.value)
-    assert "objective.reca.micro_batch=2: 16.00 GiB" in said and "20.00 GiB are predicted" in said
+    assert "objective.reca.micro_batch=2: 16.00 GiB" in said and "peak of this recipe is 20.00 GiB" in said
     assert "out_of_memory_rank0.pickle" in said
     assert (trainer.run_dir / "out_of_memory_rank0.pickle").read_text() == "snapshot"
     with pytest.raises(RecipeError, match="out of memory .*Tried to allocate"):

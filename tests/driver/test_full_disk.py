@@ -41,7 +41,7 @@ def outcomes(tmp_path_factory):
 def test_at_the_start_the_run_is_refused(outcomes):
     found = outcomes["at_the_start"]
     assert (found["code"], found["state"], found["checkpoints"]) == (4, "failed", [])
-    assert "a checkpoint needs about 4.07 MiB and" in found["said"] and "are free; free space" in found["said"]
+    assert "a checkpoint needs about 4.07 MiB, but" in found["said"] and "are free; free space" in found["said"]
 
 
 def test_without_a_byte_it_is_one_sentence_too(outcomes):

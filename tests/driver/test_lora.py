@@ -252,5 +252,5 @@ def test_dora_of_rows_of_zeros_is_refused(recipe):
     adapter = ToyAdapter()
     with torch.no_grad():
         adapter.layers[1].weight[3] = 0
-    with pytest.raises(ValueError, match="layers.1.weight has rows of zeros"):
+    with pytest.raises(ValueError, match="layers.1.weight has zero rows"):
         Trainer(recipe(*DORA), adapter)

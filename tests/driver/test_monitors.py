@@ -34,7 +34,7 @@ def test_drift_and_gap():
     watch = monitors.Monitor()
     assert warnings(watch, {"t2i/drift": 2.0, "i2t/drift": 1.0, "reca/gap": 0.1}) == []
     found = warnings(watch, {"t2i/drift": 2.2, "i2t/drift": 1.0, "reca/gap": 0.5})
-    assert ["text-to-image" in found[0], "leans on h_v" in found[1]] == [True, True]
+    assert ["text-to-image" in found[0], "relies on h_v" in found[1]] == [True, True]
 
 
 @pytest.mark.parametrize(("t2i", "i2t", "gap"), [(2.2, 1.0, 0.2), (2.0, 1.2, 0.5), (2.0, 1.0, 0.5)])
@@ -42,7 +42,7 @@ def test_the_gap_counts_where_text_to_image_gets_worse_and_it_is_wide(t2i, i2t, 
     watch = monitors.Monitor()
     assert warnings(watch, {"t2i/drift": 2.0, "i2t/drift": 1.0, "reca/gap": 0.1}) == []
     found = warnings(watch, {"t2i/drift": t2i, "i2t/drift": i2t, "reca/gap": gap})
-    assert len(found) == (t2i > 2) + (i2t > 1) and not any("leans on h_v" in text for text in found)
+    assert len(found) == (t2i > 2) + (i2t > 1) and not any("relies on h_v" in text for text in found)
 
 
 def test_a_run_that_goes_on_compares_with_its_own_first_steps(recipe, monkeypatch):

@@ -376,7 +376,7 @@ def test_memory_is_checked_before_weights_are_read(tmp_path, monkeypatch):
         Trainer(recipe)
     recipe.optim.offload = True
     with pytest.raises(
-        RecipeError, match=r"offload=true keeps 48.7\d GiB of moments .* this one has 16.00 GiB.*adamw_8bit"
+        RecipeError, match=r"offload=true needs 48.7\d GiB of host memory .* this one has 16.00 GiB.*adamw_8bit"
     ):
         Trainer(recipe)
 

@@ -221,7 +221,7 @@ def test_disk_full_keeps_the_run_and_the_last_checkpoint(recipe, monkeypatch, ca
 def test_too_little_space_is_seen_before_the_model_is_loaded(recipe, monkeypatch):
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10))
-    with pytest.raises(DataError, match=r"a checkpoint needs about 55\.12 KiB and 10 bytes are free"):
+    with pytest.raises(DataError, match=r"a checkpoint needs about 55\.12 KiB, but only 10 bytes are free"):
         Trainer(recipe(), ToyAdapter())
 
 

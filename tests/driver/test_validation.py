@@ -165,7 +165,7 @@ def test_the_native_losses(name):
 
 
 def test_one_image_has_no_other(recipe, caplog):
-    with pytest.raises(DataError, match="condition=other takes h_v from another image, and data.images has one"):
+    with pytest.raises(DataError, match="condition=other takes h_v from another image, but data.images has only one"):
         Trainer(recipe("objective.condition=other", "data.limit=1"), ToyAdapter())
     Trainer(recipe("log.gap_every=2", "data.limit=1"), ToyAdapter())
-    assert "log.gap_every takes h_v from another image, and data.images has one" in caplog.text
+    assert "log.gap_every takes h_v from another image, but data.images has only one" in caplog.text
