@@ -1,4 +1,4 @@
-"""A window of steps recorded with torch.profiler."""
+"""Profiling of a window of steps with torch.profiler."""
 
 from pathlib import Path
 
@@ -8,10 +8,10 @@ from reca import distributed
 
 
 def profiler_of(window: str | None, done: int, steps: int, run_dir: Path) -> torch.profiler.profile | None:
-    """Return the profiler of those steps of log.profile that are still to be made; None where there is none.
+    """Return a profiler of the remaining steps of the window log.profile, or None if none remain.
 
-    The first step of a run is step 1. Every rank writes run_dir/trace_rank<rank>.json.
-    window: first:last step, or None. done: steps made before. steps: of the run, with whose last the window ends.
+    Steps are counted from 1. Every rank writes run_dir/trace_rank<rank>.json.
+    window: "first:last" step, or None. done: steps completed before. steps: of the run, which bounds `last`.
     """
     first, last = map(int, (window or "0:0").split(":"))
     last = min(last, steps) if first <= steps else 0

@@ -1,8 +1,8 @@
-"""Quiet libraries while they are imported: the first import of a process that does nothing but import them."""
+"""Silence library warnings on import. First preload of the fork server, which only imports modules and forks."""
 
 import signal
 
 from reca.workers import quiet
 
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # exit on Ctrl-C without a traceback
 quiet()

@@ -1,4 +1,4 @@
-"""Recipes: YAML and overrides read into the dataclasses of config.py, checked, explained, and written back."""
+"""Recipe files: read YAML and overrides into the dataclasses of config.py, validate, explain and write them."""
 
 import copy
 import functools
@@ -24,7 +24,7 @@ OVERRIDES = "the overrides"
 
 
 class UnknownRecipe(RecipeError):
-    """No recipe has this name."""
+    """There is no recipe of this name."""
 
 
 def recipe_names() -> list[str]:
@@ -49,7 +49,7 @@ def load_recipe(name: str | Path, overrides: Sequence[str] | Mapping[str, Any] =
         if isinstance(error, RecipeError):
             raise
         if os.path.isfile(of_run := folder / "recipe.yaml"):
-            raise RecipeError(f"{format_value(str(name))} is the folder of a run; its recipe is {of_run}") from error
+            raise RecipeError(f"{format_value(str(name))} is a run folder; its recipe is {of_run}") from error
         raise UnknownRecipe(
             f"no recipe {format_value(str(name))}: give a .yaml file, or one of {', '.join(recipe_names())}"
         ) from error
@@ -57,7 +57,7 @@ def load_recipe(name: str | Path, overrides: Sequence[str] | Mapping[str, Any] =
         raise RecipeError(f"recipe {format_value(str(path))} cannot be read ({error.strerror})") from error
     source = format_value(str(path))[1:-1]
     if not isinstance(written, dict):
-        raise RecipeError(f"{source} holds no keys; a recipe is a YAML file of key: value lines")
+        raise RecipeError(f"{source} has no keys; a recipe is a YAML file of key: value lines")
 
     given = _given(overrides)
     umm = convert(written["umm"], str, "umm", source) if "umm" in written else Recipe.umm
@@ -74,7 +74,7 @@ def load_recipe(name: str | Path, overrides: Sequence[str] | Mapping[str, Any] =
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Write a recipe that `load_recipe` reads back to the same values. One that stands there stays until it is."""
+    """Write a recipe as YAML that `load_recipe` reads back to the same values. The file is replaced atomically."""
     write_atomically(path, write_yaml(as_dict(recipe)))
 
 
@@ -83,9 +83,9 @@ def as_dict(recipe: Recipe) -> dict:
 
 
 def absolute_paths(recipe: Recipe) -> Recipe:
-    """Return the recipe with paths that mean the same in every working folder: relative ones made absolute.
+    """Return a copy of the recipe with relative paths made absolute.
 
-    Importable specs, URLs and names of the hub stay as they are.
+    Importable specs, URLs and hub names are unchanged.
     """
     recipe = copy.deepcopy(recipe)
     for config, f, _ in walk(recipe):
@@ -96,7 +96,7 @@ def absolute_paths(recipe: Recipe) -> Recipe:
 
 
 def walk(config: Any, prefix: str = "") -> Iterator[tuple[Any, Any, str]]:
-    """Yield (group, field, full key) of every key that is not a group."""
+    """Yield (group, field, full key) for every key that is not a group."""
     for f in fields(config):
         value, key = getattr(config, f.name), f"{prefix}{f.name}"
         if is_dataclass(value):
@@ -106,12 +106,12 @@ def walk(config: Any, prefix: str = "") -> Iterator[tuple[Any, Any, str]]:
 
 
 def by_key(recipe: Recipe) -> dict[str, Any]:
-    """Return the value of every key that is not a group."""
+    """Return the values of a recipe by full key, without groups."""
     return {key: getattr(config, f.name) for config, f, key in walk(recipe)}
 
 
 def explain(recipe: Recipe) -> str:
-    """List every key as an override that sets its value, with its documentation, one a line."""
+    """Return one line per key: the override that sets its current value, and its documentation."""
     lines = []
     for config, f, key in walk(recipe):
         choices = f.metadata.get("choices")
@@ -122,7 +122,7 @@ def explain(recipe: Recipe) -> str:
 
 
 def _given(overrides: Sequence[str] | Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return overrides as pairs of key and text."""
+    """Return overrides as pairs of key and text of the value."""
     if isinstance(overrides, str):
         raise RecipeError(f"overrides={format_value(overrides)} must be a list of key=value, or a dict")
     if not isinstance(overrides, Mapping):
@@ -144,7 +144,7 @@ def _split(text: str) -> tuple[str, str]:
 
 
 class _Layer:
-    """Values from one source, a file or overrides, to be put into a recipe."""
+    """Writes values from one source, a file or the overrides, into a recipe."""
 
     def __init__(self, recipe: Recipe, source: str):
         self.recipe, self.source = recipe, source
@@ -158,7 +158,7 @@ class _Layer:
         if is_dataclass(wanted):
             if not isinstance(raw, dict):
                 raise RecipeError(
-                    f"{format_value(key)[1:-1]} in {self.source} is a group of keys, not a value; write {key}.sub=value"
+                    f"{format_value(key)[1:-1]} in {self.source} is a group of keys; set its keys, as {key}.sub=value"
                 )
             self.put(getattr(group, name), raw, f"{key}.")
             return
@@ -173,7 +173,7 @@ class _Layer:
 
     def _path(self, text: str, key: str) -> str:
         if not text.strip(BLANK):
-            raise RecipeError(f"{key} in {self.source} is an empty text; write a path")
+            raise RecipeError(f"{key} in {self.source} is empty; write a path")
         try:
             return expand_home(text)
         except RecipeError as error:
@@ -191,7 +191,7 @@ class _Layer:
         self.put_key(group, name, read_override(key, text, wanted), key)
 
     def _declared(self, group: Any, name: str, key: str) -> tuple[Any, Any]:
-        """Return the type and the field of a key; of a group, its dataclass."""
+        """Return the type and the field of a key; the type of a group is its dataclass."""
         for f in fields(group):
             if f.name == name:
                 value = getattr(group, name)
@@ -203,9 +203,7 @@ class _Layer:
         groups = {full[: m.start()] for full in known for m in re.finditer(r"\.", full)}
         lists = [full for full in known if re.match(rf"{re.escape(full)}[.\[]", key)]
         if lists:
-            return RecipeError(
-                f"{format_value(key)} in {self.source}: {lists[0]} has no keys below it; write all of its value"
-            )
+            return RecipeError(f"{format_value(key)} in {self.source}: {lists[0]} has no sub-keys; set its whole value")
         last, given = key.rsplit(".", 1)[-1], key[:200]
         names = [*known, *(group for group in groups if not key.startswith(f"{group}."))]
         namesakes = [full for full in known if full.rsplit(".", 1)[-1] == last]

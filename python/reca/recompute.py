@@ -1,8 +1,9 @@
-"""Activation checkpointing (train.activation_checkpointing): blocks that are computed again in the backward pass.
+"""Activation checkpointing (train.activation_checkpointing): blocks are recomputed in the backward pass.
 
-Chen et al. 2016, arXiv 1604.06174: all blocks, or every N-th. Selective: the outputs of matrix products, convolutions
-and attention are kept, which are nearly all of a block's FLOPs, and norms, activations and rotary positions are
-computed again (Korthikanti et al. 2022, arXiv 2205.05198). None of them changes a bit of a result.
+Full: all blocks, or every N-th (Chen et al. 2016, arXiv 1604.06174). Selective: outputs of matrix products,
+convolutions and attention, which account for nearly all FLOPs of a block, are saved; norms, activations and rotary
+embeddings are recomputed (Korthikanti et al. 2022, arXiv 2205.05198). Results are bit-identical to training without
+checkpointing.
 """
 
 import contextlib
@@ -20,15 +21,15 @@ from reca.options import RecipeError
 from reca.precision import autocast
 
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "convolution", "_scaled_mm"}
-ATTENTION = ("attention", "attn")  # in the names of operators, of torch and of FlashAttention's packages
+ATTENTION = ("attention", "attn")  # substrings of the names of attention operators of torch and FlashAttention
 
 
 def checkpoint_activations(adapter: Adapter, config: TrainConfig, compiled: bool = False) -> None:
-    """Run the blocks a second time in the backward pass, as the recipe asks.
+    """Apply activation checkpointing to the blocks as the recipe requests.
 
-    compiled: the blocks are. Dynamo does not look into checkpointing, and inside of compiled code nothing can be chosen
-    by operator. There the compiler itself keeps the outputs of products and fuses the rest into what needs it.
-    Raises RecipeError for every N-th block of fewer than N.
+    compiled: the blocks are compiled. Selective checkpointing is then skipped, because operators cannot be selected
+    inside compiled code; the compiler itself saves outputs of matrix products and recomputes what it can fuse.
+    Raises RecipeError for every N-th block if there are fewer than N.
     """
     asked, blocks = config.activation_checkpointing, adapter.blocks()
     selective = asked == "selective"
@@ -37,8 +38,8 @@ def checkpoint_activations(adapter: Adapter, config: TrainConfig, compiled: bool
     every = 1 if selective else int(asked)
     if every > len(blocks):
         raise RecipeError(
-            f"train.activation_checkpointing={every} computes one in {every} blocks a second time, and {adapter.name} "
-            f"has {len(blocks)}: give a number up to {len(blocks)}, or true for all of them"
+            f"train.activation_checkpointing={every} recomputes every {every}-th block, but {adapter.name} has only "
+            f"{len(blocks)}: set a number up to {len(blocks)}, or true for all of them"
         )
     for block in blocks[every - 1 :: every]:
         block.forward = functools.partial(
@@ -50,10 +51,10 @@ def checkpoint_activations(adapter: Adapter, config: TrainConfig, compiled: bool
 
 
 def _contexts(selective: bool, precision: str, uncached: bool) -> Callable[[], tuple[Any, Any]]:
-    """Return what makes the contexts of a block's first and second run.
+    """Return a factory of the contexts for a block's forward pass and its recomputation.
 
-    uncached: autocast keeps no copy of a weight beyond its product. It would keep those of all blocks for the forward
-    pass, from which the second run takes none. A weight that is used once has the same gradient either way.
+    uncached: disable autocast's weight cache. It would keep the cast weights of all blocks during the forward pass, and
+    recomputation does not use them. The gradient of a weight that is used once is the same either way.
     """
 
     def contexts() -> tuple[Any, Any]:
@@ -63,7 +64,7 @@ def _contexts(selective: bool, precision: str, uncached: bool) -> Callable[[], t
             first, second = create_selective_checkpoint_contexts(_policy)
         if uncached:
             first, second = _both(_without_cast_cache(), first), _both(_without_cast_cache(), second)
-        if precision == "fp64":  # torch knows of autocast and repeats it, but of no other context
+        if precision == "fp64":  # checkpoint restores autocast for the recomputation, but not other contexts
             second = _both(autocast(precision, torch.device("cpu")), second)
         return first, second
 
@@ -72,10 +73,10 @@ def _contexts(selective: bool, precision: str, uncached: bool) -> Callable[[], t
 
 @contextlib.contextmanager
 def _without_cast_cache() -> Iterator[None]:
-    """Let autocast cast weights anew, and keep no copy.
+    """Disable autocast's weight cache inside the context.
 
-    Selective recomputation counts operators, and a cast from a block's earlier call would be missing: Harmon's encoder
-    runs twice in a forward pass, and by itself in the backward pass.
+    Selective checkpointing matches operators by count, and a cached cast would change the count: Harmon's encoder runs
+    twice in a forward pass, where the second run would reuse the casts, but each run is recomputed separately.
     """
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)

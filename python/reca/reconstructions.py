@@ -1,4 +1,4 @@
-"""Images beside what a model makes of them from its own h_v: what RECA trains, to look at.
+"""Images next to their reconstructions from h_v, the task that RECA trains.
 
 batch = image_batch(recipe, adapter, 8)
 before, after = reconstruct(base, batch), reconstruct(trained, batch)
@@ -30,33 +30,32 @@ from reca.validation import HELD_OUT, data_of, open_run_sources, seed
 
 log = logging.getLogger("reca")
 
-GRID = "reconstructions.png"  # in the folder of a run, a row for each image: it, before training, after it
-BEFORE = Path("samples") / "before"  # in that folder: what the model made before the first step
+GRID = "reconstructions.png"  # in the run folder; a row per image: original, before training, after training
+BEFORE = Path("samples") / "before"  # in the run folder: reconstructions from before the first step
 
 
 def images_to_show(recipe: Recipe) -> Source:
-    """Open the images to show: those that the recipe holds out; where it holds out none, those that it trains on."""
+    """Open the images to reconstruct: the held-out images, or the training images if eval.holdout is 0."""
     tasks = [] if recipe.eval.holdout else ["reca"]
     sources = open_run_sources(recipe, tasks)
     return sources[HELD_OUT] if recipe.eval.holdout else sources["reca"]
 
 
 def image_batch(recipe: Recipe, adapter: Adapter, count: int, source: Source | None = None) -> Batch:
-    """Read `count` images, fewer where there are no more, with a template each: always the same ones.
+    """Read up to `count` images with a template each; the choice is deterministic.
 
-    source: the images, where they have been opened already. One that cannot be read is left out. Raises DataError
-    where none can.
+    source: the images; None: `images_to_show`. Unreadable images are skipped. Raises DataError if none can be read.
     """
     return named_images(recipe, adapter, count, images_to_show(recipe) if source is None else source)[1]
 
 
 def named_images(recipe: Recipe, adapter: Adapter, count: int, source: Source) -> tuple[list[str], Batch]:
-    """Read images as `image_batch` does, and return the key of each beside them."""
+    """Read images as `image_batch` does. Return their keys and the batch."""
     loader = open_loader(
         data_of(recipe), "reca", adapter.views("reca"), seed=seed(recipe), micro_batch=1, source=source
     )
     rows: list[Row] = []
-    reason = "there is none"
+    reason = "there are none"
     for index in map(loader.order.index, range(len(source))):
         if len(rows) == count:
             break
@@ -67,7 +66,7 @@ def named_images(recipe: Recipe, adapter: Adapter, count: int, source: Source) -
             log.warning("no reconstruction of %s", reason)
     loader.close()
     if not rows:
-        raise DataError(f"no image to reconstruct can be read; the last: {reason}")
+        raise DataError(f"no image to reconstruct can be read; last error: {reason}")
     return [row.sample.key for row in rows], loader.batch_of(rows)
 
 
@@ -79,9 +78,9 @@ def reconstruct(
     seeds: Sequence[int] | None = None,
     **sampling: Any,
 ) -> list[Tensor]:
-    """Reconstruct the images of a batch, uint8 [3, H, W] each. The same seeds make the same noise.
+    """Reconstruct the images of a batch, uint8 [3, H, W] each. Equal seeds draw equal noise.
 
-    context: what the model computes in; by default as outside of training. seeds: 0, 1, ... by default.
+    context: autocast context; by default the adapter's inference context. seeds: 0, 1, ... by default.
     """
     device = next(adapter.parameters()).device
 
@@ -94,12 +93,12 @@ def reconstruct(
 
 
 def side_by_side(*columns: Sequence[Tensor]) -> Image.Image:
-    """Lay images out in columns, a row for each image; such as the input, before and after training."""
+    """Arrange images in a grid, given as columns, such as input, before and after training. One row per image."""
     return make_grid([image for row in zip(*columns, strict=True) for image in row], columns=len(columns))
 
 
 def save_before(run_dir: Path, made: Sequence[Tensor]) -> None:
-    """Keep what a model makes of the images before its first step."""
+    """Save the reconstructions of a model before its first step; earlier ones are removed."""
     shutil.rmtree(run_dir / BEFORE, ignore_errors=True)
     (run_dir / BEFORE).mkdir(parents=True)
     for number, image in enumerate(made):
@@ -107,7 +106,10 @@ def save_before(run_dir: Path, made: Sequence[Tensor]) -> None:
 
 
 def save_grid(run_dir: Path, shown: Sequence[Tensor], after: Sequence[Tensor]) -> Path | None:
-    """Lay the images out beside what the model made of them before and makes now; None where nothing was kept."""
+    """Save a grid of images with their reconstructions before and after training, and return its path.
+
+    Return None if `save_before` has not saved a reconstruction of each.
+    """
     before = [read_image(path) for path in sorted((run_dir / BEFORE).glob("*.png"))]
     if len(before) != len(shown):
         return None

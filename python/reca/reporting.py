@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: its header, and metrics and warnings of every step, through the log."""
+"""Reporting of a run through its log: header, metrics and warnings of every step, evaluations and samples."""
 
 import logging
 import time
@@ -23,10 +23,10 @@ log = logging.getLogger("reca")
 
 
 class RunReport:
-    """Adds speed to the metrics of a step, watches them, and passes them to the log. A context manager.
+    """Adds throughput to the metrics of a step, monitors them, and passes them to the log. A context manager.
 
-    countable: the model is the recipe's, so that its FLOPs can be counted. progress: called with the steps made, in
-    place of anything printed.
+    countable: the model is the recipe's, so that its FLOPs can be counted. progress: called with the number of
+    completed steps, instead of console output.
     """
 
     def __init__(
@@ -58,8 +58,8 @@ class RunReport:
         self.record.close()
 
     def begin(self, step: int) -> None:
-        """Tell what is set, and what is known before the first step to go wrong. step: those made before."""
-        attention.forget_ran()  # of an earlier run in this process
+        """Print the header and the warnings about the configuration. step: number of steps completed before."""
+        attention.forget_ran()  # kernels of an earlier run in this process
         if distributed.rank() == 0:
             self.speed.peak, source = speed.peak_flops(self.device, self.recipe.log.peak_flops)
             peak = (self.speed.peak, source)
@@ -70,21 +70,21 @@ class RunReport:
             self.record.warn(step, text)
 
     def count_flops(self, batches: Mapping[str, Sequence[Batch]]) -> None:
-        """Count the FLOPs of a step where they are of use: the peak is known, on rank 0, in the first step."""
+        """Count the FLOPs of a step once, on rank 0, if the peak throughput is known."""
         if self.speed.peak is None or self.speed.flops is not None or not self.countable:
             return
         started = time.perf_counter()
         try:
             self.speed.flops = speed.step_flops(self.recipe, batches)
-        except Exception as error:  # a model that does not run without memory trains all the same
-            log.warning("the FLOPs of a step cannot be counted (%s: %s): no MFU", type(error).__name__, error)
+        except Exception as error:  # some models cannot run on fake tensors; training continues
+            log.warning("the FLOPs of a step cannot be counted (%s: %s): no MFU is logged", type(error).__name__, error)
             self.countable = False
             return
         took = time.perf_counter() - started
-        self.record.print([f"{'FLOPs':<11}{self.speed.flops / 1e12:.4g} TFLOP a step (counted in {took:.1f} s)"])
+        self.record.print([f"{'FLOPs':<11}{self.speed.flops / 1e12:.4g} TFLOP per step (counted in {took:.1f} s)"])
 
     def step(self, step: int, metrics: dict[str, float], seconds: float, data_wait: float) -> None:
-        """Report a step. seconds: all of it; data_wait: those in which it waited for batches."""
+        """Report a step. seconds: its total duration; data_wait: the part spent waiting for batches."""
         if self.speed.first is None and (ran := attention.ran(self.device.type)):
             self.record.print([f"{'attention':<11}{', '.join(ran)}"])
         self.speed.add(step, seconds, data_wait)
@@ -99,7 +99,7 @@ class RunReport:
             self.record.record(step, metrics, self.speed.remaining(step))
 
     def evaluation(self, step: int, found: Evaluation) -> None:
-        """Report an evaluation of the model after `step`, and warn of what has collapsed."""
+        """Report the evaluation after `step`, with its failures and new alarms as warnings."""
         self.record.record_evaluation(step, found.values, found.active, found.seconds)
         for text in found.failed:
             self.record.warn(step, text)
@@ -107,7 +107,7 @@ class RunReport:
             self.record.warn(step, f"alarm: {text}")
 
     def sample(self, step: int, diagnostics: Diagnostics) -> None:
-        """Draw the images that are due after `step`, on every rank, and save them."""
+        """Generate and save the samples that are due after `step`. All ranks must call it."""
         if not due(step, self.recipe.log.sample_every):
             return
         if images := self._drawn(step, "images of log.prompts", "log.sample_every", diagnostics.images):
@@ -116,21 +116,21 @@ class RunReport:
             self.record.reconstructions(step, pairs)
 
     def before_training(self, step: int, diagnostics: Diagnostics) -> None:
-        """Keep what the model makes of its images before the first step, on every rank. step: those made before."""
+        """Save reconstructions of the untrained model if the run is new. All ranks must call it.
+
+        step: number of steps completed before.
+        """
         if step == 0:
             self._reconstruct(step, diagnostics, lambda shown, made: save_before(self.record.run_dir, made))
 
     def after_training(self, step: int, diagnostics: Diagnostics) -> None:
-        """Save images beside what the model made of them before training, and makes after it, on every rank."""
+        """Save images with their reconstructions before and after training. All ranks must call it."""
         self._reconstruct(step, diagnostics, lambda shown, made: save_grid(self.record.run_dir, shown, made))
 
     def _reconstruct(
         self, step: int, diagnostics: Diagnostics, save: Callable[[list[Tensor], list[Tensor]], object]
     ) -> None:
-        """Reconstruct the run's images, and save them on rank 0.
-
-        Nothing is drawn for who asked for `progress` in place of anything shown.
-        """
+        """Reconstruct the run's images and save them on rank 0. Does nothing if `progress` is set."""
 
         def draw() -> list[list[Tensor]]:
             pairs = diagnostics.reconstructions()
@@ -142,11 +142,12 @@ class RunReport:
             self._drawn(step, "reconstructions", "log.reconstructions", draw)
 
     def _drawn(self, step: int, what: str, key: str, draw: Callable[[], list]) -> list:
-        """Draw on every rank. What fails is recorded, and ends no training but of a rank for which others wait.
+        """Generate images on every rank; return [] after a failure, with a warning in the log.
 
-        key: of the recipe, which draws none if it is 0.
+        A failure ends training only where other ranks would wait for this one. key: recipe key that disables these
+        images if 0.
         """
         found, reason = inference.spared(self.adapter, draw)
         if reason:
-            self.record.warn(step, f"no {what} ({reason}); {key}=0 draws none")
+            self.record.warn(step, f"no {what} ({reason}); {key}=0 disables them")
         return found or []

@@ -1,8 +1,8 @@
-"""Random numbers of the driver, each a function of (seed, purpose, sample).
+"""Counter-based random numbers of the driver, each a function of (seed, purpose, sample).
 
-Nothing random lives in a process, a worker or a generator: a draw is addressed by what it is for and by the
-global id of the sample it belongs to. Resuming, re-sharding, other batch sizes and other accumulation leave every
-draw as it was, so there is no random state to save.
+Processes, workers and generators have no random state: a draw is addressed by its purpose and the global id of its
+sample. Resuming, resharding and different batch sizes or gradient accumulation do not change any draw, and checkpoints
+need no random state.
 """
 
 import math
@@ -16,7 +16,7 @@ from reca_kernels import Philox, philox_normal, philox_uniform
 
 
 class RandomStream(IntEnum):
-    """Independent streams of one sample. Values are part of the format of a run: never renumber."""
+    """Independent random streams of a sample. Results of runs depend on the values: never renumber."""
 
     TEMPLATE = 0
     CROP = 1
@@ -33,7 +33,7 @@ class RandomStream(IntEnum):
 class CounterRNG:
     """Counter-based random numbers of one seed.
 
-    sample_ids: int64 [B], the global ids of the samples in the stream of their task (unique over a whole run).
+    sample_ids in its methods: int64 [B], global ids of samples within their task, unique over a whole run.
     """
 
     def __init__(self, seed: int, *path: int):
@@ -47,8 +47,8 @@ class CounterRNG:
         return CounterRNG(self.seed, step)
 
     def noise(self, purpose: RandomStream, sample_ids: Tensor) -> Philox:
-        """Return the address of a sample's noise; kernels regenerate the numbers from it and never store them."""
-        # Filled and not copied: a copy from the host would wait for a GPU.
+        """Return the Philox address of samples' noise, from which kernels regenerate numbers without storing them."""
+        # torch.full rather than a host-to-device copy, which would synchronise.
         seed = torch.full((), self.seed, dtype=torch.int64, device=sample_ids.device)
         return Philox(seed, sample_ids, int(purpose))
 

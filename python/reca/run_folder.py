@@ -1,4 +1,4 @@
-"""The folder of a run while a process uses it: locked, and with its status written on every exit."""
+"""The run folder while a process uses it: locked, with its status written on every exit."""
 
 import contextlib
 import fcntl
@@ -19,7 +19,7 @@ from reca.status import Status
 
 log = logging.getLogger("reca")
 
-SEEN_AFTER = 70.0  # seconds: NFS may keep for 60 that a folder is not there (acdirmax)
+SEEN_AFTER = 70.0  # seconds; NFS may cache for 60 s that a file does not exist (acdirmax)
 
 
 class RunInUse(RuntimeError):
@@ -29,11 +29,11 @@ class RunInUse(RuntimeError):
 
 
 class RunFolder:
-    """The folder of a run while a process uses it: locked, with its status written on every exit.
+    """The run folder while a process uses it: locked, with its status written on every exit.
 
-    A context manager around every part of a run: an exception that passes through it is written into the status.
-    A start of a run that has finished changes none of its files before `accept`: it may be refused.
-    Raises RunInUse if another process, or a run that is going on in this one, has the folder.
+    A context manager around each phase of a run: an exception that passes through it is recorded in the status.
+    If the folder contains a finished run, none of its files change before `accept`, because the start may be rejected.
+    Raises RunInUse if another process, or another active run of this process, uses the folder.
     """
 
     def __init__(self, run_dir: Path, steps: int):
@@ -44,7 +44,7 @@ class RunFolder:
         if distributed.rank() == 0:
             for part in run_dir.glob(f".*{PART}"):
                 part.unlink()
-        self.waiting: list[tuple[Path, bytes]] = []  # files that are written when the start is accepted
+        self.waiting: list[tuple[Path, bytes]] = []  # files to write in `accept`
         self.held = False
         with contextlib.suppress(ValueError):
             self.held = Status.written(run_dir).state == "finished"
@@ -53,7 +53,7 @@ class RunFolder:
     def __enter__(self) -> "RunFolder":
         if self.lock is None:
             raise RunInUse(
-                f"this run has let {self.path} go, because it has ended or another has begun there: start it again"
+                f"this run has released {self.path}: it ended, or another run started there. Create a new Trainer"
             )
         self.busy = True
         return self
@@ -70,7 +70,7 @@ class RunFolder:
         self.close()
 
     def accept(self) -> None:
-        """Take the start for one that can go on: from here on the files of the run are this start's."""
+        """Accept the start after all checks: write the pending files and the status."""
         self.held = False
         if distributed.rank() == 0:
             for path, content in self.waiting:
@@ -79,7 +79,7 @@ class RunFolder:
         self.write_status("running")
 
     def write_accepted(self, path: Path, content: bytes) -> None:
-        """Write a file when the start is accepted."""
+        """Schedule a file to be written by `accept`."""
         self.waiting.append((path, content))
 
     def reject_moved(self) -> None:
@@ -112,14 +112,14 @@ class RunFolder:
         self.write_status("running")
 
     def record_alarms(self, alarms: Sequence[str]) -> None:
-        """Record in the status what the last evaluation warns of."""
+        """Record the active alarms of the last evaluation in the status."""
         self.status.alarm = "; ".join(alarms) or None
         self.write_status("running")
 
     def write_status(self, state: str, exit_code: int | None = None, reason: str | None = None) -> None:
-        """Write the status: rank 0 does, or any rank that fails. The first end that is written stays.
+        """Write the status, on rank 0 or on a rank that failed.
 
-        That of a run which has finished stays until a start is accepted.
+        The first final state is kept: later writes are ignored, and until `accept` also those over a finished run.
         """
         if self.held:
             return
@@ -146,18 +146,18 @@ class RunFolder:
 
 
 def _release_earlier_run(run_dir: Path) -> None:
-    """Release the folder if an earlier run of this process holds it. Raises RunInUse if that run is still going on."""
+    """Release the folder if an earlier run of this process holds it. Raises RunInUse if that run is still active."""
     with contextlib.suppress(FileNotFoundError):
         if held := folder_lock.holders.get(folder_lock.key(run_dir / folder_lock.FILE)):
             if held.busy:
-                raise RunInUse(f"{run_dir} is in use by this very process. Wait for that run, or give another run_dir")
+                raise RunInUse(f"{run_dir} is in use by this very process. Wait for that run, or set another run_dir")
             held.close()
 
 
 def _lock(run_dir: Path) -> int:
-    """Hold byte RANK of the lock file until it is closed or this process ends, however it ends.
+    """Lock byte RANK of the lock file until it is closed or this process dies. Return the file descriptor.
 
-    Rank 0 takes all bytes first, so that no process of another run, or of this one before it was killed, has any.
+    Rank 0 first locks all bytes, to ensure that no process of another run or of an earlier start holds one.
     """
     with distributed.fail_together():
         _release_earlier_run(run_dir)
@@ -166,9 +166,9 @@ def _lock(run_dir: Path) -> int:
             if not folder_lock.acquire(handle, 0, 0):
                 owner = folder_lock.owner(handle) or "another process"
                 os.close(handle)
-                raise RunInUse(f"{run_dir} is in use by {owner}. Wait for it, stop it, or give another run_dir")
+                raise RunInUse(f"{run_dir} is in use by {owner}. Wait for it, stop it, or set another run_dir")
             folder_lock.write_owner(handle)
-            with contextlib.suppress(OSError):  # where the file system has no locks, there is none to release
+            with contextlib.suppress(OSError):  # on a file system without locks there is none to release
                 fcntl.lockf(handle, fcntl.LOCK_UN, 0, 1)
     with distributed.fail_together():
         if distributed.rank() > 0:
@@ -182,7 +182,7 @@ def _lock(run_dir: Path) -> int:
 
 
 def _open_of_rank_0(path: Path) -> int:
-    """Open the lock file that rank 0 has made. A network file system may show it to other machines some time later."""
+    """Open the lock file that rank 0 created. On a network file system it may become visible with a delay."""
     end = time.monotonic() + SEEN_AFTER
     while True:
         try:
@@ -195,13 +195,16 @@ def _open_of_rank_0(path: Path) -> int:
 
 def _not_shared(run_dir: Path) -> str:
     return (
-        f"rank {distributed.rank()} on {socket.gethostname()} has another folder {run_dir} than rank 0: run_dir "
+        f"rank {distributed.rank()} on {socket.gethostname()} sees a different folder {run_dir} than rank 0: run_dir "
         "must be on a file system that all machines share, under the same path"
     )
 
 
 def _write(path: Path, text: str) -> str | None:
-    """Replace the status; on a full disk write over it, for which the space is there already. Why that failed, too."""
+    """Replace the status file; if that fails, overwrite it in place, which needs no new space on a full disk.
+
+    Return the reason if both fail, otherwise None.
+    """
     try:
         write_atomically(path, text)
     except OSError as error:

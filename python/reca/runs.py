@@ -1,4 +1,4 @@
-"""Lineage of runs: what may change when a run is continued, which run it starts from, and its trained weights."""
+"""Lineage of runs: what may change on resume, which run a run starts from, and loading of trained weights."""
 
 import contextlib
 import hashlib
@@ -22,7 +22,7 @@ from reca.recipe_files import UnknownRecipe, as_dict, by_key, load_recipe, walk
 from reca.run_folder import RunFolder
 from reca.status import Status
 
-# Keys that change no bit of the result, or only how sums are rounded.
+# Keys that do not change the result, or only the rounding of sums.
 RESULT_NEUTRAL_KEYS = (
     "run_dir", "log.*", "eval.*", "checkpoint.*", "ema.*", "parallel.*",
     "train.steps", "train.threads", "train.compile", "train.activation_checkpointing", "train.cast_once",
@@ -30,7 +30,7 @@ RESULT_NEUTRAL_KEYS = (
     "optim.offload", "optim.fused_backward",
     "data.workers", "data.decoder", "data.prefetch", "data.max_bad_fraction", "data.cache",
 )  # fmt: skip
-# Keys that name something on a disk, which may have moved: `identity` compares what is there instead.
+# Keys that name files, which may have moved: `fingerprint` compares their contents instead.
 COMPARED_BY_CONTENT = (
     "data.images",
     "data.conversations",
@@ -40,18 +40,19 @@ COMPARED_BY_CONTENT = (
     "data.template*",
     "train.init_from",
 )
-HELD_OUT_KEYS = ("eval.holdout", "eval.holdout_from", "eval.seed")  # they decide what is left to train on
+HELD_OUT_KEYS = ("eval.holdout", "eval.holdout_from", "eval.seed")  # they determine the remaining training images
 OF_A_MACHINE = {"train.threads", "data.workers"}  # keys that may differ between the ranks of a run
-PIECES, PIECE = 16, 1 << 16  # of a weight file, and the bytes of each, that identify it
+PIECES, PIECE = 16, 1 << 16  # number and bytes of the excerpts that identify a weight file
 
 
 def fingerprint(
     recipe: Recipe, sources: Mapping[str, Any], templates: list[str], state: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Describe what a run is made from, by content and not by path: JSON-able, kept with every checkpoint.
+    """Identify the inputs of a run (data, templates, model files, parent run) by content, not by path.
 
-    sources: the samples of every active task. state: of the checkpoint to go on from. It holds what the run before this
-    one had made when this one began, which does not matter any longer.
+    The result is JSON-able and is saved with every checkpoint. sources: data sources of every active task. state: state
+    of the checkpoint to resume from. If it names the same train.init_from, its digest is reused: the parent run may
+    have continued since.
     """
     found: dict[str, Any] = {
         f"data.{DATA_KEYS[task]}": [len(sources[task]), sources[task].identity()] for task in recipe.active_tasks()
@@ -68,19 +69,19 @@ def fingerprint(
 
 
 def parent_digest(recipe: Recipe) -> str | None:
-    """Identify the checkpoint that `train.init_from` names by its content; None where there is none."""
+    """Return a digest of the newest checkpoint of the run `train.init_from`; None if there is none."""
     folder = recipe.train.init_from and checkpoint.latest(Path(recipe.train.init_from))
     return _digest((folder / checkpoint.MARKER).read_bytes()) if folder else None
 
 
 def reject_changed(recipe: Recipe, run_dir: Path, state: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse to continue a run with keys or contents that change its result.
+    """Raise RecipeError if a run would be resumed with keys or contents that change its result.
 
-    state: of the checkpoint to go on from, with its recipe and its identity. now: the identity of this start.
-    Raises RecipeError that names every such key with both values.
+    state: state of the checkpoint to resume from, with its recipe and fingerprint. now: fingerprint of this start.
+    The message names every such key with both values.
     """
     before, new = state["fingerprint"], _flat(as_dict(recipe))
-    # A key that the version before did not have: what it does by default is what was done then.
+    # Keys that the version that wrote the checkpoint did not have count as having their default.
     old = _flat(as_dict(Recipe(umm=recipe.umm, model=type(recipe.model)()))) | _flat(state["recipe"])
     free = [*RESULT_NEUTRAL_KEYS, *COMPARED_BY_CONTENT, *before, *now, "optim.decay_steps"]
     for task in DATA_KEYS:
@@ -94,19 +95,19 @@ def reject_changed(recipe: Recipe, run_dir: Path, state: Mapping[str, Any], now:
     changes = [f"{key} {old.get(key)!r} -> {new[key]!r}" for key in changed]
     for key in sorted(before.keys() | now.keys()):
         if key.startswith("data.") and (key in before) != (key in now):
-            continue  # of a task that was added or removed: its weight is named
+            continue  # its task was added or removed, which the key of its weight reports
         if before.get(key) != now.get(key) and "umm" not in changed:
             changes.append(f"{_content(key, old, new)} has other contents{_counts(before.get(key), now.get(key))}")
     if changes:
         raise RecipeError(
-            f"{run_dir} holds a run of another recipe ({'; '.join(changes)}). Use another run_dir, or undo the change"
+            f"{run_dir} contains a run of another recipe ({'; '.join(changes)}). Set another run_dir or undo the change"
         )
 
 
 def reject_other_ranks(recipe: Recipe) -> None:
-    """Refuse a rank that was given other keys than rank 0. Paths may differ, and what a machine has of its own.
+    """Raise RecipeError on ranks whose recipe differs from rank 0's, and PeerFailed on the others.
 
-    All ranks must call it. Raises RecipeError, and PeerFailed on ranks that agree.
+    Paths and keys in OF_A_MACHINE may differ. All ranks must call it.
     """
     paths = {key for _, f, key in walk(recipe) if f.metadata.get("path")}
     own = {key: value for key, value in by_key(recipe).items() if key not in paths | OF_A_MACHINE}
@@ -115,15 +116,15 @@ def reject_other_ranks(recipe: Recipe) -> None:
         if differing := sorted(key for key in first | own if first.get(key) != own.get(key)):
             changes = ", ".join(f"{key} {first.get(key)!r} -> {own.get(key)!r}" for key in differing)
             raise RecipeError(
-                f"rank {distributed.rank()} on {socket.gethostname()} was given another recipe than rank 0 "
+                f"rank {distributed.rank()} on {socket.gethostname()} has a different recipe than rank 0 "
                 f"({changes}): start every machine with the same command"
             )
 
 
 def finished_steps(recipe: Recipe) -> int | None:
-    """Return the steps of a run that has made all of them, and mark its status as finished; None for any other run.
+    """Return the number of steps of a completed run and mark its status as finished; None if it is not complete.
 
-    The checkpoint is checked by file sizes only, which is fast.
+    The checkpoint is validated by file sizes only, which is fast.
     Raises RecipeError as `reject_changed`, RunInUse if another process uses the folder.
     """
     run_dir = Path(recipe.run_dir)
@@ -145,10 +146,9 @@ def finished_steps(recipe: Recipe) -> int | None:
 
 
 def schedule_end(recipe: Recipe, state: Mapping[str, Any] | None) -> int:
-    """Return the step at which the learning rate's schedule ends.
+    """Return the step at which the learning-rate schedule ends.
 
-    A run that is continued keeps the end it began with, however many steps it is to make now, unless
-    optim.decay_steps is set.
+    A resumed run keeps its original end even if train.steps has changed, unless optim.decay_steps is set.
     """
     if recipe.optim.decay_steps is not None:
         return recipe.optim.decay_steps
@@ -156,54 +156,56 @@ def schedule_end(recipe: Recipe, state: Mapping[str, Any] | None) -> int:
 
 
 def resume_warnings(recipe: Recipe, state: Mapping[str, Any], ranks: int) -> list[str]:
-    """List what differs from a checkpoint on, although the run may continue.
+    """List permitted changes since the checkpoint that affect the rest of the run.
 
-    state: of the checkpoint. ranks: of this start.
+    state: state of the checkpoint. ranks: world size of this start.
     """
     found, end, before = [], schedule_end(recipe, state), state["schedule_end"]
     if recipe.optim.schedule != "constant" and end != before:
-        found.append(f"the schedule of the learning rate ends at step {end} now; until here it was {before}")
+        found.append(f"the learning-rate schedule now ends at step {end}; before it was step {before}")
     elif recipe.optim.schedule != "constant" and end < recipe.train.steps:
         found.append(
-            f"train.steps={recipe.train.steps} goes beyond the schedule of the learning rate, which ends at step "
-            f"{end} as it did before; optim.decay_steps={recipe.train.steps} stretches it"
+            f"train.steps={recipe.train.steps} goes beyond the learning-rate schedule, which still ends at step {end}; "
+            f"optim.decay_steps={recipe.train.steps} extends it"
         )
     if recipe.objective.mean == "micro_batch" and ranks != state["ranks"]:
         found.append(
-            "objective.mean=micro_batch depends on how a step is split: until here by "
-            f"{state['ranks']} processes, now by {ranks}"
+            "objective.mean=micro_batch depends on the split of a step into micro-batches, and the number of processes "
+            f"changed from {state['ranks']} to {ranks}"
         )
     average = state.get("ema")
     if recipe.ema.half_life and (not average or average["half_life"] != recipe.ema.half_life):
         before = f"with ema.half_life={average['half_life']:g}" if average else "without an EMA"
-        found.append(f"until here the run was made {before}: the EMA starts anew, and averages the steps from now on")
+        found.append(
+            f"the run was trained {before} so far: a new EMA starts, which averages only the steps from here on"
+        )
     return found
 
 
 def is_run(source: str | Path) -> bool:
-    """Return whether `source` is the folder of a run."""
+    """Tell whether `source` is a run folder, by its recipe.yaml."""
     return (Path(source) / "recipe.yaml").is_file()
 
 
 def recipe_of(source: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Recipe:
-    """Read the recipe that is named, or that a run was made with."""
+    """Read a recipe by name or path, or the recipe of a run folder."""
     try:
         return load_recipe(Path(source) / "recipe.yaml" if is_run(source) else source, overrides)
     except UnknownRecipe as error:
         run = next((str(folder) for folder in Path(source).parents if is_run(folder)), None)
         if run is not None and Path(source).exists():
-            raise RecipeError(f"{str(source)!r} is a part of the run {run!r}: give that folder") from error
-        raise RecipeError(f"{str(source)!r} is no folder of a run, and there is {error}") from error
+            raise RecipeError(f"{str(source)!r} is inside the run folder {run!r}: pass that folder") from error
+        raise RecipeError(f"{str(source)!r} is not a run folder, and there is {error}") from error
 
 
 def load_trained(run_dir: Path, recipe: Recipe, device: torch.device | str = "cpu", ema: bool = False) -> Adapter:
-    """Load the model of a run: the published weights with its newest checkpoint on top.
+    """Load the trained model of a run: the published weights, overwritten by its newest checkpoint.
 
-    ema: the average of the trained parameters, in place of their last values.
+    ema: load the exponential moving average of the trained parameters instead of their last values.
     """
     adapter = umm_package(recipe.umm).Adapter.load(recipe.model, device)
     if recipe.lora.rank:
-        # Only training computes in bf16 throughout, which weights in bf16 ask for.
+        # bf16 base weights need a bf16 autocast throughout, which only training has.
         lora.choose_trained(adapter, replace(recipe, lora=replace(recipe.lora, base_dtype=None)))
     adapter.inherited = checkpoint.load_weights(run_dir, adapter, ema)
     check_finite(adapter)
@@ -219,10 +221,10 @@ def load_start(recipe: Recipe, device: torch.device | str = "cpu") -> Adapter:
 
 
 def load_parent(adapter: Adapter, recipe: Recipe) -> None:
-    """Load the checkpoint of the run that `train.init_from` names on top of the published weights.
+    """Load the newest checkpoint of the run `train.init_from` over the published weights, if it is set.
 
-    LoRA of another form than this run's, or where this run has none, is merged into the weights.
-    adapter: with the LoRA that the recipe asks for.
+    The parent's LoRA is merged into the weights unless this run continues it.
+    adapter: the model with the LoRA that the recipe requests.
     """
     if recipe.train.init_from is None:
         return
@@ -233,21 +235,21 @@ def load_parent(adapter: Adapter, recipe: Recipe) -> None:
     else:
         adapter.inherited = checkpoint.load_weights(folder, adapter)
     if recipe.lora.rank and not lora.continues(before, recipe):
-        lora.reset(adapter, recipe.train.seed)  # DoRA starts from the norms of the weights as they are now
+        lora.reset(adapter, recipe.train.seed)  # DoRA magnitudes must match the loaded weights
 
 
 def check_parent(recipe: Recipe, model: Adapter) -> None:
     """Check that this run can start from `train.init_from`, if it is set.
 
-    model: the recipe's, with or without weights.
-    Raises RecipeError when it is no run, or one of other published files; CheckpointError when it has saved nothing, or
-    another model.
+    model: the recipe's model, with or without weights.
+    Raises RecipeError if it is not a run or uses other published files; CheckpointError if it has no complete
+    checkpoint or its checkpoint does not fit the model.
     """
     if recipe.train.init_from is None:
         return
     folder = Path(recipe.train.init_from)
     if not is_run(folder):
-        raise RecipeError(f"train.init_from={folder} is no folder of a run: it has no recipe.yaml")
+        raise RecipeError(f"train.init_from={folder} is not a run folder: it has no recipe.yaml")
     before = load_recipe(folder / "recipe.yaml")
     ours, theirs = ({"umm": r.umm} | published_files(r) for r in (recipe, before))
     if ours != theirs and {k: _file_fingerprint(v) for k, v in ours.items()} != {
@@ -257,12 +259,14 @@ def check_parent(recipe: Recipe, model: Adapter) -> None:
             f"{k} {theirs.get(k)!r} -> {ours.get(k)!r}" for k in ours | theirs if ours.get(k) != theirs.get(k)
         )
         raise RecipeError(
-            f"train.init_from={folder} is a run of other published files than this recipe ({differences}); both must "
-            "name the same umm and the same files"
+            f"train.init_from={folder} is a run with other published files than this recipe ({differences}); both must "
+            "use the same umm and the same files"
         )
     newest = checkpoint.latest(folder)
     if newest is None:
-        raise checkpoint.CheckpointError(f"{folder} has no complete checkpoint; did the run save one?")
+        raise checkpoint.CheckpointError(
+            f"train.init_from={folder} has no complete checkpoint; wait until the run has saved one"
+        )
     if not checkpoint.find_damage(newest, contents=False):
         checkpoint.check_fit(newest, model, mergeable=not lora.continues(before, recipe))
 
@@ -274,12 +278,12 @@ def published_files(recipe: Recipe) -> dict[str, str]:
 
 
 def published_fingerprints(recipe: Recipe) -> dict[str, str]:
-    """Identify the files that a model is loaded from, by content."""
+    """Return fingerprints of the files that a model is loaded from, by key."""
     return {name: _file_fingerprint(value) for name, value in published_files(recipe).items()}
 
 
 def _file_fingerprint(source: str) -> str:
-    """Hash excerpts of a weight file, or of a folder of them; a hub id is its own fingerprint."""
+    """Hash excerpts of a file, or of all files in a folder. Return a hub id unchanged."""
     path = Path(source)
     if path.is_file():
         return _digest(_excerpt(path))
@@ -292,7 +296,7 @@ def _file_fingerprint(source: str) -> str:
 
 
 def _excerpt(path: Path) -> bytes:
-    """Read the size and evenly spread pieces of a file, among them its first and last bytes."""
+    """Return the size and evenly spaced excerpts of a file, including its first and last bytes."""
     size = path.stat().st_size
     pieces = [b"%d" % size]
     with path.open("rb") as file:
@@ -314,7 +318,7 @@ def _flat(config: Mapping, prefix: str = "") -> dict[str, Any]:
 
 
 def _content(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """Name the keys of changed contents, with both values where they differ."""
+    """Return the keys whose contents changed, with old and new values if these differ."""
     keys = {"data.templates": [key, "data.template_count"], "data.images": [key, *HELD_OUT_KEYS]}.get(key, [key])
     differing = [f"{k} {old.get(k)!r} -> {new.get(k)!r}" for k in keys if old.get(k) != new.get(k)]
     return " and ".join(differing) or f"{key}={new.get(key)!r}"
@@ -324,5 +328,5 @@ def _counts(before: Any, now: Any) -> str:
     if not (isinstance(before, list) and isinstance(now, list)):
         return ""
     if before[0] == now[0]:
-        return f" ({now[0]} samples as before, but others: a file that is renamed, replaced or repaired is another)"
+        return f" ({now[0]} samples as before, but other ones: renamed, replaced or repaired files count as changed)"
     return f" ({before[0]} samples, now {now[0]})"

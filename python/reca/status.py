@@ -66,7 +66,7 @@ class Status:
             found.setdefault("alarm", None)  # versions before wrote none
             return cls(**{f.name: found[f.name] for f in fields(cls)})
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise ValueError(f"{run_dir} is no folder of a run: it has no {FILE}") from error
+            raise ValueError(f"{run_dir} is not a run folder: it has no {FILE}") from error
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(
                 f"{path} cannot be read ({type(error).__name__}: {error}); the next start writes it anew"

@@ -214,7 +214,7 @@ def test_lists_in_recipes(two, tmp_path, monkeypatch):
         ("[{source: a, wieght: 1}]", r"\{source: TEXT, weight: NUMBER\}"),
         ("[{source: a, weight: 0}]", r"data.images\[0\].weight=0 in the overrides must be above 0"),
         ("[{source: a, weight: many}]", r"data.images\[0\].weight='many'.*expected a number"),
-        ("[{source: ''}]", "is an empty text"),
+        ("[{source: ''}]", "is empty"),
         ("[a, [b]]", "data.images"),
     ],
 )

@@ -53,7 +53,7 @@ def test_a_run_is_trained_continued_and_loaded(tmp_path, caplog, monkeypatch):
     assert torch.equal(reca.load("~/run").showo.lm_head.weight, model.showo.lm_head.weight)
     found = reca.evaluate("world", "~/run", limit=1, sampling={"steps": 1}, out="~/found")
     assert found == json.loads((tmp_path / "found/results.json").read_text())
-    with pytest.raises(RecipeError, match=rf"is a part of the run '{folder}': give that folder"):
+    with pytest.raises(RecipeError, match=rf"is inside the run folder '{folder}': pass that folder"):
         reca.load(folder / "checkpoints" / "000002")
     assert "is the recipe of a run" not in caplog.text
     assert torch.equal(reca.load(folder / "recipe.yaml").showo.lm_head.weight, start.showo.lm_head.weight)
@@ -126,9 +126,9 @@ def test_overrides_have_two_forms():
 
 
 def test_sources_that_are_none(tmp_path):
-    with pytest.raises(RecipeError, match="is no folder of a run, and there is no recipe"):
+    with pytest.raises(RecipeError, match="is not a run folder, and there is no recipe"):
         reca.load(tmp_path)
-    with pytest.raises(RecipeError, match="'show_oo' is no folder of a run"):
+    with pytest.raises(RecipeError, match="'show_oo' is not a run folder"):
         reca.load("show_oo")
 
 
@@ -139,7 +139,7 @@ def test_the_folder_of_a_run_is_no_recipe(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # as where a run has the name of its recipe, and the command is given beside it
     assert load_recipe("bagel_tiny").umm == "bagel"
     for name in (tmp_path, f"{tmp_path}/"):
-        with pytest.raises(RecipeError, match=f"is the folder of a run; its recipe is {tmp_path}/recipe.yaml"):
+        with pytest.raises(RecipeError, match=f"is a run folder; its recipe is {tmp_path}/recipe.yaml"):
             reca.train(name, ["train.steps=1"])
 
 

@@ -139,7 +139,7 @@ def test_home_expands_in_paths_of_options(tmp_path, monkeypatch, capsys):
 def test_a_run_that_is_not_there(name, capsys):
     assert main(["generate", name, "--prompt", "a red circle"]) == 3
     error = capsys.readouterr().err
-    assert f"'{name}' is no folder of a run, and there is no recipe" in error and error.count("\n") == 1
+    assert f"'{name}' is not a run folder, and there is no recipe" in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", ["bagel", "open_uni"])

@@ -72,7 +72,7 @@ def test_a_mistake_is_one_line(recipe, override):
 def test_a_list_is_no_recipe(tmp_path):
     path = tmp_path / "list.yaml"
     path.write_text("- a\n")
-    with pytest.raises(RecipeError, match="list.yaml holds no keys"):
+    with pytest.raises(RecipeError, match="list.yaml has no keys"):
         load_recipe(path)
 
 

@@ -53,5 +53,5 @@ def test_both_ranks_end_as_one_run(outcomes, case, codes, state, exit_code, chec
 
 def test_the_rank_that_failed_is_in_the_status(outcomes):
     told = outcomes["another_recipe"][3]
-    assert "rank 1 on" in told and "another recipe than rank 0 (optim.lr 0.1 -> 0.2)" in told
+    assert "rank 1 on" in told and "different recipe than rank 0 (optim.lr 0.1 -> 0.2)" in told
     assert outcomes["one_breaks"][3] == "rank 1: [Errno 28] No space left on device"

@@ -79,7 +79,7 @@ def test_a_chain_of_three(start, tmp_path, published):
 
 
 def test_a_run_does_not_start_from_itself(start):
-    with pytest.raises(RecipeError, match="is no folder of a run"):
+    with pytest.raises(RecipeError, match="is not a run folder"):
         Trainer(start("run", "run"), ToyAdapter())
     run_toy(start("run", None))
     with pytest.raises(RecipeError, match="train.init_from None -> .* has other contents"):

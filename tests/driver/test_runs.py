@@ -86,12 +86,12 @@ def test_a_failure_before_the_first_update_is_in_the_status(recipe):
 
 def test_reca_status(recipe, capsys, tmp_path):
     assert main(["status", str(tmp_path)]) == 3
-    assert "is no folder of a run" in capsys.readouterr().err
+    assert "is not a run folder" in capsys.readouterr().err
     run_toy(recipe("train.steps=1"))
     assert main(["status", recipe().run_dir]) == 0
     assert "state       finished" in capsys.readouterr().out
     assert main(["status", f"{recipe().run_dir}/status.json"]) == 3
-    assert "status.json is no folder of a run" in capsys.readouterr().err
+    assert "status.json is not a run folder" in capsys.readouterr().err
     (tmp_path / "run/status.json").write_text("{")
     assert main(["status", recipe().run_dir]) == 3
     assert "status.json cannot be read" in capsys.readouterr().err
@@ -242,7 +242,7 @@ def test_what_changes_no_result_may_change(recipe, change, tmp_path):
 )
 def test_what_changes_the_result_is_refused(recipe, change, words):
     run_toy(recipe("train.steps=2"))
-    with pytest.raises(RecipeError, match="holds a run of another recipe") as refused:
+    with pytest.raises(RecipeError, match="contains a run of another recipe") as refused:
         Trainer(recipe(change), ToyAdapter())
     assert words in str(refused.value) and str(refused.value).count("->") == 1
 
@@ -275,7 +275,7 @@ def test_data_may_move_and_not_change(recipe, images, tmp_path):
 
     run_toy(recipe(f"run_dir={tmp_path}/again", f"data.images={moved}", "train.steps=2"))
     (moved / "003.png").write_bytes(b"x" + (moved / "003.png").read_bytes())
-    with pytest.raises(RecipeError, match=r"\(24 samples as before, but others: a file .* repaired is another\)"):
+    with pytest.raises(RecipeError, match=r"\(24 samples as before, but other ones: .* files count as changed\)"):
         Trainer(recipe(f"run_dir={tmp_path}/again", f"data.images={moved}"), ToyAdapter())
     (moved / "003.png").unlink()
     with pytest.raises(RecipeError, match=r"data.images='.*' has other contents \(24 samples, now 23\)"):
@@ -318,10 +318,10 @@ def test_a_longer_run_keeps_its_schedule_unless_told(recipe, caplog):
     run_toy(recipe(*linear, "train.steps=4"))
     longer = run_toy(recipe(*linear, "train.steps=6"))
     assert rates(longer.run_dir) == [1, 0.75, 0.5, 0.25, 0, 0]
-    assert "schedule of the learning rate, which ends at step 4 as it did before" in caplog.text
+    assert "learning-rate schedule, which still ends at step 4" in caplog.text
     told = run_toy(recipe(*linear, "train.steps=8", "optim.decay_steps=16"))
     assert rates(told.run_dir)[6:] == [0.625, 0.5625]
-    assert "ends at step 16 now; until here it was 4" in caplog.text
+    assert "now ends at step 16; before it was step 4" in caplog.text
     kept = run_toy(recipe(*linear, "train.steps=9"))
     assert rates(kept.run_dir)[8:] == [0.5]
 
@@ -348,7 +348,7 @@ def test_a_finished_run_says_so(recipe, capsys, tmp_path):
         (["model.weights=/nowhere/model.safetensors"], "model.weights=/nowhere/model.safetensors does not exist"),
         (["train.train=[und_lm, everything]"], "'everything', which is no role"),
         (["train.frozen=[nothing.*]"], "no parameter matches 'nothing.*'"),
-        (["train.init_from=/nowhere"], "train.init_from=/nowhere is no folder of a run"),
+        (["train.init_from=/nowhere"], "train.init_from=/nowhere is not a run folder"),
     ],
 )
 def test_mistakes_are_seen_before_weights_are_read(overrides, words, tmp_path, monkeypatch):

@@ -361,7 +361,7 @@ def test_a_run_starts_from_what_another_has_trained(recipe, tmp_path, monkeypatc
 
 
 def test_what_a_run_cannot_start_from(recipe, tmp_path):
-    with pytest.raises(RecipeError, match="is no folder of a run"):
+    with pytest.raises(RecipeError, match="is not a run folder"):
         Trainer(recipe(f"train.init_from={tmp_path}/nothing"), ToyAdapter())
     run(recipe(f"run_dir={tmp_path}/first"))
     other = recipe(f"run_dir={tmp_path}/second", f"train.init_from={tmp_path}/first", "model.weights=showlab/show-o")

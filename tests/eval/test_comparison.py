@@ -101,7 +101,7 @@ def test_a_lost_image_leaves_a_gap(compared, painter):
 
 def test_names_that_stand_for_nothing(painter, tmp_path, capsys):
     assert cli.main(["compare", "base", str(tmp_path)]) != 0
-    assert "is no folder of a run" in capsys.readouterr().err
+    assert "is not a run folder" in capsys.readouterr().err
     with pytest.raises(EvaluationError, match="neither the folder of a run .* nor of an evaluation"):
         compare(str(tmp_path / "nowhere"), str(painter))
     with pytest.raises(EvaluationError, match="one model"):
@@ -277,7 +277,7 @@ def test_an_image_that_cannot_be_read_is_left_out(runs, tmp_path):
     assert [row["name"] for row in found["rows"]] == ["000.png", "002.png"]
     for name in ("000.png", "002.png"):
         (photos / name).unlink()
-    with pytest.raises(DataError, match="no image to reconstruct can be read; the last: 001.png: no image in"):
+    with pytest.raises(DataError, match="no image to reconstruct can be read; last error: 001.png: no image in"):
         draw("base", runs["first"], tmp_path / "out", 2, str(photos))
 
 

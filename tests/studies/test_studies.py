@@ -478,7 +478,7 @@ def test_every_prompt_is_drawn_as_often_as_asked_and_shown_once():
             "SFT:optim.fused_backward=true SFT:optim.max_grad_norm=null SFT:objective.t2i.micro_batch=1",
             "arm SFT: optim.fused_backward=true needs one backward pass a step",
         ),
-        ("SFT:train.activation_checkpointing=99", "arm SFT: train.activation_checkpointing=99 computes one in 99"),
+        ("SFT:train.activation_checkpointing=99", "arm SFT: train.activation_checkpointing=99 recomputes every 99-th"),
         ("SFT:data.template_count=1000", "arm SFT: data.template_count=1000, but there are 8 templates"),
         ("SFT:eval.every=1 SFT:eval.suite=nothing", "arm SFT: eval.suite='nothing'"),
         ("SFT:model.image_size=33", "arm SFT: model.image_size is 33 pixels"),

@@ -71,7 +71,7 @@ def _side(name: str) -> Side:
 def _base_of(name: str) -> Side:
     folder = Path(name)
     if not is_run(folder):
-        raise EvaluationError(f"base is the model that a run started from, and {name} is no folder of a run")
+        raise EvaluationError(f"base is the model that a run started from, but {name} is not a run folder")
     recipe = recipe_of(folder)
     parent = recipe.train.init_from
     weights = checkpoint.latest(Path(parent)) if parent else None
