@@ -1,4 +1,4 @@
-"""Options of a sampler or a judge, given as key=value, checked against the signature of what takes them."""
+"""Options of a sampler or a judge, given as key=value and validated against the signature of the method or class."""
 
 import inspect
 import math
@@ -10,16 +10,16 @@ from typing import Any, get_args, get_origin
 
 from reca.values import guess
 
-# wherever an option of the name is: the least and the largest value
+# minimum and maximum of options by name, for all methods
 LIMITS = dict.fromkeys(("steps", "batch", "height", "width", "diffusion_steps", "max_new_tokens"), (1, math.inf)) | {
     "timeout": (0.001, 86400), "tries": (1, 1000), "workers": (1, 1000), "requests_per_minute": (0.001, 1e6),
     "max_tokens": (1, 1e6), "price_in": (0, 1e6), "price_out": (0, 1e6), "threshold": (0, 1),
 }  # fmt: skip
-TYPE_NAMES = {int: "a whole number", float: "a number", str: "a word", NoneType: "null"}
+TYPE_NAMES = {int: "a whole number", float: "a number", str: "a string", NoneType: "null"}
 
 
 def read_pairs(texts: Iterable[str], name: str) -> dict[str, Any]:
-    """Parse key=value options of the command line. name: what stands before each, such as --sampling.
+    """Parse key=value options of the command line. name: the option they were passed with, such as --sampling.
 
     Raises ValueError for a text without = or without a value.
     """
@@ -33,16 +33,16 @@ def read_pairs(texts: Iterable[str], name: str) -> dict[str, Any]:
 
 
 def defaults(method: Callable) -> dict[str, Any]:
-    """Return the sampling options of an adapter's generate, edit or reconstruct: its keyword-only parameters."""
+    """Return the defaults of a method's sampling options, which are its keyword-only parameters."""
     parameters = inspect.signature(method).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
 def check_sampling_options(method: Callable, given: Mapping[str, Any], what: str = "sampling option") -> dict[str, Any]:
-    """Return `given` as keyword arguments of a method or class, which takes its keyword-only parameters.
+    """Validate options against the keyword-only parameters of a method or class. Return them as keyword arguments.
 
-    what: the word for an option, in messages.
-    Raises ValueError for a name that is none of them, and a value of another type or outside of LIMITS.
+    what: the word for an option in messages.
+    Raises ValueError for an unknown name, and for a value of the wrong type or outside of LIMITS.
     """
     known = {p.name: p for p in inspect.signature(method).parameters.values() if p.kind is p.KEYWORD_ONLY}
     checked = {}
@@ -62,7 +62,7 @@ def check_sampling_options(method: Callable, given: Mapping[str, Any], what: str
 
 
 def check_limits(given: Mapping[str, Any], what: str = "sampling option") -> None:
-    """Raise ValueError for a named value that is outside of LIMITS. what: the word for an option, in messages."""
+    """Raise ValueError if a value is outside of LIMITS. what: the word for an option in messages."""
     for name, (least, most) in LIMITS.items():
         if isinstance(value := given.get(name), Real) and not least <= float(value) <= most:
             within = f"at least {least:g}" if most == math.inf else f"{least:g} to {most:g}"

@@ -1,4 +1,4 @@
-"""`reca serve`: a page that draws, edits and answers with a model, and with the one it is compared with beside it."""
+"""`reca serve`: a web page to generate, edit and answer with a model, optionally side by side with a second one."""
 
 import contextlib
 import functools
@@ -31,28 +31,28 @@ from reca.sampling_options import check_sampling_options, read_pairs
 
 log = logging.getLogger("reca")
 
-OFFERED = frozenset({"generate", "edit", "answer"})  # abilities of models that the page has a tab for
-MAX_UPLOAD = 32 * 2**20  # bytes of an image
+OFFERED = frozenset({"generate", "edit", "answer"})  # abilities that have a tab
+MAX_UPLOAD = 32 * 2**20  # bytes per image
 MAX_TEXT = 4000  # characters of a prompt, an instruction or a question
-MAX_WAITING = 16  # requests; one more is refused
-SMALLEST = 256  # pixels of the longer side of an image in the page
+MAX_WAITING = 16  # queued requests
+SMALLEST = 256  # minimum of the longer side of an image on the page, in pixels
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-# The page fetches nothing from elsewhere: neither fonts nor scripts.
+# Local fonts only: the page loads nothing from other servers.
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
 
 
 @dataclass(frozen=True)
 class Side:
-    """One of the models of the page."""
+    """A model of the page."""
 
     label: str
     model: Adapter
 
 
 class Requests:
-    """What the page asks of its models: each method returns one result per side, made from equal seeds.
+    """Requests of the page: each method returns one result per side, from equal seeds.
 
-    Raises ValueError or OSError with what was wrong with the request, and inference.MemoryFull.
+    The methods raise ValueError or OSError for an invalid request, and inference.MemoryFull.
     """
 
     def __init__(self, sides: Sequence[Side]):
@@ -91,18 +91,18 @@ class Requests:
 
 
 def read_sampling(text: str | None, method: Callable) -> dict[str, Any]:
-    """Read key=value options, with blanks, commas or lines between them, as options of `method`. Raises ValueError."""
+    """Parse key=value options of `method`, separated by blanks, commas, semicolons or lines. Raises ValueError."""
     text = (text or "").strip()
     parts = re.split(r"[\s,;]+(?=\w+\s*=)", text) if text else ()
     return check_sampling_options(method, read_pairs((part.strip(" ,;") for part in parts), "sampling option"))
 
 
 def read_upload(path: str | None) -> Tensor:
-    """Decode an uploaded image as training data is, within the same limits. Raises ValueError; DataError is one."""
+    """Decode an uploaded image like training data, with the same limits. Raises ValueError; DataError is one."""
     if path is None:
         raise ValueError("there is no image; choose a file first")
     if (size := Path(path).stat().st_size) > MAX_UPLOAD:
-        raise ValueError(f"the image has {size} bytes; at most {MAX_UPLOAD} are read")
+        raise ValueError(f"the image has {size} bytes; the limit is {MAX_UPLOAD}")
     try:
         return read_image(Path(path))
     except ValueError as error:
@@ -111,30 +111,30 @@ def read_upload(path: str | None) -> Tensor:
 
 def _check_text(text: str | None, seed: Any) -> None:
     if not text or not text.strip():
-        raise ValueError("the text is empty; write what to draw, to change or to answer")
+        raise ValueError("the text is empty; write a prompt, an instruction or a question")
     if len(text) > MAX_TEXT:
-        raise ValueError(f"the text has {len(text)} characters; at most {MAX_TEXT} are read")
+        raise ValueError(f"the text has {len(text)} characters; the limit is {MAX_TEXT}")
     if not isinstance(seed, int):
-        raise ValueError(f"seed {seed} is no whole number")
+        raise ValueError(f"seed {seed} is not an integer")
     check_pairs(seeds=[seed])
 
 
 def open_sides(
     source: str | Path, overrides: Sequence[str], against: str | None, ema: bool, device: torch.device | str
 ) -> list[Side]:
-    """Load the model that is served, and before it the one that it is compared with.
+    """Load the served model and, if `against` is set, the one to compare it with, which comes first.
 
-    Raises RecipeError where there is nothing to compare with, or where the two share no ability.
+    Raises RecipeError if `against` is not a model, or if no ability in OFFERED is common to both.
     """
     mine = target(source, overrides, "", None, ema)
     targets = [mine] if against is None else [opponent(against, mine, overrides, ""), mine]
     abilities = []
     for one in targets:
         if one.recipe is None:
-            raise RecipeError(f"--against {against} is the folder of an evaluation; name a run, a recipe or base")
+            raise RecipeError(f"--against {against} is an evaluation folder; pass a run, a recipe or base")
         abilities.append(umm_package(one.recipe.umm).Adapter.abilities)
     if not OFFERED.intersection(*abilities):
-        raise RecipeError(f"{source} and {against} share no ability; name another model as --against")
+        raise RecipeError(f"{source} and {against} have no ability in common; pass another model as --against")
     return [_side(one, one.load(device)) for one in targets]
 
 
@@ -144,7 +144,7 @@ def _side(one: Target, model: Adapter) -> Side:
 
 
 def make_page(requests: Requests, title: str) -> Any:
-    """Build the page: a tab for each ability that all sides have. Returns gradio's Blocks."""
+    """Build the page, with a tab for each ability that all sides have. Return gradio's Blocks."""
     gradio = import_gradio()
     labels = [side.label for side in requests.sides]
 
@@ -161,7 +161,7 @@ def make_page(requests: Requests, title: str) -> Any:
         return gradio.File(label="Image", type="filepath", file_count="single")
 
     def images() -> list:
-        # No button to share: it would send an image to the Hugging Face hub.
+        # No share button: it would upload the image to the Hugging Face hub.
         given = {"format": "png", "interactive": False, "buttons": ["download", "fullscreen"], "min_width": SMALLEST}
         return [gradio.Image(label=one, alt_text=f"by {one}", **given) for one in labels]
 
@@ -191,7 +191,7 @@ def make_page(requests: Requests, title: str) -> Any:
 
 
 def _enlarged(function: Callable[..., list[Image.Image]]) -> Callable[..., list[Image.Image]]:
-    """Make small images as large as the page needs, each pixel a square: gradio shows them in their own size."""
+    """Upscale small images by an integer factor (nearest neighbour), because gradio shows images in their own size."""
 
     @functools.wraps(function)
     def wrapped(*given: Any) -> list[Image.Image]:
@@ -204,7 +204,7 @@ def _enlarged(function: Callable[..., list[Image.Image]]) -> Callable[..., list[
 
 
 def _with_messages(function: Callable, message: Callable[..., Exception]) -> Callable:
-    """Show what was wrong with a request as a message of the page. Everything else goes to the log, too."""
+    """Show errors of a request as messages on the page. Unexpected ones are also logged with their traceback."""
 
     @functools.wraps(function)
     def wrapped(*given: Any) -> Any:
@@ -215,14 +215,14 @@ def _with_messages(function: Callable, message: Callable[..., Exception]) -> Cal
             raise message(escaped, print_exception=False) from error
         except Exception as error:
             log.exception("a request of the page failed")
-            raise message("this failed; the cause stands in the log of the server", print_exception=False) from error
+            raise message("the request failed; see the log of the server", print_exception=False) from error
         return results[0] if len(results) == 1 else results
 
     return wrapped
 
 
 def import_gradio() -> Any:
-    """Import gradio without its telemetry. Raises ValueError where it is not installed."""
+    """Import gradio with telemetry disabled. Raises ValueError if it cannot be imported."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
         import gradio
@@ -233,29 +233,27 @@ def import_gradio() -> Any:
 
 
 def check_address(host: str, port: int) -> None:
-    """Raise ValueError where nothing can be served at an address."""
+    """Raise ValueError if the address cannot be bound. Log a warning if it is not a loopback address."""
     if not 0 < port < 2**16:
-        raise ValueError(f"--port {port} lies outside 1 to 65535")
+        raise ValueError(f"--port must be between 1 and 65535, got {port}")
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except OSError as error:
-        raise ValueError(
-            f"nothing can be served at {host}:{port} ({error.strerror}); give another --port or --host"
-        ) from error
+        raise ValueError(f"{host}:{port} cannot be used ({error.strerror}); set another --port or --host") from error
     if host not in LOOPBACK:
-        log.warning("whoever reaches %s:%d can use this model: the page has no password", host, port)
+        log.warning("anyone who can reach %s:%d can use this model: the page has no password", host, port)
 
 
 @contextlib.contextmanager
 def served(page: Any, host: str, port: int) -> Iterator[str]:
-    """Serve the page inside of the context. Gives its URL."""
+    """Serve the page inside the context. Yield its URL."""
     gradio = import_gradio()
     theme = gradio.themes.Default(**FONTS)
     page.launch(
-        server_name=f"[{host}]" if ":" in host else host,  # as gradio reads an address of IPv6
+        server_name=f"[{host}]" if ":" in host else host,  # gradio's form of an IPv6 address
         server_port=port, share=False, max_file_size=MAX_UPLOAD, prevent_thread_lock=True, quiet=True,
         ssr_mode=False, mcp_server=False, enable_monitoring=False, footer_links=[], theme=theme,
     )  # fmt: skip
@@ -268,12 +266,12 @@ def served(page: Any, host: str, port: int) -> Iterator[str]:
 def serve(
     source: str | Path, overrides: Sequence[str], against: str | None, host: str, port: int, ema: bool = False
 ) -> None:
-    """Serve a page until the process is interrupted."""
+    """Load the models and serve the page until the process is interrupted. Arguments as in `reca serve`."""
     import_gradio()
     check_address(host, port)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the folder is deleted then, too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the folder is deleted on SIGTERM, too
     with tempfile.TemporaryDirectory(prefix="reca_serve_") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder  # uploads and results are gone when the page is
+        os.environ["GRADIO_TEMP_DIR"] = folder  # uploads and results are deleted with it
         device = "cuda" if torch.cuda.is_available() else "cpu"
         requests = Requests(open_sides(source, overrides, against, ema, device))
         with served(make_page(requests, f"reca: {source}"), host, port) as address:

@@ -1,7 +1,6 @@
-"""Jobs that run side by side: a process for each core or GPU, and a job starts when those it needs are done.
+"""Parallel execution of dependent jobs: one process per core or GPU; a job starts when the jobs it needs are done.
 
-What a job computes does not depend on how many run at once: every process computes with one thread on a CPU, and sees
-one GPU where there are some.
+Results do not depend on the number of parallel jobs: every process uses a single CPU thread and sees at most one GPU.
 """
 
 import os
@@ -18,11 +17,12 @@ POLL_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class Job:
-    """A call in another process.
+    """A function call to run in another process.
 
-    work   function of a module, called with `given` and the results of the jobs in `uses`; its result is pickled
-    after  names of jobs that must be done before
-    uses   names of such jobs whose results it is called with
+    work   module-level function, called with `given` and the results of the jobs in `uses`; its result is pickled
+    given  its first arguments
+    after  names of jobs that must be done before, whose results are not passed
+    uses   names of jobs that must be done before, whose results are passed to `work`
     """
 
     name: str
@@ -38,14 +38,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a job has no result: its own error, or the name of a job before it that has none."""
+    """Reason why a job has no result: its own error, or the name of a required job that has none."""
 
     error: BaseException | None
     missing: str | None = None
 
     def __str__(self) -> str:
         if self.error is None:
-            return f"{self.missing} did not end well"
+            return f"{self.missing} failed"
         return f"{type(self.error).__name__}: {self.error}"
 
 
@@ -55,15 +55,16 @@ def run(
     on_end: Callable[[Job, Any], None] = lambda job, result: None,
     on_wait: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
-    """Run all jobs and return their results by name; a `Failure` stands for one that has none.
+    """Run all jobs and return their results by name, with a `Failure` for a job that failed or could not run.
 
-    A job that fails stops those that come after it, and no others. Jobs start in the order in which they are given.
+    A failed job prevents only the jobs that need it. Jobs that are ready start in the given order.
 
-    slots: what `cores` or `gpus` returns: as many jobs run at once. on_end: called with a job and its result as soon as
-    it has one. on_wait: called a few times in a second.
+    slots: from `cores` or `gpus`; one job runs per slot. on_end: called with a job and its result when it ends.
+    on_wait: called every POLL_SECONDS.
 
-    An exception in here, such as SystemExit on a signal, sends SIGTERM to the jobs that run. A run then saves and ends.
-    Raises ValueError for jobs that wait for one another, or for one that is not there.
+    An exception in this function, such as SystemExit on a signal, sends SIGTERM to the running jobs; a training run
+    then saves and exits.
+    Raises ValueError for circular dependencies and for a dependency on an unknown job.
     """
     _check(jobs)
     results: dict[str, Any] = {}
@@ -97,13 +98,13 @@ def run(
 
 
 def cores() -> list[None]:
-    """List a slot for every core that this process may use."""
+    """Return one slot per CPU core that this process may use."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return [None] * (usable or 1)
 
 
 def gpus() -> list[str]:
-    """List a slot for every GPU that this process may use, by what CUDA_VISIBLE_DEVICES calls it."""
+    """Return one slot per GPU that this process may use, named as in CUDA_VISIBLE_DEVICES."""
     import torch
 
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -118,6 +119,8 @@ def _check(jobs: Collection[Job]) -> None:
     while left:
         ready = [job for job in left if known.issuperset(job.needs)]
         if not ready:
-            raise ValueError(f"{left[0].name} waits for {', '.join(left[0].needs)}: a job that is not there, or for it")
+            raise ValueError(
+                f"{left[0].name} needs {', '.join(left[0].needs)}: an unknown job, or a circular dependency"
+            )
         known.update(job.name for job in ready)
         left = [job for job in left if job not in ready]

@@ -1,4 +1,4 @@
-"""Steps that make no update: their loss or gradient is not finite, or the gradient's norm is far above the usual."""
+"""Skipping of steps whose loss or gradient is not finite, or whose gradient norm is an outlier."""
 
 import logging
 import math
@@ -15,24 +15,24 @@ from reca.jsonl import JsonLines
 
 log = logging.getLogger("reca")
 
-SMALLEST_SPREAD = 0.01  # standard deviation as a share of the mean: norms that hardly vary have no spikes of 1 %
+SMALLEST_SPREAD = 0.01  # lower bound of std / mean, so that small deviations of nearly constant norms are no spikes
 
 
 class NonFiniteError(RuntimeError):
-    """Loss or gradient stayed NaN or infinite."""
+    """Loss or gradient was NaN or infinite for more than train.max_skips steps in a row."""
 
     exit_code = exits.NON_FINITE
 
 
 class SkippedSteps:
-    """Decides by its gradient norm whether a step makes its update: the same decision on all ranks.
+    """Decides from the gradient norm whether a step updates the parameters. The decision is the same on all ranks.
 
-    With train.skip_spikes = z, a step is skipped whose norm lies more than z standard deviations above the mean of the
-    last train.spike_window finite norms, as soon as half of them are there. A skipped norm enters the window as the
-    limit that it passed: so one outlier does not hide the next, and a lasting rise is accepted after some steps.
+    With train.skip_spikes = z, a step is skipped if its norm is more than z standard deviations above the mean of the
+    last train.spike_window finite norms, once the window is half full. A skipped norm enters the window clipped to the
+    limit, so that an outlier does not mask the next one and a lasting rise is accepted after some steps.
 
-    total   steps skipped since the run began, of either kind
-    in_a_row  non-finite steps since the last finite one
+    total     number of skipped steps since the run began, non-finite ones and spikes
+    in_a_row  number of non-finite steps since the last finite one
     """
 
     def __init__(self, run_dir: Path, config: TrainConfig):
@@ -42,20 +42,20 @@ class SkippedSteps:
         self.reason = ""  # why the last step was skipped; empty when it was not
 
     def accepts(self, norm: float) -> bool:
-        """Tell whether a step with a gradient of this norm may change the parameters."""
+        """Tell whether a step with this gradient norm may update the parameters. Sets `reason`."""
         self.reason = ""
         if not math.isfinite(norm):
             self.reason = "loss or gradient is not finite"
         elif self.config.skip_spikes is not None:
             limit = self._limit()
-            # Ranks add up the norm in the same order as a rule, but where they do not, one answer has to hold.
+            # Norms may differ between ranks by rounding; all ranks must take the same decision.
             if distributed.any_rank(norm > limit):
                 self.reason = f"gradient norm {norm:.4g} is {self._z(norm):.1f} standard deviations above the mean"
             self.norms.append(min(norm, limit))
         return not self.reason
 
     def record(self, step: int, norm: float, batches: dict[str, list[Batch]], losses: dict[str, float]) -> None:
-        """Count the step that `accepts` has judged, and write down the samples of one that was skipped.
+        """Count the step that was last passed to `accepts`; if it was skipped, write its samples to a file.
 
         step: counted from 1, as in log.jsonl. losses: by task.
         Raises NonFiniteError after more than train.max_skips non-finite steps in a row.
@@ -80,16 +80,16 @@ class SkippedSteps:
         log.warning("step %d skipped: %s (%s); %d so far", step, self.reason, dump["losses"], self.total)
         if self.in_a_row > self.config.max_skips:
             raise NonFiniteError(
-                f"{self.in_a_row} steps in a row were not finite; the parameters are those of the last good step. "
+                f"{self.in_a_row} steps in a row were not finite; the parameters are those of the last finite step. "
                 f"The samples are in {self.run_dir}/non_finite_*.jsonl. Lower optim.lr, or use train.precision=fp32"
             )
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint needs to hold: JSON-able, exact."""
+        """Return the state for checkpoints: JSON-able, without rounding."""
         return {"norms": list(self.norms), "total": self.total, "in_a_row": self.in_a_row}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` returned."""
+        """Restore what `state` returned."""
         self.norms.extend(state["norms"])
         self.total, self.in_a_row = state["total"], state["in_a_row"]
 

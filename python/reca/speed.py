@@ -1,8 +1,8 @@
-"""How fast a run is: images a second, waiting for data, and MFU (model FLOPs utilization).
+"""Throughput of a run: images per second, time spent waiting for data, and MFU (model FLOPs utilisation).
 
-MFU is the share of a GPU's peak that the model's own arithmetic uses: FLOPs of a step, counted from the recipe's model
-with forward and backward passes as they are trained (a frozen part has no gradient of its weights), over seconds, GPUs
-and peak. What activation checkpointing computes again does not count.
+MFU is the FLOPs of a step divided by step time, number of GPUs and peak FLOP/s. The FLOPs are counted from the forward
+and backward passes of the recipe's model as trained: frozen weights have no gradient, and recomputation by activation
+checkpointing does not count.
 """
 
 import resource
@@ -19,11 +19,11 @@ from reca.data.batch import Batch, task_rng
 from reca.meta_model import build_meta
 from reca.peaks import known_peak
 
-MEASURED_SIZE, MEASURED_TIMES = 8192, 20  # of the matrix product that stands for the peak of an unknown GPU
+MEASURED_SIZE, MEASURED_TIMES = 8192, 20  # of the matrix product that measures the peak of an unknown GPU
 
 
 def peak_flops(device: torch.device, given: float | None) -> tuple[float | None, str]:
-    """Return the FLOP/s that MFU is a share of, and where the number is from. A CPU has none unless it is given."""
+    """Return the peak FLOP/s for MFU and its origin. given: log.peak_flops. A CPU has no peak unless it is given."""
     if given is not None:
         return given, "log.peak_flops"
     if device.type != "cuda":
@@ -31,7 +31,7 @@ def peak_flops(device: torch.device, given: float | None) -> tuple[float | None,
     name = torch.cuda.get_device_name(device)
     if (known := known_peak(name)) is not None:
         return known, f"peak of {name}, dense bf16"
-    return _measured_rate(device), f"measured product of bf16 matrices of {MEASURED_SIZE}: {name} has no entry"
+    return _measured_rate(device), f"measured with bf16 matrices of size {MEASURED_SIZE}: {name} is not in the table"
 
 
 def _measured_rate(device: torch.device) -> float:
@@ -47,11 +47,10 @@ def _measured_rate(device: torch.device) -> float:
 
 
 def step_flops(recipe: Recipe, batches: Mapping[str, Sequence[Batch]]) -> float:
-    """Count the FLOPs of a step of this recipe, on all GPUs, as a GPU computes it.
+    """Count the FLOPs of a step over all GPUs, by running the model on fake tensors. Takes seconds on the CPU.
 
-    It runs a model without memory: seconds, on the CPU.
-
-    batches: micro-batches of each task, whose first one stands for all: its texts are as long as they are.
+    batches: micro-batches of each task. The first one of a task is counted and scaled to the batch size, so the result
+    assumes texts of its lengths.
     """
     adapter, fake = build_meta(recipe)
     total = 0.0
@@ -63,39 +62,39 @@ def step_flops(recipe: Recipe, batches: Mapping[str, Sequence[Batch]]) -> float:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the most bytes that this process has had: allocated on its GPU, or resident on the host."""
+    """Return the peak memory of this process in bytes: allocated on its GPU, or resident on the host."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
     for line in status.read_text().splitlines() if status.exists() else ():
-        if line.startswith("VmHWM"):  # getrusage begins with the peak of the process that started this one
+        if line.startswith("VmHWM"):  # ru_maxrss includes the peak of the parent before exec
             return 1024 * int(line.split()[1])
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class Speed:
-    """Adds up the steps since the last line of the log. flops, peak: of a step and of a GPU; None where unknown."""
+    """Accumulates step times between lines of the log. flops: of a step; peak: FLOP/s of a GPU; None if unknown."""
 
     def __init__(self, images: int, steps: int):
-        """images: of a step. steps: of the whole run."""
+        """images: number per step. steps: of the whole run."""
         self.images, self.steps = images, steps
         self.flops: float | None = None
         self.peak: float | None = None
         self.count, self.seconds, self.waited = 0, 0.0, 0.0
-        self.first: tuple[int, float] | None = None  # the first step that was made, and when: it may have compiled
+        self.first: tuple[int, float] | None = None  # first step and its end time; excluded, as it may have compiled
 
     def add(self, step: int, seconds: float, waited: float) -> None:
-        """Add a step that has been made. waited: seconds of it for batches."""
+        """Add a completed step. seconds: its duration; waited: the part spent waiting for batches."""
         self.count, self.seconds, self.waited = self.count + 1, self.seconds + seconds, self.waited + waited
         self.first = self.first or (step, time.monotonic())
 
     def rate(self) -> float:
-        """Return the images a second of all GPUs since the last line."""
+        """Return the images per second of all GPUs since the last line."""
         return self.images * self.count / self.seconds
 
     def remaining(self, step: int) -> float | None:
-        """Return the seconds to the end, with everything between the steps; None before the second step."""
+        """Estimate the seconds to the end of the run from wall time per step; None before the second step."""
         if step >= self.steps:
             return 0.0
         if self.first is None or step <= self.first[0]:
@@ -103,7 +102,7 @@ class Speed:
         return (time.monotonic() - self.first[1]) / (step - self.first[0]) * (self.steps - step)
 
     def metrics(self, device: torch.device) -> dict[str, float]:
-        """Return means since the last line, by the names of log.jsonl, and begin the next."""
+        """Return means since the last line under their names in log.jsonl, and reset them."""
         ranks, each = distributed.world_size(), self.seconds / self.count
         found = {
             "images_per_s": self.rate(),

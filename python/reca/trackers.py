@@ -1,4 +1,4 @@
-"""Services that show a run's log beside log.jsonl: TensorBoard and Weights & Biases. None is needed."""
+"""Optional experiment trackers that receive a run's log: TensorBoard and Weights & Biases."""
 
 import logging
 import secrets
@@ -13,12 +13,12 @@ from reca.image_grid import make_grid
 
 log = logging.getLogger("reca")
 
-WANDB_ID = "wandb_id.txt"  # in the run folder: a run that goes on goes on there, too
-LONGEST_TAG = 80
+WANDB_ID = "wandb_id.txt"  # in the run folder: a resumed run continues the same W&B run
+LONGEST_TAG = 80  # characters of a prompt
 
 
 class Tracker(Protocol):
-    """What the log asks of a service. Its errors never reach the run."""
+    """Interface of a tracker. Its errors never reach the run."""
 
     name: str
 
@@ -30,7 +30,7 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Event files in run_dir/tensorboard. Images have their prompts as tags, which TensorBoard shows above them."""
+    """Event files in run_dir/tensorboard. Images are tagged with their prompts, which TensorBoard shows above them."""
 
     name = "TensorBoard"
 
@@ -52,7 +52,7 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of Weights & Biases, whose id stays in the run folder. WANDB_MODE=offline writes files only."""
+    """A run of Weights & Biases, whose id is stored in the run folder. WANDB_MODE=offline writes files only."""
 
     name = "Weights & Biases"
 
@@ -72,8 +72,8 @@ class WandB:
             config=dict(recipe),
             settings=wandb.Settings(console="off"),
         )
-        # A run that goes on from a checkpoint makes some steps again, and W&B's history cannot be cut back: what was
-        # sent of them stays. Offline, W&B has no summary of the run before.
+        # A resumed run repeats the steps since its checkpoint, and W&B's history cannot be truncated: steps that were
+        # sent before are not sent again. Offline, the summary of the previous run is not available.
         self.sent = self.run.summary.get("step", -1)
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
@@ -95,7 +95,7 @@ class WandB:
 
 
 class Trackers:
-    """The services that a recipe asks for. One that fails is logged once and left out from there on."""
+    """The trackers that a recipe requests. One that fails is disabled with one line in the log."""
 
     def __init__(self, run_dir: Path, done: int, tensorboard: bool, project: str | None, recipe: Mapping[str, Any]):
         self.open: list[Tracker] = []
@@ -122,7 +122,7 @@ class Trackers:
             if error.name not in (package, None):
                 said = f"{kind.name} cannot be used ({error})"
             log.info("%s: logging to log.jsonl without it", said)
-        except Exception as error:  # a full disk, no network, no login: whatever the service raises
+        except Exception as error:  # full disk, no network, no login
             log.warning("%s cannot be used (%s): logging to log.jsonl without it", kind.name, first_line(error))
 
     def _each(self, method: str, *arguments: Any) -> None:
@@ -130,5 +130,5 @@ class Trackers:
             try:
                 getattr(tracker, method)(*arguments)
             except Exception as error:
-                log.warning("%s cannot be written (%s): it ends here", tracker.name, first_line(error))
+                log.warning("%s cannot be written (%s): it is disabled", tracker.name, first_line(error))
                 self.open.remove(tracker)

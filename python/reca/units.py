@@ -1,4 +1,4 @@
-"""Amounts with their units."""
+"""Formatting and parsing of quantities with units."""
 
 import re
 
@@ -7,24 +7,24 @@ FLOPS = ((1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"), (1e3, "kFLOP"), (1, "F
 
 
 def largest(amount: float, units: tuple[tuple[float, str], ...]) -> tuple[float, str]:
-    """Choose the largest unit that an amount has one of; the smallest if it has none. Returns its value and name."""
+    """Return the value and name of the largest unit that is at most `amount`; of the smallest unit if none is."""
     return next((unit for unit in units if amount >= unit[0]), units[-1])
 
 
 def counted(number: int, thing: str) -> str:
-    """Write a number of things, such as 1 GPU or 2 GPUs."""
+    """Format a count with its noun, such as 1 GPU or 2 GPUs."""
     return f"{number} {thing}{'s' * (number != 1)}"
 
 
 def size(count: float) -> str:
-    """Write a number of bytes, such as 1.50 GiB or 132 bytes."""
+    """Format a number of bytes, such as 1.50 GiB or 132 bytes."""
     unit, name = largest(count, BYTES)
     return f"{count / unit:.{2 if unit > 1 else 0}f} {name}"
 
 
 def parse_size(text: str) -> int:
-    """Read a number of bytes: 80GiB, or 141GB of 10^9. Raises ValueError."""
+    """Parse a memory size, such as 80GiB (2^30 bytes each) or 141GB (10^9). Return bytes. Raises ValueError."""
     match = re.fullmatch(r"\s*([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*(GiB|GB)\s*", text)
     if not match or not float(match[1]):
-        raise ValueError(f"{text[:40]!r} is no size of a memory: write 80GiB, or 141GB")
+        raise ValueError(f"{text[:40]!r} is not a memory size: write it as 80GiB or 141GB")
     return int(float(match[1]) * (2**30 if match[2] == "GiB" else 10**9))

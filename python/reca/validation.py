@@ -1,8 +1,8 @@
-"""Held-out images: which they are, and their reconstruction loss with fixed noise, masks and templates.
+"""Held-out images and their reconstruction loss with fixed noise, masks and templates.
 
-The loss is a function of the weights alone: images, their order, their split into micro-batches and all random
-numbers follow from `eval`, so the same weights give the same bits at any step, and on other numbers of ranks the same
-value up to the order of sums.
+The loss depends on the weights only: images, their order, their split into micro-batches and all random numbers are
+fixed by the `eval` keys. The same weights give bit-identical losses at any step, and on any number of ranks the same
+loss up to the order of summation.
 """
 
 import contextlib
@@ -25,18 +25,18 @@ from reca.models.base import Adapter
 from reca.options import RecipeError
 from reca.rng import CounterRNG
 
-HELD_OUT = "held-out"  # stands for the held-out images beside the tasks among the sources of a run
-PURPOSE = 0x5EED  # keeps random numbers of held-out images apart from those of training
+HELD_OUT = "held-out"  # key of the held-out images in the sources of a run, next to the tasks
+PURPOSE = 0x5EED  # separates random numbers of held-out images from those of training
 
 
 def open_run_sources(recipe: Recipe, tasks: Iterable[str]) -> dict[str, Source]:
-    """Open what a run trains on, by task, and under HELD_OUT its held-out images, if there are any.
+    """Open the training data of a run by task, and its held-out images, if any, under HELD_OUT.
 
-    Raises DataError, and RecipeError for eval.holdout_from without a number of images.
+    Raises DataError, and RecipeError if eval.holdout_from is set without eval.holdout.
     """
     config, data = recipe.eval, recipe.data
     if config.holdout_from is not None and not config.holdout:
-        raise RecipeError("eval.holdout_from needs eval.holdout, the number of images; it is 0")
+        raise RecipeError("eval.holdout_from is set but eval.holdout is 0: set it to the number of images")
     split = config.holdout and config.holdout_from is None
     wanted = dict.fromkeys([*tasks, *(["reca"] if split else [])])
     sources = open_sources(data, wanted, recipe.train.seed)
@@ -52,8 +52,8 @@ def open_run_sources(recipe: Recipe, tasks: Iterable[str]) -> dict[str, Source]:
 class Gap(NamedTuple):
     """Means over held-out images.
 
-    loss  with their own h_v
-    gap   how much larger the loss is with another image's h_v
+    loss  reconstruction loss with the image's own h_v
+    gap   loss with another image's h_v, minus `loss`
     """
 
     loss: float
@@ -61,10 +61,7 @@ class Gap(NamedTuple):
 
 
 class HeldOut:
-    """The held-out images of a run, read once and kept in host memory. Every rank makes and asks it alike.
-
-    source: of the images.
-    """
+    """The held-out images of a run, read once and kept in host memory. All ranks must construct and call it alike."""
 
     def __init__(
         self,
@@ -75,7 +72,7 @@ class HeldOut:
         autocast: contextlib.AbstractContextManager,
     ):
         self.adapter, self.device, self.autocast, self.seed = adapter, device, autocast, seed(recipe)
-        # Split as one rank would, whatever their number, so that each image meets the same others in a pass.
+        # Split as on one rank, so that micro-batches do not depend on the number of ranks.
         shares = split_batch(len(source), recipe.objective.reca.micro_batch, 1)[0]
         mine = shares[distributed.rank() :: distributed.world_size()]
         missing = -(-len(shares) // distributed.world_size()) - len(mine)
@@ -90,7 +87,7 @@ class HeldOut:
             loader.close()
 
     def measure(self) -> Gap:
-        """Compute the loss of the model as it is now."""
+        """Compute the loss and the gap of the current weights."""
         own, other = (
             objective.evaluate(self.adapter, self._batches(), self.seed, self.autocast, condition)
             for condition in ("own", "other")
@@ -102,10 +99,10 @@ class HeldOut:
 
 
 def data_of(recipe: Recipe) -> DataConfig:
-    """Return the recipe's data as held-out images are read: as they are stored, with pixels and not from a cache."""
+    """Return the recipe's data config for held-out images: without shuffling, feature cache and prefetching."""
     return replace(recipe.data, cache=None, shuffle=False, prefetch=0)
 
 
 def seed(recipe: Recipe) -> int:
-    """Return the seed of all that is drawn for held-out images."""
+    """Return the seed of all random numbers for held-out images."""
     return CounterRNG(recipe.eval.seed, PURPOSE).seed

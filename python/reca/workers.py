@@ -1,4 +1,4 @@
-"""Processes that jobs run in, one for each core or GPU, each computing with one thread."""
+"""Worker processes for jobs: one per core or GPU, each with a single compute thread."""
 
 import gc
 import multiprocessing.forkserver
@@ -17,14 +17,14 @@ from typing import Any
 from reca import exits, library_logs
 from reca.environment import environment
 
-FORK_SERVER = sys.platform == "linux"  # what a Mac's libraries import does not outlive a fork
+FORK_SERVER = sys.platform == "linux"  # on macOS some imported libraries do not survive a fork
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")  # of any library
 
 
 def prepare(*modules: str) -> None:
-    """Begin to import what jobs need, in the process that those of cores are forked from, and return at once.
+    """Start the fork server, which imports the modules that jobs need, and return immediately.
 
-    A command calls it before its own imports, which take as long. Only the first call of a process has an effect.
+    Call it before slow imports, so that both run in parallel. Only the first call in a process has an effect.
     """
     if FORK_SERVER:
         multiprocessing.forkserver.set_forkserver_preload(["reca.quiet_imports", *modules])
@@ -33,14 +33,14 @@ def prepare(*modules: str) -> None:
 
 
 class Workers:
-    """One process for every slot: None for a core, or what CUDA_VISIBLE_DEVICES calls a GPU.
+    """One process per slot: None for a core, or a GPU's name in CUDA_VISIBLE_DEVICES.
 
-    It is used again for the next job, except on a GPU, whose memory it gives back. That of a core is forked from one
-    that has imported what jobs need. One of a GPU imports that itself, as CUDA does not outlive a fork.
+    A core's process is forked from a server that has imported the jobs' modules, and is reused. A GPU's process is
+    spawned, because CUDA does not survive a fork, and is replaced after each job to release its memory.
     """
 
     def __init__(self, slots: Sequence[str | None], modules: Sequence[str]):
-        """Start the processes. modules: what jobs need."""
+        """Start the processes. modules: names of modules that jobs need."""
         self.slots, self.modules = slots, modules
         if None in slots:
             prepare(*modules)
@@ -53,19 +53,19 @@ class Workers:
     def __exit__(self, kind, error, trace) -> None:
         if kind is not None:
             for process in active_children():
-                process.terminate()  # a run saves first
+                process.terminate()  # a training run saves before it exits
         for pool in self.pools.values():
             pool.shutdown(wait=kind is None, cancel_futures=True)
 
     def start(self, work: Callable[..., Any], given: Sequence[Any]) -> tuple[int, Future]:
-        """Start a job on the first idle slot. Returns its number, and what will have the job's result."""
+        """Start a job on the first idle slot. Return the slot's number and a future of the result."""
         slot = self.idle.pop(0)
         if slot not in self.pools:
             self.pools[slot] = self._open(self.slots[slot])
         return slot, self.pools[slot].submit(_work, work, given)
 
     def free(self, slot: int, broken: bool) -> None:
-        """Take a slot back. The next job has a new process after one that failed, which may have killed its own."""
+        """Mark a slot as idle. broken: the job failed and may have killed its process, so replace the process."""
         if broken or self.slots[slot] is not None:
             self.pools.pop(slot).shutdown(wait=False)
         self.idle.append(slot)
@@ -79,15 +79,15 @@ class Workers:
 
 
 def quiet() -> None:
-    """Leave out what libraries say of their future versions and of parts that are not used here."""
+    """Suppress deprecation warnings of libraries and warnings about features that reca does not use."""
     for category in (FutureWarning, DeprecationWarning):
         warnings.simplefilter("ignore", category)
     library_logs.leave_out_unused()
 
 
 def _begin(gpu: str | None, environment: dict[str, str]) -> None:
-    """Set up a process of a slot. environment: of the parent now; a forked process has that of its server's start."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes; the parent ends them
+    """Initialise a worker process. environment: the parent's current one; the fork server's may be outdated."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent terminates its workers
     threading.Thread(target=_end_with_parent, args=(parent_process(),), daemon=True).start()
     os.environ.clear()
     os.environ.update(environment)
@@ -97,15 +97,15 @@ def _begin(gpu: str | None, environment: dict[str, str]) -> None:
 
 
 def _end_with_parent(parent: BaseProcess) -> None:
-    """Send SIGTERM to this process when its parent is gone, which ends one that waits for a job: a run saves first."""
+    """Send SIGTERM to this process when its parent dies. An idle worker exits; a training run saves first."""
     parent.join()
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _work(work: Callable[..., Any], given: Sequence[Any]) -> Any:
-    """Do a job. The process ends with it if its parent is gone."""
+    """Run a job. Exit the process afterwards if its parent has died."""
     gc.collect()
-    gc.freeze()  # what was imported stays: the collector took 0.2 s each time to find that out
+    gc.freeze()  # exclude imported objects from garbage collection, which took 0.2 s each time
     try:
         return work(*given)
     finally:

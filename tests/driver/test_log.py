@@ -209,7 +209,7 @@ class Breaking:
     ("kind", "said"),
     [
         (Broken, ["Broken cannot be used (no network): logging to log.jsonl without it"]),
-        (Breaking, ["Breaking cannot be written (it is gone): it ends here"]),
+        (Breaking, ["Breaking cannot be written (it is gone): it is disabled"]),
     ],
 )
 def test_a_service_that_fails_does_not_end_the_run(recipe, monkeypatch, caplog, kind, said):

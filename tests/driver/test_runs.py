@@ -134,7 +134,7 @@ def test_a_folder_in_use_is_refused_and_free_again_when_its_process_is_killed(re
     holder.kill()
     holder.wait()
     status = Status.read(run_dir)
-    assert (status.state, status.exit_code) == ("failed", exits.INTERRUPTED) and "without a word" in status.reason
+    assert (status.state, status.exit_code) == ("failed", exits.INTERRUPTED) and "died without" in status.reason
     run_toy(recipe("train.steps=1"))
     assert Status.read(run_dir).state == "finished"
 

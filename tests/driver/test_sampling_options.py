@@ -28,7 +28,7 @@ def test_options_of_every_model(name):
         ({"batch": 0}, "batch=0: expected at least 1"),
         ({"guidance": "high"}, "guidance=high: expected a number, such as 4.0"),
         ({"guidance": float("nan")}, "guidance=nan: expected a number"),
-        ({"renorm": 3}, "renorm=3: expected a word, such as global"),
+        ({"renorm": 3}, "renorm=3: expected a string, such as global"),
         ({"interval": [0.1]}, r"interval=\[0.1\]: expected \[a number, a number\], such as \[0.4, 1.0\]"),
         ({"height": "tall"}, "height=tall: expected a whole number or null, such as null"),
         ({"seeds": [1]}, "no sampling option 'seeds'"),

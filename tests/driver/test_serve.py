@@ -66,9 +66,9 @@ def test_sampling_options_are_read_and_checked(tiny):
     [
         ("  ", 0, "is empty"),
         (None, 0, "is empty"),
-        ("a" * (MAX_TEXT + 1), 0, "at most"),
+        ("a" * (MAX_TEXT + 1), 0, "the limit is"),
         ("a", -1, "is outside"),
-        ("a", None, "no whole"),
+        ("a", None, "not an integer"),
     ],
 )
 def test_mistakes_are_said(requests, prompt, seed, words):
@@ -85,7 +85,7 @@ def test_bad_images_are_said_without_a_path_of_the_server(requests, tmp_path):
     assert str(tmp_path) not in str(said.value)
     with (large := tmp_path / "large.png").open("wb") as file:
         file.truncate(MAX_UPLOAD + 1)
-    with pytest.raises(ValueError, match="at most"):
+    with pytest.raises(ValueError, match="the limit is"):
         requests.answer(str(large), "what?")
 
 
@@ -103,7 +103,7 @@ def test_a_run_beside_its_base(tmp_path, caplog):
 
 def test_an_evaluation_cannot_be_served(tmp_path):
     (tmp_path / "records.jsonl").write_text("")
-    with pytest.raises(ValueError, match="folder of an evaluation"):
+    with pytest.raises(ValueError, match="is an evaluation folder"):
         open_sides("show_o_tiny", [], str(tmp_path), False, "cpu")
 
 
@@ -130,7 +130,7 @@ def test_a_port_in_use_is_said():
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         one.listen()
-        with pytest.raises(ValueError, match="give another --port"):
+        with pytest.raises(ValueError, match="set another --port"):
             check_address("127.0.0.1", one.getsockname()[1])
 
 

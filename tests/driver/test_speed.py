@@ -60,7 +60,7 @@ def test_a_gpu_is_looked_up_by_its_name_or_measured(monkeypatch):
     assert speed.peak_flops(gpu, 5e12) == (5e12, "log.peak_flops")
     name = "Some Other GPU"
     peak, source = speed.peak_flops(gpu, None)
-    assert peak == 3e12 and "Some Other GPU has no entry" in source
+    assert peak == 3e12 and "Some Other GPU is not in the table" in source
 
 
 def test_the_rate_of_a_measured_product(monkeypatch):

@@ -222,7 +222,7 @@ def contents(run):
 def test_a_status_that_is_none_is_written_anew(text, recipe):
     run = run_toy(recipe("train.steps=1")).run_dir
     (run / "status.json").write_text(text)
-    with pytest.raises(ValueError, match="cannot be read .* the next start writes it anew"):
+    with pytest.raises(ValueError, match="cannot be read .* the next start replaces it"):
         Status.read(run)
     run_toy(recipe("train.steps=2"))
     assert Status.read(run).state == "finished"
