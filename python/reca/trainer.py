@@ -1,4 +1,4 @@
-"""The training loop: batches -> loss -> gradient -> optimizer step, until done, interrupted or failed."""
+"""The training loop: batches -> loss -> gradient -> optimizer step, until the run finishes, stops or fails."""
 
 import contextlib
 import logging
@@ -52,25 +52,25 @@ log = logging.getLogger("reca")
 
 
 class NotSavedError(RuntimeError):
-    """A run ended, and its last checkpoint could not be written."""
+    """The last checkpoint of a run could not be written."""
 
     exit_code = exits.NOT_SAVED
 
 
 class CollapseError(RuntimeError):
-    """An alarm has ended the run (eval.stop_on_alarm)."""
+    """An alarm stopped the run (eval.stop_on_alarm)."""
 
     exit_code = exits.NOT_LEARNING
 
 
 class Trainer:
-    """One run of one recipe. An existing run directory is continued from its latest valid checkpoint.
+    """A training run of a recipe, resumed from the latest valid checkpoint in its run folder, if any.
 
-    adapter: a model to train in place of the one `recipe.model` describes (it must come from the same weights when a
-    run is continued). progress: called with the number of steps done, in place of a progress bar.
+    adapter: a model to train instead of the recipe's. To resume a run, it must have the same initial weights.
+    progress: called with the number of completed steps, instead of console output.
 
-    What is wrong with recipe, data, memory or disk is raised before the weights are read. While the process lives, the
-    folder is locked; its status.json holds the state of the run, and how it ended.
+    Errors in the recipe, data, memory or disk are raised before weights are loaded. The run folder is locked until the
+    run or the process ends; its status.json has the state of the run and the reason of a failure.
     """
 
     def __init__(self, recipe: Recipe, adapter: Adapter | None = None, progress: Callable[[int], None] | None = None):
@@ -96,9 +96,9 @@ class Trainer:
 
     @contextlib.contextmanager
     def around(self) -> Iterator[None]:
-        """Set up what holds for the whole run, and record how it ends."""
+        """Enter the contexts that apply to each phase of the run, and record in the status how it ends."""
         with (
-            torch.inference_mode(False),  # a notebook may have switched gradients off
+            torch.inference_mode(False),  # a notebook may have disabled gradients
             torch.enable_grad(),
             self.folder,
             self.interruption.handle_signals(),
@@ -142,15 +142,15 @@ class Trainer:
         self.autocast = autocast(recipe.train.precision, self.device)
 
         self.folder.accept()
-        distributed.barrier()  # before it, no rank writes how the run ends
+        distributed.barrier()  # no rank may write a final status before rank 0 has accepted the start
         self.skipped, self.monitor = SkippedSteps(self.run_dir, recipe.train), Monitor()
         if newest is not None and state is not None:
             checkpoint.load(newest, self.adapter, self.optimizer)
             self.skipped.load_state(state["skipped"])
-            if "monitor" in state:  # versions before kept none
+            if "monitor" in state:  # missing in checkpoints of earlier versions
                 self.monitor.load_state(state["monitor"])
             if distributed.rank() == 0:
-                log.info("continuing %s at step %d", self.run_dir, self.step)
+                log.info("resuming %s from step %d", self.run_dir, self.step)
                 for difference in runs.resume_warnings(recipe, state, distributed.world_size()):
                     log.warning(difference)
         self.ema = EMA(self.adapter, recipe.ema.half_life) if recipe.ema.half_life else None
@@ -163,18 +163,19 @@ class Trainer:
         self.diagnostics = Diagnostics(recipe, self.adapter, self.sources, self.loaders, self.device, self.autocast)
         self.evaluations = Evaluations(recipe, self.adapter, self.sources, self.device, self.autocast)
         self.evaluations.resume(self.run_dir, self.step)
-        self.alarms: list[str] = []  # that end the run
+        self.alarms: list[str] = []  # alarms that stop the run
         with distributed.fail_together():
             if distributed.rank() == 0:
                 checkpoint.rename_damaged(self.run_dir, newest)
-        self.interruption.deferred = True  # from here on a signal waits for the end of a step, on every rank
+        self.interruption.deferred = True  # from here on, signals are handled at the end of a step, on all ranks alike
         distributed.barrier()
 
     def run(self) -> Path:
-        """Train to `train.steps`.
+        """Train up to `train.steps` and return the run folder.
 
-        Raises SystemExit(75) after saving on SIGTERM, SIGUSR1, SIGHUP or Ctrl-C; NotSavedError when the last checkpoint
-        of the run could not be written; NonFiniteError on NaN.
+        Raises SystemExit(75) after saving on SIGTERM, SIGUSR1, SIGHUP or Ctrl-C; NotSavedError if the last checkpoint
+        cannot be written; NonFiniteError after more than train.max_skips non-finite steps in a row; CollapseError on an
+        alarm with eval.stop_on_alarm.
         """
         with self.around():
             try:
@@ -233,11 +234,11 @@ class Trainer:
             report.after_training(self.step, self.diagnostics)
 
     def _evaluate(self, report: RunReport, watch: hang.HangWatch) -> None:
-        """Evaluate the model if it is due."""
+        """Evaluate the model if an evaluation is due."""
         if not self.evaluations.due(self.step):
             return
         if inference.shares_weights(self.adapter) and self._checkpoint_due():
-            watch.enter(self.step, "saving")  # before a rank can be out of memory, which ends a run of shards
+            watch.enter(self.step, "saving")  # first, because running out of memory ends a run with sharded weights
             self.saved = self.step if self.save() else self.saved
         watch.enter(self.step, "evaluating")
         found = self.evaluations.run(self.step)
@@ -248,7 +249,7 @@ class Trainer:
     def _save_or_stop(self) -> None:
         """Write a checkpoint if one is due.
 
-        Raises SystemExit(75) after saving where a signal asks for the end, and CollapseError where an alarm does.
+        Raises SystemExit(75) after a signal and CollapseError after an alarm, both after saving.
         """
         self._record(self.writer.collect())
         last = self.step == self.recipe.train.steps
@@ -260,18 +261,18 @@ class Trainer:
                 self.save(self.recipe.checkpoint.async_save)
         if stop and not last:
             if distributed.rank() == 0:
-                again = "" if self.progress else "; the same command continues the run"  # the demo begins anew
+                again = "" if self.progress else "; the same command continues the run"  # the demo starts over
                 log.warning("interrupted at step %d%s", self.step, again)
             raise SystemExit(exits.INTERRUPTED)
         if self.alarms and not last:
-            more = f" And {len(self.alarms) - 1} more, in {self.run_dir}/status.json." if len(self.alarms) > 1 else ""
+            more = f" See {self.run_dir}/status.json for {len(self.alarms) - 1} more." if len(self.alarms) > 1 else ""
             raise CollapseError(
                 f"stopped at step {self.step} by an alarm: {self.alarms[0]}.{more} The step is saved; "
-                "eval.stop_on_alarm=false goes on from there"
+                "eval.stop_on_alarm=false continues from there"
             )
 
     def _checkpoint_due(self, ends: bool = False) -> bool:
-        """Tell whether this step is to be saved and is not. ends: the run ends here, whatever step it is."""
+        """Tell whether a checkpoint of this step is due and not yet written. ends: the run ends at this step."""
         ends = ends or self.step == self.recipe.train.steps
         return self.saved != self.step and (ends or due(self.step, self.recipe.checkpoint.every))
 
@@ -281,7 +282,7 @@ class Trainer:
         return RunReport(*given, self.own_model, self.monitor)
 
     def next_batches(self, streams: Mapping[str, Iterator[list[Batch]]]) -> dict[str, list[Batch]]:
-        """Take the micro-batches of a step from every task's stream: as many on every rank, as FSDP2 asks for."""
+        """Take the micro-batches of a step from every task's stream: the same number on all ranks, for FSDP2."""
         batches = {task: [batch.to(self.device) for batch in next(streams[task])] for task in self.tasks}
         if any(self._task(task).max_tokens is not None for task in self.tasks):
             counts = distributed.max_over_ranks([len(batches[task]) for task in self.tasks], self.device)
@@ -290,10 +291,10 @@ class Trainer:
         return batches
 
     def train_step(self, batches: dict[str, list[Batch]]) -> dict[str, float]:
-        """Make one optimizer step from this rank's micro-batches, by task, unless it is to be skipped.
+        """Run one optimizer step on this rank's micro-batches, by task; the update may be skipped (SkippedSteps).
 
-        Returns the step's metrics by name, as log.jsonl has them.
-        Raises NonFiniteError after more than train.max_skips such steps in a row.
+        Return the step's metrics under their names in log.jsonl.
+        Raises NonFiniteError after more than train.max_skips non-finite steps in a row.
         """
         self.adapter.train()
         lr = lr_at(self.step, self.schedule_end, self.recipe.optim)
@@ -308,10 +309,11 @@ class Trainer:
             norm = self.fused_backward.finish_step()
         else:
             norm = gradient_norm(self.adapter, self.recipe.optim.max_grad_norm)
-        # Read here, where the norm has just been waited for. Behind the optimizer the host would wait for that too.
+        # Read the losses here, where the host has just synchronised for the norm: after the optimizer's kernels are
+        # launched, it would wait for them, too.
         metrics = objective.means(sums, self.tasks)
         if self.skipped.accepts(norm):
-            self.optimizer.step()  # of the parameters that still have a gradient: none after a fused backward pass
+            self.optimizer.step()  # no-op after a fused backward pass, which has freed the gradients
             if self.ema:
                 self.ema.update()
         self.optimizer.zero_grad()
@@ -324,10 +326,11 @@ class Trainer:
         return metrics
 
     def save(self, in_background: bool = False) -> Path | None:
-        """Write a checkpoint and return its folder; None, with an error in the log, if the disk cannot take it.
+        """Write a checkpoint and return its folder; None, with an error in the log, if it cannot be written.
 
-        in_background: return when it is copied to host memory, and with the folder of one that is complete already.
-        Raises OSError where the run folder was moved.
+        in_background: return as soon as it is copied to host memory, with the folder of an earlier checkpoint that has
+        completed in the meantime, or None.
+        Raises OSError if the run folder was moved.
         """
         with distributed.fail_together():
             if distributed.rank() == 0:
@@ -359,11 +362,11 @@ class Trainer:
     def _save_last(self) -> None:
         if self.save() is None:
             kept = self.folder.status
-            there = f"the newest is of step {kept.step}" if kept.checkpoint else "there is none before it"
-            with distributed.fail_together(distributed.gloo_group()):  # raises its own error where a rank is gone
+            there = f"the newest one is of step {kept.step}" if kept.checkpoint else "there is no earlier one"
+            with distributed.fail_together(distributed.gloo_group()):  # raises its own error if a rank is gone
                 raise NotSavedError(
                     f"step {self.step} is done, but its checkpoint could NOT be written to {self.run_dir}; {there}. "
-                    "Free space there: the same command makes the steps since then again"
+                    "Free space there: the same command repeats the steps since then"
                 )
 
     def _task(self, task: str) -> TaskConfig:

@@ -1,8 +1,8 @@
-"""Convert text to values and back, by the type that a recipe key declares.
+"""Conversion between text and values, according to the declared type of a recipe key.
 
-YAML 1.1 guesses types from how a text looks: 0010 is 8, 12:30 is 750, no is false. Here the key decides. A text key
-takes the text as it is written, a number key takes decimal numbers only. So files are parsed down to their scalars
-(`read_yaml`), overrides are split into theirs (`read_override`), and `convert` makes values of both.
+YAML 1.1 infers types from the text: 0010 is 8, 12:30 is 750, no is false. Here the key determines the type. A text key
+accepts any text verbatim, a number key only decimal numbers. Files are parsed into untyped scalars (`read_yaml`), so
+are overrides (`read_override`), and `convert` turns scalars into typed values.
 """
 
 import functools
@@ -17,8 +17,8 @@ import yaml
 from reca.options import RecipeError, format_value
 
 NULLS = ("null", "Null", "NULL", "None", "~")
-DEEPEST = 50  # brackets in brackets of a YAML text
-BLANK = " \t\r\n"  # what may stand around a value
+DEEPEST = 50  # maximum nesting of brackets in YAML
+BLANK = " \t\r\n"  # whitespace that is stripped from values
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 _WHOLE = re.compile(r"[+-]?([0-9]{1,3}(_[0-9]{3})+|[0-9]+)")
@@ -28,42 +28,42 @@ _DOUBLE_QUOTED = r'"(?:[^"\\]|\\.)*"'
 _SINGLE_QUOTED = r"'(?:[^']|'')*'"
 _QUOTED = re.compile(f"{_DOUBLE_QUOTED}|{_SINGLE_QUOTED}", re.DOTALL)
 _ITEM = re.compile(rf"\s*(?:({_DOUBLE_QUOTED}|{_SINGLE_QUOTED})\s*(?=,|\Z)|([^,]*))(,|\Z)", re.DOTALL)
-_NESTED = re.compile(r"[\[,]\s*(\{[^{}]*:|\[)")  # an item of a list that is {key: value} or a list
+_NESTED = re.compile(r"[\[,]\s*(\{[^{}]*:|\[)")  # start of a list item that is {key: value} or a list
 _ESCAPE = re.compile(r"\\(x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|.)", re.DOTALL)
 
 
 class Scalar(NamedTuple):
-    """A text of a recipe that has no type yet. quoted: it stood in quotes, so that it is no null."""
+    """An untyped scalar of a recipe. quoted: it was in quotes, so "null" is text and not null."""
 
     text: str
     quoted: bool = False
 
 
 class Sources:
-    """The type of a key that takes a text, or a list of {source: TEXT, weight: NUMBER}, which becomes dicts."""
+    """Type of a key whose value is a text or a list of {source: TEXT, weight: NUMBER}, which is converted to dicts."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without guesses: every plain scalar is text, but for the merge key <<."""
+    """YAML loader without type inference: every plain scalar is text, except for the merge key <<."""
 
     yaml_implicit_resolvers = {"<": [("tag:yaml.org,2002:merge", re.compile("<<"))]}  # noqa: RUF012
 
     def fetch_flow_collection_start(self, token: type) -> None:
-        """Keep brackets to a depth at which the scanner, whose work grows with its square, is done at once."""
+        """Limit the nesting of brackets, because the scanner's time grows quadratically with it."""
         if self.flow_level > DEEPEST:
             raise yaml.scanner.ScannerError(None, None, "brackets are nested too deeply", self.get_mark())
         super().fetch_flow_collection_start(token)
 
 
 class _Dumper(yaml.SafeDumper):
-    """YAML whose texts are in quotes wherever any reader would take them for something else."""
+    """YAML dumper that quotes texts which a YAML reader could interpret as another type."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
-    if not text.isprintable():  # line breaks of all kinds too: only double quotes keep them as they are
+    if not text.isprintable():  # only double quotes preserve control characters and all kinds of line breaks
         return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"')
     style = "'" if text in NULLS or text.lower() in TRUE + FALSE or _NUMBER.match(text) else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
@@ -73,10 +73,10 @@ _Dumper.add_representer(str, _represent_text)
 
 
 def read_yaml(data: bytes | str, source: str) -> Any:
-    """Parse YAML into mappings (dict), lists and scalars (Scalar); None for an empty text.
+    """Parse YAML into dicts, lists and `Scalar`s. Return None for an empty document.
 
-    Raises RecipeError for what is not YAML, for a key that is given twice, and for tags and anchors that it can not
-    follow. source: names the text in the message.
+    source: name of the document in messages.
+    Raises RecipeError for invalid YAML, duplicate keys, tags, and recursive anchors.
     """
     try:
         node = yaml.compose(data, _Loader)
@@ -87,7 +87,7 @@ def read_yaml(data: bytes | str, source: str) -> Any:
     except (RecursionError, ValueError, OverflowError) as error:
         if isinstance(error, RecipeError):
             raise
-        raise RecipeError(f"{source} is not YAML: its lists or escapes cannot be read") from error
+        raise RecipeError(f"{source} is not YAML: its lists or escapes cannot be parsed") from error
 
 
 def write_yaml(values: dict) -> str:
@@ -96,15 +96,15 @@ def write_yaml(values: dict) -> str:
 
 
 def read_override(key: str, text: str, wanted: Any) -> Any:
-    """Parse the value of an override, as `read_yaml` does: a text key takes all of it, without quotes.
+    """Parse the value of an override into the form that `read_yaml` returns. Text needs no quotes.
 
-    wanted: the type of the key, or a dataclass for a group of keys, which takes {key: value, ...}.
+    wanted: type of the key, or the dataclass of a group of keys, whose value is {key: value, ...}.
     """
     wanted, optional = _without_none(wanted)
     inside = text.strip(BLANK)
     if not inside:
         ways = [f"{key}=null for none"] * optional + [f"{key}='\"\"' for an empty text"] * (wanted is str)
-        raise RecipeError(f"{key}= has no value; write {' or '.join(ways) or 'one behind the ='}")
+        raise RecipeError(f"{key}= has no value; write {' or '.join(ways) or 'one after the ='}")
     if get_origin(wanted) is list and inside[0] == "[" and inside[-1] == "]" and len(inside) > 1:
         return _items(key, inside)
     if wanted is Sources:
@@ -117,13 +117,13 @@ def read_override(key: str, text: str, wanted: Any) -> Any:
 
 
 def convert(raw: Any, wanted: Any, key: str, source: str) -> Any:
-    """Convert a part of a recipe to a value of type `wanted`. Raises RecipeError."""
+    """Convert parsed YAML or an override to a value of type `wanted`. Raises RecipeError for another type."""
     wanted, optional = _without_none(wanted)
     if isinstance(raw, Scalar) and not raw.quoted and raw.text in ("", *NULLS):
         if optional:
             return None
         quoted = '"' + raw.text + '"'
-        text = f"; write '{quoted}' for this word" if wanted is str and raw.text else ""
+        text = f"; write '{quoted}' for this text" if wanted is str and raw.text else ""
         raise RecipeError(f"{key} in {source} cannot be null{text}")
     try:
         return _convert(raw, wanted, key, source)
@@ -139,7 +139,7 @@ def convert(raw: Any, wanted: Any, key: str, source: str) -> Any:
 
 
 def guess(text: str, key: str) -> Any:
-    """Guess the value of a text for which no key declares a type: null, a number, true or false, a list, a text."""
+    """Infer the value of a text without a declared type: null, a number, a boolean, a list or a string."""
     inside = text.strip(BLANK)
     if inside.startswith("[") and inside.endswith("]") and len(inside) > 1:
         return [_guess(item) for item in _items(key, inside)]
@@ -147,15 +147,15 @@ def guess(text: str, key: str) -> Any:
 
 
 def override_text(value: Any) -> str:
-    """Write a value as it stands behind the = of an override."""
+    """Format a value as the right-hand side of an override."""
     if isinstance(value, list):
-        groups = any(isinstance(item, dict) for item in value)  # which YAML reads: it wants quotes around other texts
+        groups = any(isinstance(item, dict) for item in value)  # parsed as YAML, where other items need quotes
         return f"[{', '.join(_quoted(item) if groups else _text(item, in_list=True) for item in value)}]"
     return _text(value)
 
 
 def _weighted(raw: Any, key: str, source: str) -> dict[str, Any]:
-    """Return one item of a list of sources."""
+    """Convert an item of a list of sources to {"source": ..., "weight": ...}."""
     if not isinstance(raw, dict):
         return {"source": convert(raw, str, key, source), "weight": 1.0}
     if not {"source"} <= raw.keys() <= {"source", "weight"}:
@@ -167,7 +167,7 @@ def _weighted(raw: Any, key: str, source: str) -> dict[str, Any]:
 
 
 class _Wrong(Exception):
-    """The value is of another type; the message says what was expected."""
+    """The value has the wrong type; the message says what was expected."""
 
 
 def _convert(raw: Any, wanted: Any, key: str, source: str) -> Any:
@@ -248,7 +248,7 @@ def _guess(scalar: Scalar) -> Any:
 
 
 def _without_none(wanted: Any) -> tuple[Any, bool]:
-    """Return a type without its None, and whether it had one."""
+    """Remove None from a union type. Return the type and whether None was part of it."""
     if get_origin(wanted) not in (Union, UnionType):
         return wanted, False
     kinds = get_args(wanted)
@@ -263,7 +263,7 @@ def _raw(node: yaml.Node, source: str, done: dict[int, Any]) -> Any:
         return done[id(node)]
     done[id(node)] = node
     if node.tag not in (f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map", "merge")):
-        raise RecipeError(f"{source}: tags such as the one at {_place(node)} are not read; leave it out")
+        raise RecipeError(f"{source}: the tag at {_place(node)} is not supported; remove it")
     if isinstance(node, yaml.ScalarNode):
         raw: Any = Scalar(node.value, node.style is not None)
     elif isinstance(node, yaml.SequenceNode):
@@ -282,15 +282,15 @@ def _mapping(node: yaml.MappingNode, source: str, done: dict[int, Any]) -> dict[
             groups = _raw(value, source, done)
             groups = groups if isinstance(groups, list) else [groups]
             if not all(isinstance(group, dict) for group in groups):
-                raise RecipeError(f"{source}: << at {_place(key)} takes a group of keys, or a list of them")
+                raise RecipeError(f"{source}: << at {_place(key)} must have a group of keys, or a list of them")
             for group in groups:
-                merged = group | merged  # of two, the first holds
+                merged = group | merged  # the first definition wins
             continue
         name = _raw(key, source, done)
         if not isinstance(name, Scalar):
-            raise RecipeError(f"{source}: the key at {_place(key)} is no text")
+            raise RecipeError(f"{source}: the key at {_place(key)} is not a text")
         if name.text in own:
-            raise RecipeError(f"{source}: key {format_value(name.text)} stands twice, the second time at {_place(key)}")
+            raise RecipeError(f"{source}: duplicate key {format_value(name.text)} at {_place(key)}")
         own[name.text] = _raw(value, source, done)
     return merged | own
 
@@ -300,16 +300,16 @@ def _place(node: yaml.Node) -> str:
 
 
 def _items(key: str, text: str) -> list[Scalar]:
-    """Split the items of a [list] in an override at commas outside of quotes."""
+    """Split a [list] in an override at commas outside of quotes."""
     inside, position = text[1:-1], 0
     items: list[Scalar] = []
     while position < len(inside):
         match = _ITEM.match(inside, position)
-        assert match, "it matches an empty text, too"
+        assert match, "_ITEM matches the empty string"
         quoted, plain, _ = match.groups()
         if quoted is None and not plain.strip(BLANK):
             if match.end() == len(inside) and (not match[3] or not items):
-                break  # nothing, or what follows the last comma
+                break  # an empty list, or a trailing comma
             raise RecipeError(f"{key}={format_value(text)}: an item is empty; write '' for an empty text")
         items.append(_scalar(key, quoted or plain.strip(BLANK)))
         position = match.end()
@@ -326,7 +326,7 @@ def _scalar(key: str, text: str) -> Scalar:
         return Scalar(_ESCAPE.sub(_unescaped, stripped[1:-1]), True)
     except (KeyError, ValueError, OverflowError) as error:
         raise RecipeError(
-            f"{key}={format_value(text)}: a backslash in double quotes begins an escape that is none"
+            f"{key}={format_value(text)}: invalid escape in double quotes; use single quotes for a literal backslash"
         ) from error
 
 
@@ -344,7 +344,7 @@ def _text(value: Any, in_list: bool = False) -> str:
         return f"{{{', '.join(f'{name}: {_quoted(item)}' for name, item in value.items())}}}"
     if isinstance(value, bool):
         return str(value).lower()
-    value = str(value)  # a number, of numpy too, or a path
+    value = str(value)  # a string, a number (possibly NumPy's) or a path
     bare = value.isprintable() and value == value.strip(BLANK) and value not in ("", *NULLS) and value[0] not in "\"'"
     if bare and not (in_list and ("," in value or value[0] in "[{")):
         return value

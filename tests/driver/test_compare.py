@@ -69,7 +69,7 @@ def test_the_evaluation_that_is_named_after_its_suite_is_compared(tmp_path):
     assert suite["overall"]["value"] == 1.0 and suite["against"]["overall"]["value"] == 0.5
     alone, *left_out = found["notes"]
     assert "geneval was evaluated for" in alone
-    assert [note.split(" is left out")[0] for note in left_out] == [
+    assert [note.split(" is ignored")[0] for note in left_out] == [
         str(tmp_path / "eval" / name) for name in ("a", "geneval_ema")
     ]
     (tmp_path / "eval/geneval/results.json").unlink()

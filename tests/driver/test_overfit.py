@@ -109,7 +109,7 @@ def test_what_cannot_be_trained_at_all(tmp_path):
     with pytest.raises(ValueError, match="nothing is trained"):
         overfit(load_recipe("show_o_tiny", keys), 5)
     assert not list(tmp_path.iterdir())
-    with pytest.raises(ValueError, match="at least 2 steps"):
+    with pytest.raises(ValueError, match="--overfit must be at least 2"):
         overfit(load_recipe("show_o_tiny", keys), 1)
 
 

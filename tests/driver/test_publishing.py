@@ -47,9 +47,9 @@ def test_the_card_of_a_run(run, tmp_path, capsys):
     results = json.loads((run / "eval/world/results.json").read_text())
     after, before = results["overall"]["value"], results["against"]["overall"]["value"]
     assert f"| {before * 100:.1f} % | {after * 100:.1f} % [" in text
-    assert "after 2 steps" in text and "weight 1, 8 samples a step, 16 in all, of " in text
+    assert "after 2 steps" in text and "weight 1, 8 samples per step, 16 in total, from " in text
     assert "Understanding is bit-identical" in text and "open_uni.pth" in text
-    assert "![Images of step 2: a red (circle)](images/samples.png)" in text
+    assert "![Samples at step 2: a red (circle)](images/samples.png)" in text
     assert (tmp_path / "out/images/samples.png").read_bytes() == (run / "samples/000002.png").read_bytes()
     assert found["library_name"] == "reca" and "license" not in found and "base_model" not in found
     assert found["pipeline_tag"] == "any-to-any" and {"reca", "open_uni", "arxiv:2509.07295"} <= set(found["tags"])
@@ -69,7 +69,7 @@ def test_the_run_goes_on_while_it_is_exported(run, tmp_path):
     shutil.copyfile(copy / "samples/000001.png", copy / "samples/000005.png")
     card.write(copy, reca.api.recipe_of(copy), model, False, tmp_path, "name")
     text = (tmp_path / "README.md").read_text()
-    assert "after 2 steps" in text and "16 in all" in text and "Images of step 2" in text
+    assert "after 2 steps" in text and "16 in total" in text and "Samples at step 2" in text
     assert describe(model, target(copy, (), "world", None))["step"] == 2
 
 
@@ -117,7 +117,7 @@ def test_a_change_that_is_not_of_training_alone(run, tmp_path):
     weights = json.loads((run / "eval/world/results.json").read_text())["model"]["weights_sha256"]
     for source, said in ((run, False), (copy, True)):
         (score,), _ = card._scores(*find_sides("base", str(source)), weights)
-        assert card._row(score)["change"].endswith("], with other sampling") == said
+        assert card._row(score)["change"].endswith("], with different sampling") == said
 
 
 def test_keys_of_a_card_can_be_given_again():
@@ -213,7 +213,7 @@ def test_an_export_arrives(hub, upload, tmp_path):
     (tmp_path / "out/notes.txt").write_text("mine")  # no file of the export
     code, printed = upload()
     assert code == 0 and re.search(
-        r"MiB in \d+ files to me/model, which will be made, private; .* MiB to upload", printed
+        r"MiB in \d+ files to me/model, which will be created as private; .* MiB to upload", printed
     )
     assert re.search(r"^http://127.0.0.1:\d+/me/model$", printed, re.MULTILINE)
     there = hub.repositories["models/me/model"]
@@ -222,7 +222,7 @@ def test_an_export_arrives(hub, upload, tmp_path):
     assert mine.keys() > {"README.md", "config.json", "pytorch_model.safetensors"}
     taken = hub.taken
     code, printed = upload()
-    assert code == 0 and "which is there; 0 bytes to upload" in printed and hub.taken == taken
+    assert code == 0 and "which exists; 0 bytes to upload" in printed and hub.taken == taken
 
 
 # ---- hf_xet, which huggingface_hub takes wherever it is installed ----
@@ -279,14 +279,14 @@ def test_what_a_hub_with_xet_refuses_is_not_tried_by_lfs(hub, upload, by_xet):
 
     by_xet.upload = refused
     code, printed = upload()
-    assert code == 4 and "the token may not write there" in printed and "by LFS" not in printed and hub.taken == 0
+    assert code == 4 and "the token has no write access" in printed and "by LFS" not in printed and hub.taken == 0
 
 
 def test_public_and_update(hub, upload):
     assert upload("--public")[0] == 0 and not hub.repositories["models/me/model"].private
     hub.repositories["models/me/model"].files["config.json"] = b"{}"
     code, printed = upload()
-    assert code == 4 and "holds other files already (config.json); give --update" in printed
+    assert code == 4 and "already has other files (config.json); pass --update" in printed
     assert hub.repositories["models/me/model"].files["config.json"] == b"{}"
     assert upload("--update")[0] == 0 and hub.repositories["models/me/model"].files["config.json"] != b"{}"
 
@@ -301,9 +301,9 @@ def test_a_repository_of_something_else(hub, upload):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"token": None}, "there is no token; `hf auth login`, or set HF_TOKEN"),
-        ({"token": "hf_other"}, "the hub does not know the token"),
-        ({"role": "read"}, "the token 'laptop' may only read"),
+        ({"token": None}, "there is no token; run `hf auth login`, or set HF_TOKEN"),
+        ({"token": "hf_other"}, "the token is invalid"),
+        ({"role": "read"}, "the token 'laptop' is read-only"),
         ({"user": "you"}, "you can write to you, group, not me"),
         ({"address": "http://127.0.0.1:9"}, "the hub cannot be reached (ConnectError)"),
         ({"offline": True}, "the hub is disabled (HF_HUB_OFFLINE)"),
@@ -341,7 +341,7 @@ def test_a_token_that_may_not_write_there(hub, upload, tmp_path, part):
     hub.forbids = part
     code, printed = upload()
     assert (
-        code == 4 and "the token may not write there" in printed and f"`hf upload me/model {tmp_path}/out`" in printed
+        code == 4 and "the token has no write access" in printed and f"`hf upload me/model {tmp_path}/out`" in printed
     )
     hub.forbids = ""
     assert upload()[0] == 0 and "README.md" in hub.repositories["models/me/model"].files
@@ -351,7 +351,7 @@ def test_an_upload_that_breaks_off_goes_on(hub, upload, tmp_path):
     """Every try of one large file ends half way: the command fails, and the next one uploads the rest alone."""
     hub.drops = 10**6
     code, printed = upload()
-    assert code == 4 and "the hub cannot be reached" in printed and "the same command goes on" in printed
+    assert code == 4 and "the hub cannot be reached" in printed and "repeat the command to continue" in printed
     kept = exported(tmp_path / "out")
     assert hub.repositories["models/me/model"].files == {".gitattributes": b""}  # no half commit
     hub.drops, hub.forbids = 0, "/commit/"

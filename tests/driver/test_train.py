@@ -209,7 +209,7 @@ def test_disk_full_keeps_the_run_and_the_last_checkpoint(recipe, monkeypatch, ca
         return real(*args, **kwargs)
 
     monkeypatch.setattr(dcp, "save", full)
-    with pytest.raises(NotSavedError, match="step 6 is done.*the newest is of step 2"):
+    with pytest.raises(NotSavedError, match="step 6 is done.*the newest one is of step 2"):
         trainer.run()
     status = Status.read(trainer.run_dir)
     assert (status.state, status.exit_code, status.step) == ("failed", exits.NOT_SAVED, 2)

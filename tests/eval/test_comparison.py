@@ -102,9 +102,9 @@ def test_a_lost_image_leaves_a_gap(compared, painter):
 def test_names_that_stand_for_nothing(painter, tmp_path, capsys):
     assert cli.main(["compare", "base", str(tmp_path)]) != 0
     assert "is not a run folder" in capsys.readouterr().err
-    with pytest.raises(EvaluationError, match="neither the folder of a run .* nor of an evaluation"):
+    with pytest.raises(EvaluationError, match="neither a run folder .* nor an evaluation folder"):
         compare(str(tmp_path / "nowhere"), str(painter))
-    with pytest.raises(EvaluationError, match="one model"):
+    with pytest.raises(EvaluationError, match="both sides are base"):
         compare("base", "base")
     assert "was evaluated" in compare("base", str(painter))["notes"][0]
     (painter / "eval/world").mkdir(parents=True)
@@ -282,7 +282,7 @@ def test_an_image_that_cannot_be_read_is_left_out(runs, tmp_path):
 
 
 def test_what_cannot_be_reconstructed(runs, compared, painter, tmp_path, monkeypatch):
-    with pytest.raises(EvaluationError, match="no weights to draw with"):
+    with pytest.raises(EvaluationError, match="has no weights"):
         draw("base", str(painter), tmp_path)
     assert triplets.usual_count("base", str(painter)) == 0 and triplets.usual_count("base", runs["first"]) == 8
     monkeypatch.setattr(triplets, "QUICK", 1000)  # a large model, and no GPU
@@ -290,7 +290,7 @@ def test_what_cannot_be_reconstructed(runs, compared, painter, tmp_path, monkeyp
     shutil.copytree(runs["first"], tmp_path / "moved")
     recipe = tmp_path / "moved/recipe.yaml"
     recipe.write_text(recipe.read_text().replace("reca.toy_world:unlabeled?seed=0", str(tmp_path / "gone")))
-    with pytest.raises(DataError, match=r"cannot be opened .*gone.*; name others by --images, or leave"):
+    with pytest.raises(DataError, match=r"cannot be opened .*gone.*; pass others as --images, or disable"):
         draw("base", str(tmp_path / "moved"), tmp_path)
     assert cli.main(["compare", "base", runs["first"], "--reconstructions", "-1"]) != 0
 

@@ -1,21 +1,22 @@
-"""Two models side by side: `reca compare BEFORE AFTER`, one HTML page that needs no other file, and the same as JSON.
+"""Comparison of two models: `reca compare BEFORE AFTER` writes a self-contained HTML page and comparison.json.
 
-    sides.py    what BEFORE and AFTER name: a run, the model a run started from, the folder of an evaluation
-    weights.py  which tensors training changed, and whether understanding uses one of them
+    sides.py    resolution of BEFORE and AFTER: a run, the model that a run started from, or an evaluation folder
+    weights.py  tensors that training changed, and whether understanding uses any of them
     curves.py   losses and settings of both
     triplets.py images that both reconstruct
-    page.py     the page
+    build.py    the comparison as JSON
+    page.py     the HTML page
 
 comparison.json:
 
     before, after   {"source", "kind": "run", "base" or "evaluation", "step"}
-    suites          results.json of `after` (see reca.eval) with `against` filled in, one for every suite that both have
+    suites          results.json of `after` (see reca.eval) with `against` filled in, for every suite that both have
     curves          [{"name", "before": [[step, value]], "after": [[step, value]]}] of losses; [] without a run
     settings        [{"key", "before", "after"}] of recipe keys that differ; [] unless both are runs
-    understanding   {"identical", "tensors", "text"}; null where a side has no weights, or the two were not loaded from
-                    the same files with the same model.* keys
+    understanding   {"identical", "changed", "tensors", "text"}; null if a side has no weights, or if the two were not
+                    loaded from the same files with the same model.* keys
     reconstructions {"pictures": "held-out", "training" or "given", "source", "rows": [{"name", "input", "before",
-                    "after"}]} with paths below the folder of this file; `source` names the images that were given;
-                    null where none were drawn
-    notes           what is missing, as sentences
+                    "after"}]} with paths relative to this file; `source` is the value of --images; null without
+                    reconstructions
+    notes           sentences about missing results
 """

@@ -1,4 +1,4 @@
-"""The comparison as JSON, and both of its files."""
+"""The comparison as JSON, and writing of both files."""
 
 import json
 from collections.abc import Mapping
@@ -18,16 +18,16 @@ PAGE = "comparison.html"
 
 
 def compare(before: str, after: str) -> dict[str, Any]:
-    """Compare two models; reca.comparison has the form of the result.
+    """Compare two models. Return the contents of comparison.json, described in reca.comparison.
 
-    before, after: the folder of a run or of an evaluation; one of them may be "base".
-    Raises EvaluationError where a name is neither, where results are damaged, or where two evaluations are of different
-    suites; CheckpointError for weights that cannot be read.
+    before, after: a run folder or an evaluation folder; one of them may be "base".
+    Raises EvaluationError if a name is neither, if results are damaged, or if two evaluations have no suite in common;
+    CheckpointError if weights cannot be read.
     """
     sides = find_sides(before, after)
     suites, notes = _suites(*sides)
     if not suites and all(side.kind == "evaluation" for side in sides):
-        raise EvaluationError(f"{before} and {after} are evaluations of different suites: there is nothing to compare")
+        raise EvaluationError(f"{before} and {after} are evaluations of different suites and cannot be compared")
     return {
         "before": sides[0].describe(),
         "after": sides[1].describe(),
@@ -41,7 +41,7 @@ def compare(before: str, after: str) -> dict[str, Any]:
 
 
 def _suites(before: Side, after: Side) -> tuple[list[dict[str, Any]], list[str]]:
-    """Compare the suites that both sides have results of; say which only one has, and which folders are left out."""
+    """Compare the suites that both sides have results of. Return these, and notes on missing and ignored results."""
     results = [side.results() for side in (before, after)]
     chosen = [one_of_each(side) for side in results]
     suites = [
@@ -50,16 +50,16 @@ def _suites(before: Side, after: Side) -> tuple[list[dict[str, Any]], list[str]]
         if key in chosen[0]
     ]
     notes = [
-        f"{key[0]} was evaluated for {side.source} alone; reca eval {key[0]} for the other model adds it here"
+        f"{key[0]} was evaluated for {side.source} only; run reca eval {key[0]} for the other model to compare it"
         for mine, other, side in ((chosen[0], chosen[1], before), (chosen[1], chosen[0], after))
         for key in mine
         if key not in other
     ]
     if not suites and not notes:
-        notes.append("neither model was evaluated; reca eval SUITE RUN --against base adds scores and images here")
+        notes.append("neither model was evaluated; run reca eval SUITE RUN --against base to add scores and images")
     notes += [
-        f"{folder} is left out, for {mine[suite_of(result)]} holds {result['suite']}, too; name it in place of its run "
-        "to compare it"
+        f"{folder} is ignored, because {mine[suite_of(result)]} is also of {result['suite']}; pass this folder instead "
+        "of its run to compare it"
         for found, mine in zip(results, chosen, strict=True)
         for folder, result in found.items()
         if folder != mine[suite_of(result)]
@@ -68,12 +68,12 @@ def _suites(before: Side, after: Side) -> tuple[list[dict[str, Any]], list[str]]
 
 
 def suite_of(result: Mapping[str, Any]) -> tuple[str, str]:
-    """Return what two results must share to be compared: the suite, and its protocol."""
+    """Return what two results must have in common to be compared: the suite and its protocol."""
     return result["suite"], result["protocol"]
 
 
 def one_of_each(results: Mapping[Path, Mapping[str, Any]]) -> dict[tuple[str, str], Path]:
-    """Choose one folder for every suite: the one that is named after it, and else the first."""
+    """Choose one folder per suite: the one named after it, otherwise the first."""
     found: dict[tuple[str, str], Path] = {}
     for folder in sorted(results, key=lambda folder: folder.name != results[folder]["suite"]):
         found.setdefault(suite_of(results[folder]), folder)
@@ -81,9 +81,9 @@ def one_of_each(results: Mapping[Path, Mapping[str, Any]]) -> dict[tuple[str, st
 
 
 def write(found: dict[str, Any], out: Path, pairs: int = page.PAIRS) -> Path:
-    """Write comparison.html and comparison.json into a folder, and return the path of the page.
+    """Write comparison.html and comparison.json into a folder and return the path of the page.
 
-    pairs: of images in the page, of every suite, at most; gains and losses share them.
+    pairs: maximum number of image pairs per suite on the page, split between gains and losses.
     """
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "comparison.json", json.dumps(found, indent=1, ensure_ascii=False).encode("utf-8", HALVES))

@@ -1,4 +1,4 @@
-"""`reca compare`."""
+"""The command `reca compare`."""
 
 import argparse
 from pathlib import Path
@@ -26,7 +26,7 @@ def add(sub: argparse.ArgumentParser, path) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Write the page and print the headline of every suite."""
+    """Write the page and comparison.json, and print the overall score of every suite and the notes."""
     from reca.comparison import build, triplets
     from reca.eval import figures
     from reca.folders import ensure_writable

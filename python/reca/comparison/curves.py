@@ -7,12 +7,12 @@ from reca import jsonl
 from reca.comparison.sides import Side
 from reca.recipe_files import by_key
 
-POINTS = 400  # at most, of a curve; the page grows with them
-OWN = ("run_dir",)  # keys that two runs never share
+POINTS = 400  # maximum per curve, to limit the size of the page
+OWN = ("run_dir",)  # keys that always differ
 
 
 def loss_curves(before: Side, after: Side) -> list[dict[str, Any]]:
-    """Read every loss that one of the runs has logged, thinned evenly to POINTS points."""
+    """Read all losses that either run has logged, subsampled evenly to at most POINTS points."""
     sides = [_losses(side.run_dir) for side in (before, after)]
     names = dict.fromkeys(name for side in sides for name in side)
     return [{"name": name, "before": sides[0].get(name, []), "after": sides[1].get(name, [])} for name in names]
@@ -32,11 +32,11 @@ def _losses(run_dir: Path | None) -> dict[str, list[list[float]]]:
 
 def _thinned(points: list[list[float]]) -> list[list[float]]:
     stride = -(-len(points) // POINTS)
-    return points[::-1][::stride][::-1]  # the last one stays
+    return points[::-1][::stride][::-1]  # always includes the last point
 
 
 def setting_differences(before: Side, after: Side) -> list[dict[str, Any]]:
-    """List the recipe keys of two runs that differ."""
+    """List the recipe keys that differ between two runs; [] unless both sides are runs."""
     if before.kind != "run" or after.kind != "run" or before.recipe is None or after.recipe is None:
         return []
     sides = [by_key(recipe) for recipe in (before.recipe, after.recipe)]

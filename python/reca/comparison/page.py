@@ -1,4 +1,4 @@
-"""The page: one HTML file with its images, curves and tables, and no URL of any other."""
+"""The HTML page: self-contained, with images, curves and tables, without external URLs."""
 
 import io
 from collections.abc import Sequence
@@ -12,14 +12,14 @@ from reca.data.pixels import open_rgb
 from reca.eval import figures, report
 from reca.eval.errors import EvaluationError
 
-PAIRS = 60  # pairs in the page, of a suite
-SIDE = 512  # pixels of an image's longer side in the page
-SMALL = 128  # images below are enlarged without smoothing
-WIDTH, HEIGHT = 320, 120  # of a curve
+PAIRS = 60  # default number of image pairs per suite
+SIDE = 512  # maximum of an image's longer side, in pixels
+SMALL = 128  # images up to this size are shown without smoothing
+WIDTH, HEIGHT = 320, 120  # of a chart
 
 
 def render(found: dict[str, Any], folder: Path, pairs: int = PAIRS) -> str:
-    """Write the page of a comparison. folder: of the images that it reconstructs."""
+    """Render the page of a comparison. folder: that of comparison.json, which the paths of images are relative to."""
     return html.render(
         Path(__file__).with_name("page.html"),
         before=found["before"],
@@ -58,7 +58,7 @@ def _suite(suite: dict[str, Any], pairs: int) -> dict[str, Any]:
 
 
 class Shown(NamedTuple):
-    """An image of an item: what it is worth, its file, and the judge's reason."""
+    """An image of an item: its score, its file, and the judge's reason."""
 
     value: float
     path: Path | None
@@ -66,9 +66,9 @@ class Shown(NamedTuple):
 
 
 def _images(side: dict[str, Any], of: dict[str, Any] | None = None) -> dict[str, dict[int, Shown]]:
-    """Find every item's images, by their number.
+    """Return the images of every item by number: {item: {k: Shown}}.
 
-    side: results; of a comparison's `against`, which names a folder alone, `of` holds this one's counterpart.
+    side: the results, or `against` of a comparison, which only names a folder; `of` is then the other side's results.
     """
     if of is not None:
         try:
@@ -86,7 +86,7 @@ def _images(side: dict[str, Any], of: dict[str, Any] | None = None) -> dict[str,
 
 
 def _flip(row: dict[str, Any], images: Sequence[dict[str, dict[int, Shown]]], unit: str) -> dict[str, Any]:
-    """Describe a prompt whose value changed, with those of its images of equal noise that show it most."""
+    """Describe a prompt whose score changed, with the pair of images from equal noise that differs most."""
     after, before = (side.get(row["item"], {}) for side in images)
     pairs = [(before[k], after[k]) for k in after if k in before]
     sign = 1 if row["after"] > row["before"] else -1
@@ -104,7 +104,7 @@ def _flip(row: dict[str, Any], images: Sequence[dict[str, dict[int, Shown]]], un
 
 
 def _reconstructions(found: dict[str, Any] | None, folder: Path) -> dict[str, Any] | None:
-    """Read the images of reconstructions."""
+    """Return the reconstructions with their images embedded."""
     if found is None:
         return None
     names = ("input", "before", "after")
@@ -113,7 +113,7 @@ def _reconstructions(found: dict[str, Any] | None, folder: Path) -> dict[str, An
 
 
 def _image(path: Path | None) -> dict[str, Any] | None:
-    """Read an image into a data URL; None where there is none to read."""
+    """Return an image as a data URL; None if it cannot be read."""
     if path is None:
         return None
     try:
@@ -140,7 +140,7 @@ def _row(name: str, after: dict[str, Any], before: dict[str, Any], unit: str) ->
 
 
 def _verdict(interval: Sequence[float | None]) -> str:
-    """Say on which side of zero an interval lies."""
+    """Classify a difference by its confidence interval: better, worse, or open if it contains zero."""
     low, high = interval
     if low is not None and low > 0:
         return "better"
@@ -160,7 +160,7 @@ def _settings(suite: dict[str, Any]) -> dict[str, str]:
     }
     counts = suite["counts"]
     if counts["failed"] or counts["missing"]:
-        shown["left out"] = f"{counts['failed']} images that failed, {counts['missing']} that are missing"
+        shown["left out"] = f"{counts['failed']} failed images, {counts['missing']} missing images"
     return shown
 
 
@@ -171,7 +171,7 @@ def _value(value: Any) -> str:
 
 
 def _chart(curve: dict[str, Any]) -> dict[str, Any]:
-    """Draw a loss of both runs into one frame. Steps begin at the left, the largest value is at the top."""
+    """Return a loss of both runs as SVG polylines in one chart. Step 0 is at the left, the largest value at the top."""
     points = [*curve["before"], *curve["after"]]
     steps, values = [p[0] for p in points], [p[1] for p in points]
     last, low, top = max(*steps, 1), min(values), max(values)

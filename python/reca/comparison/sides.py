@@ -1,4 +1,4 @@
-"""What is compared: a run, the model that a run started from, or the folder of an evaluation."""
+"""The sides of a comparison: a run, the model that a run started from, or an evaluation folder."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +16,12 @@ RESULTS = "results.json"
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two.
+    """One side of a comparison.
 
     kind        run, base or evaluation
-    evaluations folders that hold results.json
-    recipe      of a run, or of the run whose base this is
-    weights     checkpoint over the published weights: of a run, or for a base of the run that it was trained from
+    evaluations folders that contain results.json
+    recipe      recipe of the run, or of the run whose base this is
+    weights     checkpoint on top of the published weights; for a base that of train.init_from; None: no checkpoint
     """
 
     source: str
@@ -35,7 +35,7 @@ class Side:
         return Path(self.source) if self.kind == "run" else None
 
     def results(self) -> dict[Path, dict[str, Any]]:
-        """Read the results of all evaluations. Raises EvaluationError for damaged ones."""
+        """Read the results of all evaluations by folder. Raises EvaluationError for damaged ones."""
         return {folder: report.read(folder / RESULTS) for folder in self.evaluations}
 
     def describe(self) -> dict[str, Any]:
@@ -43,12 +43,12 @@ class Side:
 
 
 def find_sides(before: str, after: str) -> tuple[Side, Side]:
-    """Find what two names stand for. One of them may be "base": the model that the other, a run, started from.
+    """Resolve the two names. One of them may be "base": the model that the other, a run, started from.
 
-    Raises EvaluationError for a name that is neither a run nor an evaluation.
+    Raises EvaluationError for a name that is neither a run nor an evaluation folder.
     """
     if before == BASE and after == BASE:
-        raise EvaluationError("base and base are one model: name a run on one side")
+        raise EvaluationError("both sides are base: pass a run on one side")
     if before == BASE:
         return _base_of(after), _side(after)
     if after == BASE:
@@ -63,8 +63,8 @@ def _side(name: str) -> Side:
     if (folder / RESULTS).is_file():
         return Side(name, "evaluation", (folder,))
     raise EvaluationError(
-        f"{name} is neither the folder of a run (with recipe.yaml) nor of an evaluation (with {RESULTS}, which "
-        "`reca eval` writes); name one of those, or base"
+        f"{name} is neither a run folder (with recipe.yaml) nor an evaluation folder (with {RESULTS}, which "
+        "`reca eval` writes); pass one of those, or base"
     )
 
 

@@ -1,4 +1,4 @@
-"""Images beside what both models make of them from their own h_v, with equal templates and equal noise."""
+"""Images with their reconstructions by both models, from h_v, with equal templates and equal noise."""
 
 import json
 from collections.abc import Mapping
@@ -22,14 +22,14 @@ from reca.models import umm_package
 from reca.reconstructions import images_to_show, named_images, reconstruct
 from reca.sampling_options import check_sampling_options
 
-COUNT = 8  # images, where nothing else is said
-QUICK = 50_000_000  # parameters of a model that a CPU draws with in seconds
+COUNT = 8  # default number of images
+QUICK = 50_000_000  # number of parameters below which a CPU generates images in seconds
 FOLDER = "reconstructions"
-MADE = "made.json"  # in that folder: what the images were made from, and their names
+MADE = "made.json"  # in that folder: what the images were generated from, and their names
 
 
 def usual_count(before: str, after: str) -> int:
-    """Return how many images are drawn where nobody says it: none by models that this machine takes long to run."""
+    """Return the default number of images: 0 if a side has no weights, or for large models without a GPU."""
     sides = find_sides(before, after)
     if any(side.recipe is None for side in sides):
         return 0
@@ -50,20 +50,19 @@ def draw(
     device: torch.device | str | None = None,
     sampling: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Draw images by both models, into a folder of `out`. Returns `reconstructions` of comparison.json.
+    """Reconstruct images by both models into a subfolder of `out`. Return `reconstructions` of comparison.json.
 
-    before, after: as of `compare`; both must have weights. images: in any form of data.images; by default
-    those that the run holds out, or trains on. device: None: a GPU, if there is one. sampling: options of the models'
-    `reconstruct`.
+    before, after: as in `compare`; both must have weights. images: in any form of data.images; by default the run's
+    held-out or training images. device: default: a GPU if available. sampling: options of the models' `reconstruct`.
 
-    What was drawn before from the same weights, images and options is not drawn again.
-    Raises EvaluationError for a side without weights, and where the disk is full; DataError for images that cannot
-    be read; ValueError for options that a model's `reconstruct` has not.
+    Existing reconstructions from the same weights, images and options are reused.
+    Raises EvaluationError for a side without weights and for a full disk; DataError if images cannot be read;
+    ValueError for options that a model's `reconstruct` does not have.
     """
     sides = find_sides(before, after)
     for side in sides:
         if side.recipe is None or (side.kind == "run" and side.weights is None):
-            raise EvaluationError(f"{side.source} has no weights to draw with: reconstructions need two models")
+            raise EvaluationError(f"{side.source} has no weights: reconstructions need two models")
         check_sampling_options(umm_package(side.recipe.umm).Adapter.reconstruct, sampling or {})
     run = sides[1] if sides[1].kind == "run" else sides[0]
     assert run.recipe is not None
@@ -76,7 +75,7 @@ def draw(
     wanted = json.loads(json.dumps(made_from, default=str))
     made = _made(place, wanted)
     if made is None:
-        (place / MADE).unlink(missing_ok=True)  # it speaks of images that are written over from here on
+        (place / MADE).unlink(missing_ok=True)  # it describes images that are about to be overwritten
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         made = _draw(targets, run.recipe, source, images, count, place, device, sampling or {})
         write(place / MADE, json.dumps({"of": wanted, "made": made}, indent=1))
@@ -84,7 +83,7 @@ def draw(
 
 
 def _made(place: Path, wanted: Any) -> dict[str, Any] | None:
-    """Read what was drawn before; None unless it was from the same, and all images are there."""
+    """Return existing reconstructions; None if they are of other inputs or an image is missing."""
     try:
         found = json.loads((place / MADE).read_text(encoding="utf-8"))
         paths = [place.parent / row[name] for row in found["made"]["rows"] for name in ("input", "before", "after")]
@@ -109,7 +108,7 @@ def _draw(
         names, batch = named_images(recipe, model, count, source)
         columns.setdefault("input", batch.gen or [])
         columns[name] = reconstruct(model, batch, **sampling)
-        del model  # one at a time is in memory
+        del model  # keep one model in memory at a time
     rows = []
     for number, key in enumerate(names):
         row = {name: f"{FOLDER}/{number:03d}_{name}.png" for name in columns}
@@ -129,6 +128,6 @@ def _open(run: Side, images: str | None) -> Source:
         return images_to_show(recipe)
     except (DataError, ValueError) as error:
         raise DataError(
-            f"the images of {run.source} cannot be opened ({error}); name others by --images, or leave "
-            "reconstructions out by --reconstructions 0"
+            f"the images of {run.source} cannot be opened ({error}); pass others as --images, or disable "
+            "reconstructions with --reconstructions 0"
         ) from error

@@ -1,4 +1,4 @@
-"""Which tensors training changed, and whether understanding uses one of them."""
+"""Tensors that training changed, and whether understanding uses any of them."""
 
 from dataclasses import replace
 from typing import Any
@@ -13,14 +13,14 @@ from reca.meta_model import build_meta
 from reca.recipe_files import as_dict
 from reca.runs import published_fingerprints
 
-SHOWN = 40  # names of changed tensors in the comparison
+SHOWN = 40  # maximum number of changed tensors to list
 
 
 def understanding(before: Side, after: Side) -> dict[str, Any] | None:
-    """Say whether understanding is bit-identical in both, or which of its tensors are not.
+    """Tell whether understanding is bit-identical on both sides, and which of its tensors differ.
 
-    Compares the tensors of checkpoints; what no checkpoint holds is as published. Returns None for sides without
-    weights, or of models that were loaded from different files or with different settings.
+    Compares the tensors of the checkpoints; tensors in neither are as published. Return None if a side has no weights,
+    or if the models were loaded from different files or with different settings.
     """
     if before.recipe is None or after.recipe is None or _published(before.recipe) != _published(after.recipe):
         return None
@@ -34,29 +34,29 @@ def understanding(before: Side, after: Side) -> dict[str, Any] | None:
         text = "No tensor differs: the two models are bit-identical."
     elif not touched:
         text = (
-            f"Understanding is bit-identical: none of the {len(changed)} tensors that differ has a part in an answer, "
-            "so all answers are the same."
+            f"Understanding is bit-identical: none of the {len(changed)} tensors that differ is used for answers, so "
+            "all answers are the same."
         )
     else:
         text = (
-            f"{len(touched)} of the {len(changed)} tensors that differ have a part in understanding: measure it, for "
-            "example by reca eval mme or pope."
+            f"{len(touched)} of the {len(changed)} tensors that differ are used for understanding: measure it, for "
+            "example with reca eval mme or pope."
         )
     return {"identical": not touched, "changed": len(changed), "tensors": touched[:SHOWN], "text": text}
 
 
 def _published(recipe: Recipe) -> tuple[str, dict[str, Any]]:
-    """Return what a model is before any checkpoint: its settings, with contents of files in place of their paths."""
+    """Identify a model without checkpoint: its type and settings, with fingerprints of files instead of paths."""
     return recipe.umm, as_dict(recipe)["model"] | published_fingerprints(recipe)
 
 
 def _owner(name: str) -> str:
-    """Return the weight that a tensor of LoRA changes; other tensors own themselves."""
+    """Return the weight that a LoRA tensor modifies; for other tensors the tensor itself."""
     return name.partition(".lora_")[0] + ".weight" if is_lora(name) else name
 
 
 def _changed(before: Side, after: Side) -> set[str]:
-    """Name the tensors that differ: those of one checkpoint alone, and those whose bits differ in two."""
+    """Return the names of tensors that differ: those in only one checkpoint, and those in both with other bits."""
     folders = [side.weights for side in (before, after)]
     names = [set(checkpoint.list_weights(folder)) if folder else set() for folder in folders]
     changed = names[0] ^ names[1]

@@ -1,6 +1,6 @@
-"""An export for others: `reca export --card` and `--push`.
+"""Publishing of an export: `reca export --card` and `--push`.
 
 card.py    the model card README.md and its images
-card.md    its text
-push.py    the upload to the Hugging Face hub
+card.md    its template
+push.py    upload to the Hugging Face hub
 """

@@ -1,6 +1,6 @@
-"""A model card: what was trained from what, how it scored, what it draws, and how it is loaded.
+"""The model card of an export: base model, training, scores, sample images, and how to load it.
 
-Nothing of the machine is in it: no path, and no name of data.
+It contains no paths and no names of datasets.
 """
 
 import shutil
@@ -32,16 +32,16 @@ CARD = "README.md"
 IMAGES = "images"  # folder of the images, below the export
 MARK = "<!-- Written by reca export, which writes it anew each time. Without this line it is left as it is. -->"
 ARXIV = "2509.07295"
-WORDS = {"reca": "reconstruction (RECA)", "i2t": "image to text", "t2i": "text to image", "srum": "SRUM"}  # of tasks
+WORDS = {"reca": "reconstruction (RECA)", "i2t": "image to text", "t2i": "text to image", "srum": "SRUM"}  # task names
 HUB_TASKS = {"generate": "text-to-image", "edit": "image-to-image", "answer": "visual-question-answering"}
 
 
 def write(source: str | Path, recipe: Recipe, model: Adapter, ema: bool, folder: Path, name: str) -> list[str]:
-    """Write README.md and its images into the folder of an export. Returns their names, relative to it.
+    """Write README.md and its images into an export folder. Return their names, relative to it.
 
-    source: the run, or the recipe, that `model` was loaded from. name: of the model, its title.
-    A README.md that somebody else wrote, or that lost the line MARK, stays as it is.
-    Raises EvaluationError for results of the run that cannot be read, OSError when the disk does not take the files.
+    source: the run folder or recipe that `model` was loaded from. name: title of the card.
+    An existing README.md without the line MARK is kept unchanged.
+    Raises EvaluationError if results of the run cannot be read, OSError if the files cannot be written.
     """
     card = folder / CARD
     if card.is_file() and MARK not in card.read_text(encoding="utf-8", errors="replace"):
@@ -77,9 +77,9 @@ def write(source: str | Path, recipe: Recipe, model: Adapter, ema: bool, folder:
 
 
 def base_model(recipe: Recipe) -> tuple[str, str] | None:
-    """Name the repository, and the file of it, that model.weights comes from; None where that is not known.
+    """Return the hub repository of model.weights and the file or subfolder in it; None if unknown.
 
-    A local folder counts as the repository of the catalog that has its name, as `reca get` names folders.
+    A local folder is identified with the catalog's repository of the same name, because `reca get` names folders so.
     """
     source = recipe.model.weights
     if not source:
@@ -95,7 +95,7 @@ def base_model(recipe: Recipe) -> tuple[str, str] | None:
 
 
 def _metadata(name: str, recipe: Recipe, base: tuple[str, str] | None, scores: list[dict[str, Any]]) -> ModelCardData:
-    """Make what the hub reads: licence, base model, tags, and scores."""
+    """Return the card's metadata for the hub: licence, base model, tags, and scores."""
     abilities = umm_package(recipe.umm).Adapter.abilities
     licence = catalog.hub_licence(catalog.facts_of(*base).licence) if base else {}
     results = [
@@ -123,9 +123,9 @@ def _metadata(name: str, recipe: Recipe, base: tuple[str, str] | None, scores: l
 
 
 def _scores(base: Side, run: Side, weights: str) -> tuple[list[dict[str, Any]], list[str]]:
-    """Read the run's results that are of these weights, one of every suite, and name the protocols of all others.
+    """Return the run's results for these weights, one per suite, and the protocols of results that are left out.
 
-    A score has the change against the base model where that was evaluated on the same suite.
+    A result is compared with the base model if that was evaluated on the same suite.
     """
     results, before = run.results(), base.results()
     same = {
@@ -157,26 +157,26 @@ def _row(score: Mapping[str, Any]) -> dict[str, str]:
         interval = figures.bounds(change["difference_interval"], unit, sign=True)
         row["change"] = f"{figures.difference(change['difference'], unit)} {interval}"
         if not against["identical_settings"]:
-            row["change"] += f", with other {', '.join(against['differs'])}"
+            row["change"] += f", with different {', '.join(against['differs'])}"
     return row
 
 
 def _without_place(judge: Mapping[str, Any]) -> str:
-    """Name a judge, KIND or KIND:MODEL, by the last part of where its model is."""
+    """Return the name of a judge, KIND or KIND:MODEL, with only the last part of the model's path."""
     kind, colon, model = str(judge.get("name")).partition(":")
     return f"{kind}{colon}{Path(model).name}"
 
 
 def _training(state: dict[str, Any], recipe: Recipe) -> dict[str, str]:
-    """Say in words what was done. state: of the checkpoint, which has the counts."""
+    """Describe the training by topic. state: state of the checkpoint."""
     optim = recipe.optim
     found = {"steps": str(state["step"])}
     for task in recipe.active_tasks():
         config, key = getattr(recipe.objective, task), DATA_KEYS[task]
         count = state["fingerprint"].get(f"data.{key}", [None])[0]
         found[WORDS[task]] = (
-            f"weight {config.weight:g}, {config.batch_size} samples a step, {state['samples'].get(task, 0)} in all"
-            + (f", of {count} {key}" if count is not None else "")
+            f"weight {config.weight:g}, {config.batch_size} samples per step, {state['samples'].get(task, 0)} in total"
+            + (f", from {count} {key}" if count is not None else "")
         )
     found["optimizer"] = (
         f"{optim.name}, learning rate {optim.lr:g}, betas {optim.betas[0]:g} and {optim.betas[1]:g}, weight decay "
@@ -190,7 +190,7 @@ def _training(state: dict[str, Any], recipe: Recipe) -> dict[str, str]:
 
 
 def _keys(recipe: Recipe) -> list[str]:
-    """List the recipe keys that are not the default, without those of paths, data, judges and tasks not trained."""
+    """List the recipe keys that differ from their defaults, except for paths, data, logging, judges and idle tasks."""
     usual = Recipe(umm=recipe.umm, model=type(recipe.model)())
     values = {key: getattr(config, f.name) for config, f, key in walk(usual)}
     idle = [f"objective.{task}." for task in WORDS if task not in recipe.active_tasks()]
@@ -203,15 +203,15 @@ def _keys(recipe: Recipe) -> list[str]:
 
 
 def _images(run: Path, step: int, recipe: Recipe, folder: Path) -> list[dict[str, str]]:
-    """Copy the newest images of a run up to a step beside the card. Returns file, title and text of each."""
+    """Copy a run's newest images up to `step` into the export. Return file, title and text of each."""
     found = []
     drawn = (path for path in (run / "samples").glob("*.png") if path.stem.isdigit() and int(path.stem) <= step)
     newest = max(drawn, key=lambda path: int(path.stem), default=None)
     if newest is not None:
-        found.append((newest, "samples.png", f"Images of step {int(newest.stem)}", "; ".join(recipe.log.prompts)))
+        found.append((newest, "samples.png", f"Samples at step {int(newest.stem)}", "; ".join(recipe.log.prompts)))
     if (run / GRID).is_file():
-        found.append((run / GRID, GRID, "Reconstructions", "each row: an image, and what the model made of it before "
-                      "and after training"))  # fmt: skip
+        found.append((run / GRID, GRID, "Reconstructions", "each row: an image, and its reconstructions before and "
+                      "after training"))  # fmt: skip
     for path, name, _, _ in found:
         (folder / IMAGES).mkdir(exist_ok=True)
         shutil.copyfile(path, folder / IMAGES / name)
@@ -219,5 +219,5 @@ def _images(run: Path, step: int, recipe: Recipe, folder: Path) -> list[dict[str
 
 
 def _plain(text: str) -> str:
-    """Take the signs out of a text that end the text of an image in Markdown."""
+    """Replace characters that would break the alt text of a Markdown image."""
     return " ".join(text.translate(str.maketrans("[]|`", "()/'")).split())

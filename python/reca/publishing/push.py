@@ -1,7 +1,7 @@
-"""The upload of an export to the Hugging Face hub: `reca export --push`.
+"""Upload of an export to the Hugging Face hub: `reca export --push`.
 
-The token is the one that huggingface_hub finds (`hf auth login`, or HF_TOKEN). It is never printed: messages are made
-here, and not of the library's own.
+huggingface_hub provides the token (`hf auth login`, or HF_TOKEN). It is never printed: messages are composed here
+rather than taken from the library.
 """
 
 import contextlib
@@ -16,20 +16,20 @@ from reca import exits, units
 from reca.files import sha256
 from reca.models.common.hub import cause_of, with_causes
 
-SHOWN = 3  # files that a message names
-OF_THE_HUB = (".gitattributes",)  # that every repository has
+SHOWN = 3  # maximum number of files named in a message
+OF_THE_HUB = (".gitattributes",)  # files that the hub adds to every repository
 
 
 class PushError(ValueError):
-    """The hub does not take the export. The export itself is whole; the message says what to do."""
+    """The export could not be uploaded. The local export is complete; the message says what to do."""
 
     exit_code = exits.DATA
 
 
 def check(repository: str) -> None:
-    """Find out before weights are read whether this user may write to a repository.
+    """Check before weights are loaded whether this user may write to a repository.
 
-    Raises PushError where the name is none, no token is there, or the hub cannot be reached or would refuse it.
+    Raises PushError if the name is invalid, there is no token, the hub cannot be reached, or it would deny the upload.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError
@@ -41,16 +41,16 @@ def check(repository: str) -> None:
     except HFValidationError:
         name = ""
     if not (owner and slash and name):
-        raise PushError(f"--push {repository!r} is no name of a repository: give OWNER/NAME, such as me/show-o-reca")
+        raise PushError(f"--push {repository!r} is not a repository name: pass OWNER/NAME, such as me/show-o-reca")
     try:
         user = HfApi().whoami()
-    except Exception as error:  # of the libraries below the hub's, too
+    except Exception as error:  # huggingface_hub's own errors and those of its HTTP library
         raise PushError(f"nothing can be uploaded to {repository}: {_cause(error)}") from error
     token = user.get("auth", {}).get("accessToken", {})
     if token.get("role") == "read":
         raise PushError(
-            f"nothing can be uploaded to {repository}: the token {token.get('displayName')!r} may only read; make one "
-            "that may write (huggingface.co/settings/tokens), then `hf auth login`"
+            f"nothing can be uploaded to {repository}: the token {token.get('displayName')!r} is read-only; create one "
+            "with write access (huggingface.co/settings/tokens), then run `hf auth login`"
         )
     owners = [user["name"], *(group["name"] for group in user.get("orgs", ()))]
     if owner not in owners:
@@ -58,21 +58,21 @@ def check(repository: str) -> None:
 
 
 def push(folder: Path, names: Sequence[str], repository: str, public: bool = False, update: bool = False) -> str:
-    """Upload files of a folder, and check that the hub has them. Returns the repository's URL.
+    """Upload files of a folder and verify that the hub has them. Return the repository's URL.
 
-    names: of the files, relative to the folder. public: of a repository that is made now; others stay as they are.
-    update: commit on top of a repository that has other files, or the same ones with other contents.
+    names: file names, relative to the folder. public: visibility of a new repository; existing ones are unchanged.
+    update: allow a commit to a repository that has other files, or the same ones with other contents.
 
-    What was uploaded before is not uploaded again. Raises PushError for what the hub does not take, and where a
-    repository has other contents and `update` is not set.
+    Files that are already uploaded are skipped. Raises PushError if the upload fails, and if the repository has other
+    contents and `update` is not set.
     """
     from huggingface_hub import HfApi
 
     api, names = HfApi(), sorted(set(names))
     sizes = {name: (folder / name).stat().st_size for name in names}
     again = (
-        f"{folder} is whole, and what was uploaded is kept; the same command goes on, or, without another export, "
-        f"`hf upload {repository} {folder}`"
+        f"{folder} is complete, and uploaded files are kept; repeat the command to continue, or run "
+        f"`hf upload {repository} {folder}` to upload without exporting again"
     )
     try:
         there = _contents(api, repository)
@@ -81,10 +81,10 @@ def push(folder: Path, names: Sequence[str], repository: str, public: bool = Fal
         if other and not update:
             more = f" and {len(other) - SHOWN} more" if len(other) > SHOWN else ""
             raise PushError(
-                f"{repository} holds other files already ({', '.join(other[:SHOWN])}{more}); give --update to commit "
-                f"on top of them (its history keeps them), or another name. {folder} is whole, nothing was uploaded"
+                f"{repository} already has other files ({', '.join(other[:SHOWN])}{more}); pass --update to commit on "
+                f"top of them (its history keeps them), or another name. {folder} is complete, nothing was uploaded"
             )
-        state = "is there" if there is not None else f"will be made, {'public' if public else 'private'}"
+        state = "exists" if there is not None else f"will be created as {'public' if public else 'private'}"
         left = sum(size for name, size in sizes.items() if name not in same)
         print(
             f"{units.size(sum(sizes.values()))} in {len(names)} files to {repository}, which {state}; "
@@ -97,7 +97,7 @@ def push(folder: Path, names: Sequence[str], repository: str, public: bool = Fal
         there = _contents(api, repository) or {}
     except PushError:
         raise
-    except Exception as error:  # of the libraries below the hub's, too
+    except Exception as error:  # huggingface_hub's own errors and those of its HTTP library
         raise PushError(f"the upload to {repository} failed: {_cause(error)}. {again}") from error
     if missing := [name for name in names if not _is(folder / name, there.get(name))]:
         raise PushError(f"{repository} lacks {', '.join(missing[:SHOWN])} after the upload. {again}")
@@ -105,10 +105,10 @@ def push(folder: Path, names: Sequence[str], repository: str, public: bool = Fal
 
 
 def _upload(api: Any, folder: Path, names: Sequence[str], repository: str) -> None:
-    """Upload files by hf_xet, where it is installed and the hub offers its protocol, else by LFS.
+    """Upload files by hf_xet if it is installed and the hub supports it, otherwise by LFS.
 
-    huggingface_hub decides by what is installed alone. A mirror, or a hub of one's own, that has LFS only would fail
-    after minutes of new tries, and so would a network that lets the hub through and the store behind hf_xet not.
+    huggingface_hub only checks whether hf_xet is installed. It would fail after minutes of retries with a mirror or
+    private hub that supports LFS only, and in a network that blocks the storage servers of hf_xet but not the hub.
     """
     from huggingface_hub import constants
 
@@ -127,14 +127,14 @@ def _upload(api: Any, folder: Path, names: Sequence[str], repository: str) -> No
             return upload()
         except Exception as error:
             if _status(error) is not None or isinstance(error, ValueError):
-                raise  # the hub has answered: LFS would be answered alike
-            print(f"hf_xet failed ({type(error).__name__}); uploading by LFS", flush=True)
+                raise  # the hub has answered, and would answer LFS alike
+            print(f"hf_xet failed ({type(error).__name__}); uploading by LFS instead", flush=True)
     with _without_xet():
         upload()
 
 
 def _offers_xet(api: Any, repository: str) -> bool:
-    """Ask the hub for a token to its store of hf_xet, as hf_xet does; only whether there is one is of interest."""
+    """Tell whether the hub supports hf_xet, by requesting an upload token as hf_xet does."""
     from huggingface_hub.utils import build_hf_headers, get_session
 
     url = f"{api.endpoint}/api/models/{repository}/xet-write-token/main"
@@ -143,7 +143,7 @@ def _offers_xet(api: Any, repository: str) -> bool:
 
 @contextlib.contextmanager
 def _without_xet() -> Iterator[None]:
-    """Do inside of the context what HF_HUB_DISABLE_XET=1 does."""
+    """Disable hf_xet inside the context, like HF_HUB_DISABLE_XET=1."""
     from huggingface_hub import constants
 
     before = constants.HF_HUB_DISABLE_XET
@@ -155,7 +155,7 @@ def _without_xet() -> Iterator[None]:
 
 
 def _contents(api: Any, repository: str) -> dict[str, str] | None:
-    """List the files of a repository with their digests; None where there is no such repository."""
+    """Return the digests of a repository's files by name; None if the repository does not exist."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
@@ -166,7 +166,7 @@ def _contents(api: Any, repository: str) -> dict[str, str] | None:
 
 
 def _is(path: Path, digest: str | None) -> bool:
-    """Compare a file with the digest that the hub gives of one: the SHA-256 of a large file, git's of a small one."""
+    """Tell whether a file matches the hub's digest: SHA-256 of an LFS file, git's blob hash of any other."""
     if digest is None:
         return False
     if len(digest) == hashlib.sha256().digest_size * 2:
@@ -180,26 +180,24 @@ def _status_of(error: BaseException) -> int | None:
 
 
 def _status(error: BaseException) -> int | None:
-    """Find the HTTP status that an error, or one of its causes, tells."""
+    """Return the HTTP status of an error or of one of its causes; None if there is none."""
     return next((status for one in with_causes(error) if (status := _status_of(one)) is not None), None)
 
 
 def _cause(error: Exception) -> str:
-    """Say what went wrong and what to do about it, without a word of the request."""
+    """Describe what went wrong and what to do, without quoting the request."""
     from huggingface_hub.errors import LocalTokenNotFoundError
 
     for one in with_causes(error):
         if isinstance(one, LocalTokenNotFoundError):
-            return "there is no token; `hf auth login`, or set HF_TOKEN"
+            return "there is no token; run `hf auth login`, or set HF_TOKEN"
         if isinstance(one, ValueError) and "metadata in README.md" in str(one):
-            return "the hub finds fault with the lines between --- at the top of README.md: " + " ".join(
-                str(one).split()
-            )
+            return "the hub rejects the metadata between --- at the top of README.md: " + " ".join(str(one).split())
         status = _status_of(one)
         if status == 401:
-            return "the hub does not know the token; `hf auth login` with a new one (HF_TOKEN goes before it)"
+            return "the token is invalid; run `hf auth login` with a new one (HF_TOKEN takes precedence)"
         if status == 403:
-            return "the token may not write there; give it the right to (huggingface.co/settings/tokens)"
+            return "the token has no write access; grant it (huggingface.co/settings/tokens)"
         if status == 413:
-            return "the hub finds it too large for this account (status 413)"
+            return "it exceeds the storage limit of this account (status 413)"
     return f"the hub {cause_of(error)}"
