@@ -82,7 +82,7 @@ def test_results_of_other_weights_are_left_out(run, tmp_path):
     path.write_text(json.dumps(found))
     assert cli.main(["export", str(copy), "--out", str(tmp_path / "out"), "--card"]) == 0
     text = (tmp_path / "out/README.md").read_text()
-    assert "No evaluation of these weights was made" in text and "are left out: " in text
+    assert "These weights have not been evaluated" in text and "are omitted: " in text
     assert "model-index" not in metadata(tmp_path / "out")
 
 
@@ -148,7 +148,7 @@ def test_a_card_that_somebody_wrote_stays(tmp_path):
     export = ["export", "show_o_tiny", "--out", str(tmp_path), "--card"]
     assert cli.main(export) == 0
     made = tmp_path / "README.md"
-    assert "without training" in made.read_text() and "## Results" not in made.read_text()
+    assert "without post-training" in made.read_text() and "## Results" not in made.read_text()
     made.write_text(made.read_text() + "more\n")
     assert cli.main(export) == 0 and "more" not in made.read_text()
     made.write_text("my own\n")

@@ -46,7 +46,7 @@ def test_scores_and_flips(compared, capsys):
     assert page.count('<button type="button" class="flip"') == len(flips) > 5
     for flip in flips:
         assert f'alt="before: {html.escape(flip["prompt"])}"' in page
-    assert "Better: the interval lies above zero" in page and "Lost: 0 prompts" in page
+    assert "Better: the interval is above zero" in page and "Lost: 0 prompts" in page
     assert found["before"]["kind"] == "base" and found["after"]["kind"] == "run"
 
 
