@@ -1,6 +1,7 @@
-"""Alarms of a collapse: what evaluations during training show of a model that gets worse instead of better.
+"""Alarms for model collapse, raised from the evaluations during training.
 
-Each compares with the run's own evaluations before. The thresholds, keys of `eval`, have not been calibrated at scale.
+Each alarm compares an evaluation with earlier ones of the same run. The thresholds, keys of `eval`, have not been
+calibrated at scale.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,8 +12,8 @@ from torch.nn import functional as F
 
 from reca.eval.config import EvalConfig
 
-SMALLEST_GAP = 0.005  # of the loss: a gap that never was larger says nothing when it falls
-SIDE = 16  # pixels of the height and width at which images are compared with each other
+SMALLEST_GAP = 0.005  # as a fraction of the loss; a gap that was never larger raises no alarm when it falls
+SIDE = 16  # pixels; images are pooled to SIDE x SIDE before they are compared with each other
 
 LOSS, GAP = "holdout/loss", "holdout/gap"
 CONTRAST, VARIETY = "samples/contrast", "samples/variety"
@@ -20,10 +21,11 @@ CONTRAST, VARIETY = "samples/contrast", "samples/variety"
 
 @torch.no_grad()
 def spread(images: Sequence[Tensor]) -> dict[str, float]:
-    """Measure how much pixels vary, in levels of 0 to 255. images: uint8 [3, H, W] each.
+    """Measure the variation of pixel values, in levels of 0 to 255. images: uint8 [3, H, W] each.
 
-    samples/contrast  standard deviation within an image, mean over images; 0 where all are flat
-    samples/variety   standard deviation between images, of the same pixel and colour; 0 where all are the same one
+    samples/contrast  standard deviation within an image, mean over channels and images; 0 if all are uniform
+    samples/variety   standard deviation across images, mean over pooled pixels and channels; 0 if all are identical;
+                      absent for a single image
     """
     if not images:
         return {}
@@ -36,9 +38,9 @@ def spread(images: Sequence[Tensor]) -> dict[str, float]:
 
 
 class Alarms:
-    """Looks at the evaluations of a run, one after another, by the names of log.jsonl.
+    """Checks the evaluations of a run one by one. Values are named as in log.jsonl.
 
-    active: what is wrong after the last one, a message by the name of its alarm.
+    active: messages of the alarms that the last evaluation raised, by name.
     """
 
     def __init__(self, config: EvalConfig):
@@ -49,7 +51,7 @@ class Alarms:
         self.active: dict[str, str] = {}
 
     def check(self, step: int, values: Mapping[str, float]) -> list[str]:
-        """Look at one more evaluation. Returns the alarms that begin with it."""
+        """Check the next evaluation, and return the messages of alarms that were not active before it."""
         before = self.active
         if not self.first:
             self.first_step = step
@@ -60,7 +62,7 @@ class Alarms:
         return [text for name, text in self.active.items() if name not in before]
 
     def _seen(self, values: Mapping[str, float]) -> dict[str, str]:
-        """Describe what has collapsed, by the name of the alarm; an empty text where nothing has."""
+        """Return the message of every alarm by name; an empty message means no alarm."""
         return {
             "loss": self._loss(values),
             "gap": self._gap(values),
@@ -82,19 +84,20 @@ class Alarms:
         if now is None or not loss or most < SMALLEST_GAP * loss or not now < self.config.alarm_gap * most:
             return ""
         return (
-            f"another image's h_v raises the held-out loss by {now:.4g} only, where it was {most:.4g} before "
-            f"(eval.alarm_gap={self.config.alarm_gap:g}). The model no longer uses h_v and generates an average "
-            "image: lower optim.lr, train fewer roles (train.train), or give i2t or t2i a weight beside reca"
+            f"replacing h_v by that of another image raises the held-out loss by only {now:.4g}, and by up to "
+            f"{most:.4g} before (eval.alarm_gap={self.config.alarm_gap:g}). The model no longer uses h_v and generates "
+            "an average image: lower optim.lr, train fewer roles (train.train), or train i2t or t2i together with reca"
         )
 
     def _spread(self, name: str, values: Mapping[str, float]) -> str:
         base, now = self.first.get(name), values.get(name)
         if not base or now is None or now >= self.config.alarm_spread * base:
             return ""
-        what = "within drawn images" if name == CONTRAST else "between drawn images"
-        means = "they turn flat" if name == CONTRAST else "they become one and the same"
+        what = "within generated images" if name == CONTRAST else "across generated images"
+        means = "they become uniform" if name == CONTRAST else "they become identical"
         return (
             f"the standard deviation of pixels {what} fell from {base:.3g} to {now:.3g} levels "
-            f"(eval.alarm_spread={self.config.alarm_spread:g}): {means}, whatever the prompt says. Text-to-image is "
-            "lost: lower optim.lr, shrink or blur the image that h_v is made of, or give t2i a weight beside reca"
+            f"(eval.alarm_spread={self.config.alarm_spread:g}): {means}, whatever the prompt. Text-to-image generation "
+            "collapses: lower optim.lr, shrink or blur the image that h_v is computed from, or train t2i together "
+            "with reca"
         )

@@ -1,4 +1,4 @@
-"""What torch's allocator would hand out in a training step, counted from tensors that have no memory."""
+"""Memory that torch's allocator would hand out in a training step, counted by running the step on fake tensors."""
 
 import functools
 import os
@@ -23,8 +23,8 @@ from reca.models.common.on_cpu import as_gpu
 from reca_kernels.masked_linear_cross_entropy.plan import CPU, Machine, plan
 
 OTHER = "other"
-BLOCK = 512  # bytes: the CUDA allocator hands out multiples of it
-PROCESSORS = 132  # of a GPU, on which masked_linear_cross_entropy's chunks depend where it takes several
+BLOCK = 512  # bytes; the CUDA allocator rounds sizes up to multiples of it
+PROCESSORS = 132  # multiprocessors of the assumed GPU, which masked_linear_cross_entropy's chunk size depends on
 
 _DEVICE = torch.ops.prim.device.default
 _NUMBER = torch.ops.aten._local_scalar_dense.default
@@ -32,13 +32,13 @@ _SCALE = torch.ops.reca.masked_linear_cross_entropy_scale.default
 
 
 class Allocations(TorchDispatchMode):
-    """Follow the storages of all tensors that operators return, from their first use to their last, and the peak.
+    """Track the storages of all tensors that operators return, from allocation to release, and the peak.
 
-    Temporaries within a kernel are not seen; large ones are counted by WORKSPACES. A number that the host asks of a
-    tensor without memory is 1.
+    Temporaries inside kernels are not tracked, except large ones, which WORKSPACES counts. `item()` of a fake tensor
+    returns 1.
 
-    now      bytes that are held, by kind; what nobody has labelled is OTHER
-    at_peak  the same at the moment when most was held
+    now      allocated bytes by kind; OTHER for tensors without a label
+    at_peak  the same at the time of the peak
     """
 
     def __init__(self, gpu: bool, card: int = 80 << 30) -> None:
@@ -49,7 +49,7 @@ class Allocations(TorchDispatchMode):
         self._live: dict[int, tuple[Any, int, str]] = {}
 
     def label(self, tensors: Iterable[Tensor | None], kind: str) -> None:
-        """Count tensors as `kind`, whether they were seen before or not."""
+        """Attribute tensors to `kind`, whether or not they are tracked already."""
         for tensor in tensors:
             if tensor is None:
                 continue
@@ -61,7 +61,7 @@ class Allocations(TorchDispatchMode):
             self.now[kind] = self.now.get(kind, 0) + size
 
     def hold(self, size: int) -> None:
-        """Count bytes that are there all the time, of tensors that are not made here."""
+        """Add bytes that stay allocated, of tensors that are not created under this mode."""
         self.now[OTHER] += size
         self._total += size
 
@@ -85,8 +85,8 @@ class Allocations(TorchDispatchMode):
         if func is _DEVICE and isinstance(args[0], FakeTensor):
             return args[0].fake_device
         if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # its local tensors come here next
-        if func is _SCALE:  # writes where its gradient lies, as long as nobody keeps the graph
+            return NotImplemented  # dispatched again with the local tensors
+        if func is _SCALE:  # in place on the gradient, unless the graph is retained
             return args[0]
         if func is _NUMBER and isinstance(args[0], FakeTensor):
             return 1.0 if args[0].is_floating_point() else 1
@@ -122,7 +122,7 @@ class Allocations(TorchDispatchMode):
         self._total -= size
 
     def resized(self, storage: torch.UntypedStorage, size: int) -> None:
-        """Count a storage anew: FSDP2 gathers parameters into storages that it empties afterwards."""
+        """Track the new size of a storage: FSDP2 resizes storages to gather parameters, and to 0 to free them."""
         if (found := self._live.get(storage._cdata)) is not None:
             reference, before, kind = found
             after = self._size(size)
@@ -138,7 +138,7 @@ def _resized(storage: torch.UntypedStorage, allocations: Allocations, size: int)
 
 
 def _shapes_only(propagator: Any, allocations: Allocations, *arguments: Any) -> Any:
-    """Let DTensor find out shapes as always: on tensors of the whole size that have no memory in a real run either."""
+    """Propagate DTensor's shapes without tracking: its full-size tensors have no memory in a real run either."""
     allocations._paused = True
     try:
         return allocations._propagate(propagator, *arguments)
@@ -150,13 +150,13 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-# ---- temporaries within kernels ----
+# ---- temporaries inside kernels ----
 
 
 def _linear_cross_entropy(
     machine: Machine, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *rest: Any
 ) -> int:
-    """Count what masked_linear_cross_entropy/linear_chunks.py allocates beside its results."""
+    """Count the bytes that masked_linear_cross_entropy/linear_chunks.py allocates in addition to its results."""
     *_, chunk_rows, max_labelled, dtype, needs, backend = rest
     if backend == "reference":
         return 0
@@ -172,7 +172,7 @@ def _linear_cross_entropy(
 
 
 def _distances(machine: Machine, x: Tensor, y: Tensor) -> int:
-    """Count torch's cdist: both operands with two columns more, for each of a batch."""
+    """Count the bytes of torch.cdist's temporaries: both batched operands with two more columns."""
     batch, (width, size) = x.shape[:-2].numel(), (x.shape[-1] + 2, x.itemsize)
     return batch * (x.shape[-2] + y.shape[-2]) * width * size
 
@@ -183,9 +183,9 @@ WORKSPACES: dict[Any, Callable[..., int]] = {
 }
 
 
-# ---- what a GPU does where a CPU does otherwise ----
+# ---- CUDA behaviour emulated on the CPU ----
 
-# What autocast runs in fp32 on CUDA, and in the type of its input on CPUs.
+# Functions that autocast runs in fp32 on CUDA, but in the dtype of their inputs on CPUs.
 _IN_FP32 = {
     F.layer_norm, torch.layer_norm, F.group_norm, torch.group_norm, F.softmax, torch.softmax, Tensor.softmax,
     F.log_softmax, torch.log_softmax, Tensor.log_softmax, torch.exp, Tensor.exp, torch.log, Tensor.log, torch.pow,
@@ -197,12 +197,13 @@ _HALVES = (torch.float16, torch.bfloat16)
 
 
 class OnGPU(TorchFunctionMode):
-    """Run on tensors of the CPU what CUDA would: its attention kernels, and what its autocast keeps in fp32."""
+    """Emulate CUDA on CPU tensors: its attention kernels, and the functions that its autocast runs in fp32."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if func is Tensor.backward:  # so that blocks are run again in it as they were: torch.autograd.backward is a
-            with self:  # function too, around which a mode is off
+        if func is Tensor.backward:
+            # Recomputed blocks need this mode, but torch.autograd.backward is a torch function and would disable it.
+            with self:
                 return _engine_run_backward(
                     (args[0],),
                     (torch.ones_like(args[0]),),
@@ -228,7 +229,7 @@ def _attention(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
     scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Attend by FlashAttention, or with a mask or in fp32 by the memory-efficient kernel: neither makes the scores."""
+    """Call FlashAttention, or the memory-efficient kernel with a mask or in fp32: neither materialises the scores."""
     if torch.is_autocast_enabled("cpu"):
         q, k, v = (x.to(torch.get_autocast_dtype("cpu")) for x in (q, k, v))
     ops = torch.ops.aten
@@ -247,7 +248,7 @@ def _attention(
 
 @contextmanager
 def on_gpu() -> Iterator[None]:
-    """Do as a GPU does, with tensors of the CPU that have no memory."""
-    # By default sdpa: the others take no tensors of a CPU, or are for small ones.
+    """Emulate a GPU with fake CPU tensors."""
+    # sdpa by default: the other implementations reject CPU tensors or are for small inputs.
     with environment(RECA_ATTENTION=os.environ.get("RECA_ATTENTION", "sdpa")), OnGPU(), as_gpu():
         yield

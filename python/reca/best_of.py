@@ -1,11 +1,11 @@
-"""`reca best-of`: of several images per prompt, the one of which the model itself finds the prompt likeliest.
+"""`reca best-of`: keep, of several images per prompt, the one that makes the prompt most likely under the same model.
 
 The score is log p(prompt | image) under the model's own understanding, as in SUDER (arXiv 2506.07963) and GvU (arXiv
-2603.06043); what is kept is laid out for `data.captions`, so that supervised fine-tuning on it needs nothing else.
+2603.06043). The output folder has the format of `data.captions`, ready for supervised fine-tuning.
 
-    OUT/000012.png, 000012.txt    the image that is kept of the prompt in line 13, and the prompt
+    OUT/000012.png, 000012.txt    the best image of prompt 12, counted from 0, and the prompt
     OUT/scores.jsonl              per prompt: seeds, scores, and which image is kept
-    OUT/best_of.json              what the images were made with
+    OUT/best_of.json              settings of generation and scoring
 """
 
 import json
@@ -25,18 +25,19 @@ from reca.models.base import Adapter
 from reca.models.common.likelihood import LogLikelihood
 
 QUESTION = "Describe this image."
-TOGETHER = 16  # images that are drawn before their prompts are recorded
+TOGETHER = 16  # images that are generated before their prompts are recorded
 SETTINGS, SCORES, PART = "best_of.json", "scores.jsonl", "scores.rank{}.jsonl"
 
 
 @dataclass
 class Choice:
-    """How images are drawn and scored.
+    """How images are generated and scored.
 
     count     images per prompt
     seed      of the first image of the first prompt; image k of prompt i has seed + i count + k
-    question  that the prompt is scored as the answer to
-    model     what names the weights, JSON-able
+    question  question to which the prompt is scored as the answer
+    sampling  sampling options
+    model     JSON-serialisable description that identifies the weights
     """
 
     count: int
@@ -55,25 +56,25 @@ class Choice:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Read prompts, one a line; empty lines do not count. Raises ValueError."""
+    """Read prompts, one per line, skipping empty lines. Raises ValueError."""
     try:
         lines = decode_text(path.read_bytes()).split("\n")
     except OSError as error:
         raise ValueError(
-            f"prompts {path} cannot be read ({error.strerror or error}); give a text file of them"
+            f"prompts {path} cannot be read ({error.strerror or error}); give a text file with one prompt per line"
         ) from error
     except ValueError as error:
         raise ValueError(f"prompts {path}: {error}") from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise ValueError(f"prompts {path} holds no prompt; write one a line")
+        raise ValueError(f"prompts {path} contains no prompt; write one per line")
     return prompts
 
 
 def open_folder(out: Path, choice: Choice, prompts: Sequence[str]) -> dict[int, dict[str, Any]]:
-    """Open a folder that is new, or was left by the same command. Returns the records of prompts that are done.
+    """Open a new folder or one that the same command left, and return the records of finished prompts by number.
 
-    Raises ValueError when it was made with something else.
+    Raises ValueError if the folder was made with other settings or prompts.
     """
     wanted = choice.settings()
     with distributed.fail_together():
@@ -92,15 +93,15 @@ def open_folder(out: Path, choice: Choice, prompts: Sequence[str]) -> dict[int, 
                 f"{name} was {found.get(name)!r:.200} and is {wanted[name]!r:.200}" for name in changed
             )
             raise ValueError(
-                f"--out {out} was made with other settings: {differences}. Give another folder, or the same ones"
+                f"--out {out} was made with other settings: {differences}. Give another folder, or the same settings"
             )
         done = {}
         for record in _records(out):
             number = record["number"]
             if number >= len(prompts) or record["prompt"] != prompts[number]:
                 raise ValueError(
-                    f"--out {out} was made of other prompts: number {number} was {record['prompt']!r:.100}. Prompts "
-                    "may be added at the end; for others give another folder"
+                    f"--out {out} was made from other prompts: number {number} was {record['prompt']!r:.100}. Append "
+                    "new prompts at the end, or give another folder"
                 )
             if (out / record["image"]).exists() and (out / record["image"]).with_suffix(".txt").exists():
                 done[number] = record
@@ -108,11 +109,11 @@ def open_folder(out: Path, choice: Choice, prompts: Sequence[str]) -> dict[int, 
 
 
 def choose(load: Callable[[], Adapter], prompts: Sequence[str], choice: Choice, out: Path) -> list[dict[str, Any]]:
-    """Draw, score and keep images of this rank's share of the prompts that are not done.
+    """Generate, score and select images for this rank's share of the unfinished prompts.
 
-    load: makes the model, where there is something to do; called on every rank or on none.
-    An image depends on its prompt and seed alone, so neither ranks nor interruptions change what is kept.
-    Returns the records of all prompts. Raises OSError when the disk does not take them.
+    load: builds the model; called on every rank, or on none if all prompts are finished.
+    An image depends on its prompt and seed only, so the number of ranks and interruptions do not change the result.
+    Returns the records of all prompts. Raises OSError if they cannot be written.
     """
     done = open_folder(out, choice, prompts)
     missing = [number for number in range(len(prompts)) if number not in done]
@@ -127,7 +128,7 @@ def choose(load: Callable[[], Adapter], prompts: Sequence[str], choice: Choice, 
             for made in _choose(model, own[start : start + several], prompts, choice, out):
                 record.write(made)
                 if record.lost:
-                    raise OSError(f"{record.path} cannot be written; free space: the same command goes on")
+                    raise OSError(f"{record.path} cannot be written; free disk space and repeat the command to go on")
                 bar.update()
     record.close()
     distributed.barrier()
@@ -140,9 +141,9 @@ def choose(load: Callable[[], Adapter], prompts: Sequence[str], choice: Choice, 
 def _choose(
     model: Adapter, numbers: Sequence[int], prompts: Sequence[str], choice: Choice, out: Path
 ) -> Iterable[dict[str, Any]]:
-    """Draw, score and write the images of a few prompts. Yields the record of each when it is on disk.
+    """Generate, score and write the images of a few prompts. Yields the record of each after its files are written.
 
-    Raises ValueError for a question behind which no prompt is read.
+    Raises ValueError if the question is so long that the prompt is truncated away.
     """
     texts = [prompts[number] for number in numbers for _ in range(choice.count)]
     seeds = [seed for number in numbers for seed in choice.seeds(number)]
@@ -152,8 +153,8 @@ def _choose(
         mine = slice(place * choice.count, (place + 1) * choice.count)
         if not all(score.tokens for score in scores[mine]):
             raise ValueError(
-                f"--question {choice.question!r:.200} fills all that the model reads, so that no token of the prompt "
-                f"{prompts[number]!r:.100} is scored behind it; give a shorter question"
+                f"--question {choice.question!r:.200} takes up the model's maximum sequence length, so no token of the "
+                f"prompt {prompts[number]!r:.100} is scored; give a shorter question"
             )
         sums = [score.sum for score in scores[mine]]
         kept = max(range(choice.count), key=lambda k: sums[k] if math.isfinite(sums[k]) else -math.inf)
@@ -167,7 +168,7 @@ def _choose(
 
 
 def merge(out: Path) -> None:
-    """Put the records of all ranks into one file, by number."""
+    """Merge the records of all ranks into one file, ordered by number."""
     records = {record["number"]: record for record in _records(out)}
     write_atomically(out / SCORES, "".join(json.dumps(records[number]) + "\n" for number in sorted(records)))
     for part in out.glob(PART.format("*")):
@@ -180,12 +181,12 @@ def _records(out: Path) -> list[dict[str, Any]]:
 
 
 def report(records: Sequence[dict[str, Any]], out: Path) -> list[str]:
-    """Say what was kept and what it scores, in nats per token, beside the mean of all that was drawn."""
+    """Report the mean score of the kept images, in nats per token, and that of all generated images."""
     per_token = [[LogLikelihood(s, record["tokens"]).mean for s in record["log_likelihood"]] for record in records]
     kept = [scores[record["kept"]] for scores, record in zip(per_token, records, strict=True)]
     drawn = [score for scores in per_token for score in scores]
     return [
-        f"{len(records)} images of {len(drawn)} kept in {out}: mean log p(prompt | image) of a token "
-        f"{sum(kept) / len(kept):.3f}, of all drawn {sum(drawn) / len(drawn):.3f}",
+        f"kept {len(records)} of {len(drawn)} images in {out}: mean log p(prompt | image) per token "
+        f"{sum(kept) / len(kept):.3f}, of all generated {sum(drawn) / len(drawn):.3f}",
         f"Train on them with: data.captions={out} objective.t2i.weight=1 objective.reca.weight=0",
     ]

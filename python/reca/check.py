@@ -28,11 +28,11 @@ from reca.recompute import checkpoint_activations
 from reca.rng import CounterRNG
 from reca_kernels import dispatch
 
-IMAGES = 8  # at most: what is masked or dropped is drawn, so the FLOPs are a mean over a micro-batch
+IMAGES = 8  # at most; masks and dropped text are random, so FLOPs are averaged over several images
 TEXT = "Describe the image in detail."
-ASSUMED_GPU, ASSUMED_SHARE = "NVIDIA H100", 0.5  # whose step is compared with decoding; of its peak
-SPARE = 1.25  # of decoding threads, as images differ
-MOST_THREADS = 256  # that are asked for: a model that wants more is too small for a GPU to be what limits it
+ASSUMED_GPU, ASSUMED_SHARE = "NVIDIA H100", 0.5  # GPU and fraction of its peak that a step's time is estimated with
+SPARE = 1.25  # safety factor for decoding threads, because images differ
+MOST_THREADS = 256  # largest recommendation; a model that needs more is too small to be limited by the GPU
 
 
 class Parameters(NamedTuple):
@@ -41,11 +41,11 @@ class Parameters(NamedTuple):
 
 
 class Flops(NamedTuple):
-    """FLOPs of one image in a RECA step. A multiply-add counts as two; attention counts every pair of tokens."""
+    """FLOPs per image of a RECA step. A multiply-add counts as two; attention counts every pair of tokens."""
 
-    encode: float  # frozen encoders, which a feature cache runs once
+    encode: float  # frozen encoders; with a feature cache they run only once
     forward: float
-    backward: float  # with the blocks' second forward pass under activation checkpointing
+    backward: float  # including the recomputation of activation checkpointing
 
 
 def parameters(adapter: Adapter) -> dict[str, Parameters]:
@@ -60,7 +60,7 @@ def parameters(adapter: Adapter) -> dict[str, Parameters]:
 
 
 def flops(adapter: Adapter, fake: FakeTensorMode, images: int) -> Flops:
-    """Count the FLOPs of an image in RECA on a GPU, as a mean over so many of the views' size."""
+    """Count the FLOPs per image of a RECA step on a GPU, averaged over `images` images of the views' sizes."""
     views = adapter.views("reca")
 
     def blank(view) -> list[Tensor] | None:
@@ -72,7 +72,7 @@ def flops(adapter: Adapter, fake: FakeTensorMode, images: int) -> Flops:
 
 
 def without_memory(batch: Batch, fake: FakeTensorMode) -> Batch:
-    """Return a batch of the same samples whose pixels or features have sizes and no values."""
+    """Return a batch of the same samples with fake pixels or features of the same shapes."""
 
     def blank(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -86,10 +86,10 @@ def without_memory(batch: Batch, fake: FakeTensorMode) -> Batch:
 
 
 def batch_flops(adapter: Adapter, batch: Batch, rng: CounterRNG) -> Flops:
-    """Count FLOPs of a sample on a GPU by running a batch's loss on tensors without memory.
+    """Count the FLOPs per sample on a GPU by running a batch's loss on fake tensors.
 
-    Only ids, masks and random numbers are real. Features that the batch has are not encoded.
-    rng: of the task in its run, as masks are drawn by it, and how many tokens they hide decides the work of a head.
+    Only ids, masks and random numbers are real. A batch that has features is not encoded.
+    rng: the task's generator in the run; it draws the masks, and the number of masked tokens determines a head's work.
     """
     counter = FlopCounterMode(display=False, custom_mapping=CONVOLUTIONS)
     with dispatch.use("reference"), as_gpu(), sdpa_kernel(SDPBackend.MATH), counter:
@@ -104,8 +104,8 @@ def batch_flops(adapter: Adapter, batch: Batch, rng: CounterRNG) -> Flops:
     return Flops(*(n / len(batch) for n in (encoded, forward - encoded, backward - forward)))
 
 
-def _convolution_backward(grad, x, weight, *others, **_) -> int:  # shapes, and the last but one of them output_mask
-    """Count a convolution's backward pass with its groups, which torch's formula ignores: SANA's have one channel."""
+def _convolution_backward(grad, x, weight, *others, **_) -> int:  # the op's arguments, with shapes for tensors
+    """Count the FLOPs of a convolution's backward pass with groups, which torch ignores: SANA's are depthwise."""
     transposed, wanted = others[4], others[7]
     return 2 * math.prod(x if transposed else grad) * math.prod(weight[1:]) * (wanted[0] + wanted[1])
 
@@ -114,16 +114,17 @@ CONVOLUTIONS = {torch.ops.aten.convolution_backward: _convolution_backward}
 
 
 def _indices(feature: Tensor | list) -> Tensor | list:
-    """Give integer features values: they are codes, which losses index with."""
+    """Replace integer features by real zeros: they are codes, which losses use as indices."""
     if not isinstance(feature, Tensor) or feature.is_floating_point():
         return feature
     return torch.zeros(feature.shape, dtype=feature.dtype)
 
 
 def report(recipe: Recipe, gpus: int = 1, node: int = 8, card: int | None = None) -> str:
-    """Write the report. card: bytes of one to fit.
+    """Return the report as text.
 
-    Raises ValueError for what `reca train` on this number of GPUs would refuse.
+    card: memory of a GPU in bytes; with it, also report which settings fit.
+    Raises ValueError for a recipe that `reca train` would reject on this number of GPUs.
     """
     if gpus < 1 or node < 1:
         raise ValueError(f"--gpus and --node must be at least 1, got {gpus} and {node}")
@@ -142,17 +143,17 @@ def report(recipe: Recipe, gpus: int = 1, node: int = 8, card: int | None = None
         images = recipe.objective.reca.batch_size
         steps[f"step of {images} images"] = images * sum(work)
     lines += [_line(name, n, units.FLOPS) for name, n in steps.items()]
-    lines += ["", f"samples of a step on {units.counted(gpus, 'GPU')}"]
+    lines += ["", f"samples per step on {units.counted(gpus, 'GPU')}"]
     for task in recipe.active_tasks():
         config = getattr(recipe.objective, task)
         split = describe_split(config, gpus)
         if config.max_tokens is not None:
             most = memory.largest_sample(adapter, recipe, task, fake)
-            split += f"; the largest sample has {most}" + ", and is a pass alone" * (most > config.max_tokens)
+            split += f"; the largest sample has {most}" + ", a micro-batch by itself" * (most > config.max_tokens)
         lines.append(f"  {task:<22}{config.batch_size:>18}   {split}")
     if text := size_warning(recipe.objective, recipe.active_tasks(), gpus):
         lines += textwrap.wrap(text, 100, initial_indent="  ", subsequent_indent="  ")
-    lines += ["", f"peak memory per GPU of a step, predicted, {units.counted(gpus, 'GPU')}"]
+    lines += ["", f"predicted peak memory per GPU in a step, {units.counted(gpus, 'GPU')}"]
     if gpus > 1:
         shard = predicted_shard_size(adapter, recipe, gpus, node, room)
         held = "all weights (ddp)" if shard == 1 else f"1/{shard} of the weights"
@@ -162,10 +163,11 @@ def report(recipe: Recipe, gpus: int = 1, node: int = 8, card: int | None = None
     lines += [_line("with a reserve", memory.needed(peak.total), units.BYTES) + f" for {memory.NOT_COUNTED}"]
     values = by_key(recipe)
     if drawing := [key for key in ("eval.every", "log.sample_every", "log.reconstructions") if values[key]]:
-        lines.append(f"  not predicted: what is drawn or evaluated between steps ({', '.join(drawing)})")
-    lines += [_line("host memory", host_memory(adapter, recipe, gpus, node, room), units.BYTES) + " a machine, loading"]
+        lines.append(f"  not predicted: generation and evaluation between steps ({', '.join(drawing)})")
+    loading = host_memory(adapter, recipe, gpus, node, room)
+    lines += [_line("host memory", loading, units.BYTES) + " per node, while weights are loaded"]
     if moments := host_moments(adapter, recipe, gpus, node, room):
-        lines += [_line("moments on the host", moments, units.BYTES) + " a machine, in the whole run"]
+        lines += [_line("moments on the host", moments, units.BYTES) + " per node, during the whole run"]
     lines += _decoding(recipe, adapter, sum(work))
     if card is not None:
         lines += ["", f"GPUs of {units.size(card)}", *cards.describe(recipe, peak, gpus, node, card)]
@@ -173,20 +175,20 @@ def report(recipe: Recipe, gpus: int = 1, node: int = 8, card: int | None = None
 
 
 class Decoding(NamedTuple):
-    """A step's images on a CPU beside the step on a GPU."""
+    """Time to decode a step's images on the CPU, and time of the step on a GPU."""
 
     gpu: str
     cpu_seconds: float  # of one core of this machine, for all images of a step
-    step: float  # seconds, from FLOPs
+    step: float  # seconds, estimated from FLOPs
 
     @property
     def threads(self) -> int:
-        """Return how many threads decode as fast as the GPU computes, with some to spare."""
+        """Return the number of threads that decode as fast as the GPU computes, times SPARE."""
         return max(1, math.ceil(SPARE * self.cpu_seconds / self.step))
 
 
 def decoding(recipe: Recipe, adapter: Adapter, flops_of_image: float) -> Decoding:
-    """Measure decoding on one core, and compute the step's seconds on this GPU, or an assumed one where none is."""
+    """Measure decoding on one core, and estimate the time of a step on this GPU, or on ASSUMED_GPU without one."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ASSUMED_GPU
     step = recipe.objective.reca.batch_size * flops_of_image / (ASSUMED_SHARE * _peak(name))
     decoded = sum(
@@ -203,18 +205,18 @@ def _peak(gpu: str) -> float:
 
 
 def _decoding(recipe: Recipe, adapter: Adapter, flops_of_image: float) -> list[str]:
-    """Say how many CPU threads decode as fast as a GPU computes, so that no step waits for its images."""
+    """Report how many CPU threads are needed so that no step waits for its images."""
     if not recipe.objective.reca.weight:
         return []
     found = decoding(recipe, adapter, flops_of_image)
     threads = found.threads
     few = ": TOO FEW, steps will wait" if recipe.data.workers < threads else ""
-    asked = f"{threads:>18} per GPU at least, a fourth of it spare; the recipe has {recipe.data.workers}{few}"
+    asked = f"{threads:>18} per GPU, with a margin of {SPARE - 1:.0%}; the recipe has {recipe.data.workers}{few}"
     if threads > MOST_THREADS:
-        asked = f"{'any':>18}: a model of this size waits for its images on such a GPU; data.cache decodes each once"
+        asked = f"{'any':>18}: a model this small waits for images on such a GPU; data.cache decodes each only once"
     return [
         "",
-        "CPU threads that decode a step's images while a GPU computes it",
+        "CPU threads that decode the images of a step while a GPU computes",
         f"  {'decoding, measured':<22}{1e3 * found.cpu_seconds:>18.1f} ms of one core of this machine, JPEGs of "
         f"{decode_speed.SIDE} x {decode_speed.SIDE}",
         f"  {'computing, assumed':<22}{1e3 * found.step:>18.1f} ms: FLOPs of the RECA images at {ASSUMED_SHARE:.0%} "

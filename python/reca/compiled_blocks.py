@@ -1,7 +1,7 @@
-"""torch.compile of a model's blocks (train.compile), in regions that a new layout does not compile again.
+"""torch.compile of a model's blocks (train.compile), in regions that a new layout does not recompile.
 
-Attention by a plan stays outside (models/common/planned.py): the plan is the layout, and a graph that held it would be
-made anew with every batch. What stands around it is compiled for any number of samples and rows.
+Planned attention (models/common/planned.py) is not compiled: a plan describes one layout, so a graph that contained it
+would be recompiled for every batch. The rest is compiled for any number of samples and tokens.
 """
 
 import inspect
@@ -16,13 +16,13 @@ from torch.utils._triton import has_triton
 from reca.config import TrainConfig
 from reca.models.base import Adapter
 
-KINDS = 32  # graphs of one function: of its calls with and without gradient, cache, and single samples, at most 6 seen
+KINDS = 32  # graphs per function: with and without gradient, cache and single samples; at most 6 occurred in practice
 
 
 def wanted(config: TrainConfig, device: torch.device) -> bool:
-    """Tell whether the blocks are compiled. By default on GPUs with Triton, which inductor's kernels are written in.
+    """Tell whether to compile the blocks. The default is to do so on GPUs with Triton, which inductor needs.
 
-    Not by default with train.deterministic: inductor chooses among kernels that round differently by their time.
+    With train.deterministic the default is not to: inductor times kernels that round differently, and picks one.
     """
     if config.compile is None:
         return device.type == "cuda" and has_triton() and not config.deterministic
@@ -30,11 +30,11 @@ def wanted(config: TrainConfig, device: torch.device) -> bool:
 
 
 def compile_blocks(adapter: Adapter, backend: str = "inductor") -> None:
-    """Compile the encoders, for the sizes they meet, and the blocks' passes that have a graph for autograd.
+    """Compile the encoders for the shapes that occur, and the blocks' forward passes that record gradients.
 
-    Other passes are left as they are. Sampling would compile again for every layer, as K/V in a cache are numbered by
-    layer, until Dynamo gives up. So would wrappers that transformers puts around a layer's forward pass, which all
-    its layers share, for each kind of layer: they are taken off.
+    Passes without gradients stay eager: in sampling, the KV cache is indexed by layer, so every layer would be
+    recompiled until Dynamo reaches its limit. Wrappers that transformers puts around a layer's forward pass are
+    removed: all layers share them, so they would be recompiled for each kind of layer.
     """
     dynamo = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, KINDS)

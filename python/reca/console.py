@@ -1,4 +1,4 @@
-"""What a run prints: a bar on a terminal, aligned lines elsewhere, both on stderr and by rank 0 alone."""
+"""Console output of a run, on stderr and by rank 0 only: a progress bar on a terminal, otherwise aligned lines."""
 
 import logging
 import sys
@@ -16,9 +16,9 @@ log = logging.getLogger("reca")
 
 
 class Console:
-    """A bar that moves with every step, or a line at every line of log.jsonl.
+    """A progress bar that advances with every step, or a printed line for every line of log.jsonl.
 
-    What cannot be printed is lost: stderr may be a file on a full disk, or a pipe that nobody reads any longer.
+    Errors of printing are ignored: stderr may be a file on a full disk, or a pipe without a reader.
     """
 
     def __init__(self, name: str, steps: int, done: int):
@@ -26,7 +26,7 @@ class Console:
         self.stack = ExitStack()
         self.bar: tqdm | None = None
         if sys.stderr.isatty():
-            self.stack.enter_context(logging_redirect_tqdm())  # of the root logger, whose handler prints
+            self.stack.enter_context(logging_redirect_tqdm())  # for the handler of the root logger
             self.bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True, desc=name)
 
     def write(self, text: str) -> None:
@@ -38,7 +38,7 @@ class Console:
                 print(text, file=sys.stderr, flush=True)
 
     def step(self, loss: float, images_per_s: float) -> None:
-        """Move the bar."""
+        """Advance the bar, if there is one."""
         if self.bar is None:
             return
         with suppress(OSError):
@@ -46,7 +46,7 @@ class Console:
             self.bar.update()
 
     def line(self, step: int, metrics: Mapping[str, float], remaining: float | None) -> None:
-        """Print the line of a step, where there is no bar. remaining: seconds to the end, None if not known."""
+        """Print the line of a step, unless there is a bar. remaining: seconds to the end, None if unknown."""
         if self.bar is None:
             self.write(step_line(step, self.steps, metrics, remaining))
         if not self.end_printed and remaining is not None and step < self.steps:
@@ -62,7 +62,7 @@ class Console:
 
 
 def step_line(step: int, steps: int, metrics: Mapping[str, float], remaining: float | None) -> str:
-    """Write one line about a step. Columns keep their places from line to line."""
+    """Format the line of a step. Columns are aligned from line to line."""
     width = len(str(steps))
     parts = [
         f"step {step:>{width}}/{steps}",
@@ -83,7 +83,7 @@ EVALUATED = ("holdout/loss", "holdout/gap", "samples/contrast", "samples/variety
 
 
 def evaluation_line(step: int, steps: int, values: Mapping[str, float], seconds: float) -> str:
-    """Write one line about an evaluation: the figures that it has, the score of a suite first."""
+    """Format the line of an evaluation, with the score of a suite first."""
     parts = [f"evaluation at step {step}/{steps}"]
     for name in (name for name in values if name.endswith("/score")):
         low, high = (values.get(f"{name}_{end}", float("nan")) for end in ("low", "high"))
@@ -96,7 +96,7 @@ def evaluation_line(step: int, steps: int, values: Mapping[str, float], seconds:
 
 
 def duration(seconds: float) -> str:
-    """Write seconds as h:mm:ss, with days before it from one day on."""
+    """Format seconds as h:mm:ss, preceded by the days if there are any."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
@@ -104,9 +104,9 @@ def duration(seconds: float) -> str:
 
 
 class RankFile(ExitStack):
-    """Puts what a rank other than 0 logs into run_dir/rank_<rank>.log, and errors onto the terminal, too.
+    """Writes the warnings and errors of a rank other than 0 to run_dir/rank_<rank>.log; the terminal gets errors only.
 
-    A context manager. The file is made by the first warning.
+    A context manager. The first warning creates the file.
     """
 
     def __init__(self, run_dir: Path):
@@ -117,7 +117,7 @@ class RankFile(ExitStack):
         handler = logging.FileHandler(self.path, delay=True)
         handler.setLevel(logging.WARNING)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        # A message that other ranks have, too, is printed once (errors.py), and belongs into every file.
+        # A message that several ranks log is printed once (errors.py), but is written to the file of every rank.
         filters = list(log.filters)
         for other in logging.getLogger().handlers:
             self.callback(other.setLevel, other.level)

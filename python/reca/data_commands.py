@@ -1,4 +1,4 @@
-"""What `reca data check` and `reca data view` do."""
+"""The commands `reca data check` and `reca data view`."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,9 +20,9 @@ UNUSABLE = 1  # exit code of `reca data check` when a sample cannot be used
 
 
 def open_spec(spec: str, task: str | None, recipe: str | None, overrides: Sequence[str]) -> tuple[Recipe, list[str]]:
-    """Return the recipe that a spec stands for, and the tasks to look at.
+    """Return the recipe of a spec, and the tasks to inspect.
 
-    spec: a recipe, or what data.images takes (of another task, what its key takes). recipe: to take all else from.
+    spec: a recipe, or a value of data.images (or of the key of `task`). recipe: supplies all other settings then.
     """
     if (not Path(spec).exists() and spec in recipe_names()) or Path(spec).suffix in (".yaml", ".yml"):
         if recipe is not None:
@@ -34,7 +34,7 @@ def open_spec(spec: str, task: str | None, recipe: str | None, overrides: Sequen
 
 
 def check(recipe: Recipe, tasks: Sequence[str]) -> int:
-    """Print an audit of the data of each task. Returns the exit code."""
+    """Print an audit of each task's data, and return the exit code."""
     code = 0
     for task, source in open_sources(recipe.data, tasks, recipe.train.seed).items():
         with tqdm(total=len(source), unit="sample", leave=False, disable=None) as bar:
@@ -46,7 +46,7 @@ def check(recipe: Recipe, tasks: Sequence[str]) -> int:
 
 
 def view(recipe: Recipe, tasks: Sequence[str], count: int, out: Path) -> list[Path]:
-    """Write a contact sheet of each task's first samples, with the views of the recipe's model. Returns the files."""
+    """Write a contact sheet of each task's first samples, with the views of the recipe's model. Return the paths."""
     if count < 1:
         raise RecipeError(f"--count must be at least 1, got {count}")
     adapter, _ = build_meta(recipe)

@@ -1,4 +1,4 @@
-"""`train.deterministic`: the same bits in every run on the same machine."""
+"""`train.deterministic`: bit-identical runs on the same machine."""
 
 import contextlib
 import logging
@@ -13,17 +13,17 @@ from reca.options import RecipeError
 log = logging.getLogger("reca")
 
 CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
-WORKSPACES = (":4096:8", ":16:8")  # those with which cuBLAS adds up in one order (its documentation, 2.1.4)
+WORKSPACES = (":4096:8", ":16:8")  # settings with which cuBLAS is deterministic (its documentation, 2.1.4)
 
 
 @contextlib.contextmanager
 def deterministic(on: bool) -> Iterator[None]:
-    """Let torch run deterministic implementations only inside of this context, and refuse operations without one.
+    """Use only deterministic implementations inside this context; an operation without one raises RuntimeError.
 
-    PyTorch's attention and this package's (reca_kernels.attention) ask torch for it, and take a deterministic gradient.
-    cuDNN chooses its algorithms by rule, not by timing. cuBLAS gets its workspace by an environment variable, which is
-    read when the first matrix product runs on a GPU.
-    Raises RecipeError where the variable has a value that leaves the order of sums open.
+    PyTorch's attention and reca_kernels.attention follow torch's setting and use a deterministic backward pass. cuDNN
+    selects algorithms without timing them. cuBLAS reads its workspace setting from an environment variable when the
+    first matrix product runs on a GPU.
+    Raises RecipeError if that variable has a value with which cuBLAS is not deterministic.
     """
     if not on:
         yield
@@ -50,10 +50,10 @@ def deterministic(on: bool) -> Iterator[None]:
 
 
 def describe() -> str:
-    """Describe what `deterministic` has set, for the log."""
+    """Describe the settings of `deterministic`, for the log."""
     text = (
-        "deterministic: torch.use_deterministic_algorithms, cuDNN by rule, cuBLAS workspace "
-        f"{os.environ.get(CUBLAS)}, attention with a deterministic gradient"
+        "deterministic: torch.use_deterministic_algorithms, cuDNN without autotuning, cuBLAS workspace "
+        f"{os.environ.get(CUBLAS)}, attention with a deterministic backward pass"
     )
     ranks = distributed.world_size()
-    return text if ranks == 1 else f"{text}; the bits are those of {ranks} ranks"
+    return text if ranks == 1 else f"{text}; bit-identical only with {ranks} ranks"

@@ -1,4 +1,4 @@
-"""Measurements beside the training loss: the condition gap, drift, images of fixed prompts and reconstructions."""
+"""Diagnostics besides the training loss: the condition gap, drift, images of fixed prompts and reconstructions."""
 
 import contextlib
 import copy
@@ -23,13 +23,16 @@ FIXED_SAMPLES = 8  # whose loss measures drift
 
 
 def drift_tasks(recipe: Recipe, model_tasks: Iterable[str]) -> list[str]:
-    """List the tasks whose loss on fixed samples measures drift. model_tasks: those that the model can train on."""
+    """List the tasks whose loss on fixed samples measures drift. model_tasks: tasks that the model supports."""
     there = {"i2t": recipe.data.conversations, "t2i": recipe.data.captions}
     return [task for task in there if there[task] and task in model_tasks and recipe.log.drift_every]
 
 
 class Diagnostics:
-    """What `log.gap_every`, `log.drift_every` and `log.sample_every` ask for. Every rank calls it at the same steps."""
+    """The diagnostics of `log.gap_every`, `log.drift_every` and `log.sample_every`.
+
+    All ranks must call it at the same steps.
+    """
 
     def __init__(
         self,
@@ -46,7 +49,7 @@ class Diagnostics:
         self.source = sources.get(HELD_OUT, sources.get("reca"))
 
     def measure(self, step: int, batches: Mapping[str, list[Batch]]) -> dict[str, float]:
-        """Return the measurements that are due after `step`, by the names of log.jsonl.
+        """Return the measurements that are due after `step`, named as in log.jsonl.
 
         batches: the micro-batches of the step, by task.
         """
@@ -62,13 +65,13 @@ class Diagnostics:
         return found
 
     def images(self) -> list[Tensor]:
-        """Generate an image of every prompt of `log.prompts`, with the same random numbers each time."""
+        """Generate an image for every prompt of `log.prompts`, with the same seeds each time."""
         prompts = self.recipe.log.prompts
         with eval_mode(self.adapter), self.autocast:
             return inference.generate(self.adapter, prompts, range(len(prompts))) if prompts else []
 
     def reconstructions(self) -> list[list[Tensor]]:
-        """Reconstruct `log.reconstructions` images, always the same ones: [image, reconstruction] of each."""
+        """Reconstruct the same `log.reconstructions` images each time. Return pairs [image, reconstruction]."""
         if self.shown is None or self.shown.gen is None:
             return []
         made = reconstruct(self.adapter, self.shown, self.autocast)
@@ -76,14 +79,14 @@ class Diagnostics:
 
     @functools.cached_property
     def shown(self) -> Batch | None:
-        """Return the images to reconstruct, if any are asked for and the model can."""
+        """Return the images to reconstruct; None if the recipe asks for none or the model cannot reconstruct."""
         wanted = self.recipe.log.reconstructions
         if not wanted or self.source is None or "reconstruct" not in self.adapter.abilities:
             return None
         return image_batch(self.recipe, self.adapter, wanted, self.source)
 
     def _with_neighbour(self, batch: Batch) -> Batch:
-        """Return the batch with a neighbour where it needs one: h_v of another sample takes two samples."""
+        """Return the batch, with a neighbour if it has a single sample: the gap needs the h_v of another one."""
         if len(batch) > 1 or batch.neighbour is not None:
             return batch
         batch = copy.copy(batch)

@@ -1,4 +1,4 @@
-"""The process group of a run and its collectives. With a single process there is none, and these do nothing."""
+"""The process group of a run and its collectives, which without a process group return the local value."""
 
 import contextlib
 import os
@@ -17,15 +17,15 @@ from reca import exits
 from reca.errors import PeerFailed
 from reca.options import RecipeError
 
-HOURS = 24  # that one rank may need longer for work of its own than another, such as images or a judge's answers
+HOURS = 24  # that ranks wait for one that works alone, such as generating images or asking a judge
 
 
 def initialize(timeout_minutes: int) -> torch.device:
-    """Join the process group that torchrun prepared, if any, and return the device of this rank.
+    """Join the launcher's process group, if there is one, and return the device of this rank.
 
-    Any launcher will do that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
-    timeout_minutes: how long a collective may take, until `set_timeout`.
-    Raises RecipeError for more processes on this machine than it has GPUs.
+    The launcher, such as torchrun, must set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+    timeout_minutes: timeout of collectives, until `set_timeout`.
+    Raises RecipeError if this machine runs more processes than it has GPUs.
     """
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -33,7 +33,7 @@ def initialize(timeout_minutes: int) -> torch.device:
         torch.cuda.set_device(device)
     timeout = timedelta(minutes=timeout_minutes)
     if "RANK" in os.environ and not dist.is_initialized():
-        gpu = device if device.type == "cuda" else None  # NCCL connects now, and knows whose GPU is whose
+        gpu = device if device.type == "cuda" else None  # given, so NCCL connects now and knows each rank's GPU
         dist.init_process_group("nccl" if gpu else "gloo", timeout=timeout, device_id=gpu)
     if dist.is_initialized():
         _gloo("threads", timeout)
@@ -46,9 +46,9 @@ def initialize(timeout_minutes: int) -> torch.device:
 
 
 def _gpu(visible: int) -> int:
-    """Choose the GPU of this process among those that it sees: by its number here, or the only one it was given."""
+    """Choose the GPU of this process among the visible ones, by local rank."""
     node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    own = visible == 1 and "TORCHELASTIC_RUN_ID" not in os.environ  # torchrun shows the same GPUs to all processes
+    own = visible == 1 and "TORCHELASTIC_RUN_ID" not in os.environ  # not under torchrun: all processes see all GPUs
     if node > visible and not own:
         raise RecipeError(
             f"{node} processes on a machine with {visible} GPUs: start as many as there are GPUs (torchrun "
@@ -62,7 +62,7 @@ _meshes: dict[tuple[str, int, int], DeviceMesh] = {}
 
 
 def mesh(device: torch.device, replicas: int, size: int) -> DeviceMesh:
-    """Return the ranks as `replicas` groups of `size` neighbours, or as one group if there is one replica."""
+    """Return the mesh of `replicas` groups of `size` adjacent ranks; with one replica it has one dimension."""
     key = device.type, replicas, size
     if key not in _meshes:
         shape, names = ((replicas, size), ("replicate", "shard")) if replicas > 1 else ((size,), ("shard",))
@@ -71,14 +71,14 @@ def mesh(device: torch.device, replicas: int, size: int) -> DeviceMesh:
 
 
 def set_timeout(minutes: int, device: torch.device) -> None:
-    """Set how long a training collective may take from here on. All ranks must call it.
+    """Set the timeout of training collectives from now on. All ranks must call it.
 
-    The first step waits for compilation, for NCCL and for cold files; a later one that takes as long hangs. Other
-    groups, such as those of checkpoints and of `waiting_group`, keep their own.
+    The first step includes compilation, NCCL's initialisation and reads of uncached files, so it needs a longer timeout
+    than later steps. Other groups, such as those of checkpoints and of `waiting_group`, keep theirs.
     """
     if not dist.is_initialized():
         return
-    dist.barrier()  # no collective that began under the old limit is left
+    dist.barrier()  # finishes all collectives that began with the old timeout
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     groups = [
@@ -90,12 +90,12 @@ def set_timeout(minutes: int, device: torch.device) -> None:
         distributed_c10d._set_pg_timeout(timedelta(minutes=minutes), group)
 
 
-# By the training group they belong to, and use. "host": where that is NCCL's, what the training thread asks by gloo.
+# Gloo groups by training group and use. "host": host-side collectives of the training thread, if training uses NCCL.
 _groups: dict[tuple[Any, str], dist.ProcessGroup] = {}
 
 
 def _gloo(use: str, timeout: timedelta) -> dist.ProcessGroup:
-    """Return the gloo group of all ranks for one use. The first call makes it: all ranks must call it together."""
+    """Return the gloo group of all ranks for one use. The first call creates it, so all ranks must make that call."""
     key = dist.group.WORLD, use
     if key not in _groups:
         _groups[key] = dist.new_group(backend="gloo", timeout=timeout)
@@ -103,17 +103,17 @@ def _gloo(use: str, timeout: timedelta) -> dist.ProcessGroup:
 
 
 def gloo_group() -> dist.ProcessGroup | None:
-    """Return the group for collectives beside training's, which a thread may make: all ranks, over gloo.
+    """Return the gloo group of all ranks for collectives of a thread other than the training thread.
 
-    None without processes. Collectives of two threads in one group can wait for each other for ever.
+    None without a process group. Two threads that use the same group can deadlock.
     """
     return _groups.get((dist.group.WORLD, "threads")) if dist.is_initialized() else None
 
 
 def waiting_group() -> dist.ProcessGroup | None:
-    """Return the group in which ranks wait up to HOURS for what one of them does alone: all ranks, over gloo.
+    """Return the gloo group of all ranks in which they can wait up to HOURS for one that works alone.
 
-    All ranks must call it, as the first call makes the group. None without processes.
+    The first call creates it, so all ranks must make that call. None without a process group.
     """
     return _gloo("waiting", timedelta(hours=HOURS)) if dist.is_initialized() else None
 
@@ -126,7 +126,7 @@ def shut_down() -> None:
 
 
 def is_main_process() -> bool:
-    """Tell whether this process is the one of its run that talks to the user, joined to the others or not."""
+    """Tell whether this is rank 0, which prints for the user; also before the process group exists."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -155,9 +155,9 @@ def barrier() -> None:
 
 @contextlib.contextmanager
 def fail_together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
-    """Run the body on every rank and wait for all of them: where it raises on any rank, all others raise PeerFailed.
+    """Run the body on every rank and wait for all of them: if it raises on any rank, all others raise PeerFailed.
 
-    group: of all ranks; None is the training group.
+    group: of all ranks; None: the training group.
     """
     error = None
     try:
@@ -173,9 +173,9 @@ def fail_together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
 
 
 def all_gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """Return what every rank holds, in the order of ranks, on every rank.
+    """Return the values of all ranks, ordered by rank, on every rank.
 
-    value: anything that pickles. group: of all ranks; None is the training group.
+    value: any picklable object. group: of all ranks; None: the training group.
     """
     if not dist.is_initialized():
         return [value]
@@ -191,7 +191,7 @@ def sum_over_ranks(value: Tensor) -> Tensor:
 
 
 def max_over_ranks(numbers: list[int], device: torch.device) -> list[int]:
-    """Return the largest of each number on any rank. Waits for the device."""
+    """Return the elementwise maximum over all ranks. Synchronises with the device."""
     if not dist.is_initialized():
         return numbers
     found = torch.tensor(numbers, device=device)
@@ -200,7 +200,7 @@ def max_over_ranks(numbers: list[int], device: torch.device) -> list[int]:
 
 
 def any_rank(flag: bool) -> bool:
-    """Tell whether the flag is up on any rank; every rank gets the same answer. Does not wait for the device."""
+    """Tell whether the flag is set on any rank. Does not synchronise with the device."""
     if not dist.is_initialized():
         return flag
     raised = torch.tensor(float(flag))

@@ -1,4 +1,4 @@
-"""`reca doctor`: what this machine has, what will run, and what to do about the rest."""
+"""`reca doctor`: report hardware, software and the kernels that will run, and how to get what is missing."""
 
 import importlib.metadata
 import importlib.util
@@ -15,7 +15,7 @@ from reca_kernels.attention import op as attention
 
 
 def report() -> str:
-    """Return the report as text, one finding a line."""
+    """Return the report as text, one finding per line."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     lines = [
         f"python      {platform.python_version()}, {platform.machine()}, {os.cpu_count()} CPUs, "
@@ -37,7 +37,7 @@ _OPTIONAL = {
     "diffusers": "required",
     "triton": "comes with torch on GPU machines",
     "nvidia-dali": "pip install 'reca[dali]': decoding on the GPU; Pillow decodes without it",
-    "flash-attn": "pip install 'reca[flash]': FlashAttention 2; optional, torch's own flash kernels serve without it",
+    "flash-attn": "pip install 'reca[flash]': FlashAttention 2; optional, torch's flash kernels are used without it",
     "flash-attn-4": "pip install --pre flash-attn-4: optional, for Hopper and Blackwell",
     "tensorboard": "pip install 'reca[log]': log.jsonl is written without it",
     "wandb": "pip install 'reca[log]': for log.wandb; log.jsonl is written without it",
@@ -61,8 +61,8 @@ def _version(name: str, advice: str) -> str:
 
 def _apex() -> str:
     if importlib.util.find_spec("apex") is None:
-        return "not installed (optional; build NVIDIA's from source, never the package of that name on PyPI)"
-    from reca.optim import apex_adam  # not where the kernels are tested alone: it needs the driver's packages
+        return "not installed (optional; build NVIDIA's from source, PyPI's package of that name is unrelated)"
+    from reca.optim import apex_adam  # here, because it needs dependencies that the kernels alone do not
 
     try:
         apex_adam()

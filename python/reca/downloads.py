@@ -15,26 +15,26 @@ from reca.models.common.hub import TOKENIZER, cause_of, hub_name
 from reca.options import HUB, RecipeError
 from reca.recipe_files import load_recipe, recipe_names
 
-SPARE = 2**28  # bytes that a disk keeps free: for the index of the cache, and whatever else writes
+SPARE = 2**28  # bytes to leave free on the disk: for the index of the cache, and for other processes
 
 
 @dataclass
 class Download:
-    """Files of one repository, and the recipe keys that name them."""
+    """Files of one repository, and the recipe keys that refer to them."""
 
     repository: str
-    file: str = ""  # the only file that is wanted; "" for those that match the patterns
+    file: str = ""  # the only file to download; "": all files that match the patterns
     patterns: list[str] | None = None
-    kind: str = "model"  # what the hub calls it: model or dataset
+    kind: str = "model"  # type of the repository: model or dataset
     settings: list[tuple[str, str]] = field(default_factory=list)  # recipe key, its value with {folder}
     facts: catalog.Facts = catalog.Facts()
     note: str = ""
 
 
 def weights_of(name: str, overrides: Sequence[str] = ()) -> list[Download]:
-    """List what a recipe, every recipe of a model, or a name of the hub asks for.
+    """List the downloads of a recipe, of all recipes of a model, or of a hub id.
 
-    Raises RecipeError for a name that is none of the three, and where nothing is to be fetched.
+    Raises RecipeError if the name is none of the three, or if there is nothing to download.
     """
     if name in UMMS:
         recipes = [load_recipe(recipe, overrides) for recipe in recipe_names()]
@@ -50,12 +50,12 @@ def weights_of(name: str, overrides: Sequence[str] = ()) -> list[Download]:
             known = wanted.setdefault((download.repository, download.file), download)
             known.settings = list(dict.fromkeys(known.settings + download.settings))
     if not wanted:
-        raise RecipeError(f"{name} names no files of the hub: all its model.* keys are null, or files of this machine")
+        raise RecipeError(f"{name} names no files of the hub: all its model.* keys are null or local files")
     return list(wanted.values())
 
 
 def _of_recipe(recipe: Recipe) -> Iterable[Download]:
-    """Read the hub names out of a recipe's model.* keys. The model's weights.DOWNLOADS has the patterns of each."""
+    """Yield the hub ids in a recipe's model.* keys. The file patterns of each key are in the model's DOWNLOADS."""
     patterns = getattr(getattr(umm_package(recipe.umm), "weights", None), "DOWNLOADS", {})
     for one in fields(recipe.model):
         source = getattr(recipe.model, one.name)
@@ -75,28 +75,28 @@ def _of_recipe(recipe: Recipe) -> Iterable[Download]:
 
 
 def data_of(name: str) -> list[Download]:
-    """Look up a dataset by its name here, or take owner/name of any dataset of the hub.
+    """Return the download of a dataset, named as in the catalog or by its hub id, owner/name.
 
-    Raises RecipeError for a name that is neither, with those there are.
+    Raises RecipeError for any other name, with the names in the catalog.
     """
     if (known := catalog.DATASETS.get(name)) is not None:
         files = list(known.files) if known.files else None
         return [Download(known.repository, "", files, "dataset", [(known.key, known.value)], known.facts, known.note)]
     if name.count("/") != 1:
         raise RecipeError(
-            f"{name!r} is not one of {', '.join(catalog.DATASETS)}; any other dataset of the hub is named owner/name"
+            f"{name!r} is not one of {', '.join(catalog.DATASETS)}; give any other dataset of the hub as owner/name"
         )
     return [Download(name, kind="dataset")]
 
 
 def get(downloads: list[Download], to: Path | None = None, dry_run: bool = False) -> None:
-    """Print what there is to fetch, and fetch it.
+    """Print the list of downloads, and download the files.
 
-    to: the folder that holds a folder of each repository; None: the cache. dry_run: print the list only, as far as it
-    is known without the hub where that cannot be reached.
+    to: destination, with one subfolder per repository; None: the Hugging Face cache. dry_run: only print the list, from
+    known facts if the hub cannot be reached.
 
-    Raises DataError when the hub cannot be reached or refuses, or when the disk has too little room. Nothing is
-    fetched then. What was fetched before is kept, and an interrupted file goes on from where it stopped.
+    Raises DataError, before anything is downloaded, if the hub cannot be reached or refuses access, or if the disk has
+    too little space. Files that exist already are not downloaded again, and interrupted downloads are resumed.
     """
     listings = []
     for download in downloads:
@@ -106,7 +106,7 @@ def get(downloads: list[Download], to: Path | None = None, dry_run: bool = False
             _print(download, listing, to)
             listings.append((download, listing))
             check_access(listing)
-        except Exception as error:  # of the libraries below the hub's, too
+        except Exception as error:  # also of the HTTP libraries that huggingface_hub uses
             if listing is None:
                 _print(download, None, to)
             if not dry_run:
@@ -115,8 +115,8 @@ def get(downloads: list[Download], to: Path | None = None, dry_run: bool = False
     missing = sum(missing_bytes(listing, to) for _, listing in listings)
     folder = to or local_folder(None)
     free = _free(folder)
-    amount = units.size(missing) if len(listings) == len(downloads) else "what the hub will tell"
-    print(f"to fetch: {amount}, into {folder}, where {units.size(free)} are free")
+    amount = units.size(missing) if len(listings) == len(downloads) else "an unknown amount"
+    print(f"to fetch: {amount}, into {folder}, which has {units.size(free)} free")
     if dry_run:
         return
     if missing + SPARE > free:
@@ -135,19 +135,19 @@ def get(downloads: list[Download], to: Path | None = None, dry_run: bool = False
             for key, value in download.settings:
                 print(f"    {key}={value.format(folder=place)}")
     if to is None and any(download.kind == "model" for download in downloads):
-        print("recipes find weights of the cache by themselves")
+        print("recipes find weights in the cache without further settings")
     if any(download.repository == catalog.DATASETS["llava-665k"].repository for download in downloads):
         print(llava_images())
 
 
 def llava_images() -> str:
-    """Describe where the images of LLaVA-665K come from, and the folders that its rows name."""
-    lines = ["its images are not on the hub; unpack them below one folder, and name that as data.image_root:"]
+    """List the sources of LLaVA-665K's images, and the folders that its rows refer to."""
+    lines = ["its images are not on the hub; unpack them into subfolders of one folder, and set data.image_root to it:"]
     return "\n".join([*lines, *(f"    {one.folder:<22}{one.name:<14}{one.url}" for one in catalog.LLAVA_IMAGES)])
 
 
 def _print(download: Download, listing: Listing | None, to: Path | None) -> None:
-    """Print one entry of the list: what it is for, its size, its terms."""
+    """Print one entry of the list: recipe keys, size, licence and gating."""
     what = f"{download.repository}/{download.file}" if download.file else download.repository
     keys = ", ".join(key for key, _ in download.settings)
     print(f"{what}  {keys}".rstrip())
@@ -160,9 +160,9 @@ def _print(download: Download, listing: Listing | None, to: Path | None) -> None
         total, missing = sum(file.size for file in listing.files), missing_bytes(listing, to)
         amount = f"{units.size(total)} in {units.counted(len(listing.files), 'file')}"
         if missing < total:
-            amount += f", of which {units.size(total - missing)} are here"
-    gate = {None: "not known whether gated", False: "not gated", True: "gated"}[gated]
-    print(f"    {amount}; licence: {licence or 'not known'}; {gate}")
+            amount += f", of which {units.size(total - missing)} are downloaded"
+    gate = {None: "unknown whether gated", False: "not gated", True: "gated"}[gated]
+    print(f"    {amount}; licence: {licence or 'unknown'}; {gate}")
     if gated:
         folder = "datasets/" if download.kind == "dataset" else ""
         print(f"    accept its terms on huggingface.co/{folder}{download.repository}, then `hf auth login`")
@@ -175,12 +175,12 @@ def _refused(download: Download, error: Exception) -> DataError:
         return error
     what = f"{download.repository}/{download.file}" if download.file else download.repository
     return DataError(
-        f"{what} cannot be fetched: the hub {cause_of(error)}. What is here is kept; the same command goes on"
+        f"{what} cannot be fetched: the hub {cause_of(error)}. Partial downloads are kept; repeat the command to resume"
     )
 
 
 def _free(folder: Path) -> int:
-    """Read the free bytes of the disk that a folder is on, or will be."""
+    """Return the free bytes of the disk that a folder is on, or will be created on."""
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free

@@ -1,4 +1,4 @@
-"""Messages of errors: their first line, and printed once, however many ranks raise them."""
+"""Errors: the first line of a message, and printing each message once, however many ranks raise it."""
 
 import contextlib
 import hashlib
@@ -12,11 +12,11 @@ from collections import Counter
 from collections.abc import Iterator
 from datetime import timedelta
 
-HEAD_START = 3.0  # seconds that other ranks wait for rank 0 to print the same
+HEAD_START = 3.0  # seconds that other ranks wait for rank 0 to print the same message
 
 
 class PeerFailed(RuntimeError):
-    """Another rank has failed, and prints the reason itself."""
+    """Another rank failed, and prints the reason itself."""
 
     def __init__(self, rank: int, exit_code: int, reason: str):
         super().__init__(f"rank {rank} failed: {reason}")
@@ -29,20 +29,20 @@ def first_line(error: BaseException) -> str:
 
 
 def print_once(sentence: str) -> None:
-    """Print an error on stderr. Under torchrun only one rank prints it: rank 0 if it has this message, else the first.
+    """Print an error on stderr. Under torchrun one rank prints each message: rank 0 if it has it, else the first.
 
-    An error of one rank is printed by that rank. Ranks that cannot reach the store all print.
+    If the store cannot be reached, every rank prints.
     """
     with _ignore_sigterm():
         if _is_first(sentence):
-            with contextlib.suppress(OSError):  # the exit code says it, too
+            with contextlib.suppress(OSError):  # the exit code also reports the failure
                 print(sentence, file=sys.stderr, flush=True)
             _report_to_torchrun(sentence)
 
 
 @contextlib.contextmanager
 def _ignore_sigterm() -> Iterator[None]:
-    """Ignore SIGTERM, by which torchrun ends this rank when another has failed, until the message is printed."""
+    """Ignore SIGTERM, which torchrun sends when another rank has failed, until the message is printed."""
     try:
         before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     except ValueError:  # not the main thread
@@ -62,21 +62,21 @@ def _is_first(sentence: str) -> bool:
     try:
         store = _store()
         if rank != 0:
-            with contextlib.suppress(Exception):  # of another name in every version of torch: rank 0 has not printed it
+            with contextlib.suppress(Exception):  # a timeout, whose type depends on torch's version: rank 0 was silent
                 store.wait([f"{key}/printed"], timedelta(seconds=HEAD_START))
         mine = store.add(key, 1) == 1
         if mine:
-            # Set before it is printed: a rank that reads this key prints nothing, and waits for torchrun to end it.
+            # Set before printing: ranks that read this key print nothing, and wait for torchrun to end them.
             store.set(f"{key}/printed", "1")
         else:
-            time.sleep(1)  # the rank that prints it is the first to end
+            time.sleep(1)  # so that the rank that prints ends first
         return mine
-    except Exception:  # no store, or one that is gone with its rank: twice is better than never
+    except Exception:  # the store does not exist, or has died with its rank: printing twice is better than never
         return True
 
 
 class OncePerMessage(logging.Filter):
-    """Lets a warning pass on the first rank that has it; of one that comes again, each time once."""
+    """Passes a warning only on the first rank that logs it; if it is repeated, once per repetition."""
 
     def __init__(self):
         super().__init__()
@@ -91,7 +91,7 @@ class OncePerMessage(logging.Filter):
         try:
             self.store = self.store or _store()
             return self.store.add(f"{key}/{self.times[key]}", 1) == 1
-        except Exception:  # as for errors: twice is better than never
+        except Exception:  # as above: printing twice is better than never
             self.store = False
             return True
 
@@ -114,7 +114,7 @@ def _store():
 
 
 def _report_to_torchrun(sentence: str) -> None:
-    """Make torchrun's own report of the failure, which comes last, end in the sentence."""
+    """Add the sentence to torchrun's own failure report, which is printed last."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path and "RANK" in os.environ:
         message = {"message": sentence, "extraInfo": {"timestamp": int(time.time())}}

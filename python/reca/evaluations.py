@@ -1,4 +1,4 @@
-"""Evaluation while a run goes on (eval.every): held-out images, prompts of a suite, and alarms of a collapse."""
+"""Evaluation during training (eval.every): held-out images, prompts of a suite, and alarms for model collapse."""
 
 import contextlib
 import time
@@ -22,11 +22,11 @@ from reca.validation import HELD_OUT, HeldOut
 class Evaluation(NamedTuple):
     """One evaluation, the same on all ranks.
 
-    values   by the names of log.jsonl
-    new      alarms that begin with it
-    active   alarms that hold after it
+    values   named as in log.jsonl
+    new      messages of the alarms that it raised and that were not active before
+    active   messages of all alarms that are active after it
     failed   what could not be measured, and why
-    seconds  that it took
+    seconds  duration
     """
 
     values: dict[str, float]
@@ -37,9 +37,9 @@ class Evaluation(NamedTuple):
 
 
 class Evaluations:
-    """The evaluations of a run. Every rank makes and asks it alike; it changes neither weights nor random numbers.
+    """The evaluations of a run. All ranks must make the same calls. Weights and random states do not change.
 
-    sources: of the run, with the held-out images.
+    sources: data of the run, with the held-out images.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Evaluations:
             self.suite = training.TrainingSuite(recipe, run_dir)
 
     def resume(self, run_dir: Path, step: int) -> None:
-        """Take up the evaluations up to `step` that log.jsonl holds, which later ones are compared with."""
+        """Replay the evaluations up to `step` from log.jsonl, so that later ones are compared with them."""
         lines = [line for line in jsonl.read(run_dir / "log.jsonl") if line.get("evaluation")] if self.every else []
         for line in distributed.all_gather(lines)[0]:
             if line["step"] <= step:
@@ -72,13 +72,13 @@ class Evaluations:
                 self.alarms.check(line["step"], {k: v for k, v in line.items() if isinstance(v, int | float)})
 
     def due(self, step: int) -> bool:
-        """Tell whether the model is evaluated after `step`: the first time, every so many, and at the end."""
+        """Tell whether to evaluate after `step`: the first time, every eval.every steps, and at the end."""
         return self.every > 0 and (not self.begun or due(step, self.every) or step == self.recipe.train.steps)
 
     def run(self, step: int) -> Evaluation:
-        """Evaluate the model as it is after `step`. What fails is left out, and ends no training.
+        """Evaluate the model after `step`. A measurement that fails is left out, and training goes on.
 
-        Raises inference.RanksWait where memory is full and ranks share the weights.
+        Raises inference.RanksWait if memory is exhausted while ranks share the weights.
         """
         started = time.perf_counter()
         devices = [self.device] if self.device.type == "cuda" else []
@@ -97,7 +97,7 @@ class Evaluations:
         return Evaluation(values, new, active, failed, time.perf_counter() - started)
 
     def _measures(self, step: int) -> Iterator[tuple[str, Callable[[], dict[str, float]]]]:
-        """Yield what is measured, by its name in a message."""
+        """Yield the measurements, each with its name for messages."""
         if self.held_out is not None:
             yield "held-out loss", self._held_out
         if self.suite is not None:

@@ -1,24 +1,24 @@
-"""Exit codes: of the command, of `reca status`, and in status.json. docs/failure.md says what to do on each."""
+"""Exit codes of all commands and in status.json. docs/failure.md says what to do about each."""
 
 import contextlib
 import os
 import sys
 
 DONE = 0
-BUG = 1  # an exception that nobody foresaw, with its traceback
+BUG = 1  # unexpected exception, with its traceback
 USAGE = 2
-RECIPE = 3  # recipe, option, or a checkpoint that does not belong to it
+RECIPE = 3  # recipe, option, or a checkpoint that does not belong to the recipe
 DATA = 4  # data or disk
 NON_FINITE = 5
 NOT_SAVED = 6  # training ended or was interrupted, and the last checkpoint could not be written
 IN_USE = 7  # another process uses the run folder
 NOT_LEARNING = 8  # stopped by an alarm (eval.stop_on_alarm), or a dry run that did not learn (--overfit)
-INTERRUPTED = 75  # EX_TEMPFAIL: saved, the same command continues
+INTERRUPTED = 75  # EX_TEMPFAIL: saved; the same command resumes
 STOPPED = 130  # Ctrl-C outside of training
 
 
 def expected(error: BaseException) -> int | None:
-    """Return the exit code of an error that needs no traceback, because its message suffices; None for any other."""
+    """Return the exit code of an error whose message suffices without a traceback; None for any other error."""
     code = getattr(error, "exit_code", None)
     if code is not None:
         return code
@@ -28,7 +28,7 @@ def expected(error: BaseException) -> int | None:
 
 
 def code_of(error: BaseException) -> int:
-    """Return the exit code that a process ends with on this exception."""
+    """Return the exit code of a process that ends with this exception."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else BUG
     if isinstance(error, KeyboardInterrupt):
@@ -37,17 +37,17 @@ def code_of(error: BaseException) -> int:
 
 
 def exit_process(code: int) -> None:
-    """End the process here if torchrun started it.
+    """End the process without interpreter shutdown if torchrun started it.
 
-    On a busy machine a finished rank was seen to abort while the interpreter shut down (torch 2.13, gloo:
-    "terminate called without an active exception"), which torchrun reports as a failed run.
+    On a busy machine, finished ranks sometimes abort during interpreter shutdown (torch 2.13, gloo: "terminate called
+    without an active exception"), which torchrun reports as a failed run.
     """
     if "RANK" in os.environ:
         end_now(code)
 
 
 def end_now(code: int) -> None:
-    """End the process here: torch aborts where a thread still computes while the interpreter shuts down."""
+    """End the process without interpreter shutdown, during which torch aborts if a thread still computes."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):  # a full disk
             stream.flush()

@@ -1,4 +1,4 @@
-"""Identify files by their first bytes or all of them, and say what to do about those that cannot be used."""
+"""Identify files by their first bytes, hash them, and explain what to do about unusable ones."""
 
 import hashlib
 import json
@@ -21,8 +21,8 @@ _ARCHIVES = {
     b"7z\xbc\xaf": "a 7-Zip archive",
     b"Rar!": "a RAR archive",
 }
-_ZIP = b"PK\x03\x04"  # torch.save writes such, too
-# first bytes -> what the file is, what to give in its place
+_ZIP = b"PK\x03\x04"  # also the format of torch.save
+# first bytes -> what the file is, what to give instead
 _NO_WEIGHTS = {
     b"\x89HDF": ("an HDF5 file of Keras or TensorFlow", "the PyTorch or safetensors file"),
     b"GGUF": ("a GGUF file of llama.cpp", "the PyTorch or safetensors file"),
@@ -34,14 +34,12 @@ _NO_WEIGHTS = {
 
 
 def is_safetensors(head: bytes) -> bool:
-    """Return whether a file that begins so has the header of safetensors: its length in 8 bytes, below 100 MB, and
-    JSON.
-    """
+    """Tell whether a file that begins with `head` is safetensors: 8 bytes of header length below 100 MB, then JSON."""
     return head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 100_000_000
 
 
 def size_of(path: Path) -> str:
-    """Write the size of a file, such as 132 bytes or 5.82 GiB."""
+    """Format the size of a file, such as 132 bytes or 5.82 GiB."""
     return units.size(path.stat().st_size)
 
 
@@ -55,9 +53,9 @@ def sha256(path: Path) -> str:
 
 
 def placeholder(head: bytes) -> str | None:
-    """Describe what a file with these first bytes holds in place of its own content, and what to do; None if nothing.
+    """Describe the placeholder that a file with these first bytes is, and what to do; None if it is none.
 
-    Such as "is a Git LFS pointer and not the file itself; run `git lfs pull` …".
+    For example "is a Git LFS pointer and not the file itself; run `git lfs pull` …".
     """
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if not head:
@@ -68,14 +66,14 @@ def placeholder(head: bytes) -> str | None:
             "`hf download`"
         )
     if text.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml", b"<body", b"<error")) and b"<svg" not in text:
-        return f"is a web page (an error or a login, saved in the file's place); {AGAIN}"
+        return f"is a web page (an error or login page, saved instead of the file); {AGAIN}"
     if not head.strip(b"\0"):
-        return f"begins with zeros alone: its download or copy did not finish; {AGAIN}"
+        return f"begins with only zeros: its download or copy did not finish; {AGAIN}"
     return None
 
 
 def packed(head: bytes, zipped: bool = True) -> str | None:
-    """Return what `placeholder` returns, of a file that has to be unpacked first. zipped: zip archives count."""
+    """Describe a file that has to be unpacked first, like `placeholder`. zipped: include zip archives."""
     what = next((what for magic, what in _ARCHIVES.items() if head.startswith(magic)), None)
     if zipped and head.startswith(_ZIP):
         what = "a zip archive"
@@ -83,7 +81,7 @@ def packed(head: bytes, zipped: bool = True) -> str | None:
 
 
 def damage(path: Path) -> str | None:
-    """Describe what is wrong with a file that should hold weights or JSON, with its size; None if nothing is."""
+    """Describe what is wrong with a file that should contain weights or JSON, with its size; None if nothing is."""
     with path.open("rb") as file:
         head = file.read(HEAD)
     if is_safetensors(head):
@@ -100,12 +98,12 @@ def damage(path: Path) -> str | None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object that a JSON file holds. Raises ValueError with file, size and cause where it holds none."""
+    """Return the object in a JSON file. Raises ValueError with file, size and cause if there is none."""
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        cause = damage(path) or f"({size_of(path)}) is no JSON ({error}); {AGAIN}"
+        cause = damage(path) or f"({size_of(path)}) is not JSON ({error}); {AGAIN}"
         raise ValueError(f"{path} {cause}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} ({size_of(path)}) holds a JSON {type(content).__name__} and no object; {AGAIN}")
+        raise ValueError(f"{path} ({size_of(path)}) contains a JSON {type(content).__name__}, not an object; {AGAIN}")
     return content

@@ -192,7 +192,7 @@ def test_a_photo_of_100_megapixels():
     ("data", "words"),
     [
         (b"", "the file is empty"),
-        (bytes(600), "the file begins with zeros alone"),
+        (bytes(600), "the file begins with only zeros"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "the file is a Git LFS pointer"),
         (b"<!DOCTYPE html><title>404</title>", "the file is a web page"),
         (gzip.compress(b"x", mtime=0), "the file is compressed by gzip; unpack it first"),

@@ -63,7 +63,7 @@ def test_the_best_is_kept_with_its_prompt_and_scores(tmp_path):
     assert [source[i].text for i in range(5)] == PROMPTS
     lines = best_of.report(records, tmp_path)
     assert (
-        lines[0].startswith("5 images of 15 kept in") and f"data.captions={tmp_path} objective.t2i.weight=1" in lines[1]
+        lines[0].startswith("kept 5 of 15 images in") and f"data.captions={tmp_path} objective.t2i.weight=1" in lines[1]
     )
     assert sorted(contents(tmp_path).keys() - {f"{i:06d}.{s}" for i in range(5) for s in ("png", "txt")}) == [
         "best_of.json", "scores.jsonl"
@@ -81,7 +81,7 @@ def test_an_interrupted_command_goes_on(tmp_path, last):
     assert contents(tmp_path / "whole") == contents(tmp_path / "cut")
     assert min(again.drawn) == last // 3 * 3
     best_of.choose(lambda: pytest.fail("there is nothing to do"), PROMPTS, choice, tmp_path / "cut")
-    best_of.choose(Model, [*PROMPTS, "a ring"], choice, tmp_path / "cut")  # prompts may be added
+    best_of.choose(Model, [*PROMPTS, "a ring"], choice, tmp_path / "cut")  # prompts may be appended
     assert len(open_source(str(tmp_path / "cut"), "t2i")) == 6
     (tmp_path / "cut" / "000001.png").unlink()
     gone = Model()
@@ -94,7 +94,7 @@ def test_a_record_that_a_full_disk_tore_takes_no_other_with_it(tmp_path, monkeyp
         return whole(handle, data[:20] if b'"number": 1' in data else data)
 
     monkeypatch.setattr(os, "write", write)
-    with pytest.raises(OSError, match="free space: the same command goes on"):
+    with pytest.raises(OSError, match="free disk space and repeat the command"):
         best_of.choose(Model, PROMPTS, best_of.Choice(2), tmp_path)
     monkeypatch.undo()
     records = best_of.choose(Model, PROMPTS, best_of.Choice(2), tmp_path)
@@ -150,11 +150,11 @@ def test_a_score_that_is_no_number_is_not_kept(tmp_path, monkeypatch):
 def test_a_question_that_leaves_no_room_for_the_prompt_is_named(tmp_path, monkeypatch):
     """Nothing of it is kept, as every image would be as good."""
     monkeypatch.setattr(Model, "log_likelihood", lambda *_: [LogLikelihood(-math.inf, 0)] * 3)
-    with pytest.raises(ValueError, match="--question 'Describe this image.' fills all .* 'a red square' is scored"):
+    with pytest.raises(ValueError, match="--question 'Describe this image.' takes up .* 'a red square' is scored"):
         best_of.choose(Model, PROMPTS[:1], best_of.Choice(3), tmp_path)
     assert not list(tmp_path.glob("*.png"))
     old = {"tokens": 0, "log_likelihood": [-0.0, -0.0], "kept": 0}  # such records were kept once
-    assert "of a token -inf" in best_of.report([old], tmp_path)[0]
+    assert "per token -inf" in best_of.report([old], tmp_path)[0]
 
 
 def test_other_settings_and_prompts_are_refused(tmp_path):
@@ -163,7 +163,7 @@ def test_other_settings_and_prompts_are_refused(tmp_path):
         ValueError, match=r"made with other settings: candidates was 2 and is 3; seed was 0 and is 1. Give another"
     ):
         best_of.choose(Model, PROMPTS, best_of.Choice(3, seed=1), tmp_path)
-    with pytest.raises(ValueError, match="made of other prompts: number 0 was 'a red square'"):
+    with pytest.raises(ValueError, match="made from other prompts: number 0 was 'a red square'"):
         best_of.choose(Model, PROMPTS[1:], best_of.Choice(2), tmp_path)
     (tmp_path / "best_of.json").write_text("{")
     with pytest.raises(ValueError, match=r"best_of.json cannot be read .* remove it"):
@@ -172,7 +172,7 @@ def test_other_settings_and_prompts_are_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "cannot be read"), (b" \n\n", "holds no prompt"), (b"\xff\xfe\xff", "is not UTF-16")],
+    [(None, "cannot be read"), (b" \n\n", "contains no prompt"), (b"\xff\xfe\xff", "is not UTF-16")],
 )
 def test_prompts_that_cannot_be_read(tmp_path, content, message):
     if content is not None:
@@ -228,7 +228,7 @@ def test_the_command_and_training_on_what_it_kept(tmp_path, umm, capsys, monkeyp
     monkeypatch.setattr(distributed, "initialize", lambda minutes: given.append(minutes) or initialize(minutes))
     assert main([*command, "--question", "what is this"]) == 0
     assert given == [60 * distributed.HOURS]  # ranks draw alone
-    assert "2 images of 4 kept in kept" in capsys.readouterr().out
+    assert "kept 2 of 4 images in kept" in capsys.readouterr().out
     records, model = jsonl.read(tmp_path / "kept" / "scores.jsonl"), reca.load(f"{umm}_tiny")
     for record in records:
         drawn = model.generate([record["prompt"]] * 2, record["seeds"], steps=2, **options)

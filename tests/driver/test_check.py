@@ -292,14 +292,14 @@ def test_command_says_how_an_update_is_split(capsys):
         out = " ".join(capsys.readouterr().out.split())
         assert ("differ from the recipe's" in out) == (gpus != 1)
         if gpus == 8:
-            assert "samples of a step on 8 GPUs reca 10 1 to 2 per GPU, 1 pass of 2 or 1 i2t 10" in out
+            assert "samples per step on 8 GPUs reca 10 1 to 2 per GPU, 1 pass of 2 or 1 i2t 10" in out
 
 
 def test_command(capsys):
     assert main(["check", "show_o_tiny"]) == 0
     out = capsys.readouterr().out
     assert "335,520" in out and "image tokens" in out and "MFLOP" in out and "MiB" in out
-    assert "not predicted: what is drawn or evaluated between steps (log.reconstructions)" in out
+    assert "not predicted: generation and evaluation between steps (log.reconstructions)" in out
     assert main(["check", "show_o_tiny", "eval.every=9", "log.reconstructions=0"]) == 0
     assert "between steps (eval.every)" in capsys.readouterr().out
 
@@ -319,7 +319,7 @@ def test_bagel_at_full_size_takes_little_memory():
     [
         (0.001, 2, "the recipe has 2"),
         (3.0, 7, "the recipe has 7: TOO FEW, steps will wait"),
-        (99.0, 7, "data.cache decodes each once"),
+        (99.0, 7, "data.cache decodes each only once"),
     ],
 )
 def test_threads_that_decode_as_fast_as_a_gpu_computes(monkeypatch, seconds, workers, said):

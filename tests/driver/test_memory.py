@@ -187,7 +187,7 @@ def test_another_process_predicts_the_same_and_raises_the_same():
 
 
 def test_sharding_takes_less_however_small_the_activations():
-    """What DTensor makes of the whole size to find out shapes has no memory in a real run either."""
+    """Full-size tensors from which DTensor propagates shapes have no memory in a real run either."""
     keys = ["objective.i2t.weight=0", "objective.reca.batch_size=8", "objective.reca.micro_batch=1"]
     recipe = load_recipe("show_o_tiny", [*keys, "parallel.strategy=fsdp"])
     one, eight = (memory.predict(recipe, ranks, gpu=False) for ranks in (1, 8))
