@@ -192,7 +192,7 @@ def test_files_that_vanish_are_bad_samples(root):
 
 def test_nothing_readable_names_the_last_sample(tmp_path):
     stream = loader(fill(tmp_path, {"a.png": b""}), config={"max_bad_fraction": 1.0})
-    with pytest.raises(DataError, match="100 substitutes in a row are unreadable, the last a.png"):
+    with pytest.raises(DataError, match="100 samples in a row cannot be used, the last is a.png"):
         take(stream, 1)
 
 

@@ -106,7 +106,7 @@ def test_a_file_in_the_place_of_a_folder(tmp_path, name, content, words):
 @pytest.mark.parametrize("spec", ["{a,b}.tar", "a.tar,b.tar", "a.tar::b.tar", "pipe:cat a.tar"])
 def test_other_ways_to_name_several_files(tmp_path, spec):
     with pytest.raises(
-        DataError, match=r"no tar file matches .*are not read\. Give several files as a list of sources"
+        DataError, match=r"no tar file matches .*are not supported\. Write several files as a list of sources"
     ):
         open_source(spec, "reca")
 
@@ -127,7 +127,7 @@ def test_byte_order_marks_are_no_part_of_a_caption(tmp_path, data, text):
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        ("\u200b\ufeff\u202e".encode(), "the caption is empty but for characters that show nothing"),
+        ("\u200b\ufeff\u202e".encode(), "the caption is empty except for invisible characters"),
         (b"cat\x92s", "caption: the text is not UTF-8 .byte 0x92 at 3"),
         (b"\xff\xfea", "not UTF-16-LE"),
         ("a cat".encode("utf-16-le"), "NUL characters"),

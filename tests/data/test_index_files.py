@@ -172,7 +172,7 @@ def test_a_folder_that_cannot_be_written_to_costs_the_index_alone(tmp_path, capl
     (tmp_path / "cache").write_bytes(b"")
     path = conversations(tmp_path, *ROWS)
     assert len(open_source(str(path), "i2t")) == 3
-    assert "cannot be kept in" in caplog.text and "Set RECA_CACHE" in caplog.text
+    assert "cannot be saved in" in caplog.text and "Set RECA_CACHE" in caplog.text
     assert len(open_source(str(tar(tmp_path / "a.tar", ("a.png", image_bytes()))), "reca")) == 1
 
 

@@ -1,4 +1,4 @@
-"""Batches of one task, which the data makes and the losses read."""
+"""Batches of one task: what loaders yield and losses read."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -14,26 +14,26 @@ from reca_kernels.host import on_device
 
 
 def task_rng(seed: int, task: str, *path: int) -> CounterRNG:
-    """Return the random numbers of one task. Tasks number their samples separately, so each has a key of its own.
+    """Return the random number generator of one task. Sample ids are counted per task, so each task has its own key.
 
-    path: of a sub-stream, as in CounterRNG.
+    path: sub-stream, as in CounterRNG.
     """
     return CounterRNG(seed, TASKS.index(task), *path)
 
 
 @dataclass
 class Batch:
-    """Samples of one task on their way to the loss.
+    """Samples of one task.
 
-    gen, und    uint8 [3, H, W] per sample, or None where the task's views have none
+    gen, und    uint8 [3, H, W] per sample; None if the task does not need the view
     text        reca: the template sentence; t2i: the caption; i2t: a list of Turn; srum: Scored
-    features    what `encode` returned for these samples, when it comes from a cache
-    on_encoded  takes what `encode` returns, to put it into a cache
-    neighbour   one more sample, whose h_v the last of these gets under condition "other"
-    counted     False for a copy of another rank's micro-batch, which adds nothing to loss or gradient
-    target      srum: the generation view of the other image that each stays near; None: all stay near themselves
-    sources     of a mixture: the number of the source of each sample; None: there is one source
-    prepared    what `Adapter.prepare` returned, when the loader has called it; `replace` leaves it out
+    features    result of `encode` for these samples, if read from a cache
+    on_encoded  called with the result of `encode`, to cache it
+    neighbour   one more sample, whose h_v the last sample of this batch gets under condition "other"
+    counted     False for a copy of another rank's micro-batch, which contributes nothing to loss or gradient
+    target      srum: generation view of the image that each sample stays close to; None: the sample itself
+    sources     index of each sample's source in a mixture; None: a single source
+    prepared    result of `Adapter.prepare`, if the loader has called it; not copied by `replace`
     """
 
     task: str
@@ -54,11 +54,11 @@ class Batch:
         return len(self.text)
 
     def to(self, device: torch.device) -> "Batch":
-        """Return the same samples on `device`. No copy waits for what a GPU was given before (`on_device`)."""
+        """Return a copy on `device`, without host synchronisation (`on_device`)."""
 
         def move(value: Any) -> Any:
             if isinstance(value, Tensor):
-                if value.is_cuda:  # made on the decoder's stream, whose next batch must not get memory still in use
+                if value.is_cuda:  # from the decoder's stream, which must not reuse the memory while it is read
                     value.record_stream(torch.cuda.current_stream(value.device))
                 return on_device(value, device)
             return [move(item) for item in value] if isinstance(value, list) else value
@@ -78,7 +78,7 @@ class Batch:
         return moved
 
     def part(self, places: Sequence[int]) -> "Batch":
-        """Return a batch of these samples, with their pixels and texts alone."""
+        """Return a batch of the samples at `places`, with their ids, texts and pixels only."""
 
         def take(values: list[Any] | None) -> list[Any] | None:
             return None if values is None else [values[place] for place in places]
@@ -87,15 +87,16 @@ class Batch:
         return Batch(self.task, ids, take(self.text) or [], take(self.gen), take(self.und))
 
     def uncounted(self) -> "Batch":
-        """Return a copy that adds nothing to loss or gradient."""
+        """Return a copy that contributes nothing to loss or gradient."""
         copied = copy.copy(self)
         copied.counted, copied.on_encoded = False, None
         return copied
 
     @property
     def host_ids(self) -> Tensor:
-        """sample_ids on the host, wherever the rest is: int64 [B].
+        """Return sample_ids on the host, whatever the device of the batch: int64 [B].
 
-        What decides shapes is drawn from them, since reading them from a GPU would synchronise. The bits are the same.
+        Draws that determine shapes use these ids, since reading ids from a GPU would synchronise. Both hold the same
+        values, so the draws are the same.
         """
         return self.sample_ids.cpu() if self._host_ids is None else self._host_ids

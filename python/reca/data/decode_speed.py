@@ -1,4 +1,4 @@
-"""How long an image takes from its bytes to its views on one core of this machine."""
+"""CPU time from an image's bytes to its views, on one core of this machine."""
 
 import io
 import statistics
@@ -11,11 +11,11 @@ from reca.data.pixels import PillowDecoder
 from reca.data.views import Views
 from reca.rng import CounterRNG
 
-SIDE, QUALITY = 1024, 90  # as most images of the released recipes' data are
+SIDE, QUALITY = 1024, 90  # typical of the data of the released recipes
 
 
 def jpeg(side: int = SIDE) -> bytes:
-    """Return a JPEG that costs as much as a photograph: noise whose amplitude falls with its frequency, like theirs."""
+    """Return a JPEG that decodes like a photograph: noise whose amplitude falls with frequency, as in photographs."""
     noise = np.fft.rfft2(np.random.default_rng(0).standard_normal((3, side, side)))
     rows, columns = np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)
     noise /= np.maximum(np.hypot(rows, columns), 1 / side) ** 1.4
@@ -27,7 +27,7 @@ def jpeg(side: int = SIDE) -> bytes:
 
 
 def seconds(views: Views, rounds: int = 5) -> float:
-    """Measure the CPU time of an image, decoded and resized by Pillow and this package: a median of `rounds`."""
+    """Measure the CPU seconds that PillowDecoder takes to decode and resize an image: the median of `rounds`."""
     decoder, data, times = PillowDecoder(views, CounterRNG(0)), jpeg(), []
     for number in range(1 + rounds):
         started = time.thread_time()

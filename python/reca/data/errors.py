@@ -1,17 +1,17 @@
-"""Errors of data: fatal ones, and single bad samples."""
+"""Data errors: fatal ones and bad samples."""
 
 from reca import exits
 
 
 class DataError(ValueError):
-    """Data that a run cannot start or go on with; the message names the file, the reason and what to do."""
+    """Error in the data that stops a run. The message names the file, the reason and what to do."""
 
     exit_code = exits.DATA
 
 
 class BadSample(ValueError):
-    """One sample that cannot be used; the message says why. It is listed, and another sample takes its place."""
+    """A sample that cannot be used. The message is the reason. It is recorded, and another sample takes its place."""
 
 
 class LeftOut(BadSample):
-    """A row that is no sample, such as one without an image: another takes its place, and nobody needs to repair it."""
+    """A row that is not a sample, such as one without an image. Another takes its place; it is not recorded as bad."""

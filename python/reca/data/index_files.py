@@ -1,7 +1,7 @@
-"""Indexes of large data files, kept in a cache folder and shared by all ranks and all runs.
+"""Indexes of large data files, stored in a cache folder and shared by all ranks and runs.
 
-An index is used while the file it was made of has the same path, size and times. It is written to another name and
-renamed, so it is there as a whole or not at all, and one process of a machine makes it while the others wait.
+An index is valid as long as its data file has the same path, size and times. It is written under a temporary name and
+renamed, so it is either complete or absent. One process per machine builds it while the others wait.
 """
 
 import contextlib
@@ -19,13 +19,13 @@ from typing import Any
 from reca.data.remote import AnyPath, RemotePath
 from reca.data.skipped import log_once
 
-LARGE = 2**24  # bytes of a file from which on an index is kept
-SETTLED = 2.0  # seconds to wait: a file that has just changed may change again under the same time stamp
-VERSION = 3  # of all formats; raise it when what is in an index changes
+LARGE = 2**24  # bytes; files of at least this size get an index file
+SETTLED = 2.0  # seconds; a file that changed more recently could change again with the same time stamp
+VERSION = 3  # of all index formats; increment when the content of an index changes
 
 
 def cache_folder() -> Path:
-    """Return the folder of indexes: below RECA_CACHE, or below the user's cache folder."""
+    """Return the folder of index files: below RECA_CACHE or the user's cache folder."""
     root = os.environ.get("RECA_CACHE")
     if not root:
         root = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "reca")
@@ -33,9 +33,9 @@ def cache_folder() -> Path:
 
 
 class IndexFile:
-    """Where the index of a file is, and whether it is still one of that file.
+    """Path of a file's index, and the stamp by which it is valid.
 
-    depends: what else the index depends on, JSON-able.
+    depends: everything else that the index depends on, JSON-serialisable.
     """
 
     def __init__(self, source: AnyPath, kind: str, *depends: Any):
@@ -49,7 +49,7 @@ class IndexFile:
             self.stamp = self.now()
 
     def now(self) -> list:
-        """Return what must not have changed: path, size and times of the file, and what else the index depends on."""
+        """Return the current stamp: path, size and times of the file, and everything else the index depends on."""
         if isinstance(self.source, RemotePath):
             return [str(self.source), 0, 0, 0, *(self.source.version() or []), *self.depends]
         found = os.stat(self.source)
@@ -58,7 +58,7 @@ class IndexFile:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the right to make this index; other processes wait. Where that fails, several may make the same one."""
+        """Hold the lock for building this index. Without a lock, as on some file systems, several processes may."""
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(OSError):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,11 +67,11 @@ class IndexFile:
             yield
 
     def part(self) -> Path:
-        """Return a name of its own to write the index to."""
+        """Return a unique temporary path to write the index to."""
         return self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex}.part")
 
     def keep(self, part: Path) -> bool:
-        """Put a written index in place, unless the file has changed meanwhile."""
+        """Move a written index into place. Delete it and return False if the data file has changed meanwhile."""
         if self.now() != self.stamp:
             part.unlink(missing_ok=True)
             return False
@@ -79,11 +79,11 @@ class IndexFile:
         return True
 
     def cannot_keep(self, error: OSError) -> None:
-        """Say that an index is made anew at every start."""
+        """Warn that the index has to be rebuilt at every start."""
         log_once(
             logging.WARNING,
-            f"the index of {self.source} cannot be kept in {self.path.parent} ({error.strerror or error}): it is made "
-            "anew by every process. Set RECA_CACHE to a folder that can be written to",
+            f"the index of {self.source} cannot be saved in {self.path.parent} ({error.strerror or error}): every "
+            "process rebuilds it. Set RECA_CACHE to a writable folder",
         )
 
 
@@ -92,7 +92,7 @@ def _address(source: AnyPath) -> str:
 
 
 def read_json(index: IndexFile) -> Any:
-    """Return the content of a JSON index; None when there is none, it is stale, or it is damaged."""
+    """Return the content of a JSON index; None if it is missing, stale or damaged."""
     try:
         digest, _, body = index.path.read_bytes().partition(b"\n")
         if hashlib.sha256(body).hexdigest().encode() != digest:
@@ -104,7 +104,7 @@ def read_json(index: IndexFile) -> Any:
 
 
 def write_json(index: IndexFile, content: Any) -> None:
-    """Keep a JSON index. Where it cannot be written, a warning says so."""
+    """Save a JSON index. Log a warning if that fails."""
     body = json.dumps({"stamp": index.stamp, "content": content}).encode()
     part = index.part()
     try:

@@ -1,4 +1,4 @@
-"""Endless micro-batches of one task, from any position on, on any number of ranks."""
+"""Infinite stream of one task's micro-batches, from any start position, on any number of ranks."""
 
 import errno
 import functools
@@ -33,7 +33,7 @@ from reca.rng import CounterRNG, RandomStream
 
 ATTEMPTS = 100
 Prepare = Callable[[Batch, CounterRNG], Any]  # Adapter.prepare
-OF_THE_MACHINE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # no fault of the file that was to be read
+OF_THE_MACHINE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # not caused by the file that is read
 
 
 def open_loader(
@@ -54,14 +54,16 @@ def open_loader(
     source: Source | None = None,
     prepare: Prepare | None = None,
 ) -> "Loader":
-    """Open the loader of one task that a recipe describes. Raises DataError as `open_sources`.
+    """Open the loader of one task that a recipe describes. Raises DataError like `open_sources`.
 
-    batch_size: samples of one step on all ranks; null = one full micro-batch on each.
-    max_tokens: of a batch, by what `prepare` counts; the rank's share of a step is split by it, and not by micro_batch.
-    neighbours: every batch comes with its `neighbour`.
-    identity: what, beside the images, the features in data.cache depend on; None: that cache is not used.
-    prepare: called with every batch and its random numbers; its result becomes `Batch.prepared`.
-    source: the samples, where they have been opened already.
+    batch_size: samples per step over all ranks; None: one full micro-batch per rank.
+    max_tokens: limit per batch of the tokens that `prepare` counts; replaces micro_batch when a rank's share is split.
+    neighbours: set the `neighbour` of every batch.
+    start: first position of the stream.
+    bad_samples: file that lists bad samples.
+    identity: everything besides the images that features in data.cache depend on; None: no cache.
+    source: the samples, if they are open already.
+    prepare: called with every batch and its random number generator; the result becomes `Batch.prepared`.
     """
     source = source or open_sources(config, [task], seed)[task]
     cache = None
@@ -75,7 +77,7 @@ def open_loader(
 
 @dataclass(frozen=True)
 class Stream:
-    """The positions that one rank reads: its micro-batches, step after step."""
+    """Positions that one rank reads: its micro-batches, step by step."""
 
     shares: list[MicroBatch]
     batch_size: int
@@ -83,10 +85,10 @@ class Stream:
     neighbours: bool = False
 
     def __iter__(self) -> Iterator[tuple[MicroBatch, range, list[int]]]:
-        """Yield every micro-batch, its positions, and the position of its neighbour, if neighbours are wanted.
+        """Yield every micro-batch, its positions, and the position of its neighbour, if requested.
 
-        The neighbour is the sample after the last of the micro-batch, and for the last of a step the first, so
-        that it is the same one however the step is split.
+        The neighbour is the next sample after the micro-batch; after the last sample of a step it is the first one.
+        So every sample is followed by the same one, however the step is split.
         """
         for base in itertools.count(self.start, self.batch_size):
             for share in self.shares:
@@ -96,26 +98,26 @@ class Stream:
 
 
 class Row(NamedTuple):
-    """A sample that was read: with its two views, with features from the cache, or still to be decoded."""
+    """A sample that was read: with its views, with cached features, or not decoded yet."""
 
     sample: Sample
     gen: Tensor | None
     und: Tensor | None
     features: dict[str, Tensor] | None = None
     address: str = ""  # in the cache
-    target: Tensor | None = None  # the generation view of another image to stay near
-    encoded: bool = False  # it is decoded together with its batch
-    number: int = -1  # in the source
-    attempt: int = 0  # how many samples before it, at its position, were left out or bad
+    target: Tensor | None = None  # generation view of another image to stay close to
+    encoded: bool = False  # not decoded yet: that is done together with its batch
+    number: int = -1  # index in the source
+    attempt: int = 0  # number of samples tried before it at its position
 
 
 class Loader:
-    """Iterating yields `Batch` objects, the micro-batches of this rank.
+    """Iterable of `Batch`: the micro-batches of this rank.
 
-    Position p of the stream holds the same sample with the same id p however it is split: step u of N samples covers
-    positions u N and the following, and reca/micro_batches.py says which of them are this rank's. The position of an
-    unreadable sample is filled by a substitute that depends on the position only, so batches stay full and every other
-    sample of the epoch is still delivered.
+    Position p of the stream is the same sample, with id p, however the stream is split: step u of N samples covers
+    positions u N to u N + N - 1, and reca/micro_batches.py assigns them to ranks. An unreadable sample is replaced by a
+    substitute that depends on the position only, so batches stay full and every other sample of the epoch is still
+    delivered.
     """
 
     def __init__(
@@ -145,27 +147,27 @@ class Loader:
 
     @property
     def labels(self) -> list[str]:
-        """Name the sources of a mixture, short, for the log; none where there is one source."""
+        """Return short names of a mixture's sources, for the log; [] for a single source."""
         return self.source.labels if isinstance(self.source, Mixture) else []
 
     @property
     def bad(self) -> int:
-        """Count the distinct bad samples found so far, by all ranks."""
+        """Return the number of distinct bad samples that all ranks have found so far."""
         return self.bad_samples.count()
 
     def __iter__(self) -> Iterator[Batch]:
         return itertools.chain.from_iterable(self._batches())
 
     def steps(self) -> Iterator[list[Batch]]:
-        """Yield this rank's micro-batches of every step."""
+        """Yield the list of this rank's micro-batches, step by step."""
         batches = self._batches()
         while True:
             yield [batch for _ in self.stream.shares for batch in next(batches)]
 
     def _batches(self) -> Iterator[list[Batch]]:
-        """Yield the batches of every share: one, but with max_tokens as many as its samples make.
+        """Yield the batches of every share: one, or with max_tokens as many as its samples need.
 
-        A step takes all its shares at once. So those of the next one are read while it computes.
+        A step takes all its shares at once, so as many are read ahead while it computes.
         """
         stream = iter(self.stream)
         ahead: deque[Future] = deque()
@@ -174,32 +176,32 @@ class Loader:
             while len(ahead) <= most:
                 share, positions, neighbour = next(stream)
                 jobs = [self._submit(self._read, position) for position in (*positions, *neighbour)]
-                # The pool begins jobs in this order, so one that waits for others never waits for one in the queue.
+                # The pool starts jobs in this order, so `_assemble` never waits for a job that is still queued.
                 ahead.append(self._submit(self._assemble, share, positions, neighbour, jobs))
             yield ahead.popleft().result()
 
     def sample(self, position: int) -> Batch:
-        """Read one sample in the calling thread."""
+        """Return the batch of one sample, read in the calling thread."""
         return self.named_sample(position)[1]
 
     def named_sample(self, position: int) -> tuple[str, Batch]:
-        """Return one sample with its key, read while the caller waits."""
+        """Return the key and the batch of one sample, read in the calling thread."""
         (row,) = self._decoded([position], [self._read(position)])
         return row.sample.key, self._batch([position], [row])
 
     def row_of(self, index: int) -> Row:
-        """Read one sample by its number in the source, with its features where the cache has them.
+        """Read one sample by its index in the source, with its features if they are cached.
 
         Raises BadSample and DataError.
         """
         return self._row(index, index, cached=True, alone=True)
 
     def batch_of(self, rows: list[Row]) -> Batch:
-        """Make a batch of rows that have views."""
+        """Return a batch of rows that have views."""
         return self._batch(range(len(rows)), rows)
 
     def images_per_s(self) -> float:
-        """Return what the loader's threads could deliver if nothing made them wait, measured since the last call."""
+        """Return the rate at which the loader's threads could deliver images without waiting, since the last call."""
         return self.meter.rate() * max(1, self.config.workers)
 
     def close(self) -> None:
@@ -214,11 +216,11 @@ class Loader:
         return done
 
     def _assemble(self, share: MicroBatch, positions: range, neighbour: list[int], jobs: list[Future]) -> list[Batch]:
-        """Make the batches of a share from its rows, and prepare them for the loss."""
+        """Build the batches of a share from its rows, and prepare them for the loss."""
         rows, every = [job.result() for job in jobs], [*positions, *neighbour]
         sizes, made = [share.size], []
         if self.max_tokens is not None:
-            assert self.prepare is not None, "max_tokens counts what prepare has laid out"
+            assert self.prepare is not None, "max_tokens needs prepare, which counts tokens"
             rows[: share.size] = self._completed(positions, rows[: share.size])
             prepared = self.prepare(self._batch(positions, rows[: share.size]), self.rng)
             sizes = passes_by_tokens(prepared.tokens, self.max_tokens, prepared.packed)
@@ -236,12 +238,16 @@ class Loader:
         return made
 
     def _read(self, position: int, cached: bool = True) -> Row:
-        """Read the sample of a position, or its substitute. cached: features from the cache replace the views."""
+        """Read the sample of a position, or its substitute. cached: use cached features in place of views."""
         with self.meter:
             return self._read_or_substitute(position, cached)
 
     def _read_or_substitute(self, position: int, cached: bool, first: int = 0, alone: bool = False) -> Row:
-        """first: how many samples of that position are not to be tried. alone: the sample is decoded at once."""
+        """Read the sample of a position, or its substitute.
+
+        first: number of the first attempt; attempt 0 is the sample itself.
+        alone: decode it now, not together with its batch.
+        """
         for attempt in range(first, ATTEMPTS):
             index = self.order.substitute(position, attempt) if attempt else self.order.index(position)
             try:
@@ -255,16 +261,16 @@ class Loader:
                     self.bad_samples.mark_good(index)
                 return row._replace(number=index, attempt=attempt)
         raise DataError(
-            f"position {position}: {ATTEMPTS} substitutes in a row are unreadable, the last {self.source.key(index)}"
+            f"position {position}: {ATTEMPTS} samples in a row cannot be used, the last is {self.source.key(index)}"
         )
 
     def _decoded(self, positions: Sequence[int], rows: list[Row]) -> list[Row]:
-        """Decode as one batch what is left to be decoded. A bad image is replaced as one that cannot be read is."""
+        """Decode the remaining rows as one batch. A bad image is replaced like an unreadable sample."""
         waiting = [place for place, row in enumerate(rows) if row.encoded]
         if self.batched is None or not waiting:
             return rows
         rows = list(rows)
-        with self.meter.more_time(max(1, self.config.workers)):  # one batch at a time is decoded
+        with self.meter.more_time(max(1, self.config.workers)):  # batches are decoded one at a time
             found = self.batched.batch([rows[i].sample.image for i in waiting], [positions[i] for i in waiting])
         for place, views in zip(waiting, found, strict=True):
             row = rows[place]
@@ -279,7 +285,7 @@ class Loader:
     def _row(self, index: int, position: int, cached: bool, alone: bool = False) -> Row:
         """Read one sample. Raises BadSample if it is bad, and DataError with its key for any other error.
 
-        alone: it is decoded here. Else, with a decoder of batches, that may be left to `_decoded`.
+        alone: decode it here; otherwise a batched decoder may leave that to `_decoded`.
         """
         try:
             sample = self.source[index]
@@ -303,8 +309,8 @@ class Loader:
             raise DataError(f"sample {self.source.key(index)} (data.{DATA_KEYS[self.task]}): {reason}") from error
 
     def _completed(self, positions: Sequence[int], rows: list[Row]) -> list[Row]:
-        """Return rows that all have views, or all have the same features."""
-        if not _have_features(rows):  # a batch that is new in part is encoded as a whole
+        """Return rows that either all have views or all have the same features."""
+        if not _have_features(rows):  # a batch with any new sample is encoded as a whole
             rows = [
                 self._read(position, cached=False) if row.features else row
                 for position, row in zip(positions, rows, strict=True)
@@ -332,7 +338,7 @@ class Loader:
         return Batch(self.task, ids, text, gen, und, on_encoded=on_encoded, target=target)
 
     def _placed(self, views: list[Tensor]) -> list[Tensor]:
-        """Bring views of one batch to one device."""
+        """Move the views of a batch to one device."""
         return self.batched.moved(views) if self.batched else views
 
 

@@ -1,6 +1,6 @@
-"""Rows of conversations, packed one behind the other in a file or in memory, with the place of each.
+"""Rows of conversations, concatenated in a file or in memory, with the offset of each.
 
-rows      name of the image, a zero byte, JSON of the turns; one behind the other
+rows      name of the image, a zero byte, JSON of the turns; concatenated
 offsets   uint64 [rows + 1], little-endian
 header    JSON: stamp, rows, images, skipped, digest of the offsets
 end       length of the header in 8 bytes, MAGIC
@@ -23,9 +23,9 @@ MAGIC = b"RECAROWS"
 
 
 class PackedRows:
-    """Rows by their number; only the one asked for is read.
+    """Random access to packed rows, one at a time.
 
-    images: how many images the rows are about.
+    images: number of distinct images.
     """
 
     def __init__(self, data: bytes | BinaryIO, offsets: np.ndarray, images: int):
@@ -39,26 +39,26 @@ class PackedRows:
         return Row(name.decode(), tuple(Turn(*turn) for turn in json.loads(turns)))
 
     def name(self, number: int) -> str:
-        """Return the image of a row."""
+        """Return the name of a row's image."""
         return image_of(self.record(number))
 
     def record(self, number: int) -> bytes:
-        """Return a row as it is stored."""
+        """Return the stored bytes of a row."""
         if not 0 <= number < len(self):
             raise IndexError(number)
         start, end = int(self.offsets[number]), int(self.offsets[number + 1])
         if isinstance(self.data, bytes):
             return self.data[start:end]
-        return os.pread(self.data.fileno(), end - start, start)  # mapped pages would count as this process's memory
+        return os.pread(self.data.fileno(), end - start, start)  # mapped pages would count as memory of the process
 
 
 def image_of(record: bytes) -> str:
-    """Return the image of a stored row."""
+    """Return the name of a stored row's image."""
     return record.partition(b"\0")[0].decode()
 
 
 def pack(rows: Iterable[Row], out: BinaryIO) -> tuple[np.ndarray, int]:
-    """Write rows. Returns their offsets, and how many images they are about."""
+    """Write rows. Return their offsets and the number of distinct images."""
     offsets, images, place = array("Q", [0]), array("q"), 0
     for row in rows:
         record = row.image.encode() + b"\0" + json.dumps(row.turns, ensure_ascii=False).encode()
@@ -70,7 +70,7 @@ def pack(rows: Iterable[Row], out: BinaryIO) -> tuple[np.ndarray, int]:
 
 
 def finish(out: BinaryIO, offsets: np.ndarray, header: dict[str, Any]) -> None:
-    """Write what stands behind the rows."""
+    """Write everything after the rows: offsets, header and end."""
     table = offsets.astype("<u8").tobytes()
     out.write(table)
     text = json.dumps(header | {"rows": len(offsets) - 1, "digest": hashlib.sha256(table).hexdigest()}).encode()
@@ -78,7 +78,7 @@ def finish(out: BinaryIO, offsets: np.ndarray, header: dict[str, Any]) -> None:
 
 
 def open_packed(path: Path, stamp: list) -> tuple[PackedRows, dict[str, Any]] | None:
-    """Open a file of packed rows. None when it is not there, of another stamp, or damaged."""
+    """Open a file of packed rows. Return None if it is missing, damaged, or has another stamp."""
     try:
         file = path.open("rb")
         size = file.seek(0, os.SEEK_END)
