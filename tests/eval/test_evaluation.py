@@ -220,9 +220,7 @@ def test_a_full_disk_loses_nothing(painter, monkeypatch):
         return (real if len(calls) < 20 else full)(path, *rest, **options)
 
     monkeypatch.setattr(files, "write_atomically", fills_up)
-    with pytest.raises(
-        EvaluationError, match="cannot be written \\(No space left on device\\). All that was made before"
-    ):
+    with pytest.raises(EvaluationError, match="cannot be written \\(No space left on device\\). Finished outputs"):
         reca.evaluate("world", painter, limit=LIMIT)
     monkeypatch.setattr(files, "write_atomically", real)
     made = len(list(folder.rglob("*.png")))
@@ -265,7 +263,7 @@ def test_a_disk_that_is_full_at_any_file(painter, monkeypatch):
             reca.evaluate("world", painter, against="base", limit=1)
             break
         except EvaluationError as error:
-            assert "All that was made before is kept: make room" in str(error)
+            assert "Finished outputs are kept: free disk space" in str(error)
             named.add(str(error).split(" cannot be written")[0].rpartition("/")[2])
         left = 40
         assert reca.evaluate("world", painter, against="base", limit=1)["counts"]["images"] == 1

@@ -4,6 +4,6 @@ from reca import exits
 
 
 class EvaluationError(ValueError):
-    """Images, records or a judge that cannot be used; the message says what to do. What was made so far is kept."""
+    """Images, records or a judge cannot be used; the message says what to do. Finished outputs are kept."""
 
     exit_code = exits.DATA

@@ -1,11 +1,12 @@
-"""The score interval of a weighted sum of proportions, one of every tag, and of paired differences of proportions.
+"""Score intervals of a weighted sum of proportions, one per tag, and of paired differences of proportions.
 
-A bound is the sum θ that the data just allow: where (|estimate - θ| - c)² = z² Var(θ), with the variance at the
-proportions that are most likely among those whose sum is θ (Miettinen and Nurminen, Statistics in Medicine 4, 1985;
-linear combinations: Martín Andrés, Álvarez Hernández and Herranz Tejedor, Stat. Methods Med. Res. 20, 2011; paired
-differences: Tango, Statistics in Medicine 17, 1998). Of one tag it is Wilson's interval. The correction for continuity
-c is half of what one prompt more changes, averaged over tags by their shares of the variance. Where every prompt gave
-the same, the bound is exact: what was seen has a probability of 2.5 % there, as Clopper and Pearson have it.
+A bound is a sum θ at the limit of what the data are compatible with: (|estimate - θ| - c)² = z² Var(θ). The variance
+is that at the maximum-likelihood proportions subject to their sum being θ (Miettinen and Nurminen, Statistics in
+Medicine 4, 1985; linear combinations: Martín Andrés, Álvarez Hernández and Herranz Tejedor, Stat. Methods Med. Res. 20,
+2011; paired differences: Tango, Statistics in Medicine 17, 1998). With one tag it is Wilson's interval with continuity
+correction. The correction c is half the effect of one prompt on the sum, averaged over tags in proportion to their
+variances. If all prompts of each tag have the same outcome, the bound is exact, as in Clopper and Pearson: the observed
+outcomes have a probability of 2.5 % there.
 """
 
 import math
@@ -15,16 +16,16 @@ import numpy as np
 
 Z = 1.959964  # normal quantile of 95 % intervals
 TAIL = 0.025
-GRID, ROUNDS = 64, 4  # of the search for λ: its relative error is 2 FAR / 63 ** 4
-FAR = 25.0  # of log λ, to both sides of where an average tag turns
+GRID, ROUNDS = 64, 4  # grid search for the multiplier λ, to a relative error of 2 FAR / 63 ** 4
+FAR = 25.0  # half-width of the search range of log λ, centred where a tag of average size starts to move
 
 
 class Tags(NamedTuple):
-    """What was seen of every tag, as arrays [tags]. Gains and losses are those of pairs; a single score has no losses.
+    """Observed proportions of each tag, as arrays [tags]. Gains and losses are those of pairs; a score has no losses.
 
-    gains, losses  in [0, 1], and no more than 1 together
+    gains, losses  in [0, 1], with a sum of at most 1
     sizes          effective numbers of prompts
-    weights        of the tags in the sum, from 0 on
+    weights        weights of the tags in the sum, at least 0
     """
 
     gains: np.ndarray
@@ -34,12 +35,12 @@ class Tags(NamedTuple):
 
 
 def score_interval(tags: Tags, paired: bool) -> tuple[float, float]:
-    """Return the 95 % bounds of the sum of weight * (gains - losses). paired: whether there can be losses."""
+    """Return the 95 % bounds of the sum of weight * (gains - losses). paired: whether losses are possible."""
     return _bound(tags, paired, 1), _bound(tags, paired, -1)
 
 
 def _bound(tags: Tags, paired: bool, side: int) -> float:
-    """Find the bound on one side: 1 is the lower one. It is searched along λ, from the estimate on."""
+    """Find the lower (side=1) or upper (side=-1) bound by a search over λ, which starts at the estimate."""
     gains, losses, sizes, weights = tags
     estimate = float(weights @ (gains - losses))
     seen = np.stack([gains, losses, 1 - gains - losses])
@@ -64,10 +65,11 @@ def _bound(tags: Tags, paired: bool, side: int) -> float:
 
 
 def _most_likely(gains: np.ndarray, losses: np.ndarray, rest: np.ndarray, a: np.ndarray, paired: bool) -> np.ndarray:
-    """Maximise the multinomial likelihood minus a * (gain - loss): [3, grid, tags], of gains, losses and the rest.
+    """Maximise the multinomial log-likelihood minus a * (gain - loss). Return gains, losses and rest, [3, grid, tags].
 
-    a = λ * weight, [grid, tags], all of one sign. The counts over μ + a, μ - a and μ are the probabilities, for the μ
-    at which they sum to 1; what moves towards the bound may have no counts, so it is what the others leave.
+    a = λ * weight, [grid, tags], all of one sign. The probabilities are the counts divided by μ + a, μ - a and μ, for
+    the μ at which they sum to 1. The outcome that grows towards the bound can have a count of 0, so its probability is
+    1 minus the others.
     """
     total = gains + losses + rest
     if not paired:
@@ -78,7 +80,7 @@ def _most_likely(gains: np.ndarray, losses: np.ndarray, rest: np.ndarray, a: np.
         q = np.sqrt(total**2 / 9 - slope / 3)
         r = total**3 / 27 - total * slope / 6 - a**2 * rest / 2
         mu = total / 3 + 2 * q * np.cos(np.arccos((r / q**3).clip(-1, 1)) / 3)
-    falls = a > 0  # gains do, and losses grow; else the other way round
+    falls = a > 0  # gains fall and losses grow; otherwise the reverse
     own = np.where(falls, gains / np.where(falls, mu + a, 1), losses / np.where(falls, 1, mu - a)).clip(0, 1)
     if not paired:
         gain = np.where(falls, own, 1 - np.where(falls, 0, rest / np.where(falls, 1, mu)).clip(0, 1))

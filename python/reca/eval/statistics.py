@@ -1,16 +1,17 @@
-"""Intervals of a score and of the difference between two models, with prompts as what was sampled.
+"""Confidence intervals of a score and of the difference between two models. The sampling unit is the prompt.
 
-All images of a prompt stay together (clustered), both models are compared on the same prompts (paired), and every tag
-has its own (stratified). The overall value is a weighted sum over tags.
+The images of a prompt form a cluster, both models are compared on the same prompts (paired), and tags are strata. The
+overall value is a weighted sum over tags.
 
-Where values have a top, such as shares, an interval is a score interval of proportions (reca.eval.score_interval). A
-tag counts as its effective number of prompts: as many of one image each as have the variance of its mean (Korn and
-Graubard, Survey Methodology 24, 1998), with Student's t in place of the normal quantile, and never less than there are.
-The degrees of freedom are Satterthwaite's. A difference is that of two shares of prompts, gains and losses, of which
-each is as large as the prompt's mean changes. Where tags are few prompts, or nearly all of them agree, this holds what
-95 % promise; resampling and normal intervals do not.
+Values with an upper bound, such as proportions, have score intervals (reca.eval.score_interval). A tag enters with its
+effective number of prompts: the number of single-image prompts whose mean would have the same variance (Korn and
+Graubard, Survey Methodology 24, 1998), adjusted for Student's t in place of the normal quantile, and at least the
+actual number. The degrees of freedom are Satterthwaite's. A difference is the proportion of gains minus that of losses,
+to which each prompt contributes the change of its mean. With few prompts per tag, or nearly all of them equal, coverage
+stays close to 95 %; that of bootstrap and normal intervals does not.
 
-Other values have Student's intervals. A tag whose few prompts happen to agree has a part of the spread of all tags.
+Other values have Student's intervals. Each tag's variance is shrunk towards the pooled variance of all tags, since a
+few prompts can agree by chance.
 """
 
 import functools
@@ -22,7 +23,7 @@ import numpy as np
 
 from reca.eval.score_interval import Tags, Z, score_interval
 
-IMAGES = (1, 2, 4, 8, 12)
+IMAGES = (1, 2, 4, 8, 12)  # images per prompt in the power table
 
 
 class Interval(NamedTuple):
@@ -32,14 +33,14 @@ class Interval(NamedTuple):
 
 
 class Clusters(NamedTuple):
-    """Images of a tag, summed per prompt: [prompts] each."""
+    """Sums of the values and numbers of images per prompt of a tag, [prompts] each."""
 
     sums: np.ndarray
     counts: np.ndarray
 
 
 def clusters(values: Iterable[tuple[str, str, float]]) -> dict[str, dict[str, list[float]]]:
-    """Group (tag, item, value) of images: tag -> item -> values."""
+    """Group (tag, item, value) triples, one per image, as tag -> item -> values."""
     groups: dict[str, dict[str, list[float]]] = {}
     for tag, item, value in values:
         groups.setdefault(tag, {}).setdefault(item, []).append(value)
@@ -54,8 +55,8 @@ def _sums(items: Mapping[str, Sequence[float]], order: Sequence[str]) -> Cluster
 
 @functools.lru_cache(maxsize=1024)
 def t_quantile(freedom: float) -> float:
-    """Compute Student's 97.5 % quantile, from 1 degree of freedom on, by integrating the density over atan(t / √f)."""
-    f = min(freedom, 1e5)  # beyond, it is the normal quantile to four digits
+    """Compute the 97.5 % quantile of Student's t, for freedom >= 1, by integrating the density over atan(t / √f)."""
+    f = min(freedom, 1e5)  # beyond that it equals the normal quantile to four digits
     angles = np.linspace(0, math.pi / 2, 20_001)
     density = np.cos(angles) ** (f - 1)
     areas = np.append(0, np.cumsum(density[1:] + density[:-1]))
@@ -65,9 +66,9 @@ def t_quantile(freedom: float) -> float:
 def _weights(
     groups: Mapping[str, Mapping[str, Sequence[float]]], given: Mapping[str, float] | None
 ) -> dict[str, float]:
-    """Return the weight of every tag in the overall value; by its number of prompts where none is given.
+    """Return the weight of each tag in the overall value. None: proportional to its number of prompts.
 
-    Weights of a mean, whose sum is 1, are those of a mean over the tags that are there. Those of a sum stay as given.
+    Weights that sum to 1 are renormalised over the tags present. Others, those of a sum, are returned as given.
     """
     if given is not None:
         found = {tag: given.get(tag, 0.0) for tag in groups}
@@ -82,7 +83,7 @@ def _mean(group: Clusters) -> float:
 
 
 class Estimate(NamedTuple):
-    """A score, or a difference of two: over everything, and per tag."""
+    """A score, or a difference of two scores, overall and per tag."""
 
     overall: Interval
     tags: dict[str, Interval]
@@ -93,16 +94,16 @@ def estimate(
     weights: Mapping[str, float] | None = None,
     top: float | None = None,
 ) -> Estimate:
-    """Compute a score with its interval. values: (tag, item, value) of every image.
+    """Compute a score with its interval. values: (tag, item, value) of each image.
 
-    weights: of the tags, see `Score`. top: the largest value there can be, from 0 on; None if there is none.
-    Raises ValueError where there are no values.
+    weights: weights of the tags, see `Score`. top: upper bound of the values, whose lower bound is 0; None: unbounded.
+    Raises ValueError if there are no values.
     """
     return _clipped(_estimate([clusters(values)], weights, top), 0.0, top)
 
 
 def _clipped(found: Estimate, least: float, top: float | None) -> Estimate:
-    """Cut intervals to the values that there are: those of a few prompts reach beyond."""
+    """Clip intervals to the range of possible values, which those of few prompts can exceed."""
     if top is None:
         return found
 
@@ -118,17 +119,17 @@ def difference(
     weights: Mapping[str, float] | None = None,
     top: float | None = None,
 ) -> Estimate:
-    """Compute after - before with its interval, over the prompts that both have.
+    """Compute after - before with its interval, over the prompts that both contain.
 
-    top: see `estimate`; None also for one model drawn twice with the same settings, which differs by exactly 0.
-    Raises ValueError where they share none.
+    top: see `estimate`; None also for two evaluations of one model with equal settings, whose difference is exactly 0.
+    Raises ValueError if they share no prompt.
     """
     found = _estimate(shared(clusters(after), clusters(before)), weights, top)
     return _clipped(found, -top if top else 0.0, top)
 
 
 def shared(a: Mapping[str, dict], b: Mapping[str, dict]) -> list[dict[str, dict[str, list[float]]]]:
-    """Keep the prompts that both have, in the order of the first."""
+    """Keep the prompts that both contain, in the order of the first."""
     names = {tag: [name for name in items if name in b.get(tag, {})] for tag, items in a.items()}
     return [{tag: {name: side[tag][name] for name in kept} for tag, kept in names.items() if kept} for side in (a, b)]
 
@@ -140,7 +141,7 @@ def _estimate(
 ) -> Estimate:
     """Estimate one side, or the first minus the second."""
     if not sides[0]:
-        raise ValueError("there is nothing to compute an interval of: no prompt has a value (in both)")
+        raise ValueError("no interval can be computed: no prompt has a value (in both)")
     weights = _weights(sides[0], given)
     groups = [_group([_sums(side[tag], list(items)) for side in sides]) for tag, items in sides[0].items()]
     shares = np.array([weights[tag] for tag in sides[0]])
@@ -161,7 +162,7 @@ def _estimate(
 
 
 class Group(NamedTuple):
-    """A tag: its value, the prompts' means (or their differences), and the variance between prompts."""
+    """A tag: its value, the means of its prompts (or their differences), and the variance between prompts."""
 
     value: float
     means: np.ndarray  # [prompts]
@@ -173,9 +174,9 @@ class Group(NamedTuple):
 
 
 def _group(sides: Sequence[Clusters]) -> Group:
-    """Make a tag of one side, or of the first minus the second.
+    """Compute the Group of one side, or of the first minus the second.
 
-    Its value is over images, so the variance is that of the residuals: of a ratio of sums.
+    Its value is a mean over images, a ratio of sums, so the variance is that of the ratio's residuals.
     """
     value, means, residuals = 0.0, np.zeros(len(sides[0].sums)), np.zeros(len(sides[0].sums))
     for sign, side in zip((1, -1), sides, strict=False):
@@ -183,7 +184,7 @@ def _group(sides: Sequence[Clusters]) -> Group:
         value += sign * mean
         means += sign * side.sums / side.counts
         residuals += sign * (side.sums - mean * side.counts) / side.counts.mean()
-    same = len(means) < 2 or np.abs(residuals).max() < 1e-12 * max(1.0, abs(value))  # but for rounding
+    same = len(means) < 2 or np.abs(residuals).max() < 1e-12 * max(1.0, abs(value))  # up to rounding
     return Group(value, means, 0.0 if same else float(residuals @ residuals) / (len(means) - 1))
 
 
@@ -195,16 +196,16 @@ def _freedom(parts: np.ndarray, freedoms: np.ndarray) -> float:
 def _shares(
     pooled: float, paired: bool, top: float, groups: Sequence[Group], weights: np.ndarray
 ) -> tuple[float, float]:
-    """Return how far the interval of a weighted sum of shares reaches below and above it.
+    """Return the distances from a weighted sum of proportions to the lower and upper bounds of its interval.
 
-    pooled: the variance of all tags, a part of which a tag of few prompts has at least.
+    pooled: variance pooled over all tags. It can raise the variance of a tag of few prompts, never lower it.
     """
     prompts = np.array([len(group.means) for group in groups])
     gains, losses = (np.array([_part(sign * group.means / top) for group in groups]) for sign in (1, -1))
-    whole = gains + losses - (gains - losses) ** 2  # the variance, were every prompt's value 0 or 1
+    whole = gains + losses - (gains - losses) ** 2  # the variance if every prompt's value were -1, 0 or 1
     spreads = np.array([group.spread for group in groups])
     variances = np.maximum(spreads, ((prompts - 1) * spreads + pooled) / prompts) / prompts / top**2
-    variances[spreads == 0] = 0.0  # where nothing varies, nothing tells that a prompt counts for more than one
+    variances[spreads == 0] = 0.0  # without spread, use the actual number of prompts
     t = t_quantile(_freedom(weights**2 * variances, prompts - 1)) if variances.any() else Z
     sizes = (Z / t) ** 2 * whole / np.where(variances > 0, variances, np.inf)
     low, high = score_interval(Tags(gains, losses, np.maximum(sizes, prompts), weights), paired)
@@ -217,9 +218,9 @@ def _part(values: np.ndarray) -> float:
 
 
 def _values(pooled: float, freedom: int, groups: Sequence[Group], weights: np.ndarray) -> tuple[float, float]:
-    """Return how far Student's interval of a weighted sum reaches to both sides.
+    """Return the distances from a weighted sum to the lower and upper bounds of Student's interval, which are equal.
 
-    pooled, freedom: the variance of all tags and its degrees of freedom, which hold for tags of one or two prompts.
+    pooled, freedom: variance pooled over all tags, and its degrees of freedom, which tags of one or two prompts use.
     """
     if not freedom:
         return math.inf, math.inf
@@ -241,7 +242,7 @@ def _ratio(a: float, b: float) -> float:
 
 
 class Power(NamedTuple):
-    """How likely a difference is found, that is, its 95 % interval does not hold 0."""
+    """The probability that a difference is detected: that its 95 % interval excludes 0."""
 
     images_per_item: int
     difference: float
@@ -255,11 +256,10 @@ def power(
     differences: Sequence[float] = (0.01, 0.02, 0.05),
     images: Sequence[int] = IMAGES,
 ) -> list[Power]:
-    """Estimate the power of repeating this comparison, with other numbers of images per prompt.
+    """Estimate the power of this comparison if repeated with other numbers of images per prompt.
 
-    The variance of a prompt's difference is split into what differs between prompts and what differs between the
-    images of one. With one image per prompt it cannot be split, so all of it is taken to be that of images. Where
-    nothing varies there is no table.
+    The variance of a prompt's difference is split into components between prompts and between the images of a prompt.
+    With one image per prompt it cannot be split and is attributed to images alone. Return [] if the variance is 0.
     """
     sides = shared(clusters(after), clusters(before))
     share = _weights(sides[0], weights)
@@ -273,11 +273,11 @@ def power(
 
 
 def _variance(sides: Sequence[Mapping[str, Mapping[str, Sequence[float]]]], tag: str, images: int) -> float:
-    """Compute the variance of a tag's mean difference with this many images per prompt."""
+    """Compute the variance of a tag's mean difference with `images` images per prompt."""
     names = list(sides[0][tag])
     deltas = np.array([np.mean(sides[0][tag][n]) - np.mean(sides[1][tag][n]) for n in names])
     total = float(deltas.var(ddof=1)) if len(names) > 1 else 0.0
-    within, single = [], []  # of one image; and as it enters the mean of a prompt
+    within, single = [], []  # variance of one image, and its contribution to the mean of a prompt
     for name in names:
         parts = [np.asarray(side[tag][name]) for side in sides]
         if all(len(part) > 1 for part in parts):
