@@ -92,7 +92,7 @@ def test_a_few_prompts_of_little_weight_cost_little_certainty():
         values = [
             (tag, str(i), value) for tag, n in (("a", 3), ("b", 60)) for i, value in enumerate(rng.normal(0, 1, n))
         ]
-        found = statistics.estimate(values, {"a": 0.1, "b": 0.9}, resamples=500)
+        found = statistics.estimate(values, {"a": 0.1, "b": 0.9})
         inside += found.overall.low <= 0 <= found.overall.high
     assert inside / RUNS == pytest.approx(0.95, abs=0.02)
 
