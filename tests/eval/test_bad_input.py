@@ -176,7 +176,7 @@ def test_a_result_file_with_more_rows_and_with_less(tmp_path):
         evaluated(*every[:2])
     with pytest.raises(EvaluationError, match="line 2: correct is 'false'; expected true or false"):
         evaluated(line(0), line(1, correct="false"))
-    with pytest.raises(EvaluationError, match="holds no answers about the items of geneval"):
+    with pytest.raises(EvaluationError, match="contains no answers about the items of geneval"):
         evaluated(*extra)
 
 

@@ -235,7 +235,7 @@ def test_a_full_disk_loses_nothing(painter, monkeypatch):
     monkeypatch.setattr(records.os, "write", torn)
     Painter.made = 0
     with pytest.raises(
-        EvaluationError, match="records.jsonl cannot be written \\(the disk is full\\). All lines before"
+        EvaluationError, match="records.jsonl cannot be written \\(the disk is full\\). All previous lines"
     ):
         reca.evaluate("world", painter, limit=LIMIT)
     assert Painter.made == LIMIT - made
@@ -274,7 +274,7 @@ def test_a_disk_that_is_full_at_any_file(painter, monkeypatch):
 def test_too_little_room_is_told_before_the_disk_is_full(painter, monkeypatch):
     monkeypatch.setattr(generate, "CHUNK", 4)
     monkeypatch.setattr(generate.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 4000))
-    with pytest.raises(EvaluationError, match="remaining images will take about .* the disk has 3.91 KiB left"):
+    with pytest.raises(EvaluationError, match="remaining images need about .* the disk has only 3.91 KiB left"):
         reca.evaluate("world", painter, limit=LIMIT)
     assert len(list(painter.rglob("*.png"))) == 4
 
@@ -464,7 +464,7 @@ def test_images_of_other_weights_or_settings_are_not_mixed(painter, monkeypatch)
         ({"steps": ["score"]}, "holds no images of world|holds no records; add the step judge"),
         ({"steps": ["report"]}, "results.json does not exist; add the step score"),
         ({"records": "none.jsonl", "against": "base"}, "none.jsonl does not exist; expected records.jsonl"),
-        ({"records": "run/recipe.yaml", "against": "base"}, "recipe.yaml holds no answers about the items of world"),
+        ({"records": "run/recipe.yaml", "against": "base"}, "recipe.yaml contains no answers about the items of world"),
         ({"suite": "imgedit", "judge": "local:x"}, "imgedit needs a model that can edit: show_o cannot"),
     ],
 )

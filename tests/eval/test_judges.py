@@ -304,7 +304,7 @@ def test_an_image_that_is_refused_fails_alone(server, tmp_path, status):
     assert f"refused the request with HTTP {status}: content_filter" in found["failed"][0]["error"]
     server.plan = [(status, "no such parameter")] * 9
     (tmp_path / "out/records.jsonl").unlink()
-    with pytest.raises(EvaluationError, match="failed on 5 images in a row; of the last it said: .*no such parameter"):
+    with pytest.raises(EvaluationError, match="failed on 5 images in a row; the last error: .*no such parameter"):
         reca.evaluate(**arguments)
 
 
@@ -343,7 +343,7 @@ def test_recorded_answers(server, tmp_path):
     found = reca.evaluate(**arguments, judge=f"recorded:{records}")
     assert found["counts"]["failed"] == 1 and "recorded for another image 0 of item 2" in found["failed"][0]["error"]
     (tmp_path / "other.jsonl").write_text('{"some": "thing"}\n')
-    for path, message in (("other.jsonl", "holds no answers about the items of wise"), ("none", "does not exist")):
+    for path, message in (("other.jsonl", "contains no answers about the items of wise"), ("none", "does not exist")):
         with pytest.raises(EvaluationError, match=message):
             reca.evaluate(**arguments, judge=f"recorded:{tmp_path / path}")
 

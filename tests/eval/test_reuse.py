@@ -146,7 +146,7 @@ def test_an_edited_question_is_asked_anew(painter, reader, tmp_path):
     assert score("red", "red") == (1, 3)  # a record stays
     with pytest.raises(EvaluationError, match=r"has no record of 1 images of wise: 2 \(0\)"):
         score("red", "blue", records=kept)
-    with pytest.raises(EvaluationError, match="holds answers about other prompts, sources or questions than wise has"):
+    with pytest.raises(EvaluationError, match="contains answers about other prompts, sources or questions than wise"):
         score("green", "blue", records=kept)
 
 
@@ -254,7 +254,7 @@ def test_a_file_to_judge_by_is_read_before_anything_is_drawn(painter, tmp_path, 
     parse = records.import_answers
     monkeypatch.setattr(records, "import_answers", lambda *given: read.append(1) or parse(*given))
     given = {"limit": 5, "judge": f"recorded:{kept}", "out": tmp_path / "out"}
-    for content, message in ((lines[:3], "no answer about 2 of the 5 images of world"), (["{}"], "holds no answers")):
+    for content, message in ((lines[:3], "no answer about 2 of the 5 images of world"), (["{}"], "no answers")):
         kept.write_text("".join(line + "\n" for line in content))
         Painter.made = 0
         with pytest.raises(EvaluationError, match=message):

@@ -1,7 +1,7 @@
-"""Step 1: the model's images, in the benchmark's folder layout, or its answers.
+"""Step 1: generate the model's images in the benchmark's folder layout, or its answers.
 
-The seed of an image is a hash of (suite, item, k), so neither ranks nor batches nor order change an image, and two
-models draw from equal noise. Files appear as a whole; a run that was stopped goes on with those that are missing.
+The seed of an image is a hash of (suite, item, k), so an image does not depend on ranks, batches or order, and two
+models start from the same noise. Files are written atomically; an interrupted run continues with the missing ones.
 """
 
 import contextlib
@@ -28,20 +28,20 @@ from reca.eval.suites.base import agree
 from reca.models.base import Adapter
 
 log = logging.getLogger("reca")
-CHUNK = 32  # images that are generated before they are written
+CHUNK = 32  # images generated between two writes
 SEED_BITS = 56
 END = b"\0\0\0\0IEND\xaeB`\x82"  # the last chunk of every PNG
-ROOM = 1.1  # free space asked for, over what the remaining images will take
+ROOM = 1.1  # required free disk space, relative to the estimated size of the remaining images
 
 
 def image_seed(suite: str, item: str, k: int, seed: int = 0) -> int:
-    """Hash (suite, item, k) into a seed. seed: another one gives another set of images."""
+    """Hash (suite, item, k) to the seed of an image. seed: base seed of the evaluation."""
     text = json.dumps([seed, suite, item, k]).encode()
     return int.from_bytes(hashlib.sha256(text).digest()[: SEED_BITS // 8], "big")
 
 
 def weights_hash(model: nn.Module) -> str:
-    """Hash all weights: names, types, shapes and bytes."""
+    """Hash all weights: names, dtypes, shapes and bytes."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         if isinstance(value, Tensor):
@@ -60,11 +60,11 @@ def generate_images(
     seed: int = 0,
     alike: bool = False,
 ) -> int:
-    """Generate, or edit, what is missing in a folder. Under torchrun every rank makes its share.
+    """Generate, or edit, the images that are missing in a folder. Under torchrun each rank generates its share.
 
-    alike: ranks share the model's weights, too, so all call it equally often, for images that are thrown away if need
-    be, and fail together.
-    Returns the number of images that this rank made. Raises EvaluationError when the disk does not take them.
+    alike: the model's weights may be sharded over ranks, so all ranks call it equally often, if necessary for images
+    that are discarded, and fail together.
+    Returns the number of images that this rank wrote. Raises EvaluationError if the disk is full.
     """
     everything = [(item, k) for item in items for k in range(images_per_item)]
     mine = everything[distributed.rank() :: distributed.world_size()]
@@ -94,7 +94,7 @@ def generate_images(
 def generate_answers(
     model: Adapter, suite: Suite, items: Sequence[Item], path: Path, *, max_new_tokens: int = 16
 ) -> int:
-    """Ask the model what is not answered yet, and append to a JSON-lines file; on rank 0 alone.
+    """Let the model answer the remaining questions, and append the answers to a JSON-lines file. Only rank 0 does so.
 
     Returns the number of new answers.
     """
@@ -114,7 +114,7 @@ def generate_answers(
 
 
 def read_answers(path: Path, items: Sequence[Item]) -> dict[Key, str]:
-    """Read the answers of a model to these items, as they are asked now."""
+    """Read a model's answers to these items. Answers to an earlier prompt or image of an item are ignored."""
     given = {item.id: item.given for item in items}
     return {
         record.key: record.answer
@@ -138,12 +138,12 @@ def _source(item: Item) -> Tensor:
 
 
 def is_drawn(path: Path) -> bool:
-    """Tell whether an image is there to the end of its PNG. A machine that lost its power leaves less, or zeros."""
+    """Tell whether a PNG is complete. After a power failure a file can be truncated, or end in zeros."""
     try:
         with path.open("rb") as file:
             file.seek(-len(END), os.SEEK_END)
             return file.read() == END
-    except OSError:  # also of a file that is shorter
+    except OSError:  # includes a file shorter than END
         return False
 
 
@@ -154,10 +154,10 @@ def _write_companions(suite: Suite, item: Item, images: Path) -> None:
 
 
 def check_room(folder: Path, size: int) -> None:
-    """Raise EvaluationError unless the disk has room for `size` more bytes."""
+    """Raise EvaluationError unless the disk has space for `size` more bytes."""
     free = shutil.disk_usage(folder).free
     if size * ROOM > free:
         raise EvaluationError(
-            f"{folder}: the remaining images will take about {units.size(size)}, and the disk has {units.size(free)} "
-            "left. All images so far are kept: make room and give the same command again, which goes on from there"
+            f"{folder}: the remaining images need about {units.size(size)}, but the disk has only {units.size(free)} "
+            "left. Finished images are kept: free disk space, then run the same command again to resume"
         )

@@ -1,4 +1,4 @@
-"""Step 2: ask a judge about every image that has no record of this image, this item and this judge yet."""
+"""Step 2: ask the judge about each image without a record for the same image, item and judge."""
 
 import logging
 import queue
@@ -21,19 +21,19 @@ from reca.eval.suites.base import agree, image_hash
 from reca.full_memory import is_memory_full
 
 log = logging.getLogger("reca")
-MOST_FAILURES = 5  # in a row, after which the judge is taken to be broken
-TRIES = 2  # of an answer without a mark
-SHOWN = 3  # images that a message names
+MOST_FAILURES = 5  # consecutive failures after which judging stops
+TRIES = 2  # attempts per image to get an answer that the suite's rule can read
+SHOWN = 3  # maximum number of images in a message
 
 
 def judge_images(
     judge: Judge, suite: Suite, items: Sequence[Item], found: Mapping[Key, Path], path: Path, partial: bool = False
 ) -> int:
-    """Append a record for every image that has none. path: of records.jsonl.
+    """Append a record for each image without a valid one. path: records.jsonl.
 
-    Returns the number of images that it was asked about. One that the judge fails on gets a record with the error, and
-    is asked about again next time. Raises EvaluationError when the judge fails on several images in a row, and in the
-    end for images that cannot be read, unless a part is enough.
+    Returns the number of images judged. An image on which the judge fails gets a record with the error, and is judged
+    again by the next call. Raises EvaluationError if the judge fails on several images in a row and, after all others
+    are judged, if images cannot be read, unless `partial`.
     """
     by_id = {item.id: item for item in items}
     hashes = {key: image_hash(image) for key, image in found.items()}
@@ -56,18 +56,18 @@ def judge_images(
             return None
         try:
             return unsaid._replace(answer=_answer(judge, suite, item, key, found[key]))
-        except (JudgeError, DataError, BadSample) as error:  # the latter two: a file that is no image
+        except (JudgeError, DataError, BadSample) as error:  # the latter two: a file that is not an image
             return unsaid._replace(error=str(error))
-        except (EvaluationError, OSError):  # other images would fail alike
+        except (EvaluationError, OSError):  # other images would fail in the same way
             raise
-        except Exception as error:  # whatever a judge's library raises
+        except Exception as error:  # a judge's library can raise anything
             reason = first_line(error)
             if not is_memory_full(error):
                 log.debug("%s failed on %s", judge.name, found[key], exc_info=True)
                 return unsaid._replace(error=f"{type(error).__name__}: {reason}")
             raise inference.MemoryFull(
-                f"memory is full while {judge.name} looks at {found[key]} ({reason}). All records are kept: give it a "
-                "device to itself (--steps judge,score,report goes on in a process of its own)"
+                f"out of memory while {judge.name} judged {found[key]} ({reason}). All records are kept: run the judge "
+                "in a separate process, without the model in memory, with --steps judge,score,report"
             ) from error
 
     with (
@@ -82,8 +82,8 @@ def judge_images(
             failures, last = (0, "") if record.error is None else (failures + 1, record.error)
             if failures >= max(MOST_FAILURES, 2 * judge.workers):
                 raise EvaluationError(
-                    f"the judge failed on {failures} images in a row; of the last it said: {last}. All records are "
-                    "kept: mend the cause and give the same command again, which goes on from there"
+                    f"the judge failed on {failures} images in a row; the last error: {last}. All records are kept: "
+                    "fix the cause, then run the same command again to resume"
                 )
     if cost := judge.cost():
         log.info("%s", cost)
@@ -91,7 +91,7 @@ def judge_images(
         message = f"{len(unreadable)} of {len(found)} images cannot be read: {'; '.join(unreadable[:SHOWN])}"
         if not partial:
             raise EvaluationError(
-                f"{message}. Replace them (what was generated here is drawn again once it is deleted), or give "
+                f"{message}. Replace them (generated images can be deleted; they are then generated again), or set "
                 "--partial to score the others"
             )
         log.warning("%s; they count as missing", message)
@@ -99,7 +99,7 @@ def judge_images(
 
 
 def _answer(judge: Judge, suite: Suite, item: Item, key: Key, image: Path) -> object:
-    """Ask until the answer holds what the suite's rule reads."""
+    """Return an answer that the suite's rule can read. Raises JudgeError after TRIES attempts."""
     reason = ""
     for _ in range(TRIES):
         answer = judge.judge(suite, item, key[1], image)
@@ -111,7 +111,7 @@ def _answer(judge: Judge, suite: Suite, item: Item, key: Key, image: Path) -> ob
 
 
 def _in_threads(ask: Callable[[Key], Record | None], todo: Sequence[Key], workers: int) -> Iterator[Record | None]:
-    """Yield records as they come, from this many threads. An interruption starts no new ones, and waits for none."""
+    """Yield records in order of completion, from `workers` threads. On an interruption no pending call is awaited."""
     if workers <= 1:
         yield from map(ask, todo)
         return
@@ -128,13 +128,13 @@ def _in_threads(ask: Callable[[Key], Record | None], todo: Sequence[Key], worker
                 ended.put(error)
 
     for _ in range(min(workers, len(todo))):
-        threading.Thread(target=work, daemon=True).start()  # the process ends without an answer that is late
+        threading.Thread(target=work, daemon=True).start()  # daemon: the process can exit while calls are pending
     try:
         for _ in todo:
             found = ended.get()
             if isinstance(found, BaseException):
                 others = [ended.get() for _ in range(ended.qsize())]
-                yield from (one for one in others if isinstance(one, Record))  # what went well is kept
+                yield from (one for one in others if isinstance(one, Record))  # keep the successful ones
                 raise found
             yield found
     finally:
@@ -144,7 +144,7 @@ def _in_threads(ask: Callable[[Key], Record | None], todo: Sequence[Key], worker
 def valid(
     found: Sequence[Record], items: Sequence[Item], hashes: Mapping[Key, str], judge: Mapping[str, object]
 ) -> list[Record]:
-    """Keep the newest record of every image that is of this image, of its item as it is now, and of this judge."""
+    """Return the newest record of each image that matches the image file, the current item and this judge."""
     digests = {item.id: item.judged for item in items}
     newest = {
         record.key: record

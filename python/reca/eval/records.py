@@ -1,4 +1,4 @@
-"""Records: what a judge said of every image, as JSON lines that only grow. Nothing that was judged is ever lost."""
+"""Records: a judge's answer about each image, in an append-only JSON-lines file."""
 
 import contextlib
 import json
@@ -17,7 +17,13 @@ log = logging.getLogger("reca")
 
 
 class Record(NamedTuple):
-    """picture: SHA-256 of the image. judge: see Judge.describe. error: in place of answer. digest: Item.judged."""
+    """A judge's answer about one image, or its error.
+
+    picture  SHA-256 of the image file
+    judge    see Judge.describe
+    error    message of a failed judgement; None if there is an answer
+    digest   Item.judged
+    """
 
     item: str
     k: int
@@ -39,14 +45,14 @@ class Record(NamedTuple):
 
 
 class Imported(NamedTuple):
-    """Records that others made, and the file or folder they were read from."""
+    """Records from elsewhere (--records), and the file or folder from which they were read."""
 
     path: Path
     records: Mapping[Key, Record]
 
 
 def parse(line: str) -> Record | None:
-    """Read a line; None for one that is no record, such as half of one."""
+    """Parse a line. Return None if it is not a valid record, for example truncated."""
     try:
         row = json.loads(line)
         found = Record(
@@ -66,10 +72,10 @@ def parse(line: str) -> Record | None:
 
 
 def read(path: Path) -> list[Record]:
-    """Read all records of a file, [] if there is none. Lines that are none are counted in a warning."""
+    """Read all records of a file; [] if it does not exist. Log a warning with the number of invalid lines."""
     if not path.is_file():
         return []
-    # Lines end at line feeds alone: an answer may hold other separators of lines as they are.
+    # Split at line feeds only: an answer can contain other line separators, unescaped.
     lines = [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line.strip()]
     found = [record for line in lines if (record := parse(line)) is not None]
     if len(found) < len(lines):
@@ -79,7 +85,7 @@ def read(path: Path) -> list[Record]:
 
 
 class Appender:
-    """Appends lines to a file, each as a whole. A half-written last line, of a killed process, is ended first."""
+    """Appends whole lines to a file. An incomplete last line, left by a killed process, is terminated first."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -89,10 +95,10 @@ class Appender:
             if size and os.pread(self.handle, 1, size - 1) != b"\n":
                 os.write(self.handle, b"\n")
         except OSError as error:
-            raise EvaluationError(f"{path} cannot be written ({error.strerror}); give another --out") from error
+            raise EvaluationError(f"{path} cannot be written ({error.strerror}); set another --out") from error
 
     def append(self, line: str) -> None:
-        """Write a line. Raises EvaluationError when the disk does not take it; what was there stays."""
+        """Write a line. If that fails, restore the file to its previous length and raise EvaluationError."""
         data, before = line.encode("utf-8", HALVES) + b"\n", os.fstat(self.handle).st_size
         try:
             written, reason = os.write(self.handle, data), "the disk is full"
@@ -102,8 +108,8 @@ class Appender:
             with contextlib.suppress(OSError):
                 os.ftruncate(self.handle, before)
             raise EvaluationError(
-                f"{self.path} cannot be written ({reason}). All lines before are kept: make room and give the same "
-                "command again, which goes on from there"
+                f"{self.path} cannot be written ({reason}). All previous lines are kept: free disk space, then run the "
+                "same command again to resume"
             )
 
     def __enter__(self) -> "Appender":
@@ -114,7 +120,7 @@ class Appender:
 
 
 def check_there(path: Path) -> None:
-    """Raise EvaluationError where no file or folder of answers is."""
+    """Raise EvaluationError if the file or folder of answers does not exist."""
     if not path.exists():
         raise EvaluationError(f"{path} does not exist; expected records.jsonl or a benchmark's result file")
 
@@ -127,9 +133,9 @@ def _begins_with_record(path: Path) -> bool:
 
 
 def import_answers(path: Path, suite: Suite, items: Sequence[Item]) -> dict[Key, Record]:
-    """Read records of the judge that was asked last, or a result file of the benchmark's own scripts as records.
+    """Read the records of the last judge in a file, or convert a result file of the benchmark's own scripts to records.
 
-    Raises EvaluationError for a file that is neither, or holds nothing of these items as they are now.
+    Raises EvaluationError if the file is neither, or has no answers about the current version of these items.
     """
     check_there(path)
     try:
@@ -137,7 +143,7 @@ def import_answers(path: Path, suite: Suite, items: Sequence[Item]) -> dict[Key,
     except EvaluationError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise EvaluationError(f"{path} is no result file of {suite.name} ({error!r})") from error
+        raise EvaluationError(f"{path} is not a valid result file of {suite.name} ({error!r})") from error
     if foreign:
         judge = {"name": f"imported:{path.name}", "version": None, "dtype": None, "exact": None}
         return {key: Record(*key, None, judge, answer) for key, answer in foreign.items()}
@@ -146,12 +152,12 @@ def import_answers(path: Path, suite: Suite, items: Sequence[Item]) -> dict[Key,
     own = [record for record in named if agree(record.digest, known[record.item])]
     if named and not own:
         raise EvaluationError(
-            f"{path} holds answers about other prompts, sources or questions than {suite.name} has now under the same "
-            "ids; give the options and files of the suite that it was recorded with, or judge again"
+            f"{path} contains answers about other prompts, sources or questions than {suite.name} now has under the "
+            "same ids; use the suite's options and files with which it was recorded, or judge again"
         )
     if not own:
         raise EvaluationError(
-            f"{path} holds no answers about the items of {suite.name}: it is neither a records.jsonl of this suite nor "
-            "a result file that its own scripts write"
+            f"{path} contains no answers about the items of {suite.name}; expected a records.jsonl of this suite or a "
+            "result file of the benchmark's own scripts"
         )
     return {record.key: record for record in own if record.judge == own[-1].judge}

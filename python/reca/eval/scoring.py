@@ -15,7 +15,7 @@ def score(suite: Suite, answers: Mapping[Key, object], items: Sequence[Item]) ->
         found = suite.score(answers, items)
     except Exception:  # a rule can raise anything for an answer of an unexpected form
         failed = _unread(suite, answers, items)
-        lost = {key for key, _ in failed}  # none, where answers fail only together, which then raise again
+        lost = {key for key, _ in failed}  # empty if answers fail only in combination; the next line then raises again
         found = suite.score({key: answer for key, answer in answers.items() if key not in lost}, items)
     worthless = {(v.item, v.k): v.value for v in found.values if not math.isfinite(v.value)}
     if worthless:
