@@ -48,7 +48,7 @@ def initialize(timeout_minutes: int) -> torch.device:
 def _gpu(visible: int) -> int:
     """Choose the GPU of this process among the visible ones, by local rank."""
     node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    own = visible == 1 and "TORCHELASTIC_RUN_ID" not in os.environ  # not under torchrun: all processes see all GPUs
+    own = visible == 1 and "TORCHELASTIC_RUN_ID" not in os.environ  # under torchrun all processes see the same GPUs
     if node > visible and not own:
         raise RecipeError(
             f"{node} processes on a machine with {visible} GPUs: start as many as there are GPUs (torchrun "

@@ -1,9 +1,9 @@
-"""Settings that let a recipe fit a card (train.fit): micro-batch, recomputation, sharding and the optimizer's moments.
+"""Settings that make a recipe fit a GPU (train.fit): micro-batch, recomputation, sharding and optimizer moments.
 
-train.micro_batch=auto chooses the micro-batch alone, by the same predictions.
+train.micro_batch=auto chooses only the micro-batch, by the same predictions.
 
-Chosen is the setting that is estimated to make the fastest step among those whose predicted peak fits. batch_size
-stays, and so does every result, unless train.fit_allow names what may change.
+Among the settings whose predicted peak fits, those with the shortest estimated step are chosen. batch_size and all
+results stay the same, unless train.fit_allow lists what may change.
 """
 
 import bisect
@@ -35,15 +35,15 @@ from reca.values import override_text
 log = logging.getLogger("reca")
 
 CHECKPOINTING, CAST_ONCE = "train.activation_checkpointing", "train.cast_once"
-FILE = "fit.json"  # in a run folder: what was chosen, for what, and why
-# What a pass costs beside its rows, in rows: at as many a GPU does half of what it can. A rule to order settings by.
+FILE = "fit.json"  # in the run folder: what was chosen, for what, and why
+# Overheads in rows (tokens): a pass of PASS rows runs at half of a GPU's throughput. Heuristics to rank settings.
 PASS, GATHER, CAST = 1024, 1024, 512
-# Moments on the host, of all weights and fp32: 16 bytes a parameter cross PCIe in a step, to the GPU and back in one
-# stream, where a row is 6 FLOPs of it. By data sheets 26,400 rows on an A100 (312 TFLOP/s, 31.5 GB/s each way) and
-# 41,900 on an H100 (989, 63). Shards divide them.
+# With fp32 moments of all weights on the host, 16 bytes per parameter cross PCIe in a step, to the GPU and back in one
+# stream; a row costs 6 FLOPs per parameter. By data sheets that is 26,400 rows on an A100 (312 TFLOP/s, 31.5 GB/s each
+# way) and 41,900 on an H100 (989, 63). It is divided by the number of shards.
 OFFLOAD = 32768
-RECOMPUTED = (False, "selective", True)  # tried values of train.activation_checkpointing, beside the recipe's own
-SELECTIVE = 1.05  # work of a step with selective recomputation
+RECOMPUTED = (False, "selective", True)  # candidates for train.activation_checkpointing, besides the recipe's value
+SELECTIVE = 1.05  # relative work of a step with selective recomputation
 DEPENDS_ON = (  # keys that a choice depends on
     "umm", "model.*", "objective.*", "lora.*", "parallel.shard", "parallel.strategy",
     "parallel.reduce_every_micro_batch",
@@ -53,26 +53,26 @@ DEPENDS_ON = (  # keys that a choice depends on
 
 
 class Choice(NamedTuple):
-    """Settings of a recipe, by key, with the peak that is predicted with them and an estimate of a step's time."""
+    """Settings of a recipe by key, with the peak memory predicted for them and the estimated time of a step."""
 
     keys: dict[str, Any]
     memory: Memory
-    time: float  # in rows of one sequence through the model, forward and backward
+    time: float  # in rows (tokens) that run forward and backward through the model
 
 
 class DoesNotFit(RecipeError):
-    """Nothing that may be changed makes the recipe fit."""
+    """No allowed settings make the recipe fit."""
 
 
 def asked_by(recipe: Recipe) -> str:
-    """Name the key by which a recipe asks for a choice; empty if it asks for none."""
+    """Return the key by which a recipe asks for a choice; empty if it asks for none."""
     if recipe.train.fit is not None:
         return "train.fit"
     return "train.micro_batch" if recipe.train.micro_batch == "auto" else ""
 
 
 def with_keys(recipe: Recipe, keys: dict[str, Any]) -> Recipe:
-    """Return the recipe with other values of some keys."""
+    """Return a copy of the recipe with other values of some keys."""
     recipe = copy.deepcopy(recipe)
     for key, value in keys.items():
         group, _, name = key.rpartition(".")
@@ -85,7 +85,7 @@ def value_of(recipe: Recipe, key: str) -> Any:
 
 
 class Predictions:
-    """Predicted peaks of a recipe with other settings, on other numbers and sizes of cards, each computed once."""
+    """Predicted peak memory of a recipe with other settings, numbers and sizes of GPUs. Predictions are cached."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
@@ -99,7 +99,7 @@ class Predictions:
         self, keys: dict[str, Any], gpus: int, node: int, card: int, tasks: Sequence[str] | None = None
     ) -> Memory:
         recipe, tasks = with_keys(self.recipe, keys), tuple(tasks or self.recipe.active_tasks())
-        # All that a card's size decides, by parallel.strategy=auto, is whether each has all weights.
+        # The size of a GPU only decides, by parallel.strategy=auto, whether each holds all weights.
         replicas = gpus > 1 and replicas_fit(self.adapter, card)
         key = tasks, gpus, node, replicas, str(by_key(recipe))
         if key not in self._found:
@@ -107,21 +107,21 @@ class Predictions:
         return self._found[key]
 
     def at_least(self, keys: dict[str, Any], gpus: int, node: int, card: int) -> int:
-        """Count bytes that no peak with these settings is below, without running a step."""
+        """Return a lower bound in bytes of the peak with these settings, without running a step."""
         recipe = with_keys(self.recipe, keys)
         parts = held(self.adapter, recipe, gpus, node, card)
-        whole = gpus > 1 or recipe.optim.fused_backward  # of sharded gradients, or none at the end of a step
-        return parts.weights + parts.moments + parts.ema + (0 if whole else parts.gradients)
+        uncertain = gpus > 1 or recipe.optim.fused_backward  # gradients are sharded, or freed in the backward pass
+        return parts.weights + parts.moments + parts.ema + (0 if uncertain else parts.gradients)
 
 
 def choose(recipe: Recipe, gpus: int, node: int, card: int, predict: Predictions | None = None) -> Choice:
-    """Choose the settings with which a recipe fits `gpus` cards of `card` bytes.
+    """Choose the settings with which a recipe fits `gpus` GPUs of `card` bytes.
 
-    predict: of this recipe, so that what it has computed is not computed again.
+    predict: predictions for this recipe, to reuse its cache.
 
     Raises:
-        DoesNotFit: With the least that was found, and what would help.
-        RecipeError, ValueError: For what `reca train` would refuse.
+        DoesNotFit: With the smallest need that was found, and what would help.
+        RecipeError, ValueError: For a recipe that `reca train` would reject.
     """
     predict = predict or Predictions(recipe)
     rows, cards = sum(predict.adapter.sequence().values()), (gpus, node, card)
@@ -150,7 +150,7 @@ def choose(recipe: Recipe, gpus: int, node: int, card: int, predict: Predictions
                 return memory.needed(predict(setting | {name: size}, *cards, [task]).total)
 
             largest, sizes = setting | _largest_sizes(recipe, gpus) | keys, _sizes(recipe, task, gpus)
-            if best is not None:  # smaller ones would not make a faster step
+            if best is not None:  # smaller micro-batches would not make a faster step
                 sizes = [size for size in sizes if _time(recipe, largest | {name: size}, gpus, rows) < best.time]
             found = largest_fitting(sizes, peak, card) if sizes else None
             if found is None:
@@ -175,10 +175,11 @@ def choose(recipe: Recipe, gpus: int, node: int, card: int, predict: Predictions
 
 
 def largest_fitting(sizes: Sequence[int], peak: Callable[[int], int], room: int) -> int | None:
-    """Return the largest of `sizes`, which ascend, whose peak is at most `room`; None: none is.
+    """Return the largest of `sizes`, which ascend, whose peak is at most `room`; None if none is.
 
-    Few peaks are asked for, and none far beyond what fits. A peak is the largest of a few straight lines over the size,
-    so it lies above the line through two smaller sizes, and below one between a size that fits and one that does not.
+    Few peaks are computed, and none far beyond what fits. The peak is a maximum of a few linear functions of the size,
+    hence convex: above the line through two smaller sizes, and below that between a size that fits and one that does
+    not.
     """
     if peak(sizes[0]) > room:
         return None
@@ -197,13 +198,13 @@ def largest_fitting(sizes: Sequence[int], peak: Callable[[int], int], room: int)
 
 
 def _below(sizes: Sequence[int], room: int, a: int, b: int, peak: Callable[[int], int]) -> int:
-    """Return the place of the last size at which the line through the peaks of two sizes is at most `room`."""
+    """Return the index of the last size at which the line through the peaks of sizes a and b is at most `room`."""
     rise = max(peak(sizes[b]) - peak(sizes[a]), 1) / (sizes[b] - sizes[a])
     return bisect.bisect_right(sizes, sizes[a] + (room - peak(sizes[a])) / rise) - 1
 
 
 def _settings(recipe: Recipe, gpus: int, node: int, copies: bool) -> Iterator[dict[str, Any]]:
-    """Yield what may be chosen beside micro-batches. copies: blocks that are computed again can do without copies."""
+    """Yield candidates for all settings but micro-batches. copies: try cast_once=false with recomputed blocks."""
     if asked_by(recipe) == "train.micro_batch":
         yield {key: value_of(recipe, key) for key in (CHECKPOINTING, "optim.offload")}
         return
@@ -221,7 +222,7 @@ def _settings(recipe: Recipe, gpus: int, node: int, copies: bool) -> Iterator[di
 
 
 def _shards(recipe: Recipe, gpus: int, node: int) -> list[int]:
-    """List how many ranks may share a copy of the weights. A recipe that says so is followed."""
+    """List the candidate numbers of ranks that share one copy of the weights. A value in the recipe is kept."""
     if recipe.parallel.shard is not None:
         return [recipe.parallel.shard]
     shared = sorted({size for size in (min(node, gpus), gpus) if gpus % size == 0})
@@ -229,10 +230,10 @@ def _shards(recipe: Recipe, gpus: int, node: int) -> list[int]:
 
 
 def _sizes(recipe: Recipe, task: str, gpus: int) -> list[int]:
-    """List the micro-batches of a task that split its batch otherwise. They ascend.
+    """List a task's candidate micro-batches, in ascending order: one for each number of passes.
 
-    With objective.mean=micro_batch another size is another loss, which must be allowed. max_tokens stays as it is.
-    optim.fused_backward takes one pass a step.
+    With objective.mean=micro_batch another size changes the loss, which must be allowed. max_tokens is kept.
+    optim.fused_backward needs one pass per step.
     """
     config = getattr(recipe.objective, task)
     if config.max_tokens is not None or (
@@ -253,7 +254,7 @@ def _largest_sizes(recipe: Recipe, gpus: int) -> dict[str, int]:
 
 
 def _time(recipe: Recipe, keys: dict[str, Any], gpus: int, rows: int) -> float:
-    """Estimate a step's time in rows: one pass of n rows takes n, more with recomputation, and its overhead."""
+    """Estimate a step's time in rows (tokens): its rows, times the work of recomputation, and the passes' overhead."""
     recomputed = keys[CHECKPOINTING]
     work = SELECTIVE if recomputed == "selective" else 1 + (1 / (3 * recomputed) if recomputed else 0)
     time = OFFLOAD / keys.get("parallel.shard", 1) if keys.get("optim.offload") else 0.0
@@ -272,28 +273,28 @@ def _changes(recipe: Recipe, keys: dict[str, Any]) -> int:
 def _refusal(recipe: Recipe, gpus: int, node: int, card: int, need: int, keys: dict[str, Any]) -> str:
     helps = [f"more GPUs (there are {gpus})", "a smaller part of the model (train.train, train.frozen) or LoRA"]
     if "moments" not in recipe.train.fit_allow:
-        helps.append("train.fit_allow=[moments]: AdamW's moments in bf16 or 8 bits, which rounds updates otherwise")
+        helps.append("train.fit_allow=[moments]: AdamW's moments in bf16 or 8 bits, which changes how they are rounded")
     if recipe.objective.mean == "micro_batch" and not _may_change_micro_batch(recipe):
         helps.append(
-            "train.fit_allow=[micro_batch]: smaller micro-batches, over which objective.mean=micro_batch averages "
-            "otherwise"
+            "train.fit_allow=[micro_batch]: smaller micro-batches, which change the average of "
+            "objective.mean=micro_batch"
         )
     for task in recipe.active_tasks():
         if (most := getattr(recipe.objective, task).max_tokens) is not None:
             helps.append(f"a smaller objective.{task}.max_tokens than {most}")
     if recipe.optim.fused_backward:
-        helps.append("optim.fused_backward=false, with which a step may have several smaller passes")
+        helps.append("optim.fused_backward=false, which allows several smaller passes per step")
     if asked_by(recipe) == "train.micro_batch":
-        helps.insert(0, "train.fit=auto, which may choose recomputation, sharding and optim.offload, too")
+        helps.insert(0, "train.fit=auto, which may also choose recomputation, sharding and optim.offload")
     return (
-        f"{asked_by(recipe) or 'train.fit'}: {units.counted(gpus, 'card')} of {units.size(card)} cannot hold this "
-        f"recipe. The least found needs at least {units.size(need)} with its reserve, by {describe(keys)}. What would "
-        f"help: {'; '.join(helps)}"
+        f"{asked_by(recipe) or 'train.fit'}: this recipe does not fit {units.counted(gpus, 'GPU')} of "
+        f"{units.size(card)}. The smallest need found is at least {units.size(need)} with its reserve, with "
+        f"{describe(keys)}. What would help: {'; '.join(helps)}"
     )
 
 
 def describe(keys: dict[str, Any]) -> str:
-    """Write settings as overrides."""
+    """Format settings as overrides."""
     return " ".join(f"{key}={override_text(value)}" for key, value in keys.items())
 
 
@@ -301,9 +302,9 @@ def describe(keys: dict[str, Any]) -> str:
 
 
 def fit_on_ranks(recipe: Recipe, own_model: bool, write: Callable[[Path, bytes], object]) -> Recipe:
-    """Return the recipe with what train.fit or train.micro_batch chooses, on rank 0 for all.
+    """Return the recipe with what train.fit or train.micro_batch chooses, on rank 0 for all ranks.
 
-    own_model: the run trains the recipe's model, not one that was made elsewhere. write: as in `fit_run`.
+    own_model: the run trains the recipe's model, not one that the caller passed. write: as in `fit_run`.
     Raises RecipeError.
     """
     if not (asker := asked_by(recipe)):
@@ -312,7 +313,9 @@ def fit_on_ranks(recipe: Recipe, own_model: bool, write: Callable[[Path, bytes],
     with distributed.fail_together():
         if distributed.rank() == 0:
             if not own_model:
-                raise RecipeError(f"{asker} chooses for the recipe's own model, and this run was given another")
+                raise RecipeError(
+                    f"{asker} needs the recipe's own model, and train was called with another: set it to null"
+                )
             ranks, node = distributed.world_size(), distributed.local_world_size()
             fitted = fit_run(recipe, ranks, node, memory.in_own_process, write)
     return distributed.all_gather(fitted)[0]
@@ -327,29 +330,29 @@ def fit_run(
 ) -> Recipe:
     """Return the recipe with the settings that train.fit chooses, and record them in the run folder.
 
-    A run that is continued on as many equal cards keeps what was chosen. call: runs `choose`, such as
-    memory.in_own_process. write: given the record, now or when the start is known to be accepted.
+    A run that resumes on as many equal GPUs keeps its settings. call: runs `choose`, such as memory.in_own_process.
+    write: writes the record, at once or as soon as the start of the run is accepted.
     Raises RecipeError.
     """
     file = Path(recipe.run_dir) / FILE
     if (before := _read(file)) is not None:
-        # What was chosen, the run's own recipe.yaml has too: compared and chosen from is what was there before.
+        # The run's recipe.yaml contains the chosen values: restore the original ones before comparing and choosing.
         recipe = with_keys(recipe, before["instead_of"])
     asked = _asked(recipe, gpus, node)
     if before is not None:
         changed = sorted(key for key in asked | before["asked"] if before["asked"].get(key) != asked.get(key))
         if not changed:
-            log.info("%s: as when the run began, %s", asked_by(recipe), describe(before["keys"]))
+            log.info("%s: unchanged since the run began, %s", asked_by(recipe), describe(before["keys"]))
             return with_keys(recipe, before["keys"])
         differences = ", ".join(f"{key} {before['asked'].get(key)} -> {asked.get(key)}" for key in changed)
-        if recipe.objective.mean == "micro_batch":  # part of the loss, which stays that of the run
+        if recipe.objective.mean == "micro_batch":  # micro-batches are part of the loss, so the run keeps them
             kept = {key: value for key, value in before["keys"].items() if key.endswith(".micro_batch")}
             if recipe.train.fit is None:
                 log.info("%s: objective.mean=micro_batch keeps %s", asked_by(recipe), describe(kept))
                 return with_keys(recipe, kept)
             recipe = with_keys(recipe, kept | {"train.micro_batch": None})
             recipe.train.fit_allow = [change for change in recipe.train.fit_allow if change != "micro_batch"]
-        log.info("%s chooses anew, for since it chose %s was changed", asked_by(recipe), differences)
+        log.info("%s chooses again, because of changes: %s", asked_by(recipe), differences)
     choice = call(choose, recipe, gpus, node, asked["card"])
     why = (
         f"{units.size(choice.memory.total)} predicted, {units.size(memory.needed(choice.memory.total))} with a reserve "
@@ -369,7 +372,7 @@ def fit_run(
 
 
 def recorded(recipe: Recipe) -> Recipe:
-    """Return the recipe with what was chosen when this run began; as it is, if nothing has been chosen yet."""
+    """Return the recipe with the settings that were chosen for this run; unchanged if none were chosen yet."""
     before = _read(Path(recipe.run_dir) / FILE) if asked_by(recipe) else None
     return recipe if before is None else with_keys(recipe, before["keys"])
 
@@ -382,14 +385,14 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 
 def _asked(recipe: Recipe, gpus: int, node: int) -> dict[str, Any]:
-    """Return all that a choice depends on."""
+    """Return everything that a choice depends on."""
     if recipe.train.fit not in (None, "auto"):
         card = units.parse_size(recipe.train.fit)
     elif torch.cuda.is_available():
         card = torch.cuda.get_device_properties(0).total_memory
     else:
         raise RecipeError(
-            f"{asked_by(recipe)}=auto asks the GPU for its memory, and torch finds none: name it, as in train.fit=80GiB"
+            f"{asked_by(recipe)}=auto needs a GPU's memory size, and torch finds no GPU: give it, as in train.fit=80GiB"
         )
     values = by_key(recipe)
     relevant = {key: values[key] for key in values if any(fnmatchcase(key, pattern) for pattern in DEPENDS_ON)}

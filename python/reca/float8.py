@@ -1,8 +1,8 @@
-"""FP8 matrix multiplication in the linear layers of the transformer blocks, on GPUs that have it, by torchao.
+"""FP8 matmuls in the linear layers of the transformer blocks, by torchao, on GPUs that support them.
 
-Inputs, weights and output gradients are rounded to e4m3 (3 bits of mantissa), with one scale a row, for the forward
-matmul and for the gradient of the input. The gradient of the weight is computed in bf16: it is what AdamW sums up, and
-its inner dimension, the rows of a batch, need not be a multiple of 16. Weights and gradients are kept as they were.
+Inputs, weights and output gradients are rounded to e4m3 (3 bits of mantissa), with one scale per row, for the forward
+matmul and for the gradient of the input. The gradient of the weight is computed in bf16: AdamW accumulates it, and its
+inner dimension, the tokens of a batch, need not be a multiple of 16. Weights and gradients are stored as without FP8.
 """
 
 import importlib.util
@@ -14,12 +14,12 @@ from reca.lora import is_lora
 from reca.models.base import Adapter
 from reca.options import RecipeError
 
-MULTIPLE = 16  # of both sizes of a weight, which the hardware wants
+MULTIPLE = 16  # the hardware requires multiples for both dimensions of a weight
 CAPABILITY = (8, 9)
 
 
 def check_usable(device: torch.device) -> None:
-    """Raise RecipeError where `train.float8` cannot run: without torchao, or without a GPU that has FP8 matmuls."""
+    """Raise RecipeError if `train.float8` cannot run: without torchao, or without a GPU that supports FP8 matmuls."""
     if importlib.util.find_spec("torchao") is None:
         raise RecipeError(
             "train.float8=true needs torchao, which is not installed: pip install 'reca[float8]', or set it to false"
@@ -37,10 +37,10 @@ def check_usable(device: torch.device) -> None:
 
 
 def convert(adapter: Adapter, emulate: bool = False) -> int:
-    """Make the linear layers inside the blocks multiply in FP8. Returns how many.
+    """Convert the linear layers inside the blocks to FP8, and return their number.
 
-    Layers that have a size which is no multiple of 16 stay as they are, and so do LoRA's, of any rank. emulate: round,
-    but multiply without 8-bit hardware. Raises RecipeError where no layer qualifies.
+    Layers with a size that is not a multiple of 16 are left unchanged, and so are LoRA's. emulate: round to FP8, but
+    multiply without FP8 hardware. Raises RecipeError if no layer qualifies.
     """
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
@@ -62,7 +62,7 @@ def convert(adapter: Adapter, emulate: bool = False) -> int:
 
 
 def _contiguous(layer: nn.Module, inputs: tuple) -> tuple:
-    """Lay out the input of a layer row by row, which torchao's scales of rows want."""
+    """Make the input of a layer contiguous, as torchao's row-wise scaling requires."""
     return inputs[0].contiguous(), *inputs[1:]
 
 

@@ -1,6 +1,6 @@
-"""The lock of a run's folder: a file on which every process of the run holds one byte.
+"""The lock of a run folder: a file in which every process of the run locks one byte.
 
-POSIX record locks work across the machines of a shared file system, and never against the process itself.
+POSIX record locks work across the machines of a shared file system, but do not conflict within one process.
 """
 
 import contextlib
@@ -18,23 +18,23 @@ from typing import Any
 log = logging.getLogger("reca")
 
 FILE = ".lock"
-HELD_BY_OTHERS = (errno.EACCES, errno.EAGAIN)  # what locking fails with where another process has the lock
-TIMEOUT = 2.0  # seconds in which a process that was killed lets go of its lock
-LEASE = 120.0  # seconds in which a server lets go of the locks of a machine that is gone: NFSv4 has a lease of 90
+HELD_BY_OTHERS = (errno.EACCES, errno.EAGAIN)  # errors of locking while another process holds the lock
+TIMEOUT = 2.0  # seconds within which the lock of a killed process is released
+LEASE = 120.0  # seconds within which a server releases the locks of a dead machine: NFSv4's lease is 90
 
-# Who in this process holds a lock file, by what `key` answers. A process has no lock against itself, and loses the one
-# it has as soon as it closes the lock file, however often that is open: it must not be opened where it is held.
+# Holders of lock files in this process, by `key`. A process's locks do not conflict with each other, and closing any
+# handle of a file releases all its locks on that file: a lock file must not be opened while it is held.
 holders: dict[tuple[int, int, int], Any] = {}
 
 
 def key(file: int | Path) -> tuple[int, int, int]:
-    """Identify a lock file, by whatever path, in this process: a fork has none of its parent's locks."""
+    """Identify a lock file, whatever its path, and this process: a fork does not inherit its parent's locks."""
     status = os.stat(file)
     return status.st_dev, status.st_ino, os.getpid()
 
 
 def is_locked(run_dir: Path) -> bool | None:
-    """Tell whether some process uses the folder; None where the file system has no locks."""
+    """Tell whether some process uses the folder; None if the file system has no locks."""
     path = run_dir / FILE
     try:
         if key(path) in holders:
@@ -52,9 +52,9 @@ def is_locked(run_dir: Path) -> bool | None:
 
 
 def acquire(handle: int, start: int, length: int) -> bool:
-    """Lock some bytes; False when another process has them.
+    """Lock a range of bytes. Return False if another process holds it.
 
-    Waits LEASE seconds where the owner of the file is no process of this machine: it may be gone with its machine.
+    Waits up to LEASE seconds if the owner is not a live process of this machine: its machine may have died.
     """
     began, warned = time.monotonic(), False
     while True:
@@ -63,7 +63,7 @@ def acquire(handle: int, start: int, length: int) -> bool:
             return True
         except OSError as error:
             if error.errno not in HELD_BY_OTHERS:
-                log.warning("the run folder cannot be locked (%s): start no second process on it", error.strerror)
+                log.warning("the run folder cannot be locked (%s): do not start a second run in it", error.strerror)
                 return True
             waited = time.monotonic() - began
             if waited > (TIMEOUT if _is_alive_here(owner(handle)) else LEASE):
@@ -71,22 +71,22 @@ def acquire(handle: int, start: int, length: int) -> bool:
             if waited > TIMEOUT and not warned:
                 warned = True
                 log.warning(
-                    "the run folder is in use by %s: waiting up to %.0f s, in which a file system lets go of the locks "
-                    "of a machine that is gone", owner(handle) or "another process", LEASE,
+                    "the run folder is in use by %s: waiting up to %.0f s, in case its machine has died and the file "
+                    "system has yet to release its lock", owner(handle) or "another process", LEASE,
                 )  # fmt: skip
             time.sleep(0.05)
 
 
 def write_owner(handle: int) -> None:
-    """Write into a lock file who has it."""
+    """Record this process in a lock file as its owner."""
     with contextlib.suppress(OSError):  # a full disk
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-        os.fsync(handle)  # other machines compare it
+        os.fsync(handle)  # so that other machines see it
 
 
 def owner(handle: int) -> str:
-    """Read who has a lock file, or had it; empty where nobody has written that."""
+    """Read the current or last owner of a lock file; empty if none is recorded."""
     return os.pread(handle, 200, 0).decode(errors="replace").strip()
 
 
@@ -96,26 +96,26 @@ def _is_alive_here(owner: str) -> bool:
 
 
 def is_alive(process: int) -> bool:
-    """Tell whether this machine has a process of this number."""
+    """Tell whether a process of this number exists on this machine."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # it is another user's
+    except OSError:  # another user's process
         pass
     return True
 
 
 @contextlib.contextmanager
 def alone(path: Path, what: str) -> Iterator[None]:
-    """Hold a lock file, for what only one process may do at a time; wait while another one has it."""
+    """Hold a lock file, for work of one process at a time. Wait while another process holds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         waits = False
         while not acquire(handle, 0, 0):
             if not waits:
-                log.warning("%s is in the hands of another process: waiting for it to end", what)
+                log.warning("%s is in use by another process: waiting for it to end", what)
             waits = True
         write_owner(handle)
         yield

@@ -1,24 +1,24 @@
-"""Folders that a command writes to, tried before the work begins, and files that are replaced as a whole."""
+"""Output folders, checked before the work begins, and atomic replacement of files."""
 
 import os
 import tempfile
 import uuid
 from pathlib import Path
 
-PART = ".part"  # suffix of a file that is being written; a killed process leaves it
+PART = ".part"  # suffix of a file that is being written; a killed process leaves it behind
 
 
 def ensure_writable(folder: Path, name: str) -> Path:
-    """Make the folder if need be. name: what it is, for the message.
+    """Create the folder if needed, and check that it is writable. name: what the folder is, for messages.
 
-    Raises ValueError when nothing can be written to it.
+    Raises ValueError if it is not writable.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except FileExistsError as error:
-        there = "a link that leads nowhere" if folder.is_symlink() else "no folder"
+        there = "a broken link" if folder.is_symlink() else "not a folder"
         raise ValueError(f"{name} {folder} is {there}; name another folder") from error
     except OSError as error:
         raise ValueError(f"{name} {folder} cannot be written to ({error.strerror}); name another folder") from error
@@ -26,10 +26,10 @@ def ensure_writable(folder: Path, name: str) -> Path:
 
 
 def write_atomically(path: Path, content: str | bytes, sync: bool = True) -> None:
-    """Write a file so that, whatever happens, it has the old content or the new one.
+    """Write a file so that it has the old or the new content at any time, even if the process is killed.
 
-    sync: wait until the new one is on the disk, so that a crash of the machine cannot lose it.
-    Raises OSError that names the file: a full disk's own does not.
+    sync: wait until the new content is on disk, so that a crash of the machine cannot lose it.
+    Raises OSError that names the file; the original error of a full disk does not.
     """
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PART}")
     try:
@@ -45,7 +45,7 @@ def write_atomically(path: Path, content: str | bytes, sync: bool = True) -> Non
 
 
 def sync_to_disk(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
+    """Flush a file or folder to disk (fsync)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,9 +1,9 @@
-"""How errors say that memory is full: of a GPU, by whatever library asked for it, or of the host."""
+"""Detection of out-of-memory errors: of a GPU, raised by any library, or of the host."""
 
 import torch
 
 KINDS = (RuntimeError, MemoryError)
-# What a RuntimeError says that is no torch.OutOfMemoryError: cuBLAS, cuDNN, CUDA itself, and the allocator of a CPU.
+# Messages of RuntimeErrors other than torch.OutOfMemoryError: from cuBLAS, cuDNN, CUDA itself, and the CPU allocator.
 WORDS = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
@@ -14,9 +14,9 @@ WORDS = (
 
 
 def is_memory_full(error: BaseException) -> bool:
-    """Tell whether an error means that memory is full.
+    """Tell whether an error means that memory is exhausted.
 
-    False for one of this package that quotes such an error, with advice of its own.
+    False for an error of this package that quotes such an error and has its own advice.
     """
     if getattr(error, "exit_code", None) is not None:
         return False

@@ -1,12 +1,12 @@
-"""Weights cast to the type of a step's products once a step, and not by autocast in every micro-batch.
+"""Cast weights to the compute dtype once per step (train.cast_once), instead of by autocast in every micro-batch.
 
-With gradient accumulation autocast reads each fp32 weight and writes its bf16 copy again in every pass, and a gradient
-goes from bf16 to an fp32 copy before it is added up. Held copies are leaves of autograd: their gradients are added to
-the fp32 ones directly. All numbers are those of autocast, bit for bit.
+With gradient accumulation, autocast reads each fp32 weight and writes its bf16 copy in every pass, and each bf16
+gradient is cast to an fp32 copy before it is accumulated. The copies made here are autograd leaves, whose gradients are
+added to the fp32 ones directly. The result is bit-identical.
 
-Under FSDP2 with whole replicas (ddp) a block's copies live from the forward to the backward pass and over all passes of
-a step, where FSDP2 by itself makes them anew for each of both. Shards are gathered and cast for each, as ever: what is
-gathered, kept, would be the whole model.
+Under FSDP2 with whole replicas (ddp) a block's copies are kept over all forward and backward passes of a step; FSDP2 by
+itself casts again for each of them. Shards are gathered and cast for every pass as usual, because keeping them gathered
+would keep the whole model on each GPU.
 """
 
 from collections.abc import Iterator
@@ -19,16 +19,16 @@ from torch.distributed.fsdp import FSDPModule
 
 from reca.models.base import Adapter
 
-CAST = (nn.Linear, nn.Conv2d)  # layers whose weights autocast casts, and that nothing but their forward pass reads
+CAST = (nn.Linear, nn.Conv2d)  # layers whose weights autocast casts, and that only their forward pass reads
 
 
 @contextmanager
 def held(adapter: Adapter, autocast: torch.autocast | object, passes: int, cast_once: bool = True) -> Iterator[None]:
-    """Hold copies of weights in autocast's type while a step's passes run.
+    """Replace weights by copies in autocast's dtype while a step's passes run.
 
-    Of trained blocks and of a frozen language model.
-    passes: of the step on this rank. A single one casts once anyway, but not under FSDP2.
-    cast_once: of TrainConfig. Without it nothing is held.
+    Applies to the blocks and to a frozen understanding language model.
+    passes: number of passes on this rank in the step. A single pass casts only once anyway, except under FSDP2.
+    cast_once: TrainConfig.cast_once; False changes nothing.
     """
     if not cast_once:
         yield
@@ -59,7 +59,7 @@ def held(adapter: Adapter, autocast: torch.autocast | object, passes: int, cast_
 
 @contextmanager
 def _fsdp_copies(adapter: Adapter) -> Iterator[None]:
-    """Keep the copies of blocks' weights that FSDP2 makes, to the end of the step."""
+    """Keep the copies that FSDP2 makes of the blocks' weights until the end of the step."""
     blocks = [block for block in adapter.blocks() if isinstance(block, FSDPModule)]
 
     def reshard_after_passes(value: bool) -> None:
@@ -73,7 +73,7 @@ def _fsdp_copies(adapter: Adapter) -> Iterator[None]:
     finally:
         reshard_after_passes(True)
         for block in blocks:
-            block.reshard()  # also of one that no backward pass has reached
+            block.reshard()  # also blocks that no backward pass has reached
 
 
 def _layers(adapter: Adapter) -> list[Any]:
@@ -82,7 +82,7 @@ def _layers(adapter: Adapter) -> list[Any]:
     for name, layer in adapter.named_modules():
         if type(layer) in CAST and not layer.weight.requires_grad and roles.get(f"{name}.weight") == "und_lm":
             found.append(layer)
-    read = {  # by DoRA, for the norms of rows
+    read = {  # also read by DoRA, for the row norms
         layer
         for module in adapter.modules()
         if getattr(module, "lora_magnitude_vector", ())

@@ -1,10 +1,10 @@
-"""What every rank is doing when a run makes no progress: stacks and collectives, before a timeout ends the job.
+"""Diagnosis of a run that makes no progress: stacks and collectives of all ranks, before a timeout ends the job.
 
 run_dir/hang/
-    rank_<rank>.txt         stacks of all threads, with the step and what it was in
-    rank_<rank>.json        the same in one line, which rank 0 sums up in its log
-    collectives_<rank>      PyTorch's flight recorder, at the same moment (torchfrtrace --prefix collectives_ FOLDER)
-    timeout_<rank>          the same, which NCCL writes when a collective has timed out
+    rank_<rank>.txt         stacks of all threads, with the step and its phase
+    rank_<rank>.json        summary of the same in one line, which rank 0 combines in its log
+    collectives_<rank>      PyTorch's flight recorder at the same time (torchfrtrace --prefix collectives_ FOLDER)
+    timeout_<rank>          flight recorder that NCCL writes when a collective has timed out
 """
 
 import contextlib
@@ -28,16 +28,19 @@ from reca.folders import write_atomically
 log = logging.getLogger("reca")
 
 FOLDER, REQUEST = "hang", "request"
-RECORDED = "2000"  # collectives that the flight recorder keeps
-# Seconds. The stacks are written by a thread of Python, which needs the interpreter's lock; where another thread holds
-# it, faulthandler's own thread writes them this much later.
+RECORDED = "2000"  # size of the flight recorder's buffer, in collectives
+# Seconds. The stacks are written by a Python thread, which needs the GIL. If another thread holds it, faulthandler's
+# own thread writes them this much later.
 WITHOUT_PYTHON = 10.0
-SHORTEST_POLL, LONGEST_POLL = 0.01, 5.0  # between looks at whether a part is late, or another rank asks for stacks
+SHORTEST_POLL, LONGEST_POLL = 0.01, 5.0  # seconds between checks for a late phase or a request of another rank
 PACKAGE = Path(__file__).parent
 
 
 def record_collectives(run_dir: Path) -> None:
-    """Let PyTorch keep the last collectives, and NCCL write them on a timeout. Before the process group is made."""
+    """Make PyTorch record the last collectives, and NCCL write them on a timeout.
+
+    Must be called before the process group is created.
+    """
     folder = run_dir.absolute() / FOLDER
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", RECORDED)
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
@@ -45,17 +48,17 @@ def record_collectives(run_dir: Path) -> None:
 
 
 class HangWatch:
-    """Watches that no part of a step takes longer than `limit` seconds. A context manager.
+    """Watches that no phase of a step takes longer than `limit` seconds. A context manager.
 
-    When one does on any rank, all ranks write what they are doing, and rank 0 logs who waits for whom. The run goes on:
-    what ends it is its timeout (parallel.step_timeout_minutes). limit: 0 watches nothing.
+    If one does on any rank, all ranks write what they are doing, and rank 0 logs which ranks wait for which. The run
+    goes on until its own timeout (parallel.step_timeout_minutes). limit: 0 disables the watch.
     """
 
     def __init__(self, run_dir: Path, limit: float, without_python: float = WITHOUT_PYTHON):
         self.folder, self.limit, self.without_python = run_dir / FOLDER, limit, without_python
         self.step, self.phase, self.since = 0, "", time.monotonic()
-        self.reported: tuple[int, str] | None = None  # what was reported last
-        self.asked = False  # this rank has made the request that is there
+        self.reported: tuple[int, str] | None = None  # step and phase of the last report
+        self.asked = False  # the pending request is from this rank
         self.ended = threading.Event()
         self.main = threading.get_ident()
 
@@ -81,7 +84,7 @@ class HangWatch:
             self.folder.rmdir()  # if it is empty
 
     def enter(self, step: int, phase: str) -> None:
-        """Begin a part of a step. phase: what it is, for the report."""
+        """Begin a phase of a step. phase: its name in the report."""
         late, before = time.monotonic() - self.since, (self.step, self.phase)
         self.step, self.phase, self.since = step, phase, time.monotonic()
         if not self.limit:
@@ -110,11 +113,11 @@ class HangWatch:
         except OSError as error:
             log.warning("%s cannot be written (%s)", self.folder, error)
         if distributed.rank() == 0:
-            self.ended.wait(min(2 * self.limit, 2 * LONGEST_POLL))  # for the others, who look every few seconds
+            self.ended.wait(min(2 * self.limit, 2 * LONGEST_POLL))  # for the other ranks, which poll every few seconds
             log.warning(summary(self._reports(started - self.limit), distributed.world_size(), self.folder))
 
     def _dump(self) -> None:
-        """Write this rank's stacks, one line about it, and its collectives."""
+        """Write this rank's stacks, their summary, and its collectives."""
         faulthandler.cancel_dump_traceback_later()
         seconds = time.monotonic() - self.since
         print(
@@ -133,7 +136,7 @@ class HangWatch:
             (self.folder / f"collectives_{distributed.rank()}").write_bytes(recorded)
 
     def _ask(self) -> None:
-        """Ask all ranks for their stacks, unless one has asked already."""
+        """Request stacks from all ranks, unless a request is pending."""
         with contextlib.suppress(FileExistsError):
             os.close(os.open(self.folder / REQUEST, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
             self.asked = True
@@ -147,7 +150,7 @@ class HangWatch:
             (self.folder / REQUEST).unlink(missing_ok=True)
 
     def _reports(self, after: float) -> list[dict[str, Any]]:
-        """Read what the ranks have written since some time, in the order of ranks."""
+        """Read the summaries that ranks have written since a time, ordered by rank."""
         found = []
         for path in self.folder.glob("rank_*.json"):
             with contextlib.suppress(OSError, ValueError):
@@ -158,9 +161,9 @@ class HangWatch:
 
 
 def clean(run_dir: Path) -> None:
-    """Remove what a killed run left that says nothing: a request, and files without stacks, of any rank.
+    """Remove useless files that a killed run left: its request, and files without stacks, of any rank.
 
-    For rank 0, before any rank watches.
+    Only rank 0 may call it, before any rank watches.
     """
     folder = run_dir / FOLDER
     (folder / REQUEST).unlink(missing_ok=True)
@@ -172,14 +175,14 @@ def clean(run_dir: Path) -> None:
 
 
 def summary(reports: list[dict[str, Any]], ranks: int, folder: Path) -> str:
-    """Say in which step which ranks wait for others, which do something else, and which say nothing."""
+    """Describe in which step which ranks wait for others, which are busy, and which do not answer."""
     here = {state["rank"]: state for state in reports}
     waiting = [state for state in reports if state["waits"]]
     busy = [state for state in reports if not state["waits"]]
     silent = [rank for rank in range(ranks) if rank not in here]
     step, longest = max((s["step"] for s in reports), default=0), max((s["seconds"] for s in reports), default=0.0)
     parts = [
-        f"rank {s['rank']} is in {s['phase']} of step {s['step']} for {s['seconds']:.0f} s, at {s['innermost']}"
+        f"rank {s['rank']} has been in {s['phase']} of step {s['step']} for {s['seconds']:.0f} s, at {s['innermost']}"
         + (f", called by {s['place']}" if s["place"] != s["innermost"] else "")
         for s in busy
     ]
@@ -187,12 +190,13 @@ def summary(reports: list[dict[str, Any]], ranks: int, folder: Path) -> str:
         places = sorted({f"{s['waits']} at {s['place']}" for s in waiting})
         parts.append(f"ranks waiting for others: {numbers([s['rank'] for s in waiting])} (in {', '.join(places)})")
     if silent:
-        parts.append(f"no answer, so stopped, dead, or in a call that holds Python: {numbers(silent)}")
-    return f"step {step} makes no progress for {longest:.0f} s: {'; '.join(parts)}. Stacks of all ranks are in {folder}"
+        parts.append(f"no answer (stopped, dead, or in a call that holds the GIL): {numbers(silent)}")
+    text = f"step {step} has made no progress for {longest:.0f} s: {'; '.join(parts)}"
+    return f"{text}. Stacks of all ranks are in {folder}"
 
 
 def numbers(ranks: list[int]) -> str:
-    """Write ranks shortly: 0, 2-7."""
+    """Format ranks as ranges: 0, 2-7."""
     parts: list[list[int]] = []
     for rank in ranks:
         if parts and parts[-1][-1] == rank - 1:
@@ -203,11 +207,11 @@ def numbers(ranks: list[int]) -> str:
 
 
 def waits_for_others(frame: FrameType | None) -> str | None:
-    """Name the collective that a thread is in, None if it is in none. frame: its innermost."""
+    """Return the name of the collective that a thread is in; None if it is in none. frame: its innermost frame."""
     found = None
     while frame is not None:
         if "torch/distributed/" in frame.f_code.co_filename and frame.f_code.co_name != "wrapper":
-            found = frame.f_code.co_name  # the outermost call is the one that was meant
+            found = frame.f_code.co_name  # in the end that of the outermost call: the public function
         elif found:
             return found
         frame = frame.f_back
@@ -215,7 +219,7 @@ def waits_for_others(frame: FrameType | None) -> str | None:
 
 
 def innermost(frame: FrameType | None, package: Path | None = None) -> str:
-    """Name the innermost function that a thread is in, or the innermost one of a package."""
+    """Return the innermost function that a thread is in, or its innermost function of a package, with its line."""
     while package and frame is not None and package not in Path(frame.f_code.co_filename).parents:
         frame = frame.f_back
     if frame is None:
@@ -226,13 +230,13 @@ def innermost(frame: FrameType | None, package: Path | None = None) -> str:
 
 
 def recorded_collectives() -> bytes | None:
-    """Return what PyTorch's flight recorder holds, pickled as its analyzer reads it; None where there is none."""
+    """Return the contents of PyTorch's flight recorder, pickled as its analyzer expects; None without a recorder."""
     if not dist.is_initialized():
         return None
     module = torch._C._distributed_c10d
     names = ("_dump_nccl_trace", "_dump_fr_trace") if dist.get_backend() == "nccl" else ("_dump_fr_trace",)
     for name in names:
         if hasattr(module, name):
-            with contextlib.suppress(Exception):  # it differs between builds of torch, and is only a help
+            with contextlib.suppress(Exception):  # private, so it differs between builds of torch
                 return getattr(module, name)()
     return None

@@ -1,4 +1,4 @@
-"""What a run is, in a few lines at its start."""
+"""Summary of a run in a few lines, logged at its start."""
 
 import textwrap
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ def header(
     done: int,
     peak: tuple[float | None, str],
 ) -> list[str]:
-    """Write the lines. done: steps made before. peak: what speed.peak_flops has found."""
+    """Return the lines. done: steps that earlier starts have made. peak: result of speed.peak_flops."""
     rows = {
         "run": f"{recipe.run_dir}: {recipe.umm}, steps {done + 1} to {recipe.train.steps}",
         "data": "; ".join(_task(recipe, task, loader) for task, loader in loaders.items()),
@@ -35,7 +35,7 @@ def header(
         "memory": _memory(device),
     }
     if peak[0]:
-        rows["peak"] = f"{peak[0] / 1e12:.4g} TFLOP/s a GPU ({peak[1]}), which MFU is a share of"
+        rows["peak"] = f"{peak[0] / 1e12:.4g} TFLOP/s per GPU ({peak[1]}), the basis of MFU"
     lines: list[str] = []
     for name, text in rows.items():
         lines += textwrap.wrap(f"{name:<11}{text}", WIDTH, subsequent_indent=INDENT, break_long_words=False)
@@ -47,7 +47,7 @@ def _task(recipe: Recipe, task: str, loader: Loader) -> str:
     split = micro_batches.describe_split(config, distributed.world_size())
     key = DATA_KEYS[task]
     return (
-        f"{task} (weight {config.weight:g}) {config.batch_size} samples a step of {len(loader.source)} in "
+        f"{task} (weight {config.weight:g}) {config.batch_size} samples per step of {len(loader.source)} in "
         f"{getattr(recipe.data, key)}: {split}"
     )
 
@@ -84,11 +84,11 @@ def _device(device: torch.device) -> str:
     ranks, threads = distributed.world_size(), torch.get_num_threads()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {units.counted(threads, 'thread')}"
     node = distributed.local_world_size()
-    return f"{ranks} x {name}" + (f", {node} in a machine" if 1 < node < ranks else "") if ranks > 1 else name
+    return f"{ranks} x {name}" + (f", {node} per node" if 1 < node < ranks else "") if ranks > 1 else name
 
 
 def _kernels(device: torch.device) -> str:
-    """Name the backend of each op on this device, and what attention runs on."""
+    """List the ops on this device by backend."""
     found: dict[str, list[str]] = {}
     for line in reca_kernels.backend_report().splitlines():
         op, on, rest = line.partition(f" on {device.type}: ")

@@ -1,4 +1,4 @@
-"""What a rank and a machine hold of a recipe before any activation, counted from shapes: at once, and at least."""
+"""Memory that a recipe takes on a GPU and on a node without activations, computed from shapes."""
 
 from typing import NamedTuple
 
@@ -14,13 +14,13 @@ from reca.runs import published_files
 
 
 class Held(NamedTuple):
-    """Bytes on the GPU that holds most, without activations, images and allocator fragmentation."""
+    """Bytes on the GPU that holds the most, without activations, images and allocator fragmentation."""
 
-    weights: int  # the fp32 masters of what is trained, and what is frozen
+    weights: int  # trained and frozen parameters, and buffers
     gradients: int
     moments: int  # of AdamW
-    ema: int  # fp32 averages of what is trained, with ema.half_life
-    copies: int  # weights gathered from other GPUs, or cast by autocast, while they are used
+    ema: int  # fp32 averages of the trained parameters, with ema.half_life
+    copies: int  # weights gathered from other GPUs, or cast by autocast, while they are in use
 
     @property
     def total(self) -> int:
@@ -28,17 +28,17 @@ class Held(NamedTuple):
 
 
 def held(adapter: Adapter, recipe: Recipe, gpus: int, node: int, card: int = 0) -> Held:
-    """Compute the memory of the GPU that holds most, of `gpus` GPUs with `node` in a machine.
+    """Compute the memory of the GPU that holds the most, of `gpus` GPUs with `node` per node.
 
-    card: bytes of a GPU; with room for it, parallel.strategy=auto gives each all weights.
+    card: memory of a GPU in bytes; if it is large enough, parallel.strategy=auto replicates all weights.
 
     weights     FSDP2 splits each parameter's first dimension into `shard` parts, the last ones smaller or empty
-    gradients   like weights; where a step has several backward passes and only the last reduces, whole and in fp32
-    moments     two per trained weight, in the type that optim asks for; none with optim.offload
+    gradients   like weights; unsharded and in fp32 if a step has several backward passes and only the last reduces
+    moments     two per trained weight, in the dtype that optim selects; none with optim.offload
     ema         one fp32 number per trained weight
-    copies      FSDP2: what is in no block stays gathered from forward to backward, and two blocks at a time, in the
-                type of computation; of replicas only what is trained; one GPU: bf16 copies of trained matrices, at
-                most, and none without train.cast_once
+    copies      FSDP2: parameters outside blocks stay gathered from forward to backward, blocks two at a time in the
+                compute dtype; with replicas only trained parameters. One GPU: bf16 copies of trained matrices, an
+                upper bound; none without train.cast_once
     """
     for task in recipe.active_tasks():
         if task not in adapter.tasks:
@@ -60,7 +60,7 @@ def held(adapter: Adapter, recipe: Recipe, gpus: int, node: int, card: int = 0) 
             if cast and parameter.ndim > 1 and parameter.dtype == torch.float32:
                 copies += 2 * parameter.numel()
     if gpus > 1:
-        managed = [p for p in adapter.parameters() if shard > 1 or p.requires_grad]  # replicas leave frozen ones alone
+        managed = [p for p in adapter.parameters() if shard > 1 or p.requires_grad]  # replicas ignore frozen ones
         ids = set(map(id, managed))
         blocks = [[p for p in block.parameters() if id(p) in ids] for block in adapter.blocks()]
         inside = {id(parameter) for block in blocks for parameter in block}
@@ -71,10 +71,10 @@ def held(adapter: Adapter, recipe: Recipe, gpus: int, node: int, card: int = 0) 
 
 
 def host_memory(adapter: Adapter, recipe: Recipe, gpus: int, node: int, card: int = 0) -> int:
-    """Count the bytes of a machine's memory that loading weights on `gpus` GPUs takes, with `node` in a machine.
+    """Count the bytes of host memory per node that loading weights on `gpus` GPUs takes, with `node` per node.
 
-    Files are mapped, and each process copies its part of one parameter at a time to its GPU; what the system keeps of
-    the files beside that it gives back when it must. A model without files is made on one machine as a whole.
+    Files are memory-mapped, and each process copies its shard of one parameter at a time to its GPU; the system can
+    reclaim the file cache. A model without files is initialised as a whole on the host.
     """
     ranks, shard = min(node, gpus), predicted_shard_size(adapter, recipe, gpus, node, card)
     copied = max(part(parameter, shard) * parameter.itemsize for parameter in adapter.parameters())
@@ -85,7 +85,7 @@ def host_memory(adapter: Adapter, recipe: Recipe, gpus: int, node: int, card: in
 
 
 def host_moments(adapter: Adapter, recipe: Recipe, gpus: int, node: int, card: int = 0) -> int:
-    """Count the bytes of a machine's memory in which optim.offload keeps moments, with `node` GPUs in a machine."""
+    """Count the bytes of host memory per node in which optim.offload keeps moments, with `node` GPUs per node."""
     if not recipe.optim.offload:
         return 0
     ranks, shard = min(node, gpus), predicted_shard_size(adapter, recipe, gpus, node, card)

@@ -1,4 +1,4 @@
-"""Memory of this machine: all of it, what a process may have within its container or batch job, and what it keeps."""
+"""Host memory: its size and what is free, within the limits of a container or batch job, and reuse of freed memory."""
 
 import contextlib
 import ctypes
@@ -12,24 +12,24 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def total() -> int:
-    """Count the bytes of memory of this machine, or of the container or batch job that this process is in."""
+    """Return the bytes of memory of this machine, or of the container or batch job that this process runs in."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return min([machine, *(limit for _, limit in _cgroup_limits())])
 
 
 def available() -> int:
-    """Count the bytes that can be had without swapping, files that are kept in memory among them."""
+    """Return the bytes that are available without swapping, including reclaimable file cache."""
     fields = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
     return min(int(fields["MemAvailable"].split()[0]) << 10, *_cgroup_rests())
 
 
 class FreedMemory:
-    """Lets the C library keep what is freed for the tensors of the next step.
+    """Makes the C library keep freed memory for the tensors of the next step.
 
-    A step allocates the same large tensors again and again. Memory that comes anew from the kernel is cleared at its
-    first touch, page by page, about an eighth of a step on a CPU. A freed block may have become too small by some
-    bytes, where a small one that lives on has taken its end: blocks would add up without a limit. So what is free is
-    given back every TRIM_EVERY steps, which costs the first touches of one of them.
+    Every step allocates the same large tensors. The kernel clears new memory page by page on first access, which takes
+    about an eighth of a step on a CPU. But kept memory fragments: if a small, long-lived allocation takes the end of a
+    freed block, the block is too small for the same tensor, and memory would grow without limit. So free memory is
+    returned to the system every TRIM_EVERY steps, which costs the page faults of one step.
     """
 
     TRIM_EVERY = 20  # steps
@@ -38,25 +38,25 @@ class FreedMemory:
         self.kept = False
 
     def keep(self) -> bool:
-        """Begin to keep what is freed. Returns False for a C library that is not glibc, which is left as it is."""
+        """Begin to keep freed memory. Return False for a C library other than glibc, which is left unchanged."""
         if platform.libc_ver()[0] == "glibc":
             mallopt = ctypes.CDLL(None).mallopt
             self.kept = bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, -1))
         return self.kept
 
     def after_step(self, step: int) -> None:
-        """Give back what is free, if it is time."""
+        """Return free memory to the system every TRIM_EVERY steps."""
         if step % self.TRIM_EVERY == 0:
             self.give_back()
 
     def give_back(self) -> None:
-        """Give back what is free, where it is kept."""
+        """Return free memory to the system, if it is kept."""
         if self.kept:
             ctypes.CDLL(None).malloc_trim(0)
 
 
 def _cgroup_rests() -> list[int]:
-    """List what is left of the limits of this process's cgroups."""
+    """List the bytes left below the limits of this process's cgroups."""
     rests = [1 << 62]
     for group, limit in _cgroup_limits():
         with contextlib.suppress(OSError, ValueError, KeyError):
@@ -67,11 +67,11 @@ def _cgroup_rests() -> list[int]:
 
 
 def _cgroup_limits() -> Iterator[tuple[Path, int]]:
-    """Yield this process's cgroups (version 2) that have a limit, its own and those around it, and the limits."""
+    """Yield this process's cgroups (version 2) that have a limit, its own and the enclosing ones, with the limits."""
     with contextlib.suppress(OSError, StopIteration):
         own = next(line[3:] for line in OWN_CGROUP.read_text().splitlines() if line.startswith("0::"))
         folder = CGROUPS / own.strip("/")
         for group in (folder, *folder.parents):
             if group.is_relative_to(CGROUPS):
-                with contextlib.suppress(OSError, ValueError):  # "max"; the root has no limit
+                with contextlib.suppress(OSError, ValueError):  # "max" is no limit, and the root has no such file
                     yield group, int((group / "memory.max").read_text())

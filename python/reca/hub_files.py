@@ -1,4 +1,4 @@
-"""Files of the hub: what a repository holds, what of it is on this machine, and bringing the rest."""
+"""Files of a hub repository: list them, find those that are on this machine, and fetch the rest."""
 
 import fcntl
 from dataclasses import dataclass
@@ -8,9 +8,9 @@ from typing import Any, BinaryIO
 from reca.data.errors import DataError
 from reca.files import sha256
 
-# Smaller files are left to huggingface_hub, which fetches several at once and starts them again after an interruption.
+# Smaller files are left to huggingface_hub, which fetches several at once, but does not resume interrupted ones.
 RESUMED = 2**30
-# Larger ones the hub gives by its own protocol (hf_xet) alone.
+# Larger files are available only through the hub's own protocol (hf_xet).
 LARGEST = 50_000_000_000
 
 
@@ -20,13 +20,13 @@ class HubFile:
 
     name: str
     size: int
-    digest: str  # by which the cache names it: the SHA-256 of a large file, git's hash of a small one
-    large: bool  # whether digest is its SHA-256
+    digest: str  # its name in the cache: the SHA-256 of a large file, git's hash of a small one
+    large: bool  # whether digest is a SHA-256
 
 
 @dataclass(frozen=True)
 class Listing:
-    """What a repository holds of what is wanted."""
+    """The requested files of a repository."""
 
     repository: str
     kind: str
@@ -37,9 +37,9 @@ class Listing:
 
 
 def list_files(repository: str, kind: str, file: str, patterns: list[str] | None) -> Listing:
-    """Ask the hub for the files that are wanted, their sizes, and the terms of the repository.
+    """Query the hub for the requested files, their sizes, and the licence and gating of the repository.
 
-    Raises what huggingface_hub raises where the hub cannot be reached or refuses, and DataError where no file matches.
+    Raises errors of huggingface_hub if the hub cannot be reached or refuses access, and DataError if no file matches.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.utils import filter_repo_objects
@@ -67,7 +67,7 @@ def list_files(repository: str, kind: str, file: str, patterns: list[str] | None
 
 
 def check_access(listing: Listing) -> None:
-    """Ask the hub whether it gives the files of a gated repository to this user. Raises what huggingface_hub raises."""
+    """Check that this user may download a gated repository. Raises the errors of huggingface_hub."""
     from huggingface_hub import HfApi
 
     if listing.gated:
@@ -75,7 +75,7 @@ def check_access(listing: Listing) -> None:
 
 
 def local_folder(listing: Listing | None, to: Path | None = None) -> Path:
-    """Name the folder that files go to: of a repository below `to` or in the cache, or of the whole cache (None)."""
+    """Return the folder for a repository's files, below `to` or in the cache; for None, the parent of all of them."""
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
@@ -87,7 +87,7 @@ def local_folder(listing: Listing | None, to: Path | None = None) -> Path:
 
 
 def _place(listing: Listing, file: HubFile, to: Path | None) -> Path:
-    """Name where the content of a file stands once it is complete."""
+    """Return the path of a file's content when it is complete."""
     folder = local_folder(listing, to)
     return folder / file.name if to is not None else folder / "blobs" / file.digest
 
@@ -97,7 +97,7 @@ def _part(place: Path) -> Path:
 
 
 def missing_bytes(listing: Listing, to: Path | None) -> int:
-    """Count the bytes that are still to be fetched: of files that are here in part, the rest."""
+    """Count the bytes that are still to be fetched, without those of partial downloads."""
     count = 0
     for file in listing.files:
         place = _place(listing, file, to)
@@ -109,10 +109,10 @@ def missing_bytes(listing: Listing, to: Path | None) -> int:
 
 
 def bring(listing: Listing, file: str, patterns: list[str] | None, to: Path | None) -> Path:
-    """Fetch what is missing. Returns the folder of the files.
+    """Fetch the missing files, and return the folder of the files.
 
-    Large files come first, into a part that the next call goes on with. huggingface_hub then finds them at their
-    places, fetches the small ones and completes the folder or the cache.
+    Large files are fetched first, each into a partial file that the next call resumes. huggingface_hub then finds them
+    in place, fetches the small ones and completes the folder or the cache.
     """
     from huggingface_hub import hf_hub_download, snapshot_download
 
@@ -128,9 +128,9 @@ def bring(listing: Listing, file: str, patterns: list[str] | None, to: Path | No
 
 
 def _fetch(listing: Listing, file: HubFile, place: Path) -> None:
-    """Fetch one large file to its place, from where an earlier call stopped.
+    """Fetch one large file to its place, resuming an earlier call.
 
-    Raises DataError when another process does, or when what came is not what the hub announced.
+    Raises DataError if another process is fetching it, or if its SHA-256 is not the one that the hub announced.
     """
     if place.is_file() and place.stat().st_size == file.size:
         return
@@ -146,8 +146,8 @@ def _fetch(listing: Listing, file: HubFile, place: Path) -> None:
         if sha256(part) != file.digest:
             part.unlink()
             raise DataError(
-                f"{file.name} of {listing.repository} came with another SHA-256 than the hub announces; "
-                "the same command fetches it again"
+                f"{file.name} of {listing.repository} has another SHA-256 than the hub announces; repeat the command "
+                "to fetch it again"
             )
         part.replace(place)
 
@@ -164,10 +164,10 @@ def _transfer(listing: Listing, file: HubFile, out: BinaryIO) -> None:
     if out.seek(0, 2) > file.size:
         out.truncate(0)
     while True:
-        location = get_hf_file_metadata(url).location  # signed for a while
+        location = get_hf_file_metadata(url).location  # a signed URL, which expires
         headers = build_hf_headers()
         if urlparse(location).netloc != urlparse(url).netloc:
-            headers.pop("authorization", None)  # the store of large files needs no more than the signature
+            headers.pop("authorization", None)  # the storage of large files needs only the signature
         here = out.seek(0, 2)
         try:
             return http_get(
@@ -175,4 +175,4 @@ def _transfer(listing: Listing, file: HubFile, out: BinaryIO) -> None:
             )
         except HfHubHTTPError:
             if out.seek(0, 2) == here:
-                raise  # it is not that the signature ended while the file came
+                raise  # nothing was received, so the cause is not an expired URL

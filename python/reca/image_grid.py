@@ -1,4 +1,4 @@
-"""Images side by side in one."""
+"""Combine several images into one."""
 
 import math
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def beside(left: Tensor, right: Tensor, gap: int = 2) -> Tensor:
-    """Put two images (uint8 [3, H, W]) beside each other on white."""
+    """Place two images (uint8 [3, H, W]) side by side on white."""
     height = max(left.shape[1], right.shape[1])
     sheet = torch.full((3, height, left.shape[2] + gap + right.shape[2]), 255, dtype=torch.uint8)
     sheet[:, : left.shape[1], : left.shape[2]] = left.cpu()

@@ -1,6 +1,7 @@
-"""Inference in batches that fit into memory: where one does not, half as many images are made at once from there on.
+"""Inference in batches that fit into memory: after an out-of-memory error the batch size is halved from then on.
 
-An image depends on its prompt and seed and an answer on its question, so the batch changes neither.
+An image depends only on its prompt and seed, and an answer only on its image and question, so the batch size does not
+change the results.
 """
 
 import contextlib
@@ -22,7 +23,7 @@ from reca.full_memory import is_memory_full
 log = logging.getLogger("reca")
 T = TypeVar("T")
 
-# The largest batch that is tried, where a larger one did not fit: of a model, by method.
+# Largest batch size to try after a larger one did not fit, by model and method.
 _largest: WeakKeyDictionary[Any, dict[str, int]] = WeakKeyDictionary()
 
 
@@ -33,25 +34,25 @@ class MemoryFull(RuntimeError):
 
 
 class RanksWait(RuntimeError):
-    """Memory is full on a rank for which others wait inside of a model whose weights they share: nothing can go on."""
+    """A rank is out of memory while others wait for it inside a model with sharded weights, so none can go on."""
 
     exit_code = exits.RECIPE
 
 
 def generate(model: Any, prompts: Sequence[str], seeds: Sequence[int], **sampling: Any) -> list[Tensor]:
-    """Generate as the model does. Raises MemoryFull, or RanksWait."""
+    """Generate images like the model's `generate`, in batches that fit. Raises MemoryFull or RanksWait."""
     return _in_batches(model, "generate", sampling, prompts, seeds)
 
 
 def edit(
     model: Any, images: Sequence[Tensor], instructions: Sequence[str], seeds: Sequence[int], **sampling: Any
 ) -> list[Tensor]:
-    """Edit as the model does. Raises MemoryFull, or RanksWait."""
+    """Edit images like the model's `edit`, in batches that fit. Raises MemoryFull or RanksWait."""
     return _in_batches(model, "edit", sampling, images, instructions, seeds)
 
 
 def answer(model: Any, images: Sequence[Tensor], questions: Sequence[str], **options: Any) -> list[str]:
-    """Answer as the model does. Raises MemoryFull, or RanksWait."""
+    """Answer questions like the model's `answer`, in batches that fit. Raises MemoryFull or RanksWait."""
     return _in_batches(model, "answer", options, images, questions)
 
 
@@ -69,9 +70,9 @@ def in_batches(
     columns: Sequence[Sequence[Any]],
     most: int | None = None,
 ) -> list[T]:
-    """Return what `call` makes of the rows of columns, of as many rows at once as fit into memory.
+    """Call `call` on batches of the columns' rows that fit into memory, and return the results of all rows.
 
-    method: what is called, which has a largest batch of its own. most: rows at once, None for all.
+    method: name under which the largest batch size is remembered. most: rows per batch; None: all.
     """
     known, made, first, reason = _largest.setdefault(model, {}), list[T](), 0, ""
     count = len(columns[0])
@@ -87,21 +88,21 @@ def in_batches(
             raise RanksWait(_ranks_wait(found))
         if len(part[0]) == 1:
             raise MemoryFull(
-                f"memory is full with a single image ({found}). Free the device of what else uses it, make "
-                "smaller images if the model can (sampling options height and width), or use a larger device"
+                f"memory is full with a single image ({found}). End other processes on the device, generate smaller "
+                "images if the model can (sampling options height and width), or use a larger device"
             )
         first, reason, size = first or len(part[0]), found, len(part[0]) // 2
         known[method] = size
     if first:
         log.warning(
-            "%s: memory was full with %d images at once (%s), so %d are made at once from here on, from the same seeds",
+            "%s: memory was full with %d images at once (%s); from now on the batch size is %d, with the same seeds",
             method, first, reason, size,
         )  # fmt: skip
     return made
 
 
 def _attempt(call: Callable[..., Sequence[T]], rows: Sequence[Any]) -> Sequence[T] | str:
-    """Return what a call makes, or what it said of a full memory. Its tensors are free again by then."""
+    """Return the results of a call, or the message of its out-of-memory error. Its tensors are freed by then."""
     try:
         return call(*rows)
     except full_memory.KINDS as error:
@@ -111,18 +112,18 @@ def _attempt(call: Callable[..., Sequence[T]], rows: Sequence[Any]) -> Sequence[
 
 
 def shares_weights(model: Any) -> bool:
-    """Tell whether ranks hold parts of the model, so that one that computes waits for all others."""
+    """Tell whether the ranks hold shards of the model, so that a pass on one rank waits for all others."""
     parallel = isinstance(model, FSDPModule)
     return parallel and distributed.world_size() > 1 and not model.has_whole_replicas
 
 
 def release(model: Any) -> None:
-    """Give back what a call that failed has left behind."""
+    """Free the memory that a failed call has left allocated."""
     for module in model.modules() if isinstance(model, nn.Module) else ():
         if isinstance(module, FSDPModule):
             module.reshard()
     if torch.cuda.is_available():
-        gc.collect()  # an error and the frames that it came through refer to one another
+        gc.collect()  # an error and the frames of its traceback are a reference cycle
         torch.cuda.empty_cache()
 
 
@@ -131,9 +132,9 @@ def release(model: Any) -> None:
 
 @contextlib.contextmanager
 def together(model: Any) -> Iterator[None]:
-    """Run the body on every rank: where it fails on one, it fails on all of them.
+    """Run the body on every rank: if it fails on one, it fails on all.
 
-    Raises RanksWait where memory is full and ranks share the weights: others wait inside of the model, not here.
+    Raises RanksWait if memory is exhausted while ranks share the weights: the others wait inside the model, not here.
     """
     if not shares_weights(model):
         with distributed.fail_together():
@@ -148,9 +149,9 @@ def together(model: Any) -> Iterator[None]:
 
 
 def spared(model: Any, make: Callable[[], T]) -> tuple[T | None, str]:
-    """Return what `make` makes, and why there is nothing where it fails, which ends no training. On every rank.
+    """Return the result of `make` and an empty text or, if it fails on any rank, None and the reason.
 
-    Raises RanksWait.
+    All ranks must call it. Raises RanksWait.
     """
     try:
         with together(model):
@@ -166,7 +167,7 @@ def spared(model: Any, make: Callable[[], T]) -> tuple[T | None, str]:
 
 def _ranks_wait(reason: str) -> str:
     return (
-        f"memory is full while a model whose weights are sharded draws or is evaluated ({reason}). Other ranks wait "
-        "for this one, so a smaller batch cannot be tried: give batch=1 as a sampling option "
-        "(eval.sampling=[batch=1]), more GPUs, or eval.every=0. The same command goes on from the last checkpoint"
+        f"memory is full while a model with sharded weights generates or is evaluated ({reason}). Other ranks wait for "
+        "this one, so a smaller batch cannot be tried: set the sampling option batch=1 (eval.sampling=[batch=1]), use "
+        "more GPUs, or set eval.every=0. The same command resumes from the last checkpoint"
     )

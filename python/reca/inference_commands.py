@@ -37,7 +37,7 @@ def answer(options: argparse.Namespace) -> None:
 
 
 def best_of(options: argparse.Namespace) -> None:
-    """Run under torchrun, every rank takes a share of the prompts."""
+    """Run `reca best-of`. Under torchrun every rank takes a share of the prompts."""
     from reca import best_of, distributed
     from reca.api import is_run, recipe_of
     from reca.data.sample import digest
@@ -59,7 +59,7 @@ def best_of(options: argparse.Namespace) -> None:
         "weights": digest([source.fingerprint()]),
     }
 
-    distributed.initialize(60 * distributed.HOURS)  # each rank draws its share alone
+    distributed.initialize(60 * distributed.HOURS)  # each rank works on its share alone
     records = best_of.choose(lambda: _model(options, [*prompts, choice.question]), prompts, choice, options.out)
     if distributed.is_main_process():
         print(*best_of.report(records, options.out), sep="\n")
@@ -76,7 +76,7 @@ def export(options: argparse.Namespace) -> None:
 
     recipe = recipe_of(options.recipe, options.overrides)
     if not options.push and (options.public or options.update):
-        raise ValueError("--public and --update belong to --push OWNER/NAME")
+        raise ValueError("--public and --update need --push OWNER/NAME")
     ensure_writable(options.out, "--out")
     if options.push:
         push.check(options.push)
@@ -89,7 +89,7 @@ def export(options: argparse.Namespace) -> None:
     if is_run(options.recipe) and (found := understanding(*find_sides("base", str(options.recipe)))):
         print(f"against the model before training: {found['text']}")
     if options.push:
-        del model  # the upload takes hours, and no GPU
+        del model  # frees the GPU during the upload, which takes hours
         print(push.push(options.out, written, options.push, options.public, options.update))
 
 
@@ -132,7 +132,7 @@ def _sampling(options: argparse.Namespace, method, seeds: list[int], texts: list
 
 def _reject_empty(texts: list[str]) -> None:
     if not all(text.strip() for text in texts):
-        raise ValueError("the text is empty; write what to draw, to change or to answer")
+        raise ValueError("the text is empty; write what to generate, edit or answer")
 
 
 def _read(path: Path):
@@ -144,7 +144,7 @@ def _read(path: Path):
 def _write(images: list, options: argparse.Namespace, seeds: list[int], texts: list[str]) -> None:
     from reca.image_grid import make_grid
 
-    # Behind those of calls before: of another model, or with other options, an image of this name is another.
+    # Numbers continue after earlier calls, whose images of the same name may be from another model or other options.
     taken = [int(found[1]) for path in options.out.iterdir() if (found := re.match(r"(\d+)_seed", path.name))]
     for i, (image, seed, text) in enumerate(zip(images, seeds, texts, strict=True), max(taken, default=-1) + 1):
         words = re.sub(r"\W+", "-", text).strip("-")[:40]

@@ -14,8 +14,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 class Interruption:
     """SIGTERM, Ctrl-C, SIGUSR1 and SIGHUP during a run. A second signal of the same kind ends the process.
 
-    requested  a signal has come
-    deferred   the run checks `requested` between steps; until it does there is nothing to save, and a signal ends it
+    requested  a signal has arrived
+    deferred   the run checks `requested` between steps; while False there is nothing to save, and a signal ends it
     """
 
     def __init__(self) -> None:
@@ -23,9 +23,9 @@ class Interruption:
 
     @contextlib.contextmanager
     def handle_signals(self) -> Iterator[None]:
-        """Handle signals inside of this context. Raises SystemExit(75) there while `deferred` is False.
+        """Handle signals inside this context. Raises SystemExit(75) there while `deferred` is False.
 
-        Only the main thread of a process can handle signals: in another one, as of a server, they do what they did.
+        Only the main thread can handle signals: in another thread, such as a server's, this changes nothing.
         SIGHUP stays ignored under nohup.
         """
         if threading.current_thread() is not threading.main_thread():

@@ -200,7 +200,7 @@ def test_what_nobody_foresaw_keeps_its_traceback(monkeypatch, capsys):
         (["--sampling", "steps=[1, 2"], "steps=[1, 2: expected a whole number"),
         (["--seed", "-1"], "seed -1 is outside"),
         (["--prompt", " "], "the text is empty"),
-        (["--out", __file__], "is no folder; name another"),
+        (["--out", __file__], "is not a folder; name another"),
     ],
 )
 def test_mistakes_of_generate_are_exit_3_and_one_sentence(more, words, capsys):
@@ -236,7 +236,7 @@ def test_images_are_named_after_their_prompts(capsys, tmp_path):
 
 def test_a_run_dir_that_is_a_file_is_exit_3(capsys):
     assert main(["train", "show_o_tiny", *TINY, f"run_dir={__file__}"]) == 3
-    assert "run_dir" in (error := capsys.readouterr().err) and "is no folder; name another" in error
+    assert "run_dir" in (error := capsys.readouterr().err) and "is not a folder; name another" in error
 
 
 def test_a_run_of_another_model_is_named_by_its_umm(capsys, tmp_path):

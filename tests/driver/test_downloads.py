@@ -231,7 +231,7 @@ def test_a_part_of_another_file_is_noticed(hub, tmp_path, capsys):
     part.write_bytes(b"\0" * 100)
     arguments = ["weights", "owner/parts/deep/one.pth", "--to", str(tmp_path)]
     assert get(*arguments) == 4
-    assert "came with another SHA-256" in capsys.readouterr().err
+    assert "has another SHA-256" in capsys.readouterr().err
     assert get(*arguments) == 0
     assert (tmp_path / "parts/deep/one.pth").read_bytes() == LARGE
 

@@ -34,8 +34,8 @@ def two_ranks(tmp_path_factory) -> Path:
 
 def test_the_log_says_who_waits_for_whom(two_ranks):
     said = (two_ranks / "printed_0").read_text()
-    (line,) = [line for line in said.splitlines() if "step 3 makes no progress" in line]
-    assert "WARNING step 3 makes no progress" in line and "rank 1 is in training of step 3 for" in line
+    (line,) = [line for line in said.splitlines() if "step 3 has made no progress" in line]
+    assert "WARNING step 3 has made no progress" in line and "rank 1 has been in training of step 3 for" in line
     assert "at overslept (launch_long_runs.py:" in line and ", called by _run (trainer.py:" in line
     assert "ranks waiting for others: 0 (in all_reduce at sum_over_ranks (distributed.py:" in line
     assert line.endswith(f"Stacks of all ranks are in {two_ranks}/run/hang")
@@ -79,7 +79,7 @@ def test_one_process_that_hangs(recipe, caplog):
 
     trainer.train_step = slow
     trainer.run()
-    assert "step 2 makes no progress" in caplog.text and "rank 0 is in training of step 2" in caplog.text
+    assert "step 2 has made no progress" in caplog.text and "rank 0 has been in training of step 2" in caplog.text
     assert "in slow" in (trainer.run_dir / "hang/rank_0.txt").read_text()
 
 
@@ -152,9 +152,9 @@ def test_the_summary_names_every_rank():
     waiting = [report(rank, "all_reduce") for rank in (0, 1, 2, 5)]
     text = summary([*waiting, busy], 8, Path("run/hang"))
     assert text == (
-        "step 9 makes no progress for 301 s: rank 3 is in loading of batches of step 9 for 301 s, at read (tar.py:2), "
-        "called by f (a.py:1); ranks waiting for others: 0-2, 5 (in all_reduce at f (a.py:1)); no answer, so stopped, "
-        "dead, or in a call that holds Python: 4, 6-7. Stacks of all ranks are in run/hang"
+        "step 9 has made no progress for 301 s: rank 3 has been in loading of batches of step 9 for 301 s, at read "
+        "(tar.py:2), called by f (a.py:1); ranks waiting for others: 0-2, 5 (in all_reduce at f (a.py:1)); no answer "
+        "(stopped, dead, or in a call that holds the GIL): 4, 6-7. Stacks of all ranks are in run/hang"
     )
     assert numbers([0]) == "0" and numbers([0, 2, 3, 4, 9]) == "0, 2-4, 9"
     assert json.dumps(report(0))

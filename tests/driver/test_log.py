@@ -51,7 +51,7 @@ def test_lines_where_the_output_is_no_terminal(recipe, capsys):
     assert sum("expected end 20" in line for line in lines) == 1 and lines[-1].endswith("ETA    0:00:00")
     rows = {line.split()[0]: line for line in lines if line[:1].strip()}
     assert "show_o, steps 1 to 6" in rows["run"]
-    assert "reca (weight 1) 8 samples a step of 24 in " in rows["data"]
+    assert "reca (weight 1) 8 samples per step of 24 in " in rows["data"]
     assert "4.7k of 7.06k parameters: gen_head 4.7k of 4.7k; frozen: und_encoder" in rows["trained"]
     assert "fp32, EMA with a half-life of 3 steps" in rows["precision"]
     assert {"device", "kernels", "memory"} <= rows.keys() and "attention" in shown and "peak" not in rows

@@ -55,7 +55,7 @@ def test_the_batch_is_halved_and_stays_so(caplog):
     assert values(inference.generate(model, ["x"] * 40, seeds)) == seeds
     assert model.calls == [16, 8, 4] + [2] * 20
     assert caplog.text.count("generate: memory was full with 16 images at once (CUDA out of memory.") == 1
-    assert "so 2 are made at once from here on" in caplog.text and "More words" not in caplog.text
+    assert "from now on the batch size is 2" in caplog.text and "More words" not in caplog.text
     model.calls.clear()
     assert values(inference.generate(model, ["x"] * 3, [7, 8, 9], batch=16)) == [7, 8, 9]
     assert model.calls == [2, 1] and len(caplog.records) == 1

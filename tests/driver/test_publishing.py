@@ -333,7 +333,7 @@ def test_names_that_are_none(upload, name):
 
 def test_options_without_push(tmp_path, capsys):
     assert cli.main(["export", "show_o_tiny", "--out", str(tmp_path), "--public"]) == 3
-    assert "belong to --push" in capsys.readouterr().err
+    assert "need --push" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("part", ["repos/create", "preupload", "objects/batch", "/commit/"])
