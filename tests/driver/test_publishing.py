@@ -328,7 +328,7 @@ def test_what_is_wrong_is_found_before_weights_are_read(hub, upload, tmp_path, m
 @pytest.mark.parametrize("name", ["model", "me/", "/model", "me/a/b", "me/a model"])
 def test_names_that_are_none(upload, name):
     code, printed = upload(repository=name)
-    assert code == 4 and "give OWNER/NAME" in printed
+    assert code == 4 and "pass OWNER/NAME" in printed
 
 
 def test_options_without_push(tmp_path, capsys):

@@ -237,7 +237,7 @@ BOMB = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}
     ("text", "message"),
     [
         ("run_dir: a\nrun_dir: b\n", "duplicate key 'run_dir' at line 2"),
-        ("optim: {lr: 1, lr: 2}\n", "key 'lr' stands twice"),
+        ("optim: {lr: 1, lr: 2}\n", "duplicate key 'lr'"),
         ("train: {steps: 010}\n", "train.steps='010' in .*r.yaml: expected a number without leading zeros"),
         ("train: {steps: 12:30}\n", "expected a whole number"),
         ("train: {steps: 1.0}\n", "expected a whole number, such as 1"),

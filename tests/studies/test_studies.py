@@ -359,7 +359,7 @@ def test_a_swapped_encoder_takes_red_for_blue(umm):
         ("question: a\narms: {a: {about: b, rate: 0}}", "rate=0 of a must be above 0"),
         ("question: a\narms: {a: {about: b, rate: half}}", "arms.a: expected a number"),
         ("question: a\narms: {a: {about: b, rate: .nan}}", "arms.a: expected a finite number"),
-        ("question: a\narms: {a: {about: b}, c: {about: d}, a: {about: e}}", "key 'a' stands twice"),
+        ("question: a\narms: {a: {about: b}, c: {about: d}, a: {about: e}}", "duplicate key 'a'"),
         ("question: a\narms: {a: {about: b, overrides: train.steps=3}}", "arms.a: expected a list"),
         ("question: a\narms: {a: {about: b, world: {bagel: train.steps=3}}}", "world.bagel='train.steps=3'"),
         (
