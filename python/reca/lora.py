@@ -148,7 +148,10 @@ def weight_beside(name: str) -> str:
 
 
 def fits(name: str, shape: tuple[int, ...], others: Mapping[str, tuple[int, ...]]) -> bool:
-    """Tell whether a tensor belongs to the LoRA of one of a model's weights. others: its shapes by published name."""
+    """Tell whether a tensor is a LoRA tensor whose shape fits one of a model's weights.
+
+    others: shapes of the model's parameters by published name.
+    """
     layer, _, rest = name.partition(".lora_")
     weight = others.get(f"{layer}.weight", ())
     if not rest or len(weight) != 2:
