@@ -35,7 +35,7 @@ def root(tmp_path):
 def test_every_sample_is_counted(root):
     found = audit(open_source(str(root), "reca"))
     assert (found.samples, len(found.bad)) == (5, 1)
-    assert found.bad == {"e.png": "no image in a format that is read (JPEG, PNG, WEBP, GIF, BMP, TIFF, AVIF)"}
+    assert found.bad == {"e.png": "not an image in a supported format (JPEG, PNG, WEBP, GIF, BMP, TIFF, AVIF)"}
     assert found.duplicates == {"c.png": "b.png"}
     assert found.sides == {0: 1, 3: 3} and found.ratios == {0: 3, 3: 1}
     text = report(found)
@@ -66,7 +66,7 @@ def test_a_target_that_is_none_is_a_bad_sample(root, tmp_path):
 def test_the_command_exits_1_where_something_is_bad(root, capsys):
     assert main(["data", "check", str(root)]) == 1
     out = capsys.readouterr().out
-    assert "data.images (reca)" in out and "bad samples (1)" in out and "e.png: no image" in out
+    assert "data.images (reca)" in out and "bad samples (1)" in out and "e.png: not an image" in out
     (root / "e.png").unlink()
     (root / "e.txt").unlink()
     assert main(["data", "check", str(root)]) == 0
@@ -82,7 +82,7 @@ def test_what_sources_of_a_mixture_left_out_is_printed(root, tmp_path, capsys, l
     mixed = f"data.images=[{{source: {root}}}, {{source: {other}}}]"
     assert main(["data", "check", "show_o_tiny", mixed, "--task", "reca", f"data.limit={limit}"]) in (0, 1)
     out = capsys.readouterr().out
-    assert "1 images in formats that are not read (the first: g.heic)" in out and "1 hidden files and folders" in out
+    assert "1 images in unsupported formats (the first: g.heic)" in out and "1 hidden files and folders" in out
 
 
 def images(page):
@@ -105,14 +105,14 @@ def test_a_contact_sheet_is_what_training_reads(root):
         for image, view in zip(shown[2 * number :], (gen, und), strict=False):
             assert image.tobytes() == view.permute(1, 2, 0).numpy().tobytes()
         assert batch.text[number] in page
-    assert "Bad samples met" in page and "e.png: no image" in page
+    assert "Bad samples" in page and "e.png: not an image" in page
 
 
 def test_captions_in_a_contact_sheet_are_text(root):
     (root / "b.txt").write_text("<b>bold & co</b>")
     page, _ = sheet(root, "t2i")
     assert "<b>bold" not in page and "&lt;b&gt;bold &amp; co" in page and len(images(page)) == 4
-    assert "Of each: its generation view." in page
+    assert "in training order, each with its generation view." in page
 
 
 def test_the_command_writes_a_page_of_the_views_of_a_recipe(root, tmp_path, capsys, monkeypatch):

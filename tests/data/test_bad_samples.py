@@ -149,7 +149,7 @@ def test_a_list_of_bad_samples_that_cannot_be_written_still_counts(root, tmp_pat
 def test_the_first_bad_sample_is_said(root, tmp_path, caplog):
     take(loader(root, bad_samples=tmp_path / "bad.jsonl"), 8)
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert len(warnings) == 1 and "is left out: no image in a format that is read" in warnings[0]
+    assert len(warnings) == 1 and "is skipped: not an image in a supported format" in warnings[0]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -57,17 +57,17 @@ def test_the_system_prompt_of_a_row(tmp_path, system, turns, expected):
 @pytest.mark.parametrize(
     ("bad", "reason"),
     [
-        ("text", "are no objects"),
+        ("text", "are not JSON objects"),
         ({"conversations": GOOD["conversations"]}, "have no image"),
         (GOOD | {"image": None}, "have no image"),
         (GOOD | {"image": []}, "have no image"),
         (GOOD | {"image": ["a.png", "b.png"]}, "have more than one image"),
         (GOOD | {"images": ["b.png"]}, 'have both "image" and "images", which differ'),
         (GOOD | {"messages": []}, 'have both "conversations" and "messages", which differ'),
-        (GOOD | {"image": 7}, "have an image whose name is no text"),
-        (GOOD | {"image": ["a.png", 1][1:]}, "have an image whose name is no text"),
-        (GOOD | {"image": "a\0.png"}, "have an image whose name is no text"),
-        (GOOD | {"image": "\ud800.png"}, "have an image whose name is no text"),
+        (GOOD | {"image": 7}, "have an image name that is not text"),
+        (GOOD | {"image": ["a.png", 1][1:]}, "have an image name that is not text"),
+        (GOOD | {"image": "a\0.png"}, "have an image name that is not text"),
+        (GOOD | {"image": "\ud800.png"}, "have an image name that is not text"),
         (GOOD | {"image": "s3://bucket/a.png"}, "have an image at a URL"),
         (GOOD | {"image": "/etc/a.png"}, "have an image outside data.image_root"),
         (GOOD | {"image": "../a.png"}, "have an image outside data.image_root"),
@@ -75,31 +75,31 @@ def test_the_system_prompt_of_a_row(tmp_path, system, turns, expected):
         ({"image": "a.png"}, "have no conversation"),
         ({"image": "a.png", "conversations": {}}, "have no conversation"),
         ({"image": "a.png", "conversations": []}, "have no conversation"),
-        ({"image": "a.png", "conversations": ["Q", "A"]}, "have a turn whose value is no text"),
+        ({"image": "a.png", "conversations": ["Q", "A"]}, "have a turn whose value is not text"),
         (
             {"image": "a.png", "conversations": [{"from": "human"}, {"from": "gpt"}]},
-            "have a turn whose value is no text",
+            "have a turn whose value is not text",
         ),
-        (row("human", "Q", "gpt", None), "have a turn whose value is no text"),
-        (row("human", "Q", "gpt", 3), "have a turn whose value is no text"),
-        (row("human", ["Q"], "gpt", "A"), "have a turn whose value is no text"),
-        (row("human", [{"type": "video"}, said("Q")], "gpt", "A"), "have a turn whose value is no text"),
+        (row("human", "Q", "gpt", None), "have a turn whose value is not text"),
+        (row("human", "Q", "gpt", 3), "have a turn whose value is not text"),
+        (row("human", ["Q"], "gpt", "A"), "have a turn whose value is not text"),
+        (row("human", [{"type": "video"}, said("Q")], "gpt", "A"), "have a turn whose value is not text"),
         (row("human", [{"type": "image"}] * 2, "gpt", "A"), "have more than one <image> for one image"),
-        (row("human", "Q", None, "A"), "have a turn that is neither from human nor from gpt"),
-        (row("human", "Q", "tool", "A"), "have a turn that is neither from human nor from gpt"),
-        (row("human", "Q", "gpt", "\ud83d"), "have a turn with halves of characters or NUL"),
+        (row("human", "Q", None, "A"), "have a turn from a role other than human, gpt or system"),
+        (row("human", "Q", "tool", "A"), "have a turn from a role other than human, gpt or system"),
+        (row("human", "Q", "gpt", "\ud83d"), "have a turn with lone surrogates or NUL characters"),
         (row("human", "Q"), "have no answer"),
         (row("system", "S", "human", "Q"), "have no answer"),
         (row("human", "Q", "human", "R", "gpt", "A"), "do not alternate"),
         (row("gpt", "A", "human", "Q"), "do not alternate"),
         (row("human", "Q", "gpt", "A", "gpt", "B"), "do not alternate"),
-        (GOOD | {"system": 7}, 'have a "system" that is no text'),
+        (GOOD | {"system": 7}, 'have a "system" that is not text'),
         (row("system", "S", "human", "Q", "gpt", "A") | {"system": "T"}, 'have both "system" and a system turn'),
-        (GOOD | {"system": "Look at <image>"}, "have an <image> behind the first question"),
+        (GOOD | {"system": "Look at <image>"}, "have an <image> after the first question"),
         (row("human", "Q", "gpt", "A", "system", "S", "human", "R", "gpt", "B"), "do not alternate"),
         (row("human", "<image><image>\nQ", "gpt", "A"), "have more than one <image> for one image"),
-        (row("human", "Q", "gpt", "A", "human", "<image>\nR", "gpt", "B"), "have an <image> behind the first question"),
-        (row("human", "Q", "gpt", "<image>"), "have an <image> behind the first question"),
+        (row("human", "Q", "gpt", "A", "human", "<image>\nR", "gpt", "B"), "have an <image> after the first question"),
+        (row("human", "Q", "gpt", "<image>"), "have an <image> after the first question"),
         (row("human", "Q", "gpt", " \n"), "have an empty answer"),
     ],
 )
@@ -108,8 +108,8 @@ def test_rows_of_other_forms_are_left_out_by_reason(tmp_path, bad, reason, caplo
     assert [source[i].text for i in range(len(source))] == [[("Q", "A")]]
     ((found, count),) = source.skipped.counts.items()
     assert reason in found and count == 2
-    assert f"rows.json: left out are 2 {found} (the first: row 2)" in caplog.text
-    with pytest.raises(DataError, match=f"rows.json .*(holds no conversation.*{reason}|not LLaVA-style)"):
+    assert f"rows.json: skipped 2 {found} (the first: row 2)" in caplog.text
+    with pytest.raises(DataError, match=f"rows.json .*(has no conversation.*{reason}|not LLaVA-style)"):
         opened(tmp_path, bad)
 
 
@@ -125,14 +125,14 @@ def test_rows_one_a_line(tmp_path):
     source = open_source(str(path), "i2t")
     assert [source[i].text for i in range(len(source))] == [[("Q", "A")], [("Q", "B")], [("Q", "C")]]
     path.write_text(f"{lines[0]}\n{lines[1][:-2]}")
-    with pytest.raises(DataError, match=r"rows.JSONL is not JSON: line 2: Expecting .*, at its character \d+"):
+    with pytest.raises(DataError, match=r"rows.JSONL is not JSON: line 2: Expecting .*, at character \d+ of the line"):
         open_source(str(path), "i2t")
     path.write_text(f"[{lines[0]}, {lines[1]}]")
-    with pytest.raises(DataError, match=r"line 1 is a list, and .*; of a list of rows the name ends in \.json$"):
+    with pytest.raises(DataError, match=r"line 1 is a list, but .*; rename the file to \.json if it is a list$"):
         open_source(str(path), "i2t")
     path.with_name("rows.json").write_text("\n".join(lines))
     with pytest.raises(
-        DataError, match=r"rows.json is not JSON: Extra data.*of rows one a line the name ends in .jsonl"
+        DataError, match=r"rows.json is not JSON: Extra data.*rename it to .jsonl if it has one row per line"
     ):
         open_source(str(path.with_name("rows.json")), "i2t")
 

@@ -51,7 +51,7 @@ def test_linked_folders_are_read_once_and_loops_end(tmp_path):
         os.symlink(target, root / name)
     source = open_source(str(root), "reca")
     assert [source.key(i) for i in range(len(source))] == ["again/deep/y.png", "again/x.png", "real/w.png", "z.png"]
-    assert source.skipped.counts == {"links to a folder that is read already": 4}
+    assert source.skipped.counts == {"links to a folder that is already read": 4}
 
 
 def test_what_is_left_out_is_counted_and_said_once(tmp_path, caplog):
@@ -61,9 +61,9 @@ def test_what_is_left_out_is_counted_and_said_once(tmp_path, caplog):
     for _ in range(2):
         assert keys(root) == ["a.png"]
     (line,) = (record.getMessage() for record in caplog.records)
-    assert "2 images in formats that are not read (the first: b.heic)" in line
-    assert "2 images that are no file, or a link to none (the first: e.png)" in line
-    assert "1 tar files below a folder of images (the first: d.tar)" in line
+    assert "2 images in unsupported formats (the first: b.heic)" in line
+    assert "2 images that are not files, or broken links (the first: e.png)" in line
+    assert "1 tar files in a folder of images (the first: d.tar)" in line
 
 
 def test_folders_that_cannot_be_read_are_said(tmp_path, monkeypatch):
@@ -82,18 +82,18 @@ def test_folders_that_cannot_be_read_are_said(tmp_path, monkeypatch):
 
 
 def test_a_folder_without_images_says_what_it_holds(tmp_path):
-    with pytest.raises(DataError, match=r"holds no images .*only 2 x \.tar: give its tars as FOLDER/\*\.tar"):
+    with pytest.raises(DataError, match=r"has no images .*only 2 x \.tar: name its tars as FOLDER/\*\.tar"):
         open_source(str(fill(tmp_path, {"0.tar": b"", "1.tar": b""})), "reca")
 
 
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.png", image_bytes(), r"a\.png is a single file; give the folder that it is in"),
+        ("a.png", image_bytes(), r"a\.png is a single file; name its folder"),
         ("a.zip", b"PK\3\4" + bytes(30), r"a\.zip is a zip archive; unpack it first"),
-        ("a.bin", b"PAR1" + bytes(30), r"a\.bin is a parquet file under another suffix; rename it to a\.parquet"),
+        ("a.bin", b"PAR1" + bytes(30), r"a\.bin is a parquet file with another suffix; rename it to a\.parquet"),
         ("a.png", b"", r"a\.png is empty"),
-        ("a.csv", b"a,b", r"a\.csv is a file of a form that is not read here; give a folder of images, \.tar or"),
+        ("a.csv", b"a,b", r"a\.csv is a file of an unsupported format; name a folder of images, \.tar or"),
         ("a.tar", b"PAR1" + bytes(30), r"a\.tar is not an uncompressed tar"),
     ],
 )
@@ -150,7 +150,7 @@ def test_captions_of_which_it_is_not_clear_whose_they_are(tmp_path):
     with pytest.raises(DataError, match="a.TXT and a.txt are captions of one name"):
         open_source(str(tmp_path / "two"), "t2i")
     fill(tmp_path / "one", {"a.png": image_bytes(), "a.jpg": image_bytes(), "a.txt": b"x"})
-    with pytest.raises(DataError, match="a.jpg and a.png have one caption, a.txt"):
+    with pytest.raises(DataError, match="a.jpg and a.png have the same caption file, a.txt"):
         open_source(str(tmp_path / "one"), "t2i")
     assert keys(tmp_path / "one") == ["a.jpg", "a.png"]
 
@@ -158,7 +158,7 @@ def test_captions_of_which_it_is_not_clear_whose_they_are(tmp_path):
 def test_no_name_is_not_the_folder_that_one_is_in(tmp_path, monkeypatch):
     monkeypatch.chdir(fill(tmp_path, {"a.png": image_bytes()}))
     for spec in ("", "  "):
-        with pytest.raises(DataError, match="is no path; name the data, or null for none"):
+        with pytest.raises(DataError, match="is not a path; name the data, or null for none"):
             open_source(spec, "reca")
     assert keys(".") == ["a.png"]
 

@@ -45,7 +45,7 @@ def test_a_saved_folder(tmp_path):
     source = opened(tmp_path / "saved", "t2i", caption="llava")
     assert [source[i].text for i in range(len(source))] == [f"image {n}" for n in range(6)]
     assert source[3].image == image_bytes((3, 0, 0)) and source.key(3) == "row:3"
-    with pytest.raises(DataError, match="prompt and llava may hold the captions"):
+    with pytest.raises(DataError, match="prompt and llava may be the captions"):
         opened(tmp_path / "saved", "t2i")
     with pytest.raises(DataError, match=r"no such column; did you mean image\? Its columns are image \(image\)"):
         opened(tmp_path / "saved", image="imag")
@@ -59,7 +59,7 @@ def test_a_saved_folder(tmp_path):
 
 def test_splits_are_chosen(tmp_path):
     datasets.DatasetDict({"train": rows(4), "test": rows(2)}).save_to_disk(tmp_path / "two")
-    with pytest.raises(DataError, match=r"holds the splits train, test: give one of them, such as .*/two/train"):
+    with pytest.raises(DataError, match=r"has the splits train, test: name one of them, such as .*/two/train"):
         opened(tmp_path / "two")
     assert len(opened(tmp_path / "two" / "train")) == 4
     datasets.DatasetDict({"train": rows(4)}).save_to_disk(tmp_path / "one")
@@ -79,7 +79,7 @@ def test_a_name_is_loaded_with_its_split(tmp_path):
     with pytest.raises(DataError, match="cannot be loaded by datasets"):
         opened("hf:nobody/nothing?split=train")
     for text in ("hf:", "hf:a?spilt=train", "hf:a?split", "hf:a?split="):
-        with pytest.raises(DataError, match=r"is not understood; write hf:NAME\?split=train"):
+        with pytest.raises(DataError, match=r"is not valid; write hf:NAME\?split=train"):
             opened(text)
 
 

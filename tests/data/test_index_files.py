@@ -86,9 +86,12 @@ def test_json_that_is_no_list(tmp_path, text):
     ("data", "words"),
     [
         (b"[\xff]", "the text is not UTF-8"),
-        ("[1]".encode("utf-16-le"), "the text holds NUL characters"),
+        ("[1]".encode("utf-16-le"), "the text contains NUL characters"),
         (b"<html>", "is a web page"),
-        (b'{"image": "a"}\n{"image": "b"}', "is not JSON: Extra data, .*one a line the name ends in .jsonl"),
+        (
+            b'{"image": "a"}\n{"image": "b"}',
+            "is not JSON: Extra data, .*rename it to .jsonl if it has one row per line",
+        ),
         (b'[{"image": "a.png"}', "is not JSON: Expecting ',' delimiter, at character 19"),
     ],
 )

@@ -143,7 +143,7 @@ def test_missing_empty_and_imageless_folders(tmp_path):
     with pytest.raises(DataError, match="does not exist"):
         loader(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="holds no images"):
+    with pytest.raises(DataError, match="has no images"):
         loader(tmp_path / "empty")
     with pytest.raises(DataError, match="data.images is null"):
         open_loader(DataConfig(), "reca", VIEWS, seed=0, micro_batch=1)
@@ -193,13 +193,13 @@ def test_conversations_that_are_none(folder, tmp_path):
     item = {"image": "00.png", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
     path = tmp_path / "talk.json"
     path.write_text(json.dumps([item]))
-    with pytest.raises(DataError, match="data.image_root .*nowhere is no folder"):
+    with pytest.raises(DataError, match="data.image_root .*nowhere is not a folder"):
         open_source(str(path), "i2t", str(tmp_path / "nowhere"))
     for content, words in ((b"\xff\xd8", "is not JSON"), (b"{}", "not LLaVA-style"), (b'["a"]', "not LLaVA-style")):
         path.write_bytes(content)
         with pytest.raises(DataError, match=words):
             open_source(str(path), "i2t", str(folder))
-    with pytest.raises(DataError, match="talk.json is a file of a form that is not read here; give a folder"):
+    with pytest.raises(DataError, match="talk.json is a file of an unsupported format; name a folder"):
         open_source(str(path), "reca")
 
 
@@ -284,5 +284,5 @@ def test_caches_of_other_models_views_and_versions_are_not_read(folder, tmp_path
 
 def test_random_crops_cannot_be_cached(folder, tmp_path):
     data = DataConfig(images=str(folder), cache=str(tmp_path))
-    with pytest.raises(DataError, match=r"crops at random.*data\.cache=null"):
+    with pytest.raises(DataError, match=r"is a random crop.*data\.cache=null"):
         open_loader(data, "reca", Views(gen=View(4, "random_crop"), und=None), seed=0, micro_batch=4, identity="")

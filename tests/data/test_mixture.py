@@ -101,8 +101,8 @@ def test_the_start_says_what_each_gives(two, caplog):
     caplog.set_level(logging.INFO, "reca")
     open_sources(DataConfig(images=mix(two, 3, 1)), ["reca"])
     assert "data.images: " in caplog.text
-    assert "photos has 10 samples and gives 75.0%" in caplog.text
-    assert "drawn.tar has 30 samples and gives 25.0%" in caplog.text
+    assert "photos has 10 samples and a share of 75.0%" in caplog.text
+    assert "drawn.tar has 30 samples and a share of 25.0%" in caplog.text
 
 
 def test_identity_is_of_all_sources_and_weights(two):

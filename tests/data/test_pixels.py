@@ -94,12 +94,12 @@ def test_broken_bytes_are_bad_images(data):
 
 
 def test_what_is_said_of_no_image(tmp_path):
-    with pytest.raises(DataError, match="is no file"):
+    with pytest.raises(DataError, match="is not a file"):
         read_image(tmp_path)
     with pytest.raises(DataError, match="none.png does not exist"):
         read_image(tmp_path / "none.png")
     (tmp_path / "text.png").write_text("not an image")
-    with pytest.raises(DataError, match="text.png is no readable image: no image in a format that is read"):
+    with pytest.raises(DataError, match="text.png is not a readable image: not an image in a supported format"):
         read_image(tmp_path / "text.png")
 
 

@@ -87,18 +87,18 @@ def test_templates_of_another_package():
             "nowhere.at.all:squares",
             r"data.images=.*module nowhere.at.all cannot be imported \(No module named 'nowhere'",
         ),
-        ("nowhere:x", "Install its package, or put the folder that holds it on PYTHONPATH; .* write ./nowhere:x"),
+        ("nowhere:x", "Install its package, or put its folder on PYTHONPATH; .* write ./nowhere:x"),
         ("outside_of_reca.circles:x", "No module named 'outside_of_reca.circles'"),
         ("outside_of_reca.unfinished:x", "No module named 'a_library_that_nobody_has'"),
         ("outside_of_reca.squares:square", "has no 'square'; did you mean squares"),
         ("outside_of_reca.squares:NUMBER", "names a int, not a function"),
         ("outside_of_reca.squares:squares?colour=red", "unexpected keyword argument 'colour'.*size=4"),
-        ("outside_of_reca.squares:squares?size", "'size' is no name=value"),
+        ("outside_of_reca.squares:squares?size", "'size' is not of the form name=value"),
         ("outside_of_reca.squares:squares?size=1&size=2", "'size=2' is given twice"),
         ("outside_of_reca.squares:squares?size=0", "without samples"),
         ("outside_of_reca.squares:plain", "returned a list without key, size, identity"),
         ("os:system?command=true", "the function is called with task='reca'"),
-        ("time:sleep", "takes|unknown signature"),
+        ("time:sleep", "its signature is|without a signature"),
     ],
 )
 def test_mistakes_are_named(spec, words):
@@ -116,7 +116,7 @@ def test_paths_and_addresses_are_no_specs(tmp_path):
         assert parse_spec(text) is None
     assert parse_spec("a.b:c?d=1") == ("a.b", "c", "d=1")
     (tmp_path / "odd:name").mkdir()
-    with pytest.raises(DataError, match="odd:name holds no images"):
+    with pytest.raises(DataError, match="odd:name has no images"):
         open_source(str(tmp_path / "odd:name"), "reca")
 
 

@@ -38,15 +38,15 @@ def test_pairs_adjacent_members_of_one_key(tmp_path):
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        (["a.jpg", "a.txt", "b.jpg", "b.txt", "a.png", "a.txt"], "a.png stands apart from a.jpg, which has the key"),
-        (["a.jpg", "b.jpg", "a.txt", "b.txt"], "a.txt stands apart from a.jpg"),
+        (["a.jpg", "a.txt", "b.jpg", "b.txt", "a.png", "a.txt"], "a.png does not follow a.jpg, which has the same key"),
+        (["a.jpg", "b.jpg", "a.txt", "b.txt"], "a.txt does not follow a.jpg"),
         (["a.jpg", "a.jpg"], "a.jpg and a.jpg are both the .jpg of sample 'a'"),
         (["a.jpg", "a.JPG"], "a.jpg and a.JPG are both the .jpg"),
         (["./a.jpg", "a.txt", "a.txt"], "a.txt and a.txt are both the .txt"),
         (["a.jpg", "a.png"], "a.jpg and a.png are both the image of sample 'a'"),
         (["v1.5.jpg", "v1.5.png"], "v1.5.jpg and v1.5.png are both the image of sample 'v1.5'"),
-        (["a.jpg", "b.jpg", "a.seg.png"], "a.seg.png stands apart from a.jpg"),
-        (["d/a.jpg", "b.jpg", "d/a.jpg"], "d/a.jpg stands apart from d/a.jpg"),
+        (["a.jpg", "b.jpg", "a.seg.png"], "a.seg.png does not follow a.jpg"),
+        (["d/a.jpg", "b.jpg", "d/a.jpg"], "d/a.jpg does not follow d/a.jpg"),
     ],
 )  # fmt: skip
 def test_what_is_not_clear_is_an_error(tmp_path, names, words):
@@ -69,9 +69,9 @@ def test_parts_that_are_not_read_are_counted(tmp_path, caplog):
     )
     source = opened(path)
     assert len(source) == 2
-    assert source.skipped.counts == {"further images of a sample": 1, "images in formats that are not read": 1}
+    assert source.skipped.counts == {"further images of a sample": 1, "images in unsupported formats": 1}
     assert f"(the first: {path}: a.seg.png)" in caplog.text
-    with pytest.raises(DataError, match=r"no images in .*1 images in formats that are not read .*b\.heic"):
+    with pytest.raises(DataError, match=r"no images in .*1 images in unsupported formats .*b\.heic"):
         opened(tar(tmp_path / "t.tar", ("b.heic", b"")))
 
 
@@ -101,7 +101,7 @@ def test_links_are_resolved_or_counted(tmp_path):
     assert {source[i].key[6:]: source[i].image for i in range(len(source))} == {
         "d/a.jpg": DARK, "hard.jpg": DARK, "d/soft.jpg": DARK, "ahead.jpg": LIGHT, "chain.jpg": LIGHT, "z.jpg": LIGHT
     }  # fmt: skip
-    assert source.skipped.counts == {"members that are no file, or a link to none in the tar": 5}
+    assert source.skipped.counts == {"image members that are not files, or broken links": 5}
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -146,9 +146,9 @@ def test_damaged_and_strange_tars(tmp_path):
     path = tar(tmp_path / "s.tar", ("a.jpg", DARK), ("b.jpg", DARK))
     whole = path.read_bytes()
     cases = {
-        "is damaged at byte 1024, behind a.jpg": whole[:1030] + b"?" + whole[1031:],
-        "Tars cannot be put together by cat": whole + whole,
-        "ends at byte 2048, behind b.jpg, but the file has": whole + bytes(2**21),
+        "is damaged at byte 1024, after a.jpg": whole[:1030] + b"?" + whole[1031:],
+        "Tars cannot be concatenated by cat": whole + whole,
+        "ends at byte 2048, after b.jpg, but the file has": whole + bytes(2**21),
         "it is compressed by gzip; unpack it first": gzip.compress(whole),
         "it is a Git LFS pointer and not the file itself": b"version https://git-lfs.github.com/spec/v1\noid sha256\n",
         "it is empty: its download": b"",
@@ -185,7 +185,7 @@ def test_every_number_of_a_range_must_exist(tmp_path):
         opened(tmp_path / "a-{000..999999999}.tar")
     assert len(opened(tmp_path / "a-*.tar")) == 3
     (tmp_path / "a-001.tar").mkdir()
-    with pytest.raises(DataError, match="a-001.tar is no file"):
+    with pytest.raises(DataError, match="a-001.tar is not a file"):
         opened(tmp_path / "a-{000..002}.tar")
 
 

@@ -95,7 +95,7 @@ def test_tars_and_parquet_over_http(serve, tmp_path):
     with pytest.raises(DataError, match=r"0.tar"):
         open_source(f"{address}/0.tar", "reca")
     handler.accepts = None  # Python's own server says nothing
-    with pytest.raises(OSError, match=r"0.tar: the server does not send parts of files"):
+    with pytest.raises(OSError, match=r"0.tar: the server does not support partial requests"):
         open_source(f"{address}/0.tar", "reca")[0]
 
 

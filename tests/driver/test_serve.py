@@ -80,7 +80,7 @@ def test_bad_images_are_said_without_a_path_of_the_server(requests, tmp_path):
     with pytest.raises(ValueError, match="choose a file"):
         requests.answer(None, "what?")
     (broken := tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nrest")
-    with pytest.raises(ValueError, match="broken.png is no readable image") as said:
+    with pytest.raises(ValueError, match="broken.png is not a readable image") as said:
         requests.answer(str(broken), "what?")
     assert str(tmp_path) not in str(said.value)
     with (large := tmp_path / "large.png").open("wb") as file:
@@ -184,7 +184,7 @@ def test_requests_over_http(address, requests, image, tmp_path):
     assert len(client.predict(handle_file(image), "what is this?", api_name="/answer")) == 2
     (broken := tmp_path / "broken.png").write_bytes(b"no image")
     for given, words in (
-        ((handle_file(str(broken)), "what?"), "no readable image"),
+        ((handle_file(str(broken)), "what?"), "not a readable image"),
         ((None, "what?"), "choose a file"),
         ((handle_file(image), None), "the text is empty"),
     ):

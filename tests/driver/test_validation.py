@@ -65,9 +65,9 @@ def test_a_source_that_would_be_emptied_is_named(tmp_path):
     one, two = (open_source(str(write_images(tmp_path / name, 20)), "reca") for name in "ab")
     aside = hold_out({"reca": one}, 2, 0)[1]
     same = Subset(two, np.array([i for i in range(20) if two.key(i) in keys(aside)]))
-    with pytest.raises(DataError, match=r"eval.holdout=2 leaves no sample of b of t2i; lower it"):
+    with pytest.raises(DataError, match=r"eval.holdout=2 leaves no sample for b of t2i; lower it"):
         hold_out({"reca": one, "t2i": Mixture([two, same], [1.0, 1.0], ["a", "b"])}, 2, 0)
-    with pytest.raises(DataError, match=r"eval.holdout=2 leaves no sample of t2i; lower it"):
+    with pytest.raises(DataError, match=r"eval.holdout=2 leaves no sample for t2i; lower it"):
         hold_out({"reca": one, "t2i": same}, 2, 0)
 
 

@@ -277,7 +277,7 @@ def test_an_image_that_cannot_be_read_is_left_out(runs, tmp_path):
     assert [row["name"] for row in found["rows"]] == ["000.png", "002.png"]
     for name in ("000.png", "002.png"):
         (photos / name).unlink()
-    with pytest.raises(DataError, match="no image to reconstruct can be read; last error: 001.png: no image in"):
+    with pytest.raises(DataError, match="no image to reconstruct can be read; last error: 001.png: not an image in"):
         draw("base", runs["first"], tmp_path / "out", 2, str(photos))
 
 

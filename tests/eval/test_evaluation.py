@@ -393,7 +393,7 @@ def test_images_that_cannot_be_read_are_drawn_again_or_refused(painter, tmp_path
         for path, content in zip(paths, broken, strict=False):
             path.write_bytes(content)
         out = tmp_path / f"out{workers}"
-        with pytest.raises(EvaluationError, match="6 of 42 images cannot be read: .*png is no readable image: .*Repl"):
+        with pytest.raises(EvaluationError, match="6 of 42 images cannot be read: .*png is not a readable .*Repl"):
             reca.evaluate("world", painter, images=images, out=out, limit=LIMIT)
         counts = reca.evaluate("world", painter, images=images, out=out, limit=LIMIT, partial=True)["counts"]
         assert (counts["images"], counts["missing"], counts["failed"]) == (LIMIT - 6, 6, 0)

@@ -66,31 +66,31 @@ def test_boxes_are_in_pixels_of_the_image_as_it_is_shown(tmp_path):
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ("text", "are no objects"),
+        ("text", "are not JSON objects"),
         ({"image": "../a.png"}, "have an image outside data.image_root"),
         ({"image": "a.png"}, "have no caption"),
         ({"image": "a.png", "caption": "a"}, "have no list of boxes"),
-        ({"image": "a.png", "caption": "a", "boxes": [[1, 2, 3, 4]]}, 'have a box that is no {"box": '),
+        ({"image": "a.png", "caption": "a", "boxes": [[1, 2, 3, 4]]}, 'have a box that is not {"box": '),
         (scored((1, 2, 3), 1), "have a box that is not four numbers"),
         (scored((1, 2, "3", 4), 1), "have a box that is not four numbers"),
-        (scored((5, 2, 5, 4), 1), "have a box whose right is not beyond its left"),
-        (scored((1, 2, 3, 4), 1.5), "have a score of a box that is no number from -1 to 1"),
-        (scored((1, 2, 3, 4), True), "have a score of a box that is no number from -1 to 1"),
-        (scored((1, 2, 3, 4), 1, score="good"), "have a score that is no number from -1 to 1"),
-        (scored((1, 2, 3, 4), 1, background=float("nan")), "have a background that is no number from -1 to 1"),
+        (scored((5, 2, 5, 4), 1), "have a box whose right is not greater than its left"),
+        (scored((1, 2, 3, 4), 1.5), "have a score of a box that is not a number from -1 to 1"),
+        (scored((1, 2, 3, 4), True), "have a score of a box that is not a number from -1 to 1"),
+        (scored((1, 2, 3, 4), 1, score="good"), "have a score that is not a number from -1 to 1"),
+        (scored((1, 2, 3, 4), 1, background=float("nan")), "have a background that is not a number from -1 to 1"),
         (scored((1, 2, 3, 4), 1, target="/etc/b.png"), "have an image outside data.image_root"),
     ],
 )
 def test_rows_that_are_left_out(tmp_path, row, reason):
     source = open_source(str(write(tmp_path, scored((0, 0, 1, 1), 1), row)), "srum")
     assert len(source) == 1 and next(iter(source.skipped.counts)).startswith(f"rows that {reason}")
-    with pytest.raises(DataError, match="scored.jsonl holds no scored image: 1 rows that have"):
+    with pytest.raises(DataError, match="scored.jsonl has no scored image: 1 rows that have"):
         open_source(str(write(tmp_path, {"image": None})), "srum")
 
 
 def test_what_is_no_file_of_scored_images(tmp_path):
-    for name, fault in (("x.json", "does not exist"), ("", "is no file")):
-        with pytest.raises(DataError, match=f"{fault}; give a .json or .jsonl as data.scored"):
+    for name, fault in (("x.json", "does not exist"), ("", "is not a file")):
+        with pytest.raises(DataError, match=f"{fault}; set data.scored to a .json or .jsonl file"):
             open_source(str(tmp_path / name), "srum")
 
 

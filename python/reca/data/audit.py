@@ -1,4 +1,4 @@
-"""Every sample of a source, read and decoded: what is bad and why, sizes, duplicates, texts."""
+"""Audit of a source: reads and decodes every sample, and reports bad ones, sizes, duplicates and texts."""
 
 import functools
 import hashlib
@@ -18,11 +18,11 @@ from reca.data.tasks import Scored, Turn
 
 SIDES = (128, 256, 512, 768, 1024, 2048)  # edges of the histogram of short sides, in pixels
 RATIOS = (1.1, 1.5, 2.0, 4.0)  # edges of the histogram of long side over short side
-SHOWN = 10  # bad samples and duplicates that are listed
+SHOWN = 10  # most bad samples and most duplicates that are listed
 
 
 class Inspection(NamedTuple):
-    """Findings about one sample."""
+    """Result of reading one sample."""
 
     key: str
     bad: str | None = None
@@ -30,7 +30,7 @@ class Inspection(NamedTuple):
     bytes: int = 0
     width: int = 0
     height: int = 0
-    digest: int = 0  # of the bytes of the image
+    digest: int = 0  # of the image file
     text: Any = None
 
 
@@ -38,7 +38,7 @@ class Inspection(NamedTuple):
 class Audit:
     """Counts over the samples of a source.
 
-    bad: key -> reason. left_out: rows that are no samples. duplicates: key -> the key of the first of equal images.
+    bad: key -> reason. left_out: rows that are not samples. duplicates: key -> key of the first identical image.
     """
 
     samples: int = 0
@@ -48,14 +48,14 @@ class Audit:
     sides: Counter[int] = field(default_factory=Counter)
     ratios: Counter[int] = field(default_factory=Counter)
     duplicates: dict[str, str] = field(default_factory=dict)
-    captions: list[int] = field(default_factory=list)  # words of each
-    turns: list[int] = field(default_factory=list)  # of each conversation
-    answers: list[int] = field(default_factory=list)  # words of each
-    texts: Counter[int] = field(default_factory=Counter)  # of captions, by a hash
+    captions: list[int] = field(default_factory=list)  # words per caption
+    turns: list[int] = field(default_factory=list)  # turns per conversation
+    answers: list[int] = field(default_factory=list)  # words per answer
+    texts: Counter[int] = field(default_factory=Counter)  # hash of a caption -> count
     first: dict[int, str] = field(default_factory=dict)  # digest -> key
 
     def add(self, looked: Inspection, about: bool) -> None:
-        """Count one sample. about: texts ask about an image, so that an image that comes again is no duplicate."""
+        """Count one sample. about: texts are about images, so a repeated image is not a duplicate."""
         if looked.left_out:
             self.left_out.add(looked.left_out, looked.key)
             return
@@ -98,7 +98,7 @@ def inspect_sample(source: Source, index: int) -> Inspection:
 
 
 def audit(source: Source, about: bool = False, workers: int = 4, progress: Any = None) -> Audit:
-    """Look at every sample of a source. about: as for `Audit.add`. progress: called after every sample."""
+    """Inspect every sample of a source. about: as for `Audit.add`. progress: called after every sample."""
     found = Audit()
     for looked in read_ahead(functools.partial(inspect_sample, source), range(len(source)), workers):
         found.add(looked, about)
@@ -108,7 +108,7 @@ def audit(source: Source, about: bool = False, workers: int = 4, progress: Any =
 
 
 def report(found: Audit, skipped: Skipped | None = None) -> str:
-    """Write an audit as text. skipped: what the source left out when it was opened."""
+    """Return an audit as text. skipped: files and rows that the source skipped when it was opened."""
     good = found.samples - len(found.bad)
     lines = [f"{found.samples} samples, {good} of them usable, {units.size(found.bytes)} of images"]
     for what in (skipped, found.left_out):

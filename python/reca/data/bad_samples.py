@@ -1,4 +1,4 @@
-"""The list of samples that could not be read, shared by all ranks and all starts of a run."""
+"""List of unreadable samples, shared by all ranks and all starts of a run."""
 
 import contextlib
 import fcntl
@@ -17,50 +17,50 @@ log = logging.getLogger("reca")
 
 
 class BadSamples:
-    """Counts bad samples, writes each once to a JSONL file, and stops the run when there are too many.
+    """Counts bad samples, writes each once to a JSONL file, and stops the run if there are too many.
 
-    All ranks write to one file, under a lock, and read what the others have added; so does the next start of the run.
-    A line counts while the sample has the recorded size: a file that was repaired, replaced or removed is tried again,
-    and one that can be read after all (its disk was unmounted) counts no longer.
+    All ranks write to one file, under a lock, and read the lines of the others; a resumed run reads them as well.
+    A line counts as long as the sample has the recorded size: files that were repaired, replaced or removed are tried
+    again. A sample that becomes readable (its disk was unmounted) no longer counts.
     """
 
     def __init__(self, path: Path | None, source: Source, max_fraction: float):
         self.path, self.source, self.max_fraction = path, source, max_fraction
         self.bad: dict[str, str] = {}
         self.lock = threading.Lock()
-        self.images = 0  # distinct samples of the source, once they are needed
-        self.place = 0  # bytes of the file that are known here
+        self.images = 0  # distinct samples of the source, counted when first needed
+        self.place = 0  # bytes of the file that this process has read
         self.count()
 
     def count(self) -> int:
-        """Count the distinct bad samples, of all ranks and starts."""
+        """Return the number of distinct bad samples of all ranks and starts."""
         if self.path and self.path.exists():
             with self.lock, contextlib.suppress(OSError), self.path.open("rb") as file:
                 self._absorb(file)
         return len(self.bad)
 
     def add(self, index: int, reason: str) -> None:
-        """Add a sample. Raises DataError when more than the allowed share of all samples is bad."""
+        """Add a sample. Raises DataError if the fraction of bad samples exceeds the limit."""
         key = self.source.key(index)
         with self.lock:
             if key not in self.bad:
                 self._write({"key": key, "sample": index, "bytes": self.source.size(index), "reason": reason})
             if not self.bad:
-                log.warning("%s is left out: %s. Further ones are only counted and listed", key, reason)
+                log.warning("%s is skipped: %s. Further bad samples are only counted and listed", key, reason)
             self.bad[key] = reason
-            # Many rows may ask about one image. They are counted as the bad ones are: once.
+            # Many rows may share an image. Each key counts once in the total, as it does among the bad.
             size = self.images = self.images or getattr(self.source, "images", 0) or _count_keys(self.source)
             if len(self.bad) / size > self.max_fraction:
                 first = "; ".join(f"{key} ({reason})" for key, reason in list(self.bad.items())[:3])
                 raise DataError(
                     f"{len(self.bad)} of {size} samples are unreadable, more than data.max_bad_fraction="
-                    f"{self.max_fraction}: {first}. All are in {self.path or 'the log'}. Raise "
-                    "data.max_bad_fraction to go on without them, or repair or remove them and begin a new run: one "
-                    "that has begun goes on with the same data only"
+                    f"{self.max_fraction}: {first}. All are listed in {self.path or 'the log'}. Raise "
+                    "data.max_bad_fraction to continue without them, or repair or remove them and start a new run: a "
+                    "run resumes only with the same data"
                 )
 
     def mark_good(self, index: int) -> None:
-        """Remove a sample that an earlier start could not read."""
+        """Remove a sample that could be read this time."""
         if self.bad:
             self.bad.pop(self.source.key(index), None)
 
@@ -71,7 +71,7 @@ class BadSamples:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a+b") as file:
-                with contextlib.suppress(OSError):  # some file systems have no locks: then a line may come twice
+                with contextlib.suppress(OSError):  # without locks, a line may be written twice
                     fcntl.flock(file, fcntl.LOCK_EX)
                 torn = self._absorb(file)
                 if entry["key"] not in self.bad:
@@ -83,7 +83,7 @@ class BadSamples:
             log.warning("%s cannot be written (%s): %s", self.path, error.strerror, json.dumps(entry))
 
     def _absorb(self, file: BinaryIO) -> bool:
-        """Read what others have appended. Returns whether the last line is incomplete, as kills leave it."""
+        """Read the lines that others have appended. Return whether the last one is incomplete, as after a kill."""
         file.seek(self.place)
         new = file.read()
         whole, _, tail = new.rpartition(b"\n")
@@ -101,6 +101,6 @@ class BadSamples:
 
 
 def _count_keys(source: Source) -> int:
-    """Count the distinct keys of a source, by a hash of 8 bytes each."""
+    """Return the number of distinct keys of a source, by 8-byte hashes."""
     keys = (hash(source.key(index)) for index in range(len(source)))
     return np.unique(np.fromiter(keys, np.int64, len(source))).size

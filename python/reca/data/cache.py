@@ -1,4 +1,4 @@
-"""Features of the frozen encoders on disk: every image is decoded and encoded once, in the first epoch."""
+"""Disk cache for features of the frozen encoders: every image is decoded and encoded once."""
 
 import hashlib
 import json
@@ -22,31 +22,30 @@ from reca.folders import ensure_writable, write_atomically
 log = logging.getLogger("reca")
 
 KEPT_BYTES = 2**25  # of features that stay in memory
-VERSION = 2  # of all features; raise it when the same views or encoders make others of an image
+VERSION = 2  # of all features; increment when the same views or encoders compute different ones
 
 
 def content(image: bytes) -> str:
-    """Hash the bytes of an image: the address of its features, whatever its path."""
+    """Return the address of an image's features: the SHA-256 of its bytes, as hex."""
     return hashlib.sha256(image).hexdigest()
 
 
 class FeatureCache:
-    """Features on disk: shards made ahead of time, and one safetensors file for each image met in training.
+    """Features on disk: precomputed shards, and one safetensors file per image encoded during training.
 
-    The first that are read, of KEPT_BYTES together, stay in memory: small ones take less time than to open a file.
+    They are in a subfolder whose name is a hash of everything else that they depend on. The first features that are
+    read stay in memory, up to KEPT_BYTES.
 
-    They lie below a folder named after everything else that they depend on.
-
-    identity: JSON-able; caches of another identity in the same folder are left alone. A checkpoint that changes under
-    the same name is not noticed: remove the folder then.
+    identity: JSON-serialisable identity of the encoders. Features of other identities in the same folder are ignored. A
+    checkpoint that changes under the same name is not detected: remove the folder in that case.
     """
 
     def __init__(self, folder: Path, views: Views, identity: Any):
         for name, view in (("generation", views.gen), ("understanding", views.und)):
             if view and view.fit == "random_crop":
                 raise DataError(
-                    f"data.cache keeps one set of features per image, but the {name} view crops at random: the model "
-                    "would see one crop for ever. Set data.cache=null"
+                    f"data.cache stores one set of features per image, but the {name} view is a random crop: the model "
+                    "would always see the same crop. Set data.cache=null"
                 )
         text = json.dumps([VERSION, identity, repr(views)], sort_keys=True, default=str)
         self.folder, self.full = folder / hashlib.sha256(text.encode()).hexdigest()[:16], False
@@ -59,7 +58,7 @@ class FeatureCache:
         return self.folder / address[:2] / f"{address}.safetensors"
 
     def get(self, address: str) -> dict[str, Tensor] | None:
-        """Read one image's features; None when they are missing or unreadable (a torn file is written again)."""
+        """Return an image's features; None if they are missing or unreadable, so that they are computed again."""
         found = self.kept.get(address)
         if found is None and (found := self._read(address)) is not None:
             self.room -= sum(tensor.nbytes for tensor in found.values())
@@ -77,10 +76,9 @@ class FeatureCache:
             return None
 
     def put(self, addresses: Sequence[str], features: dict[str, Any]) -> None:
-        """Keep a batch's features, each of which is a list or has a first dim of the images in `addresses`.
+        """Store a batch's features. Each is a list or tensor whose first dimension is that of `addresses`.
 
-        A cache that cannot be written, because its disk is full for example, is read only from then on: the run does
-        not need it.
+        If writing fails, such as on a full disk, nothing more is written and the run continues.
         """
         if self.full:
             return
@@ -88,13 +86,13 @@ class FeatureCache:
             path = self.path(address)
             try:
                 path.parent.mkdir(exist_ok=True)
-                # save_file would keep colleagues out: mode 0600.
+                # Not save_file: its mode 0600 would exclude other users.
                 write_atomically(path, save(features_of(features, number)), sync=False)
             except OSError as error:
                 self.full = True
                 log.warning(
-                    "data.cache %s cannot be written to (%s, %s): no more features are cached, and the run continues "
-                    "without. Free some space, or set data.cache=null",
+                    "data.cache %s cannot be written to (%s, %s): the run continues without caching more features. "
+                    "Free some space, or set data.cache=null",
                     *(self.folder, error, _free(self.folder)),
                 )
                 return
@@ -104,11 +102,11 @@ def _free(folder: Path) -> str:
     try:
         return f"{units.size(shutil.disk_usage(folder).free)} free"
     except OSError:
-        return "its disk is away"
+        return "disk not available"
 
 
 def collate(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor | list[Tensor]]:
-    """Collate features of samples into a batch: stacked where the shapes agree, else a list."""
+    """Collate features of samples into a batch: stacked if the shapes agree, otherwise as a list."""
     batch = {}
     for name in rows[0]:
         values = [row[name] for row in rows]

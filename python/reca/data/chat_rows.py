@@ -1,4 +1,4 @@
-"""One row of a LLaVA-style file or table: the name of its image, and what is asked and answered about it."""
+"""Parsing of a row of a LLaVA-style file or table: the image name and the turns about it."""
 
 import os
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "s
 
 
 class BadRow(ValueError):
-    """A row that cannot be used; the message is the reason, as the end of "N rows that ..."."""
+    """A row that cannot be used. The message is the reason, and completes the sentence "N rows that ..."."""
 
 
 class Row(NamedTuple):
@@ -24,7 +24,7 @@ class Row(NamedTuple):
 
 
 def _value(item: dict, name: str, other: str) -> Any:
-    """Return the value a row or turn has under one of two names. Raises BadRow where both differ."""
+    """Return the value of a row or turn under either of two names. Raises BadRow if both exist and differ."""
     found = [item[key] for key in (name, other) if item.get(key) is not None]
     if len(found) == 2 and found[0] != found[1] and [found[0]] != found[1]:
         raise BadRow(f'have both "{name}" and "{other}", which differ')
@@ -34,7 +34,7 @@ def _value(item: dict, name: str, other: str) -> Any:
 def image_name(item: Any, root: str) -> str:
     """Return the image's path below `root`. Raises BadRow."""
     if not isinstance(item, dict):
-        raise BadRow("are no objects")
+        raise BadRow("are not JSON objects")
     image = _value(item, "image", "images")
     if isinstance(image, list) and len(image) == 1:
         image = image[0]
@@ -43,7 +43,7 @@ def image_name(item: Any, root: str) -> str:
     if isinstance(image, list):
         raise BadRow("have more than one image")
     if not isinstance(image, str) or "\0" in image or not encodable(image):
-        raise BadRow("have an image whose name is no text")
+        raise BadRow("have an image name that is not text")
     if "://" in image:
         raise BadRow("have an image at a URL (write its name, and the URL before it as data.image_root)")
     name, inside = os.path.normpath(os.path.join(root, image)), os.path.join(root, "")
@@ -53,10 +53,13 @@ def image_name(item: Any, root: str) -> str:
 
 
 def turns(item: dict, number: int, skipped: Skipped) -> tuple[Turn, ...]:
-    """Return the questions with their answers. Raises BadRow."""
+    """Return the turns of a row: pairs of question and answer. Raises BadRow.
+
+    number: of the row, from 1. Record a last question without an answer in `skipped`.
+    """
     said = _said(item)
     opening = _system(item, said.pop(0)[1] if said and said[0][0] == "system" else "")
-    # The placeholder may have a turn of its own, in front of the question.
+    # The placeholder may be a separate turn before the question.
     if len(said) > 1 and said[0][0] == said[1][0] == "human" and said[0][1].strip() == IMAGE:
         said[:2] = [("human", f"{IMAGE}\n{said[1][1]}")]
     if len(said) < 2:
@@ -70,19 +73,19 @@ def turns(item: dict, number: int, skipped: Skipped) -> tuple[Turn, ...]:
 
 
 def _system(item: dict, turn: str) -> str:
-    """Return the system prompt of a row: that of its own key, as ShareGPT files have it, or its leading turn."""
+    """Return the system prompt of a row: its "system" key, as in ShareGPT files, or `turn`, its leading turn."""
     own = _text(item.get("system"))
     if own is None or own == "":
         return turn
     if not isinstance(own, str) or not encodable(own) or "\0" in own:
-        raise BadRow('have a "system" that is no text')
+        raise BadRow('have a "system" that is not text')
     if turn and turn != own:
         raise BadRow('have both "system" and a system turn, which differ')
     return own
 
 
 def _said(item: dict) -> list[tuple[str, str]]:
-    """List (role, text) of every turn. Raises BadRow."""
+    """Return (role, text) of every turn. Raises BadRow."""
     turns = _value(item, "conversations", "messages")
     if not isinstance(turns, list) or not turns:
         raise BadRow("have no conversation")
@@ -90,19 +93,19 @@ def _said(item: dict) -> list[tuple[str, str]]:
     for turn in turns:
         text = _text(_value(turn, "value", "content")) if isinstance(turn, dict) else None
         if not isinstance(text, str):
-            raise BadRow("have a turn whose value is no text")
+            raise BadRow("have a turn whose value is not text")
         role = _value(turn, "from", "role")
         role = ROLES.get(role.strip().lower()) if isinstance(role, str) else None
         if role is None:
-            raise BadRow("have a turn that is neither from human nor from gpt")
+            raise BadRow("have a turn from a role other than human, gpt or system")
         if not encodable(text) or "\0" in text:
-            raise BadRow("have a turn with halves of characters or NUL")
+            raise BadRow("have a turn with lone surrogates or NUL characters")
         said.append((role, text))
     return said
 
 
 def _text(content: Any) -> Any:
-    """Join the parts of a turn as chat templates of transformers do, an image as IMAGE. Other contents stay."""
+    """Join a list of parts as transformers' chat templates do, an image as IMAGE. Return other content unchanged."""
     if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
         return content
     texts = [IMAGE if part.get("type") == "image" else part.get("text") for part in content]
@@ -110,12 +113,12 @@ def _text(content: Any) -> Any:
 
 
 def _pairs(texts: Sequence[str], opening: str) -> tuple[Turn, ...]:
-    """Pair alternating texts into turns. opening: the system prompt, put before the first question. Raises BadRow."""
+    """Pair alternating texts into turns. opening: system prompt, prepended to the first question. Raises BadRow."""
     first, *rest = texts
     if first.count(IMAGE) > 1:
         raise BadRow("have more than one <image> for one image")
     if IMAGE in opening or any(IMAGE in text for text in rest):
-        raise BadRow("have an <image> behind the first question")
+        raise BadRow("have an <image> after the first question")
     parts = (opening.strip(), first.replace(IMAGE, "").strip())
     texts = ["\n".join(part for part in parts if part), *(text.strip() for text in rest)]
     if not all(texts[1::2]):

@@ -1,4 +1,4 @@
-"""Columns of a table (parquet, Hugging Face datasets): which of them hold image and text, and what their cells mean."""
+"""Columns of tables (parquet, Hugging Face datasets): choosing those of image and text, and reading their cells."""
 
 import json
 from collections.abc import Mapping
@@ -14,14 +14,14 @@ from reca.data.sample import MAX_CAPTION_BYTES, MAX_IMAGE_BYTES, Sample, checked
 from reca.data.skipped import Skipped
 
 IMAGE, BYTES, TEXT, LIST, OTHER = "image", "bytes", "text", "list", "other"  # forms of a column
-# The names that are looked for where no key names a column.
+# Column names that are recognised if no recipe key names the column.
 IMAGE_NAMES = ("image", "img", "jpg", "png", "webp", "image_bytes", "image_path", "path", "file_name", "url")
 CAPTION_NAMES = ("caption", "text", "txt", "prompt", "llava")
 CONVERSATION_NAMES = ("conversations", "messages")
 
 
 class Columns(NamedTuple):
-    """The columns that samples of one task are made of."""
+    """Names of the columns that one task reads."""
 
     image: str
     text: str | None
@@ -30,7 +30,7 @@ class Columns(NamedTuple):
 def choose(forms: Mapping[str, str], task: str, config: ColumnsConfig, where: str) -> Columns:
     """Choose the columns of a task. forms: name -> IMAGE, BYTES, TEXT, LIST or OTHER.
 
-    Raises DataError, with all columns there are, for a name that is not one of them, and where it is not clear which.
+    Raises DataError, with the list of columns, if a named column is missing or the choice is ambiguous.
     """
     image = _named(forms, config.image, (IMAGE, BYTES, TEXT), "data.columns.image", where)
     if image is None:
@@ -60,15 +60,15 @@ def _named(forms: Mapping[str, str], name: str | None, wanted: tuple, key: str, 
         hint = f"; did you mean {near[0]}?" if near else "."
         raise DataError(f"{key}={name}: {where} has no such column{hint} Its columns are {_list(forms)}")
     if forms[name] not in wanted:
-        raise DataError(f"{key}={name}: this column of {where} holds {forms[name]}. Its columns are {_list(forms)}")
+        raise DataError(f"{key}={name}: this column of {where} has type {forms[name]}. Its columns are {_list(forms)}")
     return name
 
 
 def _known(forms: Mapping[str, str], names: tuple, wanted: tuple, what: str, key: str, where: str) -> str:
     found = [name for name in names if forms.get(name) in wanted]
     if len(found) != 1:
-        fault = f"{' and '.join(found)} may hold" if found else "no column of a known name holds"
-        raise DataError(f"{where}: {fault} the {what}; name one as data.columns.{key}. Its columns are {_list(forms)}")
+        fault = f"{' and '.join(found)} may be" if found else "no column name is recognised as"
+        raise DataError(f"{where}: {fault} the {what}; name one in data.columns.{key}. Its columns are {_list(forms)}")
     return found[0]
 
 
@@ -77,22 +77,22 @@ def _list(forms: Mapping[str, str]) -> str:
 
 
 def make_sample(key: str, image: Any, text: Any, task: str, root: AnyPath) -> Sample:
-    """Make a sample of the cells of one row. root: folder that paths in cells start from.
+    """Return the sample of a row's cells. root: folder that paths in cells are relative to.
 
-    image: bytes, a path or URL, or {"bytes": ..., "path": ...} as Hugging Face writes it.
-    Raises LeftOut for a row without an image, BadSample for what is no image, caption or conversation, and OSError.
+    image: bytes, a path or URL, or {"bytes": ..., "path": ...} as in Hugging Face datasets.
+    Raises LeftOut for a row without an image, BadSample for an invalid image, caption or conversation, and OSError.
     """
     data = image_bytes(image, root)
     if task == "t2i":
         if not isinstance(text, str):
-            raise BadSample("it has no caption")
+            raise BadSample("the caption is missing or not text")
         checked_size(len(text), MAX_CAPTION_BYTES, "caption")
         return Sample(key, data, decode_caption(text.encode("utf-8", "surrogatepass")))
     return Sample(key, data, conversation(text) if task == "i2t" else None)
 
 
 def cell_of(column: Any, row: int, name: str) -> Any:
-    """Return a cell of an Arrow column as Python has it. Raises BadSample for text that is not UTF-8."""
+    """Return a cell of an Arrow column as a Python object. Raises BadSample if its text is not UTF-8."""
     try:
         return column[row].as_py()
     except UnicodeDecodeError as error:
@@ -100,20 +100,20 @@ def cell_of(column: Any, row: int, name: str) -> Any:
 
 
 def image_bytes(cell: Any, root: AnyPath) -> bytes:
-    """Return the bytes of an image cell. Raises LeftOut, BadSample and OSError as `make_sample`."""
+    """Return the bytes of an image cell. Raises LeftOut, BadSample and OSError like `make_sample`."""
     if isinstance(cell, Mapping):
         cell = cell.get("bytes") or cell.get("path")
     if isinstance(cell, list) and len(cell) == 1:
         return image_bytes(cell[0], root)
     if isinstance(cell, list) and cell:
-        raise BadSample(f"the image column holds {len(cell)} images, and a sample has one")
+        raise BadSample(f"the image column has {len(cell)} images in this row; expected one")
     if not cell:
         raise LeftOut("rows without an image")
     if isinstance(cell, bytes):
         checked_size(len(cell), MAX_IMAGE_BYTES, "image")
         return cell
     if not isinstance(cell, str) or "\0" in cell:
-        raise BadSample("the image column holds neither bytes nor a path")
+        raise BadSample("the image column has neither bytes nor a path in this row")
     try:
         path = to_path(cell) if is_address(cell) else root / cell
     except DataError as error:
@@ -126,12 +126,12 @@ def image_bytes(cell: Any, root: AnyPath) -> bytes:
 
 
 def conversation(cell: Any) -> list:
-    """Return the turns of a conversations cell: a list, or a JSON text of one. Raises BadSample."""
+    """Return the turns of a conversations cell: a list, or one encoded as JSON. Raises BadSample."""
     if isinstance(cell, str):
         try:
             cell = json.loads(cell)
         except (ValueError, RecursionError) as error:
-            raise BadSample(f"the conversation is no JSON: {error}") from error
+            raise BadSample(f"the conversation is not JSON: {error}") from error
     try:
         return list(turns({"conversations": cell}, 0, Skipped()))
     except BadRow as error:

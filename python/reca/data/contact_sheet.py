@@ -1,4 +1,4 @@
-"""One HTML page of samples as a model would get them: both views, and the text that goes with them."""
+"""HTML page of samples as a model receives them: both views and the text."""
 
 import base64
 import html
@@ -20,9 +20,9 @@ figcaption small { color: #777 }
 
 
 def contact_sheet(loader: Loader, count: int, title: str) -> str:
-    """Return the page of the first `count` positions of a stream. It needs no other file.
+    """Return a self-contained HTML page of the first `count` positions of a stream.
 
-    Raises DataError as the loader does.
+    Raises DataError like the loader.
     """
     figures = [_figure(position, *loader.named_sample(position)) for position in range(count)]
     views = loader.views
@@ -30,9 +30,9 @@ def contact_sheet(loader: Loader, count: int, title: str) -> str:
     bad = "".join(f"<li>{_text(key)}: {_text(reason)}</li>" for key, reason in loader.bad_samples.bad.items())
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{_text(title)}</title><style>{STYLE}</style>'
-        f"<h1>{_text(title)}</h1><p>{count} of {len(loader.source)} samples, in the order of training. Of each: its "
+        f"<h1>{_text(title)}</h1><p>{count} of {len(loader.source)} samples, in training order, each with its "
         f"{' and its '.join(shown)} view.</p><main>{''.join(figures)}</main>"
-        + (f"<h2>Bad samples met</h2><ul>{bad}</ul>" if bad else "")
+        + (f"<h2>Bad samples</h2><ul>{bad}</ul>" if bad else "")
         + "</html>\n"
     )
 

@@ -29,20 +29,20 @@ FORM = Form(
 class Conversations:
     """A list of {"image": name, "conversations": [{"from": "human"|"gpt", "value": text}, ...]}.
 
-    A .jsonl holds one such row a line. Names of other chat formats are read too: "images" of one image, "messages"
-    of "role" and "content", which may be a list of parts: texts, and the image.
-    A question is what "human" (or "user") says, its answer what "gpt" (or "assistant") says behind it. A "system" turn
-    in front, or "system" of the row, becomes the beginning of the first question. One `<image>` may stand in the first
-    question, and is removed.
-    Rows of any other form are left out and counted by reason when the file is opened.
+    A .jsonl has one such row per line. The keys of other chat formats are supported as well: "images" with one image,
+    and "messages" with "role" and "content", where content may be a list of text parts and the image.
+    A question is a turn of "human" (or "user"), its answer the next turn, of "gpt" (or "assistant"). A leading "system"
+    turn, or the row's "system" key, is prepended to the first question. The first question may contain one `<image>`,
+    which is removed.
+    Rows of any other form are skipped and counted by reason when the file is opened.
 
-    File and images may lie at URLs. Such a file is read once, as a stream, whatever its size; the index of it is
-    kept where the server tells versions apart. Sizes of images there are not asked for: it would take a request each.
+    File and images may be at URLs. A remote file is streamed once, whatever its size; its index is saved if the server
+    identifies versions. Sizes of remote images are not read, since each would take a request.
     """
 
     def __init__(self, path: AnyPath, image_root: str | None):
         if not path.is_file():
-            fault = "is no file" if path.exists() else "does not exist"
+            fault = "is not a file" if path.exists() else "does not exist"
             raise DataError(
                 f"conversations file {path} {fault}; give a LLaVA-style .json or .jsonl as data.conversations"
             )
@@ -59,13 +59,13 @@ class Conversations:
         except OSError as error:
             raise cannot_be_read(path, FORM, error) from error
         if not self.rows:
-            raise DataError(f"{path} holds no conversation about an image: {self.skipped or 'it is empty'}")
+            raise DataError(f"{path} has no conversation about an image: {self.skipped or 'it is empty'}")
         if isinstance(self.root, Path) and not self.root.is_dir():
-            raise DataError(f"data.image_root {self.root} is no folder; give the one that the image names start from")
+            raise DataError(f"data.image_root {self.root} is not a folder; set the folder that image names start from")
         self.skipped.warn(str(path))
 
     def _read_rows(self, items: Iterable[Any], path: AnyPath, out: BinaryIO | None = None) -> PackedRows:
-        """Pack the rows that can be used, and count the others. out: a file to write them to, in place of memory."""
+        """Pack the usable rows and count the others. out: file to write them to; None: memory."""
         if out is not None:
             offsets, images = pack(self._rows(items, path), out)
             return PackedRows(out, offsets, images)
@@ -85,7 +85,7 @@ class Conversations:
             raise FORM.wrong(path)
 
     def _kept_rows(self, path: AnyPath) -> PackedRows:
-        """Return the rows of a large file, from its index, which is made where there is none."""
+        """Return the rows of a large file from its index, which is built if missing."""
         index = IndexFile(path, "rows", _absolute(self.root))
         found = open_packed(index.path, index.stamp)
         if found is None:
@@ -98,7 +98,7 @@ class Conversations:
         return rows
 
     def _make_index(self, path: AnyPath, index: IndexFile) -> PackedRows:
-        log_once(logging.INFO, f"{path}: making its index, once, in {index.path}")
+        log_once(logging.INFO, f"{path}: building its index, once, in {index.path}")
         part = index.part()
         try:
             out = part.open("w+b")
@@ -126,7 +126,7 @@ class Conversations:
 
     @property
     def images(self) -> int:
-        """Return how many images the rows are about."""
+        """Return the number of distinct images."""
         return self.rows.images
 
     def __getitem__(self, index: int) -> Sample:
@@ -137,11 +137,11 @@ class Conversations:
         return self.rows.name(index)
 
     def size(self, index: int) -> int:
-        """Bytes of the image; 0 where it lies at a URL."""
+        """Return the bytes of the image; 0 if it is at a URL."""
         return 0 if isinstance(self.root, RemotePath) else total_size([self.root / self.rows.name(index)])
 
     def identity(self) -> str:
-        sizes: dict[int, int] = {}  # by a hash of the name: many rows may ask about one image
+        sizes: dict[int, int] = {}  # by hash of the name: many rows may share an image
 
         def size(image: str) -> int:
             if isinstance(self.root, RemotePath):
@@ -159,5 +159,5 @@ class Conversations:
 
 
 def _absolute(root: AnyPath) -> str:
-    """Return where image names start, for `image_name`. At a URL names are taken from the root alone."""
+    """Return the root for `image_name`: an absolute folder, or for URLs a placeholder, as names are only relative."""
     return "/address" if isinstance(root, RemotePath) else os.path.abspath(root)

@@ -1,9 +1,9 @@
-"""Views by NVIDIA DALI: nvJPEG decodes a whole batch on the GPU, and its views are made there and stay there.
+"""Decoding with NVIDIA DALI: nvJPEG decodes a whole batch on the GPU, where its views are computed and stay.
 
-DALI decodes only. The views are resized by this package's kernel, with Pillow's bits: DALI's own resizing, bicubic and
-bilinear, differs from Pillow's by up to 13 grey levels (docs/log.md). Files that DALI decodes differently from Pillow
-(anything but plain JPEG: alpha, palettes, 16 bits, CMYK, GIF, …) go through Pillow, and so does what DALI fails at, so
-whether an image is bad is Pillow's to say.
+DALI only decodes. This package's kernel resizes, bit-identical to Pillow: DALI's bicubic and bilinear resizing differ
+from Pillow's by up to 13 grey levels (docs/log.md). Pillow decodes the files that DALI decodes differently (everything
+but plain JPEG: alpha, palettes, 16 bits, CMYK, GIF, …) and those that DALI fails on, so Pillow alone decides whether an
+image is bad.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from reca.rng import CounterRNG
 
 log = logging.getLogger("reca")
 
-MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # of JPEG; in a scan other bytes than these follow 0xFF
+MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # of JPEG; none of these occurs within a scan
 END, TABLES, PROGRESSIVE = 0xD9, 0xC4, 0xC2
 
 Pair = tuple[Tensor | None, Tensor | None]
@@ -48,29 +48,29 @@ def available() -> bool:
 
 
 class DaliDecoder:
-    """Decodes as PillowDecoder does, a batch at a time.
+    """Batched counterpart of PillowDecoder.
 
-    On device "cpu" the views have Pillow's bits where DALI's libjpeg-turbo is Pillow's. On "gpu" nvJPEG's inverse
-    transform rounds differently.
+    On device "cpu" the views are bit-identical to Pillow's if both use the same libjpeg-turbo. On "gpu" the inverse DCT
+    of nvJPEG rounds differently.
     """
 
     def __init__(self, views: Views, rng: CounterRNG, threads: int = 1, device: str | None = None):
-        """threads: of DALI. device: "gpu", this process's current one, or "cpu"; default: "gpu" where there is one."""
+        """Open a decoder with DALI threads on `device`: "gpu" (the current one) or "cpu". Default: "gpu" if any."""
         import nvidia.dali.experimental.dynamic as dynamic
         from nvidia.dali import types
 
         self.views, self.rng, self.dynamic, self.types = views, rng, dynamic, types
         self.device = device or ("gpu" if torch.cuda.is_available() else "cpu")
-        # A new thread's current device is the first one, whatever this process's is.
+        # The current device is per thread, and a new thread starts with the first one.
         self.index = torch.cuda.current_device() if self.device == "gpu" else None
         self.stream = torch.cuda.Stream(self.index) if self.device == "gpu" else None
         self.context = dynamic.EvalContext(num_threads=threads, device_id=self.index, cuda_stream=self.stream)
-        self.lock = threading.Lock()  # a context is of one thread at a time, and so is the memory of one batch
+        self.lock = threading.Lock()  # one thread and one batch in memory at a time
         self.pillow = PillowDecoder(views, rng)
-        self.refused: set[int] = set()  # hashes of the files that DALI failed at
+        self.refused: set[int] = set()  # hashes of the files that DALI failed on
 
     def takes(self, data: bytes) -> bool:
-        """Return whether these bytes are for `batch`: a whole, upright JPEG, RGB or grey, that has not failed."""
+        """Return whether `batch` decodes the file: a complete, upright RGB or grey JPEG that has not failed before."""
         return _one_image(data) and _plain_jpeg(data) and hash(data) not in self.refused
 
     def __call__(self, data: bytes, sample_id: int) -> Pair:
@@ -83,12 +83,12 @@ class DaliDecoder:
         return found
 
     def batch(self, files: Sequence[bytes], sample_ids: Sequence[int]) -> list[Pair | BadImage]:
-        """Decode files into (gen, und) each, uint8 [3, H, W], where the decoder works; a BadImage for a bad one."""
+        """Decode files into (gen, und) each, uint8 [3, H, W], on the decoder's device; BadImage for a bad file."""
         with self.lock, self._working():
             return self._batch(list(files), list(sample_ids))
 
     def moved(self, views: Sequence[Tensor]) -> list[Tensor]:
-        """Copy what Pillow has decoded to where `batch` leaves its views."""
+        """Copy views that Pillow has decoded to the device on which `batch` returns its views."""
         if self.stream is None or all(view.is_cuda for view in views):
             return list(views)
         with self.lock, self._working():
@@ -96,7 +96,7 @@ class DaliDecoder:
 
     @contextlib.contextmanager
     def _working(self) -> Iterator[None]:
-        """Work on the stream. All of its work is done at the end: DALI's memory may be used again then."""
+        """Work on the decoder's stream, and synchronise at the end: after that DALI may reuse its memory."""
         if self.stream is None:
             yield
             return
@@ -109,7 +109,7 @@ class DaliDecoder:
             return []
         try:
             images = self._decoded(files)
-        except Exception as error:  # of many kinds, and none that says which file it was
+        except Exception as error:  # of many types, none of which tells the file
             if len(files) > 1:
                 half = len(files) // 2
                 return self._batch(files[:half], sample_ids[:half]) + self._batch(files[half:], sample_ids[half:])
@@ -118,21 +118,21 @@ class DaliDecoder:
         return [make_views(image, self.views, crop) for image, crop in zip(images, crops, strict=True)]
 
     def _decoded(self, files: list[bytes]) -> list[Tensor]:
-        """Decode into images, uint8 [3, H, W], in memory of DALI's. Raises what DALI raises."""
+        """Decode into images, uint8 [3, H, W], in memory owned by DALI. Raises DALI's exceptions."""
         with self.context, self.dynamic.EvalMode.sync_full:
             images: Any = self.dynamic.decoders.image(
                 self.dynamic.as_batch([np.frombuffer(file, np.uint8) for file in files]),
                 device=self.device,
                 output_type=self.types.RGB,
                 adjust_orientation=False,
-                jpeg_fancy_upsampling=True,  # the chroma pixels that every CPU decoder gives
+                jpeg_fancy_upsampling=True,  # chroma as from CPU decoders
             )
             return [torch.from_dlpack(image).permute(2, 0, 1) for image in images.tensors]
 
     def _by_pillow(self, file: bytes, sample_id: int, error: Exception) -> Pair | BadImage:
         if not self.refused:
             reason = " ".join(str(error).split())[:200]
-            log.warning("what DALI cannot decode goes through Pillow; the first: %s", reason)
+            log.warning("Pillow decodes the files that DALI cannot; the first error: %s", reason)
         self.refused.add(hash(file))
         try:
             return self.pillow(file, sample_id)
@@ -141,9 +141,9 @@ class DaliDecoder:
 
 
 def _one_image(data: bytes) -> bool:
-    """Return whether a JPEG is one image from its first byte to its last, up to zeros behind it.
+    """Return whether a JPEG is one complete image, with nothing but zeros after it.
 
-    Decoders differ in what they make of a download that broke off, of damage inside a scan, and of a second image.
+    Decoders differ in how they handle truncated files, damaged scans and a second image.
     """
     place, scanned, progressive = len(JPEG), False, False
     while match := MARKER.search(data, place):
@@ -158,9 +158,9 @@ def _one_image(data: bytes) -> bool:
 
 
 def _plain_jpeg(data: bytes) -> bool:
-    """Return whether the bytes are an upright JPEG of RGB or grey pixels, of a size that is decoded whole.
+    """Return whether the bytes are an upright RGB or grey JPEG of a size that is decoded at full resolution.
 
-    What Pillow cannot open is left to it to reject.
+    Return False for files that Pillow cannot open, so that it rejects them.
     """
     try:
         with opened(data) as header:

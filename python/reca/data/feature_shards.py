@@ -1,4 +1,4 @@
-"""Features of many images in one file, made ahead of time."""
+"""Precomputed features of many images in one file."""
 
 import logging
 import uuid
@@ -19,14 +19,14 @@ from reca.folders import write_atomically
 log = logging.getLogger("reca")
 
 PATTERN = "shard-*.safetensors"
-SHARD_BYTES = 2**28  # of features that are written together
-OPEN = 64  # shards that stay open
+SHARD_BYTES = 2**28  # of features per shard
+OPEN = 64  # most shards that stay open
 
 
 class FeatureShards:
-    """Reads features by the address of their image. Tensors of a shard are named ADDRESS/FEATURE.
+    """Reader of features by image address. Tensors of a shard are named ADDRESS/FEATURE.
 
-    The index holds 12 bytes an image. Shards that appear later are not seen.
+    The index takes 12 bytes per image. Shards that are written later are not found.
     """
 
     def __init__(self, folder: Path):
@@ -37,7 +37,7 @@ class FeatureShards:
                 with safe_open(path, "pt") as shard:
                     addresses = sorted({key.partition("/")[0] for key in shard.keys()})  # noqa: SIM118 (no mapping)
             except (OSError, SafetensorError) as error:
-                log.warning("%s cannot be read (%s): its features are made again", path, error)
+                log.warning("%s cannot be read (%s): its features are computed again", path, error)
                 continue
             starts.append(np.array([_start(address) for address in addresses], np.uint64))
             self.paths.append(path)
@@ -51,7 +51,7 @@ class FeatureShards:
         return len(self.starts)
 
     def get(self, address: str) -> dict[str, Tensor] | None:
-        """Return an image's features; None when no shard has them."""
+        """Return an image's features; None if no shard has them."""
         start = np.uint64(_start(address))
         for place in range(*(int(np.searchsorted(self.starts, start, side)) for side in ("left", "right"))):
             try:
@@ -73,9 +73,9 @@ class FeatureShards:
 
 
 def features_of(features: dict[str, Any], number: int) -> dict[str, Tensor]:
-    """Copy one sample's features out of a batch's, to the host.
+    """Copy one sample's features of a batch to the host.
 
-    Cloned: two names may hold one tensor (Harmon's image is its own h_v), which safetensors does not take.
+    They are cloned, since two names may share a tensor (Harmon's image is its own h_v), which safetensors rejects.
     """
     return {name: value[number].cpu().contiguous().clone() for name, value in features.items()}
 
@@ -85,7 +85,7 @@ def _start(address: str) -> int:
 
 
 class ShardWriter(AbstractContextManager["ShardWriter"]):
-    """Collects features, and writes a shard, atomically, whenever they are many; the last one at the end."""
+    """Writer that collects features and writes a shard, atomically, per SHARD_BYTES; the last one at exit."""
 
     def __init__(self, folder: Path):
         self.folder, self.images, self.bytes = folder, 0, 0
@@ -93,7 +93,7 @@ class ShardWriter(AbstractContextManager["ShardWriter"]):
         self.waiting_bytes = 0
 
     def add(self, addresses: Sequence[str], features: dict[str, Any]) -> None:
-        """Take a batch's features, each of which is a list or has a first dim of the images in `addresses`."""
+        """Add a batch's features. Each is a list or tensor whose first dimension is that of `addresses`."""
         for number, address in enumerate(addresses):
             for name, row in features_of(features, number).items():
                 self.waiting[f"{address}/{name}"] = row
@@ -103,7 +103,7 @@ class ShardWriter(AbstractContextManager["ShardWriter"]):
             self.write()
 
     def write(self) -> None:
-        """Write what is waiting. Raises OSError."""
+        """Write the collected features as a shard. Raises OSError."""
         if self.waiting:
             path = self.folder / PATTERN.replace("*", uuid.uuid4().hex)
             write_atomically(path, save(self.waiting))
@@ -118,9 +118,9 @@ class ShardWriter(AbstractContextManager["ShardWriter"]):
 def fill(
     rows: Iterator[tuple[str, Any]], batch_size: int, encode: Callable[[list[Any]], dict[str, Any]], folder: Path
 ) -> ShardWriter:
-    """Encode rows in batches and write their features. rows: (address, what `encode` takes a list of).
+    """Encode rows in batches and write their features. rows: (address, item of the list that `encode` gets).
 
-    Of images that are the same, one is encoded. Returns the writer, with its counts.
+    Rows with an address seen before are skipped. Return the writer with its counts.
     """
     seen: set[int] = set()
     batch: list[tuple[str, Any]] = []

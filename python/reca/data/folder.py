@@ -1,4 +1,4 @@
-"""Images below a folder."""
+"""Folders of images."""
 
 import os
 from collections import defaultdict, deque
@@ -22,7 +22,7 @@ from reca.files import HEAD, packed, placeholder
 
 
 class NoImages(DataError):
-    """A folder without images. files: what it does hold, suffix -> names."""
+    """Error for a folder without images. files: suffix -> names of its other files."""
 
     def __init__(self, message: str, files: Mapping[str, Sequence[str]]):
         super().__init__(message)
@@ -30,9 +30,9 @@ class NoImages(DataError):
 
 
 class ImageFolder:
-    """Images below a folder, in order of their paths. A caption is the .txt beside an image.
+    """Images in a folder and its subfolders, sorted by path. An image's caption is the .txt file of the same name.
 
-    Names that start with a dot are skipped.
+    Hidden files are skipped.
     """
 
     def __init__(self, root: AnyPath, task: str, files: Mapping[str, Sequence[str]], skipped: Skipped):
@@ -40,13 +40,13 @@ class ImageFolder:
         self.task, self.skipped = task, skipped
         self.names = sorted((n for s in IMAGE_SUFFIXES for n in files.get(s, ())), key=lambda name: name.split("/"))
         if not self.names:
-            message = f"{root} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}){holds(files)}"
+            message = f"{root} has no images ({', '.join(sorted(IMAGE_SUFFIXES))}){holds(files)}"
             raise NoImages(message, files)
         for name in sorted(name for suffix in OTHER_IMAGE_SUFFIXES for name in files.get(suffix, ())):
-            skipped.add("images in formats that are not read", name)
+            skipped.add("images in unsupported formats", name)
         for kind in ("tar", "parquet"):
             for name in sorted(files.get(f".{kind}", ())):
-                skipped.add(f"{kind} files below a folder of images", name)
+                skipped.add(f"{kind} files in a folder of images", name)
         self.captions = captions_of(root, self.names, sorted(files.get(".txt", ()))) if task == "t2i" else None
         skipped.warn(str(root))
 
@@ -64,7 +64,7 @@ class ImageFolder:
         raise NotImplementedError
 
     def total_size(self, names: Sequence[str]) -> int:
-        """Sum the bytes of files; -1 when one does not exist."""
+        """Return the total bytes of files; -1 if one does not exist."""
         raise NotImplementedError
 
     def key(self, index: int) -> str:
@@ -78,9 +78,9 @@ class ImageFolder:
 
 
 class Folder(ImageFolder):
-    """A folder of this machine.
+    """A local folder.
 
-    Linked folders are read, each folder once. Folders of copies that systems make (__MACOSX, @eaDir) are skipped.
+    Links to folders are followed, and each folder is read once. System folders (__MACOSX, @eaDir) are skipped.
     """
 
     def __init__(self, root: Path, task: str):
@@ -97,23 +97,23 @@ class Folder(ImageFolder):
 
 
 def _no_folder(path: Path) -> str:
-    """Say what is there in the place of a folder."""
-    takes = "give a folder of images, .tar or .parquet files, hf:NAME, or package.module:FUNCTION"
+    """Return the message for a path that is not a folder: what it is, and what to give instead."""
+    takes = "name a folder of images, .tar or .parquet files, hf:NAME, or package.module:FUNCTION"
     if not path.is_file():
-        return f"data folder {path} {'is no folder' if path.exists() else 'does not exist'}; {takes}"
+        return f"data folder {path} {'is not a folder' if path.exists() else 'does not exist'}; {takes}"
     with path.open("rb") as file:
         head = file.read(HEAD)
     if cause := placeholder(head) or packed(head):
         return f"{path} {cause}"
     if head.startswith(b"PAR1"):
-        return f"{path} is a parquet file under another suffix; rename it to {path.stem}.parquet"
+        return f"{path} is a parquet file with another suffix; rename it to {path.stem}.parquet"
     if _suffix(path.name) in IMAGE_SUFFIXES:
-        return f"{path} is a single file; give the folder that it is in"
-    return f"{path} is a file of a form that is not read here; {takes}"
+        return f"{path} is a single file; name its folder"
+    return f"{path} is a file of an unsupported format; {takes}"
 
 
 def total_size(paths) -> int:
-    """Sum the bytes of files; -1 when one does not exist."""
+    """Return the total bytes of files; -1 if one does not exist."""
     try:
         return sum(os.stat(path).st_size for path in paths)
     except (OSError, ValueError):
@@ -129,9 +129,9 @@ def _stem(name: str) -> str:
 
 
 def list_files(root: Path, skipped: Skipped) -> dict[str, list[str]]:
-    """Map suffix -> paths relative to `root`, of all files below it. Each folder is read once.
+    """Return suffix -> paths relative to `root`, of all files below it. Each folder is read once.
 
-    Links are followed after all real folders, so that a folder goes by its own name and not by a link's.
+    Links are followed after all real folders, so that files get the path of their folder and not that of a link.
     """
     files, seen = defaultdict(list), set()
     waiting = deque([("", False)])
@@ -141,7 +141,7 @@ def list_files(root: Path, skipped: Skipped) -> dict[str, list[str]]:
         try:
             status = os.stat(root / folder)
             if linked and (status.st_dev, status.st_ino) in seen:
-                skipped.add("links to a folder that is read already", folder)
+                skipped.add("links to a folder that is already read", folder)
                 continue
             seen.add((status.st_dev, status.st_ino))
             with os.scandir(root / folder) as found:
@@ -162,14 +162,14 @@ def list_files(root: Path, skipped: Skipped) -> dict[str, list[str]]:
                 (links if entry.is_symlink() else waiting).append((name, linked or entry.is_symlink()))
             elif not is_file:
                 if suffix in IMAGE_SUFFIXES:
-                    skipped.add("images that are no file, or a link to none", name)
+                    skipped.add("images that are not files, or broken links", name)
             else:
                 files[suffix].append(name)
     return files
 
 
 def _entry_type(entry: os.DirEntry) -> tuple[bool, bool]:
-    """Return whether it is a folder, and whether it is a file; neither for a link that leads nowhere."""
+    """Return whether an entry is a folder, and whether it is a file; neither for a broken link."""
     try:
         return entry.is_dir(), entry.is_file()
     except OSError:
@@ -177,11 +177,11 @@ def _entry_type(entry: os.DirEntry) -> tuple[bool, bool]:
 
 
 def captions_of(root: AnyPath, images: Sequence[str], texts: Sequence[str]) -> list[str]:
-    """Find the caption file of every image. Raises DataError where one is missing or ambiguous."""
+    """Return the caption file of every image. Raises DataError if one is missing or ambiguous."""
     captions: dict[str, str] = {}
     for name in texts:
         if _stem(name) in captions:
-            raise DataError(f"{root}: {captions[_stem(name)]} and {name} are captions of one name: remove one of them")
+            raise DataError(f"{root}: {captions[_stem(name)]} and {name} are captions of one name: remove one")
         captions[_stem(name)] = name
     bare = [name for name in images if _stem(name) not in captions]
     if bare:
@@ -191,17 +191,17 @@ def captions_of(root: AnyPath, images: Sequence[str], texts: Sequence[str]) -> l
     for name in images:
         if (other := owners.setdefault(_stem(name), name)) != name:
             raise DataError(
-                f"{root}: {other} and {name} have one caption, {captions[_stem(name)]}: it is not clear whose it is; "
-                "rename or remove one of them"
+                f"{root}: {other} and {name} have the same caption file, {captions[_stem(name)]}: rename or remove "
+                "one of them"
             )
     return [captions[_stem(name)] for name in images]
 
 
 def holds(files: Mapping[str, Sequence[str]]) -> str:
-    """Describe the files of a folder without images, for its error."""
+    """Describe the files of a folder without images, for the error message."""
     if not files:
         return ""
     most = sorted(files, key=lambda suffix: -len(files[suffix]))[:5]
     counts = ", ".join(f"{len(files[suffix])} x {suffix or 'no suffix'}" for suffix in most)
-    hint = ": give its tars as FOLDER/*.tar" if ".tar" in files else ""
+    hint = ": name its tars as FOLDER/*.tar" if ".tar" in files else ""
     return f", only {counts}{hint}"

@@ -1,4 +1,4 @@
-"""Held-out images: no task trains on them, and which they are depends on a seed alone."""
+"""Held-out images, on which no task trains. The choice depends only on the seed."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -12,40 +12,43 @@ from reca.rng import CounterRNG
 
 
 def hold_out(sources: Mapping[str, Source], count: int, seed: int) -> tuple[dict[str, Source], Source]:
-    """Split `count` images off the source of task reca, of a mixture from each of its sources by their weights.
+    """Split `count` images off the source of task reca; of a mixture, from each of its sources by weight.
 
-    Samples of other tasks with the key of an image that is set aside are left out, too: they are of the same image
-    where a data set serves several tasks.
+    Samples of other tasks that have the key of a held-out image are removed as well: if a dataset serves several tasks,
+    they show the same image.
 
-    Returns the sources to train on, by task, and the images set aside. Raises DataError unless at least as many are
-    left to train on.
+    Returns:
+        The sources to train on, by task, and the held-out images.
+
+    Raises:
+        DataError: `count` is more than half of the images, or a task has no sample left.
     """
     whole = sources["reca"]
     rest, aside, keys = _split(whole, count, seed, 0.5)
     if len(aside) < count:
         raise DataError(
             f"eval.holdout={count} is more than half of the images of data.images, or of each of its sources: at most "
-            f"{len(aside)} can be set aside; lower it, or name other images by eval.holdout_from"
+            f"{len(aside)} can be held out; lower it, or name other images with eval.holdout_from"
         )
     left = {task: rest if task == "reca" else _without(source, keys) for task, source in sources.items()}
     if empty := [name for task in sources for name in _emptied(task, sources[task], left[task])]:
-        raise DataError(f"eval.holdout={count} leaves no sample of {', '.join(empty)}; lower it")
+        raise DataError(f"eval.holdout={count} leaves no sample for {', '.join(empty)}; lower it")
     return left, _as_one(aside, whole)
 
 
 def take(source: Source, count: int, seed: int) -> Source:
-    """Return `count` images of a source, those that `hold_out` would set aside; all where there are no more."""
+    """Return the `count` images of a source that `hold_out` would choose; all images if there are no more."""
     chosen = source if count >= len(source) else _split(source, count, seed, 1.0)[1]
     return _as_one(chosen, source)
 
 
 def _as_one(images: Source, whole: Source) -> Source:
-    """Return images of a source as a part of it. A mixture would draw some of them twice, and others never."""
+    """Return the images as a plain subset: the order of a mixture would draw some of them twice and others never."""
     return Subset(images, np.arange(len(images)), len(whole))
 
 
 def _split(source: Source, count: int, seed: int, most: float) -> tuple[Source, Source, set[str]]:
-    """Return what is left, what is set aside, and the keys of the latter. most: largest share of a source."""
+    """Return the remaining source, the held-out source and its keys. most: largest share of a source to hold out."""
     if isinstance(source, Mixture):
         shares = _shares(count, source.weights, [int(most * len(part)) for part in source.parts])
         parts = [
@@ -54,7 +57,7 @@ def _split(source: Source, count: int, seed: int, most: float) -> tuple[Source, 
         ]
         rest, aside, named = zip(*parts, strict=True)
         keys = set().union(*named)
-        left = [_without(part, keys) for part in rest]  # two of its sources may hold the same images
+        left = [_without(part, keys) for part in rest]  # several of its sources may have the same images
         mixed = (Mixture(part, source.weights, source.labels) for part in (left, aside))
         return next(mixed), next(mixed), keys
     order, count = make_order(source, seed), min(count, int(most * len(source)))
@@ -64,7 +67,7 @@ def _split(source: Source, count: int, seed: int, most: float) -> tuple[Source, 
 
 
 def _shares(count: int, weights: Sequence[float], most: Sequence[int]) -> list[int]:
-    """Divide a number by weights, and what is more than a part can give among the others."""
+    """Divide `count` by weights. What exceeds a part's limit in `most` is divided among the others."""
     shares = [0] * len(most)
     for _ in range(min(count, sum(most))):
         open_ = [number for number, share in enumerate(shares) if share < most[number]]
@@ -73,7 +76,7 @@ def _shares(count: int, weights: Sequence[float], most: Sequence[int]) -> list[i
 
 
 def _emptied(task: str, before: Source, after: Source) -> list[str]:
-    """Name what has no sample any more: the task, or sources of its mixture."""
+    """Return the names of what has no sample left: the task, or sources of its mixture."""
     if not isinstance(before, Mixture):
         return [task] if not len(after) else []
     assert isinstance(after, Mixture)
@@ -85,7 +88,7 @@ def _emptied(task: str, before: Source, after: Source) -> list[str]:
 
 
 def _without(source: Source, keys: Iterable[str]) -> Source:
-    """Leave out the samples of these keys; the source itself where it has none of them."""
+    """Return the source without the samples of these keys; the source itself if it has none of them."""
     if isinstance(source, Mixture):
         return Mixture([_without(part, keys) for part in source.parts], source.weights, source.labels)
     kept = np.array([i for i in range(len(source)) if source.key(i) not in keys], np.int64)

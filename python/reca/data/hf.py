@@ -1,4 +1,4 @@
-"""Hugging Face `datasets`: of the hub, or of a folder that `save_to_disk` has written."""
+"""Hugging Face datasets, from the hub or from a folder written by `save_to_disk`."""
 
 import os
 from pathlib import Path
@@ -25,9 +25,9 @@ class Hub(NamedTuple):
 
 
 class HuggingFace:
-    """Rows of a data set of `datasets`, which lie in memory-mapped Arrow files: a row is read by itself.
+    """Rows of a Hugging Face dataset in memory-mapped Arrow files, read one at a time.
 
-    A sample's key is SPLIT:ROW, rows counted from 0.
+    A sample's key is SPLIT:ROW, with rows counted from 0.
     """
 
     def __init__(self, dataset: Any, task: str, columns: ColumnsConfig, where: str, root: Path):
@@ -36,10 +36,10 @@ class HuggingFace:
         forms = {field.name: form_of(field.type) for field in dataset.features.arrow_schema}
         self.columns = choose(forms, task, columns, where)
         names = [name for name in self.columns if name is not None]
-        # Cells as they are stored, in whatever format the data set was saved: the views are made by this package.
+        # Stored cells, whatever format the dataset was saved with: this package decodes them.
         self.rows = dataset.select_columns(names).with_format("arrow")
         if not len(self.rows):
-            raise DataError(f"{where} holds no rows")
+            raise DataError(f"{where} has no rows")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -53,7 +53,7 @@ class HuggingFace:
         return f"{self.split}:{index}"
 
     def size(self, index: int) -> int:
-        """Bytes of all files of the data set: one that is written again has others."""
+        """Return the bytes of all files of the dataset, which change when it is rewritten; -1 if one is missing."""
         return total_size(self.files)
 
     def identity(self) -> str:
@@ -62,30 +62,30 @@ class HuggingFace:
 
 
 def is_saved(folder: Path) -> bool:
-    """Return whether `save_to_disk` has written the folder; False where that cannot be seen."""
+    """Return whether the folder was written by `save_to_disk`; False if it is not accessible."""
     one, *both = (os.path.isfile(folder / name) for name in ("dataset_dict.json", "state.json", "dataset_info.json"))
     return one or all(both)
 
 
 def open_saved(folder: Path, task: str, columns: ColumnsConfig, image_root: str | None) -> HuggingFace:
-    """Open a folder that `save_to_disk` has written. Raises DataError."""
+    """Open a folder written by `save_to_disk`. Raises DataError."""
     datasets = _datasets()
     try:
         found = datasets.load_from_disk(str(folder))
-    except Exception as error:  # of many kinds for folders that are not whole
+    except Exception as error:  # of many types, if files are missing or damaged
         raise DataError(f"{folder} cannot be opened by datasets: {type(error).__name__}: {error}") from error
     if isinstance(found, datasets.DatasetDict):
-        found = _one(found, f"{folder} holds the splits {{splits}}: give one of them, such as {folder}/{{first}}")
+        found = _one(found, f"{folder} has the splits {{splits}}: name one of them, such as {folder}/{{first}}")
     return HuggingFace(found, task, columns, str(folder), Path(image_root or folder))
 
 
 def open_hub(text: str, task: str, columns: ColumnsConfig, image_root: str | None) -> HuggingFace:
-    """Open hf:NAME?split=train, downloading what is not there yet. Raises DataError."""
+    """Open hf:NAME?split=train; download files that are not cached. Raises DataError."""
     hub, datasets = _parse(text), _datasets()
     options = {key: value for key, value in hub.options.items() if key != "name"}
     try:
         found = datasets.load_dataset(hub.path, hub.options.get("name"), **options)
-    except Exception as error:  # of the network, of the hub, and of files
+    except Exception as error:  # from the network, the hub or files
         raise DataError(f"{text} cannot be loaded by datasets: {type(error).__name__}: {error}") from error
     if isinstance(found, datasets.DatasetDict):
         found = _one(found, f"{text} has the splits {{splits}}: name one, such as {PREFIX}{hub.path}?split={{first}}")
@@ -100,12 +100,12 @@ def _parse(text: str) -> Hub:
         options = {query: ""}
     if "streaming" in options:
         raise DataError(
-            f"{text}: a stream has neither a length nor numbered rows, so a run could not shuffle it, share it among "
-            "ranks, or continue where it stopped. Read the same files without downloading them first, by row groups: "
+            f"{text}: a stream has neither a length nor random access, so a run could not shuffle it, shard it over "
+            "ranks or resume. To read the same files by row groups without downloading them first, write "
             f"hf://datasets/{path or 'OWNER/NAME'}/**/*.parquet (needs pip install 'reca[remote]')"
         )
     if not path or not all(key in OPTIONS and value for key, value in options.items()):
-        raise DataError(f"{text} is not understood; write {PREFIX}NAME?split=train, with name= and revision= if needed")
+        raise DataError(f"{text} is not valid; write {PREFIX}NAME?split=train, with name= and revision= if needed")
     return Hub(path, options)
 
 

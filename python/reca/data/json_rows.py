@@ -1,4 +1,4 @@
-"""The rows of a JSON list, or of lines of JSON, in a file here or at a URL."""
+"""Rows of a JSON list or a JSON lines file, local or at a URL."""
 
 import json
 from collections.abc import Iterator
@@ -11,11 +11,11 @@ from reca.data.remote import AnyPath, read_range
 from reca.data.text import decode_text
 from reca.files import HEAD, packed, placeholder
 
-LINES = (".jsonl", ".ndjson")  # of files that hold one row a line
+LINES = (".jsonl", ".ndjson")  # suffixes of files with one row per line
 
 
 class Form(NamedTuple):
-    """What a file should hold, for messages: its name, such as "conversations file", the form's, and a row of it."""
+    """Expected form of a file, for messages: the file ("conversations file"), the form's name, and an example row."""
 
     file: str
     name: str
@@ -30,7 +30,7 @@ def holds_lines(path: AnyPath) -> bool:
 
 
 def load_rows(path: AnyPath, form: Form) -> list[Any]:
-    """Read a whole file. Raises DataError for what is not JSON, or not a list."""
+    """Read a whole file. Raises DataError if it is not JSON or not a list."""
     try:
         data = path.read_bytes()
         if cause := placeholder(data[:HEAD]) or packed(data[:HEAD]):
@@ -44,12 +44,12 @@ def load_rows(path: AnyPath, form: Form) -> list[Any]:
         raise cannot_be_read(path, form, error) from error
     except DataError:
         raise
-    except (ValueError, RecursionError) as error:  # of json, or of bytes that are no text
+    except (ValueError, RecursionError) as error:  # invalid JSON or invalid text
         raise _no_json(path, error) from error
 
 
 def stream_rows(path: AnyPath, form: Form) -> Iterator[Any]:
-    """Yield the rows of a large file, one after the other. Raises DataError as `load_rows`, and OSError."""
+    """Yield the rows of a large file one by one. Raises DataError like `load_rows`, and OSError."""
     try:
         head = read_range(path, 0, HEAD)
         if cause := placeholder(head) or packed(head):
@@ -68,5 +68,5 @@ def cannot_be_read(path: AnyPath, form: Form, error: OSError) -> DataError:
 
 
 def _no_json(path: AnyPath, error: Exception) -> DataError:
-    hint = "; of rows one a line the name ends in .jsonl" if "Extra data" in str(error) else ""
+    hint = "; rename it to .jsonl if it has one row per line" if "Extra data" in str(error) else ""
     return DataError(f"{path} is not JSON: {error}{hint}")

@@ -1,4 +1,4 @@
-"""The items of a JSON list, or of lines of JSON, one after the other: a file of gigabytes takes a few megabytes."""
+"""Streaming parser of JSON lists and JSON lines: reads files of gigabytes in a few megabytes of memory."""
 
 import codecs
 import io
@@ -9,21 +9,21 @@ from typing import Any, BinaryIO, TextIO
 from reca.data.remote import AnyPath, open_stream
 from reca.data.text import SIGNATURES
 
-CHUNK = 2**20  # characters that are read at a time
-LONGEST = 2**26  # characters of an item
+CHUNK = 2**20  # characters per read
+LONGEST = 2**26  # maximal characters of an item
 BLANKS = " \t\n\r"
 
 
 def read_items(path: AnyPath, lines: bool) -> Iterator[Any]:
-    """Yield the items of a JSON list; lines: of a file that holds one a line.
+    """Yield the items of a JSON list, or with `lines` of a JSON lines file.
 
-    Raises ValueError with the place for what is not JSON and for a line that is a list, TypeError for JSON that is to
-    be a list and is none, and OSError.
+    Raises ValueError with the position if it is not JSON or a line is a list, TypeError if the JSON is not a list, and
+    OSError.
     """
     with open_stream(path) as file:
         encoding = _encoding(file)
         file.seek(0)
-        text = io.TextIOWrapper(file, encoding)  # line ends of all kinds become \n
+        text = io.TextIOWrapper(file, encoding)  # converts all line ends to \n
         try:
             yield from parse_lines(text) if lines else _list(text)
         except UnicodeDecodeError as error:
@@ -35,21 +35,21 @@ def _encoding(file: BinaryIO) -> str:
     mark, name = next(((mark, name) for mark, name in SIGNATURES if head.startswith(mark)), (b"", "utf-8"))
     if mark == codecs.BOM_UTF8:
         return "utf-8-sig"
-    return name.rpartition("-")[0] if mark else name  # utf-16 and utf-32 read the mark and drop it
+    return name.rpartition("-")[0] if mark else name  # the utf-16 and utf-32 codecs consume the mark
 
 
 def parse_lines(lines: Iterable[str]) -> Iterator[Any]:
-    """Yield the row of each line. Raises ValueError for what is not JSON, and for a list: of rows, or of a part."""
+    """Yield the row of each line. Raises ValueError if a line is not JSON, or is a list instead of a single row."""
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"line {number}: {error.msg}, at its character {error.pos}") from error
+            raise ValueError(f"line {number}: {error.msg}, at character {error.pos} of the line") from error
         if isinstance(row, list):
             raise ValueError(
-                f"line {number} is a list, and each line should be a row; of a list of rows the name ends in .json"
+                f"line {number} is a list, but each line should be a row; rename the file to .json if it is a list"
             )
         yield row
 
@@ -61,21 +61,21 @@ class _Buffer:
         self.text, self.part, self.place, self.before, self.ended = text, "", 0, 0, False
 
     def more(self) -> bool:
-        """Read on; False at the end. What is parsed is dropped, and what is not is at most doubled."""
+        """Drop the parsed text and read more: a chunk, or as much as is left unparsed. Return False at the end."""
         self.before += self.place
         self.part = self.part[self.place :]
         self.place = 0
         new = self.text.read(max(CHUNK, len(self.part)))
         if "\0" in new:
             raise ValueError(
-                "the text holds NUL characters, as UTF-16 without a byte order mark does: save it as UTF-8"
+                "the text contains NUL characters, like UTF-16 without a byte order mark: save it as UTF-8"
             )
         self.part += new
         self.ended = not new
         return bool(new)
 
     def peek(self) -> str:
-        """Return the next character that is no blank, without taking it; "" at the end."""
+        """Return the next non-blank character without consuming it; "" at the end."""
         while True:
             while self.place < len(self.part):
                 if self.part[self.place] not in BLANKS:
@@ -90,7 +90,7 @@ class _Buffer:
         while True:
             try:
                 value, end = decoder.raw_decode(self.part, self.place)
-                # A number may go on in what is not read yet: 3 may become 3e7.
+                # A number may continue in text that is not read yet: 3 may become 3e7.
                 if self.ended or self.part[end : end + 1].startswith(tuple(f"{BLANKS},]")):
                     self.place = end
                     return value
@@ -102,7 +102,7 @@ class _Buffer:
             self.more()
 
     def end(self) -> None:
-        """Raise ValueError unless nothing but blanks is left."""
+        """Raise ValueError if anything but blanks is left."""
         if self.peek():
             raise ValueError(f"Extra data, at character {self.before + self.place}")
 

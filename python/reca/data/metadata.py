@@ -1,6 +1,6 @@
-"""Strip metadata from image files: text, colour profiles, EXIF and previews.
+"""Removal of metadata from image files: text, colour profiles, EXIF and previews.
 
-Decoders read metadata before the pixels, and reject a file whose metadata is large or garbled. Its pixels are sound.
+Decoders read metadata first and reject a file whose metadata is too large or corrupt, although its pixels are intact.
 """
 
 import struct
@@ -11,12 +11,12 @@ PNG_PIXELS = frozenset({b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS"})
 PNG_ORIENTATION = b"eXIf"
 JPEG = b"\xff\xd8"
 JPEG_SCAN = 0xDA
-JPEG_COLOURS = {0xE0: (b"JFIF\0", 14), 0xEE: (b"Adobe", 12)}  # state how colours are coded: first bytes, minimal length
+JPEG_COLOURS = {0xE0: (b"JFIF\0", 14), 0xEE: (b"Adobe", 12)}  # colour coding: first bytes, minimal length
 JPEG_COMMENT = 0xFE
 
 
 def without_metadata(data: bytes) -> bytes | None:
-    """Return the image with only what its pixels need; None for other formats than PNG and JPEG."""
+    """Return the image with only the parts needed to decode it; None for formats other than PNG and JPEG."""
     if data.startswith(PNG):
         return _png(data)
     if data.startswith(JPEG):
@@ -25,7 +25,7 @@ def without_metadata(data: bytes) -> bytes | None:
 
 
 def _png(data: bytes) -> bytes:
-    """Keep the chunks of pixels. A chunk is length, type, data, CRC."""
+    """Keep the chunks needed for the pixels, and EXIF (orientation) if intact. A chunk is length, type, data, CRC."""
     parts, place = [PNG], len(PNG)
     while place + 12 <= len(data):
         (length,) = struct.unpack_from(">I", data, place)
@@ -41,11 +41,11 @@ def _png(data: bytes) -> bytes:
 
 
 def _jpeg(data: bytes) -> bytes:
-    """Keep the segments of pixels. A segment is 0xFF, its marker, its length with these two bytes, data."""
+    """Keep the segments needed for the pixels. A segment is 0xFF, marker, length (includes its 2 bytes), data."""
     parts, place = [JPEG], len(JPEG)
     while place + 4 <= len(data) and data[place] == 0xFF:
         marker = data[place + 1]
-        if marker == 0xFF:  # fills up
+        if marker == 0xFF:  # fill byte
             place += 1
             continue
         if marker == JPEG_SCAN:

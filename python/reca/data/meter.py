@@ -1,4 +1,4 @@
-"""How fast work is done that many threads share."""
+"""Throughput of work that is shared by several threads."""
 
 import contextlib
 import threading
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 
 class Meter:
-    """Counts pieces of work and the time that threads spend in them. `with meter:` is one piece."""
+    """Counter of work items and the time that threads spend on them. `with meter:` is one item."""
 
     def __init__(self) -> None:
         self.lock, self.local = threading.Lock(), threading.local()
@@ -21,7 +21,7 @@ class Meter:
 
     @contextlib.contextmanager
     def more_time(self, threads: int) -> Iterator[None]:
-        """Add time to pieces that are counted elsewhere. threads: how many have to wait for it."""
+        """Add time to items that are counted elsewhere. threads: number of threads that wait meanwhile."""
         started = time.perf_counter()
         yield
         self._add(0, threads * (time.perf_counter() - started))
@@ -32,7 +32,7 @@ class Meter:
             self.seconds += seconds
 
     def rate(self) -> float:
-        """Return the pieces a second of one thread since the last call; 0 when there were none."""
+        """Return the items per second and thread since the last call; 0 if there were none."""
         with self.lock:
             rate = self.pieces / self.seconds if self.seconds else 0.0
             self.pieces, self.seconds = 0, 0.0

@@ -1,4 +1,4 @@
-"""Several sources of one task as one, and a part of a source."""
+"""Mixtures of several sources of one task, and subsets of a source."""
 
 import re
 from collections.abc import Sequence
@@ -9,20 +9,20 @@ from reca.data.order import Block, make_order
 from reca.data.sample import Sample, Source, digest
 from reca.data.skipped import Skipped
 
-GLOB = re.compile(r"[*?\[{]")  # in parts of a path that name many files
+GLOB = re.compile(r"[*?\[{]")  # marks a path component as a pattern
 
 
 class Mixture:
-    """Samples of several sources, one source behind the other. A sample's key is NUMBER/KEY, sources counted from 0.
+    """Concatenation of several sources. A sample's key is NUMBER/KEY, with sources counted from 0.
 
-    The order draws from `parts` by `weights`.
+    The order of samples draws from `parts` by `weights`.
     """
 
     def __init__(self, parts: Sequence[Source], weights: Sequence[float], names: Sequence[str] = ()):
         self.parts, self.weights = list(parts), list(weights)
         self.labels = labels(names or [str(number) for number in range(len(self.parts))])
         self.first = np.cumsum([0, *map(len, self.parts)])
-        self.skipped = Skipped()  # by any of them
+        self.skipped = Skipped()  # of all parts
         for part in self.parts:
             if found := getattr(part, "skipped", None):
                 self.skipped.merge(found.counts, found.first)
@@ -31,7 +31,7 @@ class Mixture:
         return int(self.first[-1])
 
     def _place(self, index: int) -> tuple[int, int]:
-        """Return the source of a sample, and its index there."""
+        """Return the number of a sample's source, and its index in that source."""
         number = int(np.searchsorted(self.first, index, "right")) - 1
         return number, index - int(self.first[number])
 
@@ -51,16 +51,16 @@ class Mixture:
         return digest((weight, part.identity()) for weight, part in zip(self.weights, self.parts, strict=True))
 
     def describe(self, names: Sequence[str]) -> str:
-        """Say what share of the samples each source gives. names: of the sources."""
+        """Describe the size and the share of each source. names: of the sources."""
         total = sum(self.weights)
         return "; ".join(
-            f"{name} has {len(part)} samples and gives {weight / total:.1%}"
+            f"{name} has {len(part)} samples and a share of {weight / total:.1%}"
             for name, part, weight in zip(names, self.parts, self.weights, strict=True)
         )
 
 
 def labels(names: Sequence[str]) -> list[str]:
-    """Shorten names of sources to their last part; its number goes behind one that comes twice."""
+    """Shorten the names of sources to their last component, and append #NUMBER to repeated ones."""
     short = []
     for name in names:
         path = name.partition("?")[0].rstrip("/")
@@ -70,9 +70,9 @@ def labels(names: Sequence[str]) -> list[str]:
 
 
 class Subset:
-    """Some samples of a source, in its order, under their keys. indices: ascending.
+    """Some samples of a source, in its order and with its keys. indices: ascending.
 
-    images: how many the share of unreadable ones is of; None: those of the subset.
+    images: number of images of which the fraction of unreadable ones is computed; None: those of the subset.
     """
 
     def __init__(self, source: Source, indices: np.ndarray, images: int | None = None):
@@ -82,7 +82,7 @@ class Subset:
         if blocks is not None:
             edges = np.cumsum([0, *(block.samples for block in blocks)])
             counts = np.diff(np.searchsorted(indices, edges))
-            # A block costs what it costs, however few of its samples are wanted.
+            # Reading a block costs the same, however few of its samples are used.
             self.blocks = [Block(int(n), block.bytes) for n, block in zip(counts, blocks, strict=True) if n]
 
     def __len__(self) -> int:
@@ -102,9 +102,9 @@ class Subset:
 
 
 def limit(source: Source, count: int, seed: int, shuffle: bool) -> Source:
-    """Return `count` samples of a source: the first of the order that `seed` gives; all where there are no more.
+    """Return the first `count` samples in the order of `seed`; all samples if there are no more.
 
-    Every source of a mixture is limited to its share.
+    Each source of a mixture is limited to its share.
     """
     if isinstance(source, Mixture):
         total = sum(source.weights)

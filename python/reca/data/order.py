@@ -1,4 +1,4 @@
-"""Which sample stands at which position of the endless stream. There is no state but the position."""
+"""Order of samples: the sample at each position of the infinite stream. The position is the only state."""
 
 import functools
 import itertools
@@ -13,11 +13,11 @@ from reca.rng import CounterRNG
 
 WINDOW = 2**27  # bytes of blocks that are shuffled together
 STRETCH = 1024  # positions of a mixture that are divided among its sources at a time
-NEAR = 4  # substitutes that are looked for beside the sample, before any other sample of the source is taken
+NEAR = 4  # attempts to find a substitute in the same window; later ones try the whole source
 
 
 class Block(NamedTuple):
-    """Samples that follow each other and are read at once, such as a row group."""
+    """Consecutive samples that are read together, such as a row group."""
 
     samples: int
     bytes: int
@@ -25,19 +25,19 @@ class Block(NamedTuple):
 
 class Order(Protocol):
     def index(self, position: int) -> int:
-        """Return the sample at a position. Every epoch holds every sample once."""
+        """Return the index of the sample at a position. Every epoch has every sample once."""
         ...
 
     def substitute(self, position: int, attempt: int) -> int:
-        """Return what stands in for it when it cannot be used. attempt: counts from 1."""
+        """Return the index of a substitute for a sample that cannot be used. attempt: from 1."""
         ...
 
 
 def make_order(source: Source, seed: int, shuffle: bool = True) -> Order:
     """Return the order of a source's samples.
 
-    It is shuffled over all of them, or within windows of its `blocks` if it has some, or as they are stored. Of a
-    mixture, every source has its own order.
+    Samples are shuffled globally, or within windows of blocks if the source has `blocks`; without `shuffle` they keep
+    the stored order. Each source of a mixture has its own order.
     """
     parts = getattr(source, "parts", None)
     if parts is not None:
@@ -51,11 +51,11 @@ def make_order(source: Source, seed: int, shuffle: bool = True) -> Order:
 
 
 class Shuffled:
-    """Every epoch is a permutation of all samples. A substitute is the same slot of another permutation."""
+    """Global shuffle: every epoch is a permutation of all samples. A substitute has the same slot in another one."""
 
     def __init__(self, size: int, seed: int):
         self.size, self.seed = size, seed
-        self._order = functools.lru_cache(maxsize=4)(self._order_of)  # its own: others would push it out
+        self._order = functools.lru_cache(maxsize=4)(self._order_of)  # one per instance
 
     def index(self, position: int) -> int:
         epoch, slot = divmod(position, self.size)
@@ -70,16 +70,16 @@ class Shuffled:
 
 
 class Stored(Shuffled):
-    """Every epoch is the samples as they are stored. Substitutes are any."""
+    """Stored order in every epoch. Substitutes are random."""
 
     def index(self, position: int) -> int:
         return position % self.size
 
 
 class Windows:
-    """Every epoch permutes blocks, and samples among as many blocks as fill a window.
+    """Windowed shuffle: every epoch permutes the blocks, and the samples within windows of these blocks.
 
-    A sample costs as much to read as its whole block, so neighbours in the stream come out of few blocks.
+    Reading a sample costs as much as reading its whole block, so samples close in the stream come from few blocks.
     """
 
     def __init__(self, blocks: Sequence[Block], seed: int):
@@ -107,7 +107,7 @@ class Windows:
         return int(self._samples(epoch, window, attempt)[slot - starts[window]])
 
     def _windows_of(self, epoch: int) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Return the first slot of every window, and its blocks."""
+        """Return the first slot and the blocks of every window."""
         order = _permutation(CounterRNG(self.seed, epoch), len(self.samples))
         windows: list[list[int]] = []
         room = 0
@@ -127,9 +127,10 @@ class Windows:
 
 
 class Mixed:
-    """Draws from several sources by weight, each in its own order through its own epochs.
+    """Order of a mixture: draws from several sources by weight, each with its own order and epochs.
 
-    Among STRETCH positions a source has its share, up to rounding that evens out; which positions are its is drawn.
+    Of every STRETCH positions a source gets its share, with rounding errors that do not accumulate. Which of the
+    positions it gets is random.
     """
 
     def __init__(self, orders: Sequence[Order], sizes: Sequence[int], weights: Sequence[float], seed: int):
@@ -148,14 +149,14 @@ class Mixed:
         return int(self.first[source]) + self.orders[source].substitute(place, attempt)
 
     def place(self, position: int) -> tuple[int, int]:
-        """Return the source at a position, and its own position there."""
+        """Return the number of the source at a position, and the position in that source's own order."""
         stretch, slot = divmod(position, STRETCH)
         picks, before = self._stretch(stretch)
         source = int(picks[slot])
         return source, int(before[source]) + int((picks[:slot] == source).sum())
 
     def _stretch_of(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the source of every slot, and how many samples of each source came before."""
+        """Return the source of every slot, and the number of earlier samples of each source."""
         ends = (np.floor(self.shares * (STRETCH * n)).astype(np.int64) for n in (number, number + 1))
         before, after = (end[1:] - end[:-1] for end in ends)
         picks = np.repeat(np.arange(len(before)), after - before)

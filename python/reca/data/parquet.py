@@ -1,4 +1,4 @@
-"""Parquet files: images, captions and conversations in columns, as Hugging Face publishes them."""
+"""Parquet files with columns of images, captions and conversations, as published on Hugging Face."""
 
 import functools
 import hashlib
@@ -22,13 +22,13 @@ from reca.data.sample import Sample, digest
 from reca.data.skipped import log_once
 from reca.files import HEAD, packed, placeholder
 
-LARGE = 2**29  # bytes of a row group above which a warning says what it costs
+LARGE = 2**29  # bytes; a warning is logged for larger row groups
 MAGIC = b"PAR1"
 SPLIT = re.compile(r"(train|test|validation|valid|val|dev)(?![A-Za-z])")
 
 
 class Group(NamedTuple):
-    """A row group: its file, its number there, its first row in the file, its rows, the bytes of its columns."""
+    """A row group: index of its file, its number there, first row in the file, number of rows, bytes of its columns."""
 
     file: int
     number: int
@@ -38,10 +38,10 @@ class Group(NamedTuple):
 
 
 class Parquet:
-    """Rows of parquet files. A row is read with the row group it is in; groups in use are kept in memory.
+    """Rows of parquet files. A row is read together with its row group, and recently used groups stay in memory.
 
-    The index holds row groups alone, not rows: nothing but the footers is read when a file is opened.
-    A sample's key is FILE:ROW, rows counted from 0.
+    The index lists row groups, not rows, so opening a file reads only its footer.
+    A sample's key is FILE:ROW, with rows counted from 0.
     """
 
     def __init__(self, paths: Sequence[AnyPath], task: str, columns: ColumnsConfig, image_root: str | None = None):
@@ -54,7 +54,7 @@ class Parquet:
         for file, path in enumerate(self.paths):
             self._open(file, path, columns)
         if not self.groups:
-            raise DataError(f"{some(self.paths)}: the parquet files hold no rows")
+            raise DataError(f"{some(self.paths)}: the parquet files have no rows")
         self.starts = np.cumsum([0, *(group.rows for group in self.groups)])
         self.blocks = [Block(group.rows, group.bytes) for group in self.groups]
         self.metadata = functools.lru_cache(maxsize=64)(self._metadata)
@@ -70,8 +70,8 @@ class Parquet:
             raise DataError(f"{path} has {schema.names.count(twice[0])} columns named {twice[0]!r}: rename one of them")
         if self.columns not in (None, columns):
             raise DataError(
-                f"{path} has {columns.image} and {columns.text} where {self.paths[0]} has {self.columns.image} and "
-                f"{self.columns.text}: name the columns as data.columns.image, .caption and .conversations"
+                f"{path} has the columns {columns.image} and {columns.text}, {self.paths[0]} {self.columns.image} and "
+                f"{self.columns.text}: name the columns in data.columns.image, .caption and .conversations"
             )
         self.columns, first = columns, 0
         leaves = [
@@ -91,8 +91,8 @@ class Parquet:
         if largest.bytes > LARGE:
             log_once(
                 logging.WARNING,
-                f"{self.paths[largest.file]}: a row group holds {units.size(largest.bytes)}, and a row is read with "
-                "its whole group. Write the files again with smaller groups (row_group_size=100 of pyarrow's "
+                f"{self.paths[largest.file]}: a row group has {units.size(largest.bytes)}, and reading a row reads "
+                "its whole group. Rewrite the files with smaller groups (row_group_size=100 of pyarrow's "
                 "write_table)",
             )
 
@@ -107,7 +107,7 @@ class Parquet:
         return make_sample(self.key(index), image, text, self.task, root)
 
     def _place(self, index: int) -> tuple[int, int]:
-        """Return the group of a sample, and its row there."""
+        """Return the group of a sample and its row in that group."""
         number = int(np.searchsorted(self.starts, index, "right")) - 1
         return number, index - int(self.starts[number])
 
@@ -115,7 +115,7 @@ class Parquet:
         return read_footer(self.paths[file])[0]
 
     def _load(self, number: int) -> Any:
-        """Read a row group's columns. Raises BadSample where its bytes are damaged."""
+        """Read a row group's columns. Raises BadSample if its bytes are damaged."""
         from pyarrow.parquet import ParquetFile
 
         group = self.groups[number]
@@ -138,7 +138,7 @@ class Parquet:
         return f"{self.names[group.file]}:{group.first + row}"
 
     def size(self, index: int) -> int:
-        """Bytes of the file that the row is in: a file that is written again has another."""
+        """Return the bytes of the row's file, which change when the file is rewritten; -1 if it is missing."""
         try:
             return self.paths[self.groups[self._place(index)[0]].file].stat().st_size
         except OSError:
@@ -149,7 +149,7 @@ class Parquet:
 
 
 def form_of(kind: Any) -> str:
-    """Return the form of a column, by its Arrow type: IMAGE, BYTES, TEXT, LIST or OTHER."""
+    """Return the form of a column with an Arrow type: IMAGE, BYTES, TEXT, LIST or OTHER."""
     import pyarrow.types as types
 
     if types.is_dictionary(kind):
@@ -170,9 +170,9 @@ def form_of(kind: Any) -> str:
 
 
 def read_footer(path: AnyPath) -> tuple[Any, str]:
-    """Return the metadata of a parquet file, and a digest of its size and footer, which knows where all columns lie.
+    """Return the metadata of a parquet file, and a digest of its size and footer, which locates all columns.
 
-    Raises DataError for a file that is no parquet, or not whole.
+    Raises DataError if the file is not parquet or is truncated.
     """
     from pyarrow.parquet import read_metadata
 
@@ -184,7 +184,7 @@ def read_footer(path: AnyPath) -> tuple[Any, str]:
             tail = file.read(8)
             if head[:4] != MAGIC or tail[4:] != MAGIC or size < 12:
                 cause = placeholder(head) or packed(head)
-                cut = "is cut off: it has no footer; fetch it again" if head[:4] == MAGIC else "is no parquet file"
+                cut = "is cut off: it has no footer; fetch it again" if head[:4] == MAGIC else "is not a parquet file"
                 raise DataError(f"{path} {cause or cut}")
             length = int.from_bytes(tail[:4], "little")
             file.seek(max(0, size - 8 - length))
@@ -193,27 +193,27 @@ def read_footer(path: AnyPath) -> tuple[Any, str]:
             return read_metadata(file), footer
     except DataError:
         raise
-    except (OSError, ValueError) as error:  # pyarrow raises both, and OSError without a number, for broken bytes
+    except (OSError, ValueError) as error:  # for damaged bytes pyarrow raises either, OSError without errno
         if isinstance(error, OSError) and error.errno is not None:
             raise DataError(f"{path} cannot be read: {error.strerror}") from error
-        raise DataError(f"{path} is no readable parquet file: {error}; fetch it again") from error
+        raise DataError(f"{path} is not a readable parquet file: {error}; fetch it again") from error
 
 
 def one_split(paths: Sequence[AnyPath], folder: AnyPath) -> list[AnyPath]:
-    """Return the files of a folder. Raises DataError where they belong to several splits: nobody trains on the test."""
+    """Return the sorted files of a folder. Raises DataError if they are of several splits, such as train and test."""
     splits = {split: path for path in sorted(paths, reverse=True) if (split := _split(path, folder))}
     if len(splits) > 1:
         names = " and ".join(sorted(splits))
         split, path = max(splits.items())
         one = f"'{folder}/**/{split}-*.parquet'" if path.name.startswith(split) else path.parent
-        raise DataError(f"{folder} holds parquet files of the splits {names}: give those of one, such as {one}")
+        raise DataError(f"{folder} has parquet files of the splits {names}: name those of one, such as {one}")
     return sorted(paths)
 
 
 def _split(path: AnyPath, folder: AnyPath) -> str | None:
-    """Return the split that a file's name begins with, or else the name of the nearest folder below `folder`.
+    """Return the split that a file's name, or the nearest folder below `folder`, begins with; None if there is none.
 
-    Such as train-00.parquet, train/00.parquet and split=train/00.parquet.
+    Examples: train-00.parquet, train/00.parquet and split=train/00.parquet.
     """
     names = str(path).removeprefix(str(folder)).split("/")
     found = (SPLIT.match(name.removeprefix("split=")) for name in reversed(names))

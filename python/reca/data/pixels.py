@@ -1,4 +1,4 @@
-"""Decode image bytes into the views of an adapter. Pillow's decoder is the definition; DALI's must agree."""
+"""Decoding of image bytes into the views of an adapter. Pillow's decoder is the reference for DALI's."""
 
 import contextlib
 import functools
@@ -22,15 +22,15 @@ from reca.rng import CounterRNG, RandomStream
 from reca_kernels.resize.op import compiled, resize
 
 RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # of the suffixes that sources take for images
-MAX_SIDE = 2**15  # an image larger than this on a side is taken for a broken header
-MAX_PIXELS = 2**26  # 8192 x 8192, which take 0.8 GB while they are decoded and made RGB
-MAX_PIXELS_WEBP = 2**25  # whose decoder keeps three images
-MAX_PIXELS_JPEG = 2**27  # 16384 x 8192: above MAX_PIXELS they are decoded at half the size, at most 0.9 GB
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # those of the suffixes that sources accept
+MAX_SIDE = 2**15  # a larger side is treated as a corrupt header
+MAX_PIXELS = 2**26  # 8192 x 8192, which need 0.8 GB for decoding and conversion to RGB
+MAX_PIXELS_WEBP = 2**25  # its decoder needs memory for three images
+MAX_PIXELS_JPEG = 2**27  # 16384 x 8192: above MAX_PIXELS decoded at half the size, which needs at most 0.9 GB
 SMALL = 2**22  # pixels
 STRIP = 2**22  # pixels that are converted at a time
-GREY_STEPS = {"L;2": 85, "L;4": 17}  # Pillow's coding of grey in a PNG -> what one step is in 8 bits
-BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF
+GREY_STEPS = {"L;2": 85, "L;4": 17}  # Pillow's raw mode of a grey PNG -> size of one level in 8 bits
+BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF: two tags, and a value of the second
 TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -44,24 +44,24 @@ SIDEWAYS = (5, 6, 7, 8)  # orientations that exchange width and height
 T = TypeVar("T")
 
 
-# Between Pillow's limit and MAX_PIXELS_JPEG.
+# Pillow warns of images between its own limit and MAX_PIXELS_JPEG.
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 class BadImage(BadSample):
-    """Bytes that are no readable image; the message says why."""
+    """Error for bytes that are not a readable image. The message is the reason."""
 
 
 def open_rgb(data: bytes) -> Image.Image:
-    """Decode an image as RGB, upright, transparency on white, of 16 bits the upper 8. Raises BadImage.
+    """Decode an image to upright RGB: transparency on white, 16 bits cut to the upper 8. Raises BadImage.
 
-    A JPEG of more than MAX_PIXELS has half its width and height.
+    A JPEG of more than MAX_PIXELS is decoded at half its width and height.
     """
     return _with_or_without_metadata(_open_rgb, data)
 
 
 def shown_size(data: bytes) -> tuple[int, int]:
-    """Read width and height of an image as it is shown, upright. Raises BadImage."""
+    """Return the width and height of an image after its EXIF orientation is applied. Raises BadImage."""
     return _with_or_without_metadata(_shown_size, data)
 
 
@@ -82,7 +82,7 @@ def _with_or_without_metadata(read: Callable[[bytes], T], data: bytes) -> T:
 def _shown_size(data: bytes) -> tuple[int, int]:
     with opened(data) as file:
         if file.format == "TIFF":
-            file.load()  # turns it upright; its size may be turned before that
+            file.load()  # rotates it upright; before, width and height may be swapped
         width, height = file.size
         return (height, width) if orientation(file) in SIDEWAYS else (width, height)
 
@@ -97,7 +97,7 @@ def _open_rgb(data: bytes) -> Image.Image:
 
 
 def as_rgb(file: Image.Image) -> Image.Image:
-    """Make an image RGB, upright, transparency on white, of 16 bits the upper 8. Raises BadImage."""
+    """Convert an image to upright RGB: transparency on white, 16 bits cut to the upper 8. Raises BadImage."""
     method = TRANSPOSE.get(orientation(file))
     image = file if method is None else file.transpose(method)
     if image.mode.startswith("I") or image.mode == "F":
@@ -106,9 +106,9 @@ def as_rgb(file: Image.Image) -> Image.Image:
 
 
 def _scale_transparency(file: ImageFile.ImageFile) -> None:
-    """Bring the transparent colour of a PNG to the 8 bits of the pixels that it is compared with.
+    """Convert the transparent colour of a PNG to 8 bits, the depth of the pixels that it is compared with.
 
-    Pillow leaves it as it stands in the file: in 2, 4 or 16 bits. Of 16 bits the upper 8 are left of either.
+    Pillow leaves it at the file's depth: 2, 4 or 16 bits. Of 16 bits both keep the upper 8.
     """
     color: Any = file.info.get("transparency")
     if file.format != "PNG" or not file.tile or not isinstance(color, int | tuple):
@@ -122,23 +122,23 @@ def _scale_transparency(file: ImageFile.ImageFile) -> None:
 
 @contextlib.contextmanager
 def opened(data: bytes) -> Iterator[ImageFile.ImageFile]:
-    """Open an image file and check its header. Raises BadImage, also for what goes wrong inside of the context."""
+    """Open an image file and check its header. Raises BadImage, also for exceptions raised within the context."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as file:
             limit = _most_pixels(file)
             if max(file.size) > MAX_SIDE or file.width * file.height > limit:
                 raise BadImage(
-                    f"{file.width} x {file.height} pixels; at most {MAX_SIDE} on a side and {limit} in all are read"
+                    f"{file.width} x {file.height} pixels; the limits are {MAX_SIDE} per side and {limit} in total"
                 )
             yield file
     except BadImage:
         raise
-    except UnidentifiedImageError as error:  # its own words hold an address in memory
+    except UnidentifiedImageError as error:  # its message contains a memory address
         cause = placeholder(data[:HEAD]) or packed(data[:HEAD])
         raise BadImage(
-            f"the file {cause}" if cause else f"no image in a format that is read ({', '.join(FORMATS)})"
+            f"the file {cause}" if cause else f"not an image in a supported format ({', '.join(FORMATS)})"
         ) from error
-    except Exception as error:  # Pillow's decoders raise many kinds for broken bytes
+    except Exception as error:  # Pillow's decoders raise many types for damaged bytes
         raise BadImage(f"{type(error).__name__}: {error}") from error
 
 
@@ -152,22 +152,22 @@ def _most_pixels(file: Image.Image) -> int:
 
 
 def orientation(image: Image.Image) -> int:
-    """Read the EXIF orientation; 1 (upright) where it is missing or garbled."""
+    """Return the EXIF orientation; 1 (upright) if it is missing or corrupt."""
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # Pillow raises many kinds for garbled EXIF
+    except Exception:  # Pillow raises many types for corrupt EXIF
         return 1
 
 
 def _eight_bits(image: Image.Image, file: Image.Image) -> Image.Image:
-    """Scale grey of more than 8 bits by its mode, never by its values: all images are scaled alike.
+    """Scale grey of more than 8 bits by its bit depth, not by its values, so that all images are scaled alike.
 
-    Raises BadImage where the format does not say what white is.
+    Raises BadImage if the format does not define the value of white.
     """
-    # Older Pillow opens a PNG of 16 bits in mode "I".
+    # Older versions of Pillow open a 16-bit PNG in mode "I".
     if not image.mode.startswith("I;16") and not (image.mode == "I" and file.format == "PNG"):
         kind = "floating-point numbers" if image.mode == "F" else "32-bit or signed integers"
-        raise BadImage(f"pixels are {kind}, which have no fixed white: save it with 8 or 16 bits")
+        raise BadImage(f"pixels are {kind}, for which white is undefined: save it with 8 or 16 bits")
     tags = getattr(file, "tag_v2", {})
     bits = tags.get(BITS_PER_SAMPLE, (16,))[0]
     values = np.asarray(image)
@@ -180,7 +180,7 @@ def _eight_bits(image: Image.Image, file: Image.Image) -> Image.Image:
 
 
 def _flatten(image: Image.Image) -> Image.Image:
-    """Convert to RGB, transparency on white. In strips, so that no second copy of the whole image is held."""
+    """Convert to RGB, transparency on white. Work in strips, to avoid temporary copies of the whole image."""
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
     whole, rows = Image.new("RGB", image.size), max(1, STRIP // image.width)
@@ -196,15 +196,15 @@ def _flatten(image: Image.Image) -> Image.Image:
 def read_image(path: Path) -> Tensor:
     """Read an image file: uint8 [3, H, W]. Raises DataError."""
     if not path.is_file():
-        raise DataError(f"image {path} {'is no file' if path.exists() else 'does not exist'}")
+        raise DataError(f"image {path} {'is not a file' if path.exists() else 'does not exist'}")
     try:
         return pixels_of(open_rgb(path.read_bytes())).contiguous()
     except BadImage as error:
-        raise DataError(f"{path} is no readable image: {error}") from error
+        raise DataError(f"{path} is not a readable image: {error}") from error
 
 
 def bound_size(width: int, height: int, view: View) -> tuple[int, int]:
-    """Compute (width, height) of fit "bound": see View. The rounding is BAGEL's, including its area rule."""
+    """Compute (width, height) for fit "bound" (see View), with the rounding and the area rule of BAGEL."""
 
     def rounded(w: float, h: float, scale: float) -> tuple[int, int]:
         across, down = (max(view.stride, round(round(side * scale) / view.stride) * view.stride) for side in (w, h))
@@ -225,13 +225,13 @@ def geometry(width: int, height: int, view: View) -> tuple[tuple[float, float, f
     whole, short = (0, 0, width, height), min(width, height)
     if view.fit in ("squash", "stretch", "pad", "random_crop"):
         return whole, (view.size, view.size)
-    if view.fit == "letterbox":  # what stands on the square; Janus' own rounding
+    if view.fit == "letterbox":  # size within the square, rounded like Janus
         across, down = (max(int(side / max(width, height) * view.size), view.min_size, 1) for side in (width, height))
         return whole, (across, down)
     if view.fit == "bound":
         return whole, bound_size(width, height, view)
-    if view.fit in ("center_crop", "clip_crop"):  # resize the short side, then cut whole pixels from the middle
-        w, h = (int(view.size * side / short) for side in (width, height))  # rounded down in either
+    if view.fit in ("center_crop", "clip_crop"):  # resize the short side, then crop at whole pixels
+        w, h = (int(view.size * side / short) for side in (width, height))  # both round down
         whole_pixels = round if view.fit == "center_crop" else int
         left, top = (whole_pixels((side - view.size) / 2) for side in (w, h))
         box = (left / w * width, top / h * height, (left + view.size) / w * width, (top + view.size) / h * height)
@@ -241,9 +241,9 @@ def geometry(width: int, height: int, view: View) -> tuple[tuple[float, float, f
 
 
 def make_view(image: Image.Image | Tensor, view: View, crop: float = 0.5) -> Tensor:
-    """Crop and resize an image to a view: uint8 [3, H, W], where the image is. A tensor is uint8 [3, H, W], too.
+    """Crop and resize an image to a view: uint8 [3, H, W] on the device of the image. A tensor is uint8 [3, H, W].
 
-    crop: in [0, 1), where along the longer side a random crop lies.
+    crop: position of a random crop along the longer side, in [0, 1).
     """
     pixels = pixels_of(image) if isinstance(image, Image.Image) else image
     if view.fit == "random_crop":
@@ -261,7 +261,7 @@ def make_view(image: Image.Image | Tensor, view: View, crop: float = 0.5) -> Ten
 
 
 def pixels_of(image: Image.Image) -> Tensor:
-    """Return an RGB image as uint8 [3, H, W], the channels of a pixel side by side."""
+    """Return an RGB image as uint8 [3, H, W] in channels-last memory order."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
@@ -276,7 +276,7 @@ Box = tuple[float, float, float, float]
 
 
 def _resize(pixels: Tensor, size: tuple[int, int], resample: str, box: Box | None = None) -> Tensor:
-    """Resize to (width, height) as Pillow does, to the bit: by Pillow itself where the kernel would give others."""
+    """Resize to (width, height), bit-identical to Pillow; use Pillow itself if the CPU kernel is not."""
     if pixels.is_cuda or _resizes_as_pillow():
         return resize(pixels, size[::-1], filter=resample, box=box)
     return pixels_of(_by_pillow(pixels, size, resample, box)).contiguous()
@@ -289,9 +289,9 @@ def _by_pillow(pixels: Tensor, size: tuple[int, int], resample: str, box: Box | 
 
 @functools.cache
 def _resizes_as_pillow() -> bool:
-    """Return whether the C++ kernel is there and gives the bits of the Pillow that is installed.
+    """Return whether the C++ kernel is available and bit-identical to the installed Pillow.
 
-    Before version 13 Pillow resized along the rows first, always.
+    Before version 13, Pillow always resized along the rows first.
     """
     if not compiled():
         return False
@@ -310,21 +310,21 @@ def _resizes_as_pillow() -> bool:
 
 
 def _square(pixels: Tensor, crop: float) -> Tensor:
-    """Cut a square of the short side, so that nothing beside it reaches its border when it is resized."""
+    """Crop a square of the short side before resizing, so that pixels outside of it do not affect its border."""
     short = min(pixels.shape[1:])
     top, left = (int(crop * (side - short + 1)) for side in pixels.shape[1:])
     return pixels[:, top : top + short, left : left + short]
 
 
 def _too_large(side: int, width: int, height: int) -> bool:
-    """Return whether a square is much larger than its image, as it is for a thin one."""
+    """Return whether a square is much larger than its image, as for a narrow image."""
     return side**2 > max(SMALL, min(4 * width * height, MAX_PIXELS))
 
 
 def _pad(pixels: Tensor, view: View) -> Tensor:
     """Pad the image to a square of its long side.
 
-    Where that square is too large, the image is resized first, as it would be inside of it.
+    If that square is too large, the image is resized to its final size first.
     """
     height, width = pixels.shape[1:]
     side = max(width, height)
@@ -335,7 +335,7 @@ def _pad(pixels: Tensor, view: View) -> Tensor:
 
 
 def _centred(pixels: Tensor, side: int, fill: int) -> Tensor:
-    """Put the image into the middle of a square."""
+    """Place the image in the centre of a square."""
     height, width = pixels.shape[1:]
     left, top = (side - width) // 2, (side - height) // 2
     square = pixels.new_full((3, side, side), fill)
@@ -346,8 +346,8 @@ def _centred(pixels: Tensor, side: int, fill: int) -> Tensor:
 def _stretch(pixels: Tensor, view: View) -> Tensor:
     """Resize the image to a square of its long side.
 
-    Where that square is too large, the long side shrinks to the view's before the short one grows: the two filters
-    commute, up to the rounding in between.
+    If that square is too large, the long side is first reduced to the view's size, then the short side enlarged: the
+    two filters commute, up to intermediate rounding.
     """
     height, width = pixels.shape[1:]
     side = max(width, height)
@@ -359,7 +359,7 @@ def _stretch(pixels: Tensor, view: View) -> Tensor:
 
 
 class PillowDecoder:
-    """Decodes single images into views."""
+    """Decoder of single images into views."""
 
     def __init__(self, views: Views, rng: CounterRNG):
         self.views, self.rng = views, rng
@@ -370,13 +370,13 @@ class PillowDecoder:
 
 
 def make_views(pixels: Tensor, views: Views, crop: float) -> tuple[Tensor | None, Tensor | None]:
-    """Make (gen, und) of an image, uint8 [3, H, W] each."""
+    """Return the views (gen, und) of an image, uint8 [3, H, W] each."""
     gen, und = (None if view is None else make_view(pixels, view, crop) for view in (views.gen, views.und))
     return gen, und
 
 
 def crop_position(views: Views, rng: CounterRNG, sample_id: int) -> float:
-    """Draw where a sample is cropped, the same for both views."""
+    """Draw the position of a sample's random crop, the same for both views; 0.5 without one."""
     if not any(view and view.fit == "random_crop" for view in (views.gen, views.und)):
         return 0.5
     return float(rng.uniform(RandomStream.CROP, torch.tensor([sample_id])))

@@ -1,4 +1,4 @@
-"""Bounded reading ahead by threads."""
+"""Bounded prefetching with threads."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -10,7 +10,7 @@ R = TypeVar("R")
 
 
 def read_ahead(read: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
-    """Yield `read(item)` of every item, in order, with about four results a thread in memory at a time."""
+    """Yield `read(item)` of every item, in order, with about four results per thread in memory."""
     workers = max(1, workers)
     with ThreadPoolExecutor(workers) as pool:
         ahead: deque[Future[R]] = deque()

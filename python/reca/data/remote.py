@@ -1,4 +1,4 @@
-"""Files at s3://, gs://, http(s):// and other URLs that fsspec reads."""
+"""Remote files: s3://, gs://, http(s):// and other URLs that fsspec reads."""
 
 import contextlib
 import glob
@@ -16,16 +16,16 @@ from urllib.parse import quote
 from reca.data.errors import DataError
 from reca.data.sample import checked_size
 
-ATTEMPTS = 3  # of a request
-PAUSE = 0.5  # seconds before the second attempt, and twice as many before each further one
-BLOCK = 2**20  # bytes that are read ahead where a file is read from end to end
-NO_RANGES = "the server does not send parts of files (HTTP Range)"
-# What tells versions of a file apart.
+ATTEMPTS = 3  # per request
+PAUSE = 0.5  # seconds before the second attempt; doubles with each further one
+BLOCK = 2**20  # bytes per read of a file that is read sequentially
+NO_RANGES = "the server does not support partial requests (HTTP Range)"
+# Metadata that identify a version of a file.
 CHANGES = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created", "md5Hash", "blob_id")
 
 
 class RemotePath:
-    """The part of pathlib.Path that sources use, of a file at a URL."""
+    """The subset of pathlib.Path that sources use, for a file at a URL."""
 
     def __init__(self, fs: Any, path: str):
         self.fs, self.path = fs, path
@@ -43,11 +43,11 @@ class RemotePath:
         return str(self) < str(other)
 
     def __truediv__(self, name: str) -> "RemotePath":
-        """Return the file of that name, in which no character is part of a URL's syntax."""
+        """Return the file of that name, with URL syntax in the name escaped."""
         return self.listed(quote(name) if lists_by_links(self.path) else name)
 
     def listed(self, name: str) -> "RemotePath":
-        """Return the file that the file system lists by that name, which of a web server is part of a URL."""
+        """Return the file of a name listed by the file system. A web server lists names that are already escaped."""
         return RemotePath(self.fs, posixpath.join(self.path, name))
 
     @property
@@ -65,7 +65,7 @@ class RemotePath:
         return self._type() == "file"
 
     def _type(self) -> str | None:
-        """Return "file" or "directory"; None where there is none. fsspec's `exists` and `isfile` hide other errors."""
+        """Return "file", "directory", or None if missing. fsspec's `exists` and `isfile` would hide other errors."""
         try:
             return self.ask(self.fs.info, self.path)["type"]
         except FileNotFoundError:
@@ -74,11 +74,11 @@ class RemotePath:
     def stat(self) -> SimpleNamespace:
         size = self.ask(self.fs.info, self.path).get("size")
         if size is None:
-            raise OSError(f"{self}: the server does not tell its size")
+            raise OSError(f"{self}: the server does not report the size of the file")
         return SimpleNamespace(st_size=size)
 
     def version(self) -> list[str] | None:
-        """Return what tells this version of the file from others; None where the server tells nothing."""
+        """Return values that identify this version of the file; None if the server reports none."""
         found = self.ask(self.fs.info, self.path)
         tags = [f"{name}={found[name]}" for name in CHANGES if found.get(name)]
         return [str(found.get("size")), *tags] if tags else None
@@ -99,7 +99,7 @@ class RemotePath:
         return self.ask(self.fs.cat_file, self.path)
 
     def ask(self, function: Any, *arguments: Any, **options: Any) -> Any:
-        """Call a function of the file system, again where the network fails."""
+        """Call a function of the file system, with retries if the network fails."""
         for attempt in range(ATTEMPTS):
             try:
                 with _as_oserror(self):
@@ -118,7 +118,7 @@ AnyPath = Path | RemotePath
 
 @contextlib.contextmanager
 def _as_oserror(path: RemotePath) -> Iterator[None]:
-    """Raise what libraries raise of a network as OSError."""
+    """Convert exceptions of network libraries to OSError."""
     try:
         yield
     except OSError:
@@ -133,17 +133,17 @@ def is_address(text: str) -> bool:
 
 
 def lists_by_links(text: str) -> bool:
-    """Return whether a URL is of a server that lists its files, if at all, as a page of links."""
+    """Return whether the server of a URL lists files, if at all, as a page of links."""
     return text.startswith(("http://", "https://"))
 
 
 def to_path(text: str) -> AnyPath:
-    """Return the path of a file here or at a URL. Raises DataError as `remote_path`."""
+    """Return the path of a local file or a URL. Raises DataError like `remote_path`."""
     return remote_path(text) if is_address(text) else Path(text)
 
 
 def remote_path(text: str) -> RemotePath:
-    """Return the path of a file at a URL. Raises DataError where fsspec cannot read such URLs."""
+    """Return the path of a file at a URL. Raises DataError if fsspec cannot open such URLs."""
     try:
         import fsspec
 
@@ -154,12 +154,12 @@ def remote_path(text: str) -> RemotePath:
         return RemotePath(*fsspec.core.url_to_fs(text))
     except ImportError as error:
         raise DataError(f"{text} needs a package that is not installed: {error}: pip install 'reca[remote]'") from None
-    except Exception as error:  # of a URL that is not understood, or of credentials
+    except Exception as error:  # an unknown protocol, missing credentials and more
         raise DataError(f"{text} cannot be opened: {type(error).__name__}: {error}") from error
 
 
 def read_range(path: AnyPath, offset: int, size: int) -> bytes:
-    """Return bytes of a file; fewer where it ends before."""
+    """Read a range of bytes of a file; fewer if the file ends earlier."""
     if isinstance(path, RemotePath):
         return path.read_range(offset, size)
     with path.open("rb") as file:
@@ -179,7 +179,7 @@ def read_whole(path: AnyPath, limit: int, what: str) -> bytes:
 
 
 class _File(io.RawIOBase):
-    """An open file at a URL. A read is made again where the network fails."""
+    """Open file at a URL, whose reads are retried if the network fails."""
 
     def __init__(self, path: RemotePath, file: BinaryIO):
         self.path, self.file = path, file
@@ -211,7 +211,7 @@ class _File(io.RawIOBase):
 
 
 class _Ranges(io.RawIOBase):
-    """A file at a URL as a stream. Each piece is a request of its own, made again where the network fails."""
+    """Stream of a file at a URL. Each read is a separate range request, retried if the network fails."""
 
     def __init__(self, path: RemotePath):
         self.path, self.place, self.size = path, 0, path.stat().st_size
@@ -232,7 +232,7 @@ class _Ranges(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         data = b"" if self.place >= self.size else self.path.read_range(self.place, len(buffer))
         if not data and self.place < self.size:
-            raise OSError(f"{self.path} ends at byte {self.place} and not at {self.size}")
+            raise OSError(f"{self.path} ends at byte {self.place}; expected {self.size} bytes")
         if len(data) > min(len(buffer), self.size - self.place):
             raise OSError(f"{self.path}: {NO_RANGES}")
         buffer[: len(data)] = data
@@ -241,14 +241,14 @@ class _Ranges(io.RawIOBase):
 
 
 def open_stream(path: AnyPath) -> BinaryIO:
-    """Open a file that is read from end to end."""
+    """Open a file for sequential reading."""
     if isinstance(path, RemotePath):
         return cast(BinaryIO, io.BufferedReader(_Ranges(path), BLOCK))
     return path.open("rb")
 
 
 def find(names: list[str]) -> tuple[list[RemotePath], list[str]]:
-    """Return the files that URLs or patterns of them name, and the names of which there is none."""
+    """Return the files that match URLs or URL patterns, and the names without a match."""
     paths = [remote_path(name) for name in names]
 
     def found(pair: tuple[str, RemotePath]) -> list[RemotePath]:

@@ -12,7 +12,7 @@ from reca.data.skipped import Skipped
 
 
 class RemoteFolder(ImageFolder):
-    """A folder at a URL. It is listed once, when it is opened. Sizes that the server does not list count as 0."""
+    """A folder at a URL, listed once when it is opened. Sizes that the server does not list count as 0."""
 
     def __init__(self, root: RemotePath, task: str):
         self.root = root

@@ -1,4 +1,4 @@
-"""Row groups of parquet files, read one at a time and kept while they are used."""
+"""Cache of parquet row groups, which are read one at a time."""
 
 import threading
 from collections import OrderedDict
@@ -8,9 +8,9 @@ from typing import Any
 
 
 class RecentlyUsed:
-    """Keeps the results of `load` for the keys used last, up to a number of bytes, and at least two of them.
+    """Thread-safe LRU cache of `load`, limited to `budget` bytes but always of at least two results.
 
-    Threads that ask for one key wait for one load. What fails is not kept, and every one of them gets the exception.
+    Threads that request the same key share one load. If it fails, all of them get the exception and nothing is cached.
     """
 
     def __init__(self, load: Callable[[int], Any], size: Callable[[int], int], budget: int):

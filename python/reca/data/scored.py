@@ -1,4 +1,4 @@
-"""Images that a model has drawn, with scores of their regions: what SRUM trains on."""
+"""Generated images with scores of their regions, the training data of SRUM."""
 
 import math
 from typing import Any, NamedTuple
@@ -33,21 +33,21 @@ class Row(NamedTuple):
 
 
 class ScoredImages:
-    """A list of rows {"image", "caption", "boxes", "background", "score", "target"}; a .jsonl holds one a line.
+    """A list of rows {"image", "caption", "boxes", "background", "score", "target"}; a .jsonl has one per line.
 
     image       name below `image_root`, by default the folder of the file
-    boxes       each with a score from -1 (wrong) to 1 (right) and its edges in pixels of the image as it is shown
-    background  score where no box lies; 0 if it is missing
-    score       of the image as a whole, from -1 to 1: all scores are multiplied by (score + 1) / 2. 1 if it is missing
-    target      another image of the same shape to stay near; the image itself if it is missing
+    boxes       each with a score from -1 (wrong) to 1 (right), and its edges in pixels of the upright image
+    background  score outside of all boxes; default 0
+    score       of the whole image, from -1 to 1: all scores are multiplied by (score + 1) / 2; default 1
+    target      another image of the same shape to stay close to; default: the image itself
 
-    Rows of any other form are left out and counted by reason when the file is opened.
+    Rows of any other form are skipped and counted by reason when the file is opened.
     """
 
     def __init__(self, path: AnyPath, image_root: str | None):
         if not path.is_file():
-            fault = "is no file" if path.exists() else "does not exist"
-            raise DataError(f"{FORM.file} {path} {fault}; give a .json or .jsonl as data.scored")
+            fault = "is not a file" if path.exists() else "does not exist"
+            raise DataError(f"{FORM.file} {path} {fault}; set data.scored to a .json or .jsonl file")
         self.root: AnyPath = to_path(image_root) if image_root else path.parent
         self.skipped, self.rows = Skipped(), []
         for number, item in enumerate(load_rows(path, FORM), 1):
@@ -57,7 +57,7 @@ class ScoredImages:
                 self.skipped.add(f"rows that {error}", f"row {number}")
         if not self.rows:
             raise DataError(
-                f"{path} holds no scored image: {self.skipped or 'it is empty'}. Expected are rows {FORM.row}"
+                f"{path} has no scored image: {self.skipped or 'it is empty'}. Expected rows are {FORM.row}"
             )
         self.skipped.warn(str(path))
 
@@ -77,10 +77,10 @@ class ScoredImages:
 
     def key(self, index: int) -> str:
         row = self.rows[index]
-        return f"{row.image}#{row.number}"  # several rows may have one image
+        return f"{row.image}#{row.number}"  # several rows may share an image
 
     def size(self, index: int) -> int:
-        """Bytes of the row's images; 0 where they lie at a URL."""
+        """Return the bytes of the row's images; 0 if they are at a URL, -1 if one is missing."""
         if isinstance(self.root, RemotePath):
             return 0
         row = self.rows[index]
@@ -91,8 +91,8 @@ class ScoredImages:
 
 
 def _row(item: Any) -> Row:
-    """Check a row. Raises BadRow."""
-    root = "/images"  # names are below any root alike
+    """Parse a row. Raises BadRow."""
+    root = "/images"  # a placeholder: names are relative
     image = image_name(item, root)
     caption = item.get("caption")
     if not isinstance(caption, str) or not caption.strip() or not encodable(caption):
@@ -111,13 +111,13 @@ def _row(item: Any) -> Row:
 
 def _mapping(box: Any) -> dict[str, Any]:
     if not isinstance(box, dict):
-        raise BadRow('have a box that is no {"box": [...], "score": ...}')
+        raise BadRow('have a box that is not {"box": [...], "score": ...}')
     return box
 
 
 def _score(value: Any, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not -1 <= value <= 1:
-        raise BadRow(f"have a {name} that is no number from -1 to 1")
+        raise BadRow(f"have a {name} that is not a number from -1 to 1")
     return float(value)
 
 
@@ -128,12 +128,12 @@ def _edges(box: dict[str, Any]) -> tuple[float, float, float, float]:
         raise BadRow("have a box that is not four numbers")
     left, top, right, bottom = map(float, numbers)
     if left >= right or top >= bottom:
-        raise BadRow("have a box whose right is not beyond its left, or whose bottom not below its top")
+        raise BadRow("have a box whose right is not greater than its left, or bottom than its top")
     return left, top, right, bottom
 
 
 def _fractions(box: tuple[float, float, float, float], score: float, width: int, height: int) -> ScoredBox:
-    """Return a box in fractions of the image, cut to it. Raises BadSample where nothing is left."""
+    """Return a box in fractions of the image size, clipped to the image. Raises BadSample if it is outside."""
     left, right = (min(max(x / width, 0.0), 1.0) for x in box[::2])
     top, bottom = (min(max(y / height, 0.0), 1.0) for y in box[1::2])
     if left >= right or top >= bottom:

@@ -8,7 +8,7 @@ log = logging.getLogger("reca")
 
 
 class Skipped:
-    """Counts by reason, each with the first name it was met at."""
+    """Counts of skipped files by reason, each with the first file's name."""
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
@@ -19,7 +19,7 @@ class Skipped:
         self.first.setdefault(reason, name)
 
     def merge(self, counts: dict[str, int], first: dict[str, str]) -> None:
-        """Add what was counted elsewhere."""
+        """Add the counts of another source."""
         for reason, count in counts.items():
             self.counts[reason] = self.counts.get(reason, 0) + count
             self.first.setdefault(reason, first[reason])
@@ -35,9 +35,9 @@ class Skipped:
         return "; ".join(f"{n} {reason} (the first: {self.first[reason]})" for reason, n in self.counts.items())
 
     def warn(self, where: str) -> None:
-        """Log one warning with all counts, if there are any."""
+        """Log all counts as one warning, if there are any."""
         if self.counts:
-            log_once(logging.WARNING, f"{where}: left out are {self}")
+            log_once(logging.WARNING, f"{where}: skipped {self}")
 
 
 @functools.cache

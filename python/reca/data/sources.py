@@ -1,4 +1,4 @@
-"""Open the sources of samples that a recipe names."""
+"""Opening of the sources that a recipe names."""
 
 import logging
 import re
@@ -34,16 +34,16 @@ PARQUET = re.compile(r"\.(parquet|pq)($|[.*?\[{])", re.IGNORECASE)
 
 
 def open_sources(config: DataConfig, tasks: Iterable[str], seed: int = 0) -> dict[str, Source]:
-    """Open the samples of each task. seed: of the run, which decides what data.limit leaves.
+    """Open the source of each task. Raises DataError if one is missing or empty.
 
-    Raises DataError when a source is missing or empty.
+    seed: seed of the run, which selects the samples of data.limit.
     """
     sources = {}
     for task in tasks:
         wanted = getattr(config, DATA_KEYS[task])
         if wanted is None:
             raise DataError(
-                f"objective.{task}.weight is above 0 but data.{DATA_KEYS[task]} is null; say where its samples are"
+                f"objective.{task}.weight is above 0 but data.{DATA_KEYS[task]} is null; set it, or the weight to 0"
             )
         names = [wanted] if isinstance(wanted, str) else [item["source"] for item in wanted]
         parts = [open_source(name, task, config.image_root, config.columns) for name in names]
@@ -57,12 +57,11 @@ def open_sources(config: DataConfig, tasks: Iterable[str], seed: int = 0) -> dic
 
 
 def open_source(text: str, task: str, image_root: str | None = None, columns: ColumnsConfig | None = None) -> Source:
-    """Open the source that a recipe's text describes: a folder, files or a pattern of them, a data set
-    of the hub, or an importable spec.
+    """Open the source that a recipe names: a folder, files or a pattern, a dataset of the hub, or an importable spec.
 
-    task: with "t2i" every sample must have a caption, with "i2t" a conversation; with "srum" it is a file of scored
-    images. columns: of tables.
-    Raises DataError when there is nothing to read, and when it is not clear what belongs together.
+    task: "t2i" requires a caption per sample, "i2t" a conversation, "srum" a file of scored images.
+    columns: columns of tables.
+    Raises DataError if there is nothing to read, or if it is ambiguous which files belong together.
     """
     path, columns = Path(text), columns or ColumnsConfig()
     if text.startswith(hf.PREFIX) and not is_address(text):
@@ -70,7 +69,7 @@ def open_source(text: str, task: str, image_root: str | None = None, columns: Co
     if parse_spec(text):
         return call_source(text, task, f"data.{DATA_KEYS[task]}")
     if "\0" in text or not text.strip():
-        raise DataError(f"{text!r} is no path; name the data, or null for none")
+        raise DataError(f"{text!r} is not a path; name the data, or null for none")
     try:
         if task == "srum":
             return ScoredImages(to_path(text), image_root)
@@ -83,18 +82,18 @@ def open_source(text: str, task: str, image_root: str | None = None, columns: Co
         if task == "i2t":
             return Conversations(path, image_root)
         return Tars(expand(text), task) if TAR.search(path.name) else Folder(path, task)
-    except OSError as error:  # of a folder above it that may not be looked into, say
+    except OSError as error:  # such as a parent folder without permission
         raise DataError(f"{error.filename or text} cannot be read: {error.strerror or error}") from error
 
 
 def _open_folder(path: Path, task: str, image_root: str | None, columns: ColumnsConfig) -> Source:
-    """Open what `datasets` has saved, a folder of images, or one of parquet files where it holds no images."""
+    """Open a folder: one saved by `datasets`, one of images, or one of parquet files if it has no images."""
     if hf.is_saved(path):
         return hf.open_saved(path, task, columns, image_root)
     if task == "i2t":
         tables = [path / name for name in list_files(path, Skipped()).get(".parquet", ())]
         if not tables:
-            return Conversations(path, image_root)  # which says what is wrong
+            return Conversations(path, image_root)  # raises the error for a folder
     else:
         try:
             return Folder(path, task)
@@ -125,5 +124,5 @@ def _open_address(text: str, task: str, image_root: str | None, columns: Columns
         if not tables:
             raise
     if not tables:
-        raise DataError(f"{text} holds no parquet files; of conversations in JSON, name the .json or .jsonl itself")
+        raise DataError(f"{text} has no parquet files; for conversations in JSON, name the .json or .jsonl file")
     return Parquet(one_split(tables, root), task, columns, image_root)

@@ -1,6 +1,6 @@
 """Sources and templates of any installed package: `package.module:NAME`, or `package.module:NAME?key=value&key=value`.
 
-Whoever writes such a spec runs the code of that module.
+Opening such a spec runs the code of that module.
 """
 
 import importlib
@@ -26,15 +26,15 @@ class Spec(NamedTuple):
 
 
 def parse_spec(text: str) -> Spec | None:
-    """Return the parts of an importable spec; None for any other text, such as a path or a URL."""
+    """Parse an importable spec. Return None for any other text, such as a path or a URL."""
     match = _SPEC.fullmatch(text)
     return match and Spec(*match.groups())
 
 
 def load_object(text: str, key: str) -> Any:
-    """Import what a spec names. key: of the recipe, for messages.
+    """Import the object that a spec names. Raises DataError if the module or the name does not exist.
 
-    Raises DataError for a module or a name that does not exist.
+    key: recipe key, for messages.
     """
     spec = parse_spec(text)
     if spec is None:
@@ -43,8 +43,8 @@ def load_object(text: str, key: str) -> Any:
         module = importlib.import_module(spec.module)
     except ImportError as error:
         raise DataError(
-            f"{key}={text}: module {spec.module} cannot be imported ({error}). Install its package, or put the folder "
-            f"that holds it on PYTHONPATH; for a file of this name write ./{text}"
+            f"{key}={text}: module {spec.module} cannot be imported ({error}). Install its package, or put its "
+            f"folder on PYTHONPATH; for a file of this name write ./{text}"
         ) from error
     if not hasattr(module, spec.name):
         public = [name for name in dir(module) if not name.startswith("_")]
@@ -56,10 +56,10 @@ def load_object(text: str, key: str) -> Any:
 
 
 def call_source(text: str, task: str, key: str) -> Source:
-    """Call the function that a spec names as function(task=task, **arguments), and return the source it makes.
+    """Call the function that a spec names as function(task=task, **arguments) and return its source.
 
     Arguments are parsed as numbers, true, false, null or text.
-    Raises DataError when it is no function, takes other arguments, or does not return a source with samples.
+    Raises DataError if it is not a function, has other parameters, or does not return a source with samples.
     """
     function, arguments = load_object(text, key), _arguments(text, key)
     if not callable(function):
@@ -68,16 +68,16 @@ def call_source(text: str, task: str, key: str) -> Source:
         inspect.signature(function).bind(task=task, **arguments)
     except TypeError as error:
         raise DataError(
-            f"{key}={text}: {error}; the function is called with task={task!r} and the arguments behind the ?, and "
-            f"takes {inspect.signature(function)}"
+            f"{key}={text}: {error}; the function is called with task={task!r} and the arguments after the ?; its "
+            f"signature is {inspect.signature(function)}"
         ) from error
-    except ValueError as error:  # of a built-in function, which has no signature
-        raise DataError(f"{key}={text} names a function of unknown signature; name one written in Python") from error
+    except ValueError as error:  # a built-in function without a signature
+        raise DataError(f"{key}={text} names a function without a signature; name one written in Python") from error
     source = function(task=task, **arguments)
     if missing := [name for name in ("__len__", "__getitem__", "key", "size", "identity") if not hasattr(source, name)]:
         raise DataError(
-            f"{key}={text} returned a {type(source).__name__} without {', '.join(missing)}; a source has all that "
-            "reca.data.sample.Source lists"
+            f"{key}={text} returned a {type(source).__name__} without {', '.join(missing)}; a source needs all "
+            "methods of reca.data.sample.Source"
         )
     if not len(source):
         raise DataError(f"{key}={text} returned a source without samples")
@@ -90,7 +90,7 @@ def _arguments(text: str, key: str) -> dict[str, Any]:
     for part in spec.query.split("&") if spec and spec.query else ():
         name, equals, value = part.partition("=")
         if not equals or not name or name in arguments:
-            fault = "is given twice" if name in arguments else "is no name=value"
+            fault = "is given twice" if name in arguments else "is not of the form name=value"
             raise DataError(f"{key}={text}: {part!r} {fault}; write ?name=value&name=value")
         arguments[name] = guess(unquote_plus(value), f"{key}: {name}")
     return arguments

@@ -1,10 +1,10 @@
-"""The members of a tar, with every byte of the file accounted for.
+"""Index of a tar's members, which accounts for every byte of the file.
 
-The standard library reads the headers. What it takes for the end of an archive is looked at again here: for it, a file
-that was cut off behind a member and a damaged header in the middle are ends as good as any.
+The standard library parses the headers, but treats a file truncated after a member, and a damaged header in the middle,
+as the end of the archive. So the end is checked here.
 
-wids (of webdataset) also reads tars at random, and was looked at in its place: its reader checks no checksum, knows no
-long names and no links, keeps the last of two members of one name, and takes a cut file for a whole one.
+wids (of webdataset) also gives random access to tars, but its reader verifies no checksums, supports neither long names
+nor links, keeps the last of two members with the same name, and accepts truncated files.
 """
 
 import posixpath
@@ -19,12 +19,12 @@ from reca.data.sample import IMAGE_SUFFIXES, hidden
 from reca.data.skipped import Skipped
 from reca.files import HEAD, packed, placeholder
 
-MAX_PADDING = 2**20  # zeros behind the archive: writers fill up to a record, interrupted downloads up to the whole file
+MAX_PADDING = 2**20  # zeros after the archive: writers pad to a record, interrupted downloads to the whole file
 MAX_LINKS = 10
 
 
 class Stored(NamedTuple):
-    """Location of a member's bytes. pieces: of a sparse file, (offset in it, length) of what is stored, in order."""
+    """Location of a member's bytes. pieces: of a sparse file, (offset in it, length) of the stored parts, in order."""
 
     offset: int
     size: int
@@ -37,7 +37,7 @@ class Member(NamedTuple):
 
 
 def kept_index(path: AnyPath, skipped: Skipped) -> list[Member]:
-    """Return what `read_index` returns: of a large tar from its index file, which is made where there is none."""
+    """Return the result of `read_index`; for a large tar from its index file, which is built if missing."""
     try:
         unversioned = isinstance(path, RemotePath) and path.version() is None
         if unversioned or path.stat().st_size < index_files.LARGE:
@@ -60,11 +60,11 @@ def kept_index(path: AnyPath, skipped: Skipped) -> list[Member]:
 
 
 def read_index(path: AnyPath, skipped: Skipped) -> list[Member]:
-    """List all files of a tar in order, links resolved. Raises DataError for a tar that is not complete."""
+    """Return all files of a tar in order, with links resolved. Raises DataError if the tar is damaged or truncated."""
     infos = list(_headers(path))
     files: dict[str, Stored] = {}
     members = []
-    targets = {_clean(info.name): info for info in infos}  # of names that come twice, the last
+    targets = {_clean(info.name): info for info in infos}  # of repeated names, the last
     for info in infos:
         name = _clean(info.name)
         if info.isdir():
@@ -76,7 +76,7 @@ def read_index(path: AnyPath, skipped: Skipped) -> list[Member]:
             continue
         if info.isreg():
             stored: Stored | None = _stored(info)
-        elif info.islnk():  # to a file in front of it
+        elif info.islnk():  # usually to an earlier file
             stored = files.get(_clean(info.linkname)) or _follow(info, targets)
         else:
             stored = _follow(info, targets) if info.issym() else None
@@ -84,7 +84,7 @@ def read_index(path: AnyPath, skipped: Skipped) -> list[Member]:
             files[name] = stored
             members.append(Member(name, stored))
         elif image:
-            skipped.add("members that are no file, or a link to none in the tar", f"{path}: {name}")
+            skipped.add("image members that are not files, or broken links", f"{path}: {name}")
     return members
 
 
@@ -102,10 +102,10 @@ def _walk(path: AnyPath, file, size: int) -> Iterator[tarfile.TarInfo]:
         tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 (the file is closed by its owner)
     except OSError:
         raise
-    except Exception as error:  # tarfile raises many kinds for bytes that are no tar
+    except Exception as error:  # tarfile raises many types for other files
         raise DataError(f"{path} is not an uncompressed tar: {_what(file, error)}") from error
     place, last = 0, "its beginning"
-    infos = iter(tar)  # not tar.next(), which in Python 3.10 fails behind no member at all
+    infos = iter(tar)  # not tar.next(), which fails on an empty tar in Python 3.10
     while True:
         try:
             info = next(infos, None)
@@ -115,7 +115,7 @@ def _walk(path: AnyPath, file, size: int) -> Iterator[tarfile.TarInfo]:
             raise DataError(_damage(path, size, place, last, str(error))) from error
         if info is None:
             break
-        sparse: Any = info.sparse  # pairs of offset and length, whatever typeshed says
+        sparse: Any = info.sparse  # pairs of offset and length, unlike in typeshed
         stored = info.size if sparse is None else sum(length for _, length in sparse)
         if info.isreg() and info.offset_data + stored > size:
             raise DataError(f"{path} is cut off at byte {size}, inside {info.name}: fetch or pack it again")
@@ -127,32 +127,32 @@ def _walk(path: AnyPath, file, size: int) -> Iterator[tarfile.TarInfo]:
 
 
 def _check_end(path: AnyPath, file, size: int, place: int, last: str) -> None:
-    """Raise DataError unless the archive ends as one does: with a block of zeros, and only zeros behind it."""
+    """Raise DataError unless the archive ends with a block of zeros, followed by nothing but zeros."""
     file.seek(place)
     block = file.read(tarfile.BLOCKSIZE)
     if len(block) < tarfile.BLOCKSIZE:
         raise DataError(
-            f"{path} is cut off at byte {size}, behind {last}: it has no end-of-archive block. Fetch or pack it again"
+            f"{path} is cut off at byte {size}, after {last}: it has no end-of-archive block. Fetch or pack it again"
         )
     if block.strip(b"\0"):
         raise DataError(_damage(path, size, place, last, "a bad header"))
     if size - place > MAX_PADDING:
         raise DataError(
-            f"{path} ends at byte {place}, behind {last}, but the file has {size} bytes. An interrupted download or "
-            "several tars in one file look like that: fetch or pack it again"
+            f"{path} ends at byte {place}, after {last}, but the file has {size} bytes, like an interrupted download "
+            "or several concatenated tars: fetch or pack it again"
         )
     rest = file.read().lstrip(b"\0")
     if rest:
         raise DataError(
-            f"{path} ends at byte {place}, behind {last}, but {len(rest)} bytes follow. Tars cannot be put together by "
-            "cat: give them one by one, or pack them again"
+            f"{path} ends at byte {place}, after {last}, but {len(rest)} bytes follow. Tars cannot be concatenated by "
+            "cat: name them one by one, or pack them again"
         )
 
 
 def _damage(path: AnyPath, size: int, place: int, last: str, reason: str) -> str:
     if place >= size:
-        return f"{path} is cut off at byte {size}, behind {last}: fetch or pack it again"
-    return f"{path} is damaged at byte {place}, behind {last} ({reason}): fetch or pack it again"
+        return f"{path} is cut off at byte {size}, after {last}: fetch or pack it again"
+    return f"{path} is damaged at byte {place}, after {last} ({reason}): fetch or pack it again"
 
 
 def _what(file, error: Exception) -> str:
@@ -167,7 +167,7 @@ def _stored(info: tarfile.TarInfo) -> Stored:
 
 
 def _follow(info: tarfile.TarInfo, targets: dict[str, tarfile.TarInfo]) -> Stored | None:
-    """Resolve a link inside of the tar; None when it leads to no file."""
+    """Resolve a link within the tar. Return None if it does not lead to a file."""
     for _ in range(MAX_LINKS):
         name = info.linkname
         if info.issym():

@@ -1,4 +1,4 @@
-"""Images in webdataset tars: which members make a sample, and how they are read."""
+"""Images in webdataset tars: how members are grouped into samples and read."""
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,13 +31,13 @@ class Entry(NamedTuple):
 
 
 class Tars:
-    """Samples of webdataset tars. Members are read by their offset.
+    """Samples of webdataset tars, read by the offsets of their members.
 
-    The members of a sample follow each other and have one key: their name up to the first dot of its last part. The
-    image is the member whose suffix is an image's alone (a.jpg); others of the key (a.seg.png, a.json) are parts
-    that are not read. Images of a key that has no such member have dots in their names (v1.5_a.jpg, v1.5_b.jpg): each
-    is a sample, whose key is its name up to the last dot. A key that comes twice, a member that comes twice and a
-    second image of one sample are errors; image members that are not used are counted.
+    The members of a sample are consecutive and share a key: the name up to the first dot after the last slash. The
+    image is the member whose whole suffix is that of an image (a.jpg); other members of the key (a.seg.png, a.json)
+    are not read. If a key has no such member, but images with dots in their names (v1.5_a.jpg, v1.5_b.jpg), each of
+    them is a sample, whose key is the name up to the last dot. A repeated key, a repeated member and a second image of
+    a sample are errors. Unused image members are counted.
     """
 
     def __init__(self, paths: Sequence[AnyPath], task: str):
@@ -50,7 +50,7 @@ class Tars:
                 text = sample.text.stored if sample.text and task == "t2i" else None
                 self.entries.append(Entry(path, f"{shard}/{sample.image.name}", sample.image.stored, text))
         if not self.entries:
-            why = f": left out are {self.skipped}" if self.skipped else ""
+            why = f": skipped {self.skipped}" if self.skipped else ""
             raise DataError(f"no images in {some(paths)}{why}")
         self.skipped.warn(some(paths))
 
@@ -80,7 +80,7 @@ class _Sample(NamedTuple):
 
 
 def _samples(path: AnyPath, skipped: Skipped) -> list[_Sample]:
-    """List the samples of one tar. Raises DataError where it is ambiguous which members belong together."""
+    """Return the samples of one tar. Raises DataError if the grouping of its members is ambiguous."""
     samples: list[_Sample] = []
     seen: dict[str, str] = {}  # key -> its first member; likewise dotted and plain
     dotted: dict[str, str] = {}
@@ -91,8 +91,8 @@ def _samples(path: AnyPath, skipped: Skipped) -> list[_Sample]:
             if name in seen:
                 again = next(iter(group.values())).name
                 raise DataError(
-                    f"{path}: {again} stands apart from {seen[name]}, which has the key {name!r} too. The files of "
-                    "one sample must follow each other, and every sample needs a name of its own: pack the tar again "
+                    f"{path}: {again} does not follow {seen[name]}, which has the same key {name!r}. The files of "
+                    "a sample must be consecutive, and every sample needs a unique name: pack the tar again "
                     "(tar --sort=name)"
                 )
             seen[name] = next(iter(group.values())).name
@@ -100,7 +100,7 @@ def _samples(path: AnyPath, skipped: Skipped) -> list[_Sample]:
             for member in group.values():
                 suffix = _last_suffix(member.name)
                 if member is not image and suffix in IMAGE_SUFFIXES | OTHER_IMAGE_SUFFIXES:
-                    why = "further images of a sample" if image else "images in formats that are not read"
+                    why = "further images of a sample" if image else "images in unsupported formats"
                     skipped.add(why, f"{path}: {member.name}")
             if image:
                 samples.append(_Sample(name, image, group.get(".txt")))
@@ -108,24 +108,24 @@ def _samples(path: AnyPath, skipped: Skipped) -> list[_Sample]:
     for key, name in dotted.items():
         if key in plain:
             raise DataError(
-                f"{path}: {name} stands apart from {plain[key]}. It is not clear whether it is a part of sample "
-                f"{key!r} or an image of its own: pack the tar again with the parts together, or without the dot"
+                f"{path}: {name} does not follow {plain[key]}. It is ambiguous whether it is a part of sample "
+                f"{key!r} or another image: pack the tar again with the parts together, or without the dot"
             )
     if dotted:
         first = next(iter(dotted.values()))
-        log_once(logging.INFO, f"{path}: images with dots in their names are samples of their own (the first: {first})")
+        log_once(logging.INFO, f"{path}: images with dots in their names are separate samples (the first: {first})")
     return samples
 
 
 def _groups(path: AnyPath, members: Iterable[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
-    """Group consecutive members by key, which ends at the first dot: yields (key, suffix -> member)."""
+    """Group consecutive members by key, the name up to the first dot. Yield (key, suffix -> member)."""
     key = ""
     group: dict[str, Member] = {}
     for member in members:
         folder, _, base = member.name.rpartition("/")
         stem, dot, suffix = base.partition(".")
         if not dot:
-            continue  # no part of a sample, for webdataset too
+            continue  # not part of a sample, as in webdataset
         this = f"{folder}/{stem}" if folder else stem
         if this != key:
             if group:
@@ -134,8 +134,8 @@ def _groups(path: AnyPath, members: Iterable[Member]) -> Iterator[tuple[str, dic
         suffix = f".{suffix.lower()}"
         if suffix in group:
             raise DataError(
-                f"{path}: {group[suffix].name} and {member.name} are both the {suffix} of sample {key!r}: it is not "
-                "clear which belongs to it. Pack the tar again with one of them, or with names that differ"
+                f"{path}: {group[suffix].name} and {member.name} are both the {suffix} of sample {key!r}. Pack the "
+                "tar again with only one of them, or with different names"
             )
         group[suffix] = member
     if group:
@@ -143,7 +143,7 @@ def _groups(path: AnyPath, members: Iterable[Member]) -> Iterator[tuple[str, dic
 
 
 def _split(path: AnyPath, key: str, group: dict[str, Member]) -> dict[str, dict[str, Member]]:
-    """Map key -> suffix -> member: the group as it is, or by names up to the last dot if no image has the key alone."""
+    """Return key -> suffix -> member: the group as it is, or split at the last dot if no image is named KEY.SUFFIX."""
     if any(suffix in IMAGE_SUFFIXES for suffix in group) or not any(
         _last_suffix(member.name) in IMAGE_SUFFIXES for member in group.values()
     ):
@@ -159,8 +159,8 @@ def _image(path: AnyPath, key: str, group: dict[str, Member]) -> Member | None:
     images = [member for suffix, member in group.items() if suffix in IMAGE_SUFFIXES]
     if len(images) > 1:
         raise DataError(
-            f"{path}: {images[0].name} and {images[1].name} are both the image of sample {key!r}: it is not clear "
-            "which to train on. Pack the tar again with one of them, or with names that differ"
+            f"{path}: {images[0].name} and {images[1].name} are both the image of sample {key!r}. Pack the tar again "
+            "with only one of them, or with different names"
         )
     return images[0] if images else None
 
@@ -174,7 +174,7 @@ def _read(path: AnyPath, stored: Stored, limit: int, what: str) -> bytes:
     checked_size(stored.size, limit, what)
     if not stored.pieces:
         data = read_range(path, stored.offset, stored.size)
-    else:  # a sparse file: what is not stored is zero
+    else:  # a sparse file: gaps between the pieces are zeros
         packed = read_range(path, stored.offset, sum(length for _, length in stored.pieces))
         whole, taken = bytearray(stored.size), 0
         for place, length in stored.pieces:

@@ -1,8 +1,8 @@
-"""The tasks that a model trains on, and the texts of their samples."""
+"""Training tasks, and the text types of their samples."""
 
 from typing import NamedTuple
 
-# Reconstruction from h_v, image to text, text to image, and text to image of scored regions.
+# Reconstruction from h_v, image to text, text to image, and text to image with scored regions.
 TASKS = ("reca", "i2t", "t2i", "srum")
 
 
@@ -14,7 +14,7 @@ class Turn(NamedTuple):
 
 
 class ScoredBox(NamedTuple):
-    """A region of an image and how right it is, from -1 to 1. Edges are fractions of the image's width and height."""
+    """A region of an image and its score, from -1 (wrong) to 1 (right). Edges are fractions of width and height."""
 
     left: float
     top: float
@@ -24,10 +24,10 @@ class ScoredBox(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """What is said of an image that a model has drawn.
+    """Caption and scores of a generated image.
 
-    background  score where no box lies
-    target      bytes of another image to stay near; None: the image itself
+    background  score outside of all boxes
+    target      bytes of another image to stay close to; None: the image itself
     """
 
     caption: str

@@ -1,4 +1,4 @@
-"""Template sentences, which stand beside h_v in a RECA prompt."""
+"""Template sentences, the text next to h_v in a RECA prompt."""
 
 from pathlib import Path
 
@@ -8,11 +8,10 @@ from reca.data.text import decode_text
 
 
 def load_templates(source: str | None = None, count: int | None = None) -> list[str]:
-    """Return template sentences.
+    """Return template sentences. Raises DataError.
 
-    source: a text file, one sentence a line; or the importable spec of a list; None takes the 360 of this package.
-    count: takes so many of them, evenly spread.
-    Raises DataError.
+    source: a text file with one sentence per line, or the importable spec of a list; None: the package's 360 templates.
+    count: number of them to use, evenly spread; None: all.
     """
     lines = _lines(source)
     if count is None:
@@ -36,7 +35,7 @@ def _lines(source: str | None) -> list[str]:
     file = Path(source) if source else Path(__file__).with_name("templates.txt")
     if not file.is_file():
         raise DataError(
-            f"template file {file} does not exist; data.templates names a text file, one sentence a line, or "
+            f"template file {file} does not exist; set data.templates to a text file with one sentence per line, or "
             "package.module:LIST"
         )
     try:
@@ -45,5 +44,5 @@ def _lines(source: str | None) -> list[str]:
         raise DataError(f"template file {file} cannot be read: {error}") from error
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
-        raise DataError(f"template file {file} is empty; write one sentence a line")
+        raise DataError(f"template file {file} is empty; write one sentence per line")
     return lines

@@ -1,8 +1,8 @@
-"""Decode text files: captions, templates and conversations."""
+"""Decoding of text files: captions, templates and conversations."""
 
 import codecs
 
-# UTF-32's mark begins with UTF-16's, so it is looked for first.
+# The mark of UTF-32-LE begins with that of UTF-16-LE, so it is tried first.
 SIGNATURES = (
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32-le"),
@@ -13,7 +13,7 @@ SIGNATURES = (
 
 
 def decode_text(data: bytes) -> str:
-    """Decode UTF-8, or what a byte order mark says. The mark is dropped, and every line ends in \\n.
+    """Decode UTF-8, or the encoding of a byte order mark. Remove the mark and convert line ends to \\n.
 
     Raises ValueError with the reason.
     """
@@ -28,15 +28,12 @@ def decode_text(data: bytes) -> str:
         found = f"byte 0x{data[error.start]:02x} at {error.start}"
         raise ValueError(f"the text is not {encoding.upper()} ({found}): save it as UTF-8") from error
     if "\0" in text:
-        raise ValueError("the text holds NUL characters, as UTF-16 without a byte order mark does: save it as UTF-8")
+        raise ValueError("the text contains NUL characters, like UTF-16 without a byte order mark: save it as UTF-8")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def encodable(text: str) -> bool:
-    """Return whether a tokenizer can take the text.
-
-    JSON lets halves of a surrogate pair through, which are no characters.
-    """
+    """Return whether a tokenizer can encode the text: JSON may contain lone surrogates, which are not characters."""
     try:
         text.encode()
     except UnicodeEncodeError:

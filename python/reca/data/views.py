@@ -1,28 +1,28 @@
-"""The views of an image that an adapter needs: one for understanding, one for generation."""
+"""Views of an image that an adapter needs: one for understanding, one for generation."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class View:
-    """Say how a decoded RGB image becomes one uint8 [3, H, W] tensor. Normalisation happens later, on the device.
+    """Conversion of a decoded RGB image to a uint8 [3, H, W] tensor. Normalisation happens later, on the device.
 
     fit:
-      squash       resize to size x size, aspect ratio not kept
-      stretch      resize to a square of the long side, then to size x size (two filters, as Harmon's data code does)
-      center_crop  resize the short side to `size`, cut the middle size x size where torchvision's CenterCrop does
-      clip_crop    the same, cut where CLIP's processor does: half a pixel off the middle is rounded down
-      random_crop  cut a random square of the short side's length, resize to `size`
+      squash       resize to size x size, ignoring the aspect ratio
+      stretch      resize to a square of the long side, then to size x size (two filters, as in Harmon's data code)
+      center_crop  resize the short side to `size`, crop the central size x size like torchvision's CenterCrop
+      clip_crop    the same, cropped like CLIP's processor: offsets of half a pixel are rounded down
+      random_crop  crop a random square of the short side's length, resize to `size`
       pad          centre on a square of the long side filled with `fill`, resize to `size`
-      letterbox    resize the long side to `size` and the short one alike, rounded down but at least `min_size`, then
-                   centre on a square filled with `fill`
+      letterbox    resize the long side to `size` and the short side in proportion, rounded down but at least
+                   `min_size`, then centre on a square filled with `fill`
       bound        keep the aspect ratio: long side at most `size`, short side at least `min_size`, both rounded to
                    multiples of `stride`, area at most `max_pixels`
     """
 
     size: int
     fit: str = "squash"
-    resample: str = "bicubic"  # or "bilinear"; both with antialias, as Pillow computes them
+    resample: str = "bicubic"  # or "bilinear"; both antialiased like Pillow's
     fill: int = 127
     min_size: int = 0
     stride: int = 1
@@ -32,7 +32,7 @@ class View:
 
 @dataclass(frozen=True)
 class Views:
-    """Hold the views that one task needs; None: that view is not needed."""
+    """Views that one task needs; None: not needed."""
 
     gen: View | None
     und: View | None

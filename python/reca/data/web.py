@@ -1,14 +1,14 @@
-"""Files of web servers by fsspec, with the errors that it takes for files that are not there."""
+"""fsspec's HTTP file system, without its habit of reporting server errors as missing files."""
 
 from typing import Any
 
 from fsspec.implementations.http import HTTPFileSystem
 
-MISSING = (404, 410)  # answers that say so
+MISSING = (404, 410)  # HTTP status codes of a missing file
 
 
 class WebFiles(HTTPFileSystem):
-    """A web server's files. One that is busy, broken or out of reach raises, as no file that is missing does."""
+    """Files of a web server. FileNotFoundError means that the server reports a file as missing, and nothing else."""
 
     async def _info(self, url: str, **options: Any) -> dict[str, Any]:
         try:
@@ -23,5 +23,5 @@ class WebFiles(HTTPFileSystem):
             return await super()._ls(url, detail, **options)
         except FileNotFoundError:
             raise
-        except OSError as error:  # walks take it for an empty folder
+        except OSError as error:  # fsspec's walk would treat it as an empty folder
             raise RuntimeError(f"{type(error).__name__}: {error}") from error
