@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _report(error: BaseException) -> None:
-    """Print an error: its message where it is an expected one, else the traceback."""
+    """Print an error: the message of an expected one, otherwise the traceback."""
     from reca.errors import PeerFailed, print_once
 
     if isinstance(error, SystemExit | PeerFailed):
@@ -45,7 +45,7 @@ def _report(error: BaseException) -> None:
 
 
 def _set_up_output() -> None:
-    """Log lines with their level. On many ranks, rank 0 logs progress, and every warning is printed once."""
+    """Configure logging. Only rank 0 logs progress, and every warning is printed once."""
     from reca.errors import OncePerMessage
 
     rank = int(os.environ.get("RANK", 0))
@@ -55,7 +55,7 @@ def _set_up_output() -> None:
     if "RANK" in os.environ:
         logging.getLogger("reca").addFilter(OncePerMessage())
     if rank:
-        warnings.simplefilter("ignore")  # of libraries; rank 0 has the same
+        warnings.simplefilter("ignore")  # of libraries; rank 0 prints the same ones
     library_logs.leave_out_unused()
     for stream in (sys.stdout, sys.stderr):  # a file name need not be UTF-8, nor the terminal
         if isinstance(stream, io.TextIOWrapper):
@@ -63,7 +63,7 @@ def _set_up_output() -> None:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    """Parse the arguments, with overrides on either side of options: argparse itself takes them in one place only."""
+    """Parse the arguments. Overrides may stand before and after options, which argparse alone does not support."""
     parser = _parser()
     if not (sys.argv[1:] if arguments is None else arguments):
         parser.print_help(sys.stderr)
@@ -80,7 +80,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _reject_option(options: argparse.Namespace, override: str) -> None:
-    """End with advice where an override is an option of the command: `seed=1` for `--seed 1`."""
+    """Exit with advice if an override is an option of the command, such as `seed=1` for `--seed 1`."""
     name, equals, value = override.partition("=")
     if not equals or "." in name:
         return
@@ -95,7 +95,7 @@ def _reject_option(options: argparse.Namespace, override: str) -> None:
     if "--sampling" in own:
         ways.append(f"--sampling {shlex.quote(override)} for an option of the model's sampler")
     if ways:
-        options.parser.error(f"{override} is no recipe key: write {', or '.join(ways)}")
+        options.parser.error(f"{override} is not a recipe key: write {', or '.join(ways)}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -280,7 +280,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_data(subparsers)
     takes_recipe(command("cache", commands.cache, "Compute the features of all images before training, in data.cache."))
     command("doctor", commands.doctor, "Report this machine's hardware and software and which kernels will run.")
-    # No prefix: all that follows, --help too, belongs to the benchmarks.
+    # No prefix, so that all arguments, including --help, are passed to the benchmarks.
     bench = command(
         "bench", commands.bench, "Time the kernels, as `python -m benchmarks`.", prefix_chars="\0", add_help=False
     )
@@ -344,7 +344,7 @@ def _path(text: str) -> Path:
 def _takes_overrides(
     sub: argparse.ArgumentParser, words: str = "recipe keys to override", metavar: str = "key=value"
 ) -> None:
-    # Without a default, Python before 3.13 counts them among the arguments that are required.
+    # Without a default, Python before 3.13 lists them as required arguments.
     sub.add_argument("overrides", nargs="*", default=[], metavar=metavar, help=words)
 
 

@@ -1,6 +1,6 @@
-"""What the subcommands do, but those that use a model (inference_commands.py) and those of packages.
+"""The subcommands, except those that use a model (inference_commands.py) and those of packages.
 
-Each takes the parsed arguments, and returns the exit code where that is not 0.
+Each takes the parsed arguments and returns the exit code, or None for 0.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def train(options: argparse.Namespace) -> None:
     run = api.train(recipe)
     if not distributed.is_main_process():
         return
-    with contextlib.suppress(OSError):  # the run is finished, wherever its output goes
+    with contextlib.suppress(OSError):  # the run has succeeded even if its output cannot be printed
         _tell(recipe, run)
 
 
@@ -38,15 +38,15 @@ def _tell(recipe: Any, run: Any) -> None:
     from reca import units
     from reca.reconstructions import GRID
 
-    draw = f"Draw with: reca generate {shlex.quote(recipe.run_dir)} --prompt 'a yellow broccoli'"
+    draw = f"Generate with: reca generate {shlex.quote(recipe.run_dir)} --prompt 'a yellow broccoli'"
     if run.new_steps:
         print(f"{units.counted(run.steps, 'step')} done. {draw}", flush=True)
         if (grid := run.folder / GRID).is_file():
-            print(f"Images, and what the model made of them before and after: {grid}", flush=True)
+            print(f"Images and their reconstructions before and after training: {grid}", flush=True)
     else:
         print(
-            f"{recipe.run_dir} has {units.counted(run.steps, 'step')} already and train.steps={recipe.train.steps}: "
-            f"nothing to do. Give a larger train.steps, or another run_dir. {draw}",
+            f"{recipe.run_dir} already has {units.counted(run.steps, 'step')}, and train.steps={recipe.train.steps}: "
+            f"nothing to do. Give a larger train.steps or another run_dir. {draw}",
             flush=True,
         )
 
@@ -64,7 +64,7 @@ def _overfit(recipe: Any, steps: int, target: float) -> None:
 
 
 def status(options: argparse.Namespace) -> int:
-    """Print status.json as it is now. Returns the exit code the run ended with; 0 while it runs."""
+    """Print the current status of a run. Return the exit code that it ended with; 0 while it runs."""
     from reca.status import Status
 
     status = Status.read(options.folder)
@@ -135,7 +135,7 @@ def serve(options: argparse.Namespace) -> None:
         serve(options.recipe, options.overrides, options.against, options.host, options.port, options.ema)
     except KeyboardInterrupt:
         print_once("reca: stopped")
-        exits.end_now(exits.STOPPED)  # a request may still be drawn
+        exits.end_now(exits.STOPPED)  # a thread may still be working on a request
 
 
 def demo(options: argparse.Namespace) -> None:

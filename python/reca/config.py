@@ -12,7 +12,7 @@ from reca.models import UMMS
 from reca.options import LOCAL, RecipeError, config_field, format_value, share
 
 FIT_CHANGES = ("moments", "micro_batch")  # what train.fit may be allowed to change
-MAX_STEPS = 10**9  # the most that a run makes: samples are numbered in 56 bits
+MAX_STEPS = 10**9  # limit of steps in a run: sample numbers have 56 bits
 
 
 @dataclass
@@ -63,8 +63,8 @@ class ObjectiveConfig:
         for task in TASKS if self.mean == "micro_batch" else ():
             if (most := getattr(self, task).max_tokens) is not None:
                 raise RecipeError(
-                    f"{prefix}{task}.max_tokens={most} needs {prefix}mean=batch: with mean=micro_batch the samples of "
-                    "a pass are a part of the loss, and which they are would depend on their lengths"
+                    f"{prefix}{task}.max_tokens={most} needs {prefix}mean=batch: with mean=micro_batch the loss is set "
+                    "by which samples share a micro-batch, and with max_tokens that depends on their lengths"
                 )
 
 
@@ -115,8 +115,8 @@ class OptimConfig:
                     )
         if self.name == "adamw_8bit" and self.moments != "fp32":
             raise RecipeError(
-                f"{prefix}moments={self.moments} is for {prefix}name=adamw: adamw_8bit has moments of 8 bits, and fp32 "
-                f"ones of parameters too small for that. Leave {prefix}moments=fp32"
+                f"{prefix}moments={self.moments} is for {prefix}name=adamw: adamw_8bit has 8-bit moments, and fp32 "
+                f"moments for small parameters. Leave {prefix}moments=fp32"
             )
         if self.fused_backward and self.max_grad_norm is not None:
             raise RecipeError(
@@ -207,7 +207,7 @@ class TrainConfig:
             )
         if unknown := [change for change in self.fit_allow if change not in FIT_CHANGES]:
             raise RecipeError(
-                f"{prefix}fit_allow={format_value(unknown)} is nothing that {prefix}fit can change; it takes "
+                f"{prefix}fit_allow={format_value(unknown)} is not a setting that {prefix}fit can change; it accepts "
                 f"{' and '.join(FIT_CHANGES)}"
             )
         if self.fit not in (None, "auto"):
@@ -267,7 +267,7 @@ class ParallelConfig:
     def check(self, prefix: str) -> None:
         if self.strategy == "ddp" and (self.shard or 1) > 1:
             raise RecipeError(
-                f"{prefix}strategy=ddp keeps all weights on every rank, and {prefix}shard={self.shard} shares them: "
+                f"{prefix}strategy=ddp keeps all weights on every rank, but {prefix}shard={self.shard} shards them: "
                 f"set {prefix}shard to null, or {prefix}strategy=fsdp"
             )
 
@@ -380,8 +380,8 @@ class Recipe:
         for task in self.active_tasks():
             if getattr(self.objective, task).max_tokens is not None and self.train.micro_batch == "auto":
                 raise RecipeError(
-                    f"{prefix}train.micro_batch=auto chooses {prefix}objective.{task}.micro_batch, in whose place "
-                    f"{prefix}objective.{task}.max_tokens is: set one of the two to null"
+                    f"{prefix}train.micro_batch=auto chooses {prefix}objective.{task}.micro_batch, which "
+                    f"{prefix}objective.{task}.max_tokens replaces: set one of the two to null"
                 )
         if self.optim.fused_backward and self.train.skip_spikes is not None:
             raise RecipeError(
@@ -395,6 +395,6 @@ class Recipe:
             )
         if self.lora.rank and self.lora.base_dtype and self.train.precision != self.lora.base_dtype:
             raise RecipeError(
-                f"{prefix}lora.base_dtype={self.lora.base_dtype} needs {prefix}train.precision={self.lora.base_dtype}, "
-                f"which computes in that type; it is {self.train.precision}"
+                f"{prefix}lora.base_dtype={self.lora.base_dtype} needs {prefix}train.precision={self.lora.base_dtype}; "
+                f"it is {self.train.precision}"
             )

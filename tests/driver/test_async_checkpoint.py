@@ -220,7 +220,7 @@ def test_without_memory_for_a_copy_training_waits(recipe, monkeypatch, caplog):
     monkeypatch.setattr(background, "available", lambda: 50_000)
     trainer = run_toy(recipe("checkpoint.every=2", "checkpoint.keep=0"))
     assert names(trainer.run_dir) == ["000002", "000004", "000006"]
-    assert caplog.text.count("async_save is off from here on") == 1
+    assert caplog.text.count("async_save is disabled from now on") == 1
     assert re.search(r"a copy of a checkpoint takes 55\.1.\sKiB of host memory, and 48\.8.\sKiB are free", caplog.text)
     assert Status.read(trainer.run_dir).step == 6
 

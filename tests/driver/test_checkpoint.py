@@ -335,7 +335,7 @@ def test_files_that_go_while_they_are_read(gone, recipe, monkeypatch):
         raise FileNotFoundError(path)
 
     monkeypatch.setattr(reading.HuggingFaceStorageReader, "read_data", remove)
-    wanted = "was removed while it was read" if gone == "." else f"is damaged .*{gone}"
+    wanted = "was removed by a training run" if gone == "." else f"is damaged .*{gone}"
     with pytest.raises(CheckpointError, match=wanted):
         checkpoint.load_weights(folder.parents[1], ToyAdapter())
 

@@ -212,9 +212,9 @@ def test_mistakes_of_generate_are_exit_3_and_one_sentence(more, words, capsys):
 @pytest.mark.parametrize(
     ("command", "override", "words"),
     [
-        ("generate", "steps=3", "steps=3 is no recipe key: write --sampling steps=3 for an option of the model"),
-        ("generate", "seed=3", "seed=3 is no recipe key: write --seed 3, or --sampling seed=3"),
-        ("train", "overfit=3", "overfit=3 is no recipe key: write --overfit 3"),
+        ("generate", "steps=3", "steps=3 is not a recipe key: write --sampling steps=3 for an option of the model"),
+        ("generate", "seed=3", "seed=3 is not a recipe key: write --seed 3, or --sampling seed=3"),
+        ("train", "overfit=3", "overfit=3 is not a recipe key: write --overfit 3"),
     ],
 )
 def test_an_option_written_as_an_override(command, override, words, capsys):

@@ -129,7 +129,7 @@ def test_a_file_of_another_hand_is_named(start, caplog):
     stranger = folder / "weights/._shard.safetensors"
     stranger.write_bytes(b"")
     (folder / ".DS_Store").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"holds \._shard\.safetensors, which is no file of this checkpoint"):
+    with pytest.raises(CheckpointError, match=r"contains \._shard\.safetensors, which is not part of this checkpoint"):
         Trainer(start("run", None), ToyAdapter())
     stranger.unlink()
     assert Trainer(start("run", None), ToyAdapter()).step == 2 and "DAMAGED" not in caplog.text

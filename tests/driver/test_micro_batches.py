@@ -210,10 +210,10 @@ def test_a_copy_adds_nothing_even_if_its_loss_is_not_finite(recipe):
 def test_what_a_number_of_tokens_cannot_go_with(recipe):
     with pytest.raises(RecipeError, match="reca.max_tokens=9 needs objective.mean=batch"):
         recipe("objective.mean=micro_batch", "objective.reca.max_tokens=9")
-    with pytest.raises(RecipeError, match="micro_batch=auto chooses objective.reca.micro_batch, in whose place"):
+    with pytest.raises(RecipeError, match="micro_batch=auto chooses objective.reca.micro_batch, which"):
         recipe("train.micro_batch=auto", "objective.reca.max_tokens=9")
     fused = recipe("optim.fused_backward=true", "optim.max_grad_norm=null", "objective.reca.max_tokens=9")
-    with pytest.raises(RecipeError, match="as many as the samples' lengths ask for"):
+    with pytest.raises(RecipeError, match="number depends on the samples' lengths"):
         check_passes(fused, 1)
 
 

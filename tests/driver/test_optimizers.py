@@ -442,7 +442,7 @@ def test_losses_that_stay_nan_end_the_run(recipe):
     [
         (["optim.fused_backward=true"], "cannot clip: set optim.max_grad_norm=null"),
         ([*FUSED, "train.skip_spikes=3"], "set train.skip_spikes=null"),
-        (["optim.name=adamw_8bit", "optim.moments=bf16"], "moments of 8 bits"),
+        (["optim.name=adamw_8bit", "optim.moments=bf16"], "has 8-bit moments"),
         (["optim.name=apex", "optim.offload=true"], "offload=True needs optim.name=adamw"),
         (["optim.name=apex", "optim.moments=bf16"], "moments='bf16' needs optim.name=adamw"),
     ],
@@ -502,8 +502,8 @@ def test_apex_is_predicted_without_apex_and_a_gpu(apex):
 @pytest.mark.parametrize(
     ("dtype", "ranks", "message"),
     [
-        (torch.float32, 2, "with 2 processes the parameters are DTensors: set optim.name=adamw"),
-        (torch.bfloat16, 1, "kept in 16 bits .*: set model.dtype=fp32, or optim.name=adamw"),
+        (torch.float32, 2, "DTensors, which the parameters are with 2 processes: set optim.name=adamw"),
+        (torch.bfloat16, 1, "updates of 16-bit weights .*: set model.dtype=fp32, or optim.name=adamw"),
     ],
 )
 def test_apex_is_refused_for_what_it_would_train_wrongly(apex, dtype, ranks, message):
@@ -513,13 +513,13 @@ def test_apex_is_refused_for_what_it_would_train_wrongly(apex, dtype, ranks, mes
 
 def test_apex_that_is_not_here_is_refused_before_the_weights_are_read(monkeypatch, recipe):
     monkeypatch.setattr("reca.trainer.choose_trained", lambda *_: pytest.fail("the model is there already"))
-    with pytest.raises(ValueError, match="NVIDIA apex built with its CUDA extensions .*, and they cannot be imported"):
+    with pytest.raises(ValueError, match="NVIDIA apex built with its CUDA extensions .*, which cannot be imported"):
         Trainer(recipe("optim.name=apex"), ToyAdapter())
 
 
 @pytest.mark.parametrize("more", [["objective.reca.micro_batch=2"], ["objective.t2i={weight: 1, batch_size: 2}"]])
 def test_several_backward_passes_are_refused(more, recipe):
-    with pytest.raises(RecipeError, match="needs one backward pass a step"):
+    with pytest.raises(RecipeError, match="needs one backward pass per step"):
         Trainer(recipe(*FUSED, *more), ToyAdapter())
 
 

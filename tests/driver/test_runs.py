@@ -335,7 +335,7 @@ def test_a_finished_run_says_so(recipe, capsys, tmp_path):
     assert capsys.readouterr().out.startswith("2 steps done.")
     for fewer in (2, 1):
         assert main([*command, f"train.steps={fewer}"]) == 0
-        assert f"has 2 steps already and train.steps={fewer}: nothing to do" in capsys.readouterr().out
+        assert f"already has 2 steps, and train.steps={fewer}: nothing to do" in capsys.readouterr().out
     assert checkpoint.latest(tmp_path / "run").name == "000002"
 
 
@@ -346,7 +346,7 @@ def test_a_finished_run_says_so(recipe, capsys, tmp_path):
         (["data.images=null"], "data.images is null"),
         (["data.templates=/nowhere.txt"], "template file /nowhere.txt"),
         (["model.weights=/nowhere/model.safetensors"], "model.weights=/nowhere/model.safetensors does not exist"),
-        (["train.train=[und_lm, everything]"], "'everything', which is no role"),
+        (["train.train=[und_lm, everything]"], "'everything', which is not a role"),
         (["train.frozen=[nothing.*]"], "no parameter matches 'nothing.*'"),
         (["train.init_from=/nowhere"], "train.init_from=/nowhere is not a run folder"),
     ],

@@ -281,7 +281,7 @@ def test_kind_the_model_lacks(recipe):
 
 
 def test_unknown_role(recipe):
-    with pytest.raises(ValueError, match="'everything', which is no role"):
+    with pytest.raises(ValueError, match="'everything', which is not a role"):
         Trainer(recipe("train.train=[everything]"), ToyAdapter())
 
 

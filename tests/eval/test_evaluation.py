@@ -142,11 +142,13 @@ def test_against_an_evaluation_that_was_made_before(painter, tmp_path):
 def test_one_model_with_two_settings_can_differ(painter, tmp_path):
     """That its images are all right with both says little of other prompts; with the same ones it is no surprise."""
     reca.evaluate("world", painter, limit=LIMIT)
-    for seed, reach in ((0, 0), (1, 1 - 0.025 ** (1 / LIMIT))):
+    for seed in (0, 1):
         given = {"against": painter / "eval/world", "out": tmp_path / str(seed)}
         change = reca.evaluate("world", painter, limit=LIMIT, seed=seed, **given)["against"]
         assert change["identical_settings"] == (seed == 0)
-        assert change["overall"]["difference_interval"] == pytest.approx([-reach, reach])
+        low, high = change["overall"]["difference_interval"]
+        # LIMIT prompts of one tag would reach so far; some of these tags have few prompts and a larger weight.
+        assert -low == pytest.approx(high) and (high == 0 if seed == 0 else 1 - 0.025 ** (1 / LIMIT) <= high < 0.2)
 
 
 def test_nothing_is_done_twice(painter, monkeypatch):
@@ -417,7 +419,7 @@ def test_a_judge_that_keeps_failing_ends_the_step(painter, monkeypatch):
 
 def test_a_judge_without_memory_ends_the_step_with_a_sentence(painter, monkeypatch):
     monkeypatch.setattr(WorldJudge, "shows", raising(torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB.")))
-    with pytest.raises(inference.MemoryFull, match="full while world looks at .*png .CUDA .* records are kept"):
+    with pytest.raises(inference.MemoryFull, match="out of memory while world judged .*png .CUDA .* records are kept"):
         reca.evaluate("world", painter, limit=5)
 
 

@@ -1,14 +1,14 @@
-"""Checkpoints of a run: torch.distributed.checkpoint in safetensors, written aside and renamed when complete.
+"""Checkpoints of a run: torch.distributed.checkpoint in safetensors, written to a partial folder and then renamed.
 
     run_dir/checkpoints/000500/
-        weights/    parameters that this run or one before it has changed, files of every rank, reshardable
+        weights/    parameters that this run or an earlier one has changed, files of every rank, reshardable
         optimizer/  optimizer state, likewise
-        ema/        fp32 averages of the trained parameters, likewise, where ema.half_life is set
+        ema/        fp32 averages of the trained parameters, likewise, if ema.half_life is set
         state.json  counters
         COMPLETE    written last: size and SHA-256 of every file above
 
-Parameters that no run has changed are not saved: they come from `model.weights`. A checkpoint needs no other run: the
-one that train.init_from names may be continued, moved or removed. Reading a checkpoint runs no code: tensors are
+Parameters that no run has changed are not saved: they come from `model.weights`. A checkpoint does not depend on other
+runs: the one in train.init_from may be resumed, moved or removed. Reading a checkpoint runs no code: tensors are
 safetensors, everything else is JSON.
 """
 

@@ -1,4 +1,4 @@
-"""Write checkpoints in a thread, from a copy in host memory, while training goes on."""
+"""Write checkpoints in a thread, from a copy in host memory, while training continues."""
 
 import logging
 import threading
@@ -18,14 +18,14 @@ from reca.checkpoint.writing import write
 from reca.host_memory import available
 
 log = logging.getLogger("reca")
-LONG_WAIT = 1.0  # seconds that are worth a warning
+LONG_WAIT = 1.0  # seconds of waiting that cause a warning
 
 
 class BackgroundWriter:
-    """Writes the checkpoints of a run, one at a time. All ranks make the same calls.
+    """Writes the checkpoints of a run, one at a time. All ranks must make the same calls.
 
-    The copy is pinned where there is a GPU, and its memory is used again for the next checkpoint. Where it does not fit
-    into host memory, training waits for its checkpoints from then on, after a warning.
+    The copy is in pinned memory if there is a GPU, and the memory is reused for the next checkpoint. If it does not fit
+    into host memory, checkpoints are written synchronously from then on, after a warning.
     """
 
     def __init__(self, run_dir: Path, keep: Keep):
@@ -36,16 +36,16 @@ class BackgroundWriter:
         self.written: Path | None = None
 
     def start(self, taken: Snapshot) -> Path | None:
-        """Copy a snapshot and begin to write it, when the one before it is written. Training may go on at once.
+        """Wait for the previous checkpoint, copy a snapshot and begin to write it. Training may then continue.
 
-        Returns the checkpoint that is complete already: the one before it, or this one where no copy fits.
+        Returns the checkpoint that is complete: the previous one, or this one if it was written synchronously.
         """
         began = time.monotonic()
         before = self.wait()
         if (waited := time.monotonic() - began) > LONG_WAIT and distributed.rank() == 0:
             log.warning(
-                "training waited %.0f s for the checkpoint before that of step %d: a larger checkpoint.every, or a "
-                "faster disk, would save that", waited, taken.state["step"],
+                "training waited %.0f s for the checkpoint before that of step %d: to avoid this, increase "
+                "checkpoint.every or use a faster disk", waited, taken.state["step"],
             )  # fmt: skip
         copy = self._copy(taken) if self.fits else None
         if copy is None:
@@ -56,13 +56,13 @@ class BackgroundWriter:
         return before
 
     def wait(self) -> Path | None:
-        """Wait until nothing is being written. Returns what `collect` does."""
+        """Wait until nothing is being written, and return the result of `collect`."""
         if self.thread is not None:
             self.thread.join()
         return self.collect()
 
     def collect(self) -> Path | None:
-        """Return the checkpoint that has become complete since the last call; None if there is none."""
+        """Return the checkpoint that was completed since the last call; None if there is none."""
         if self.thread is None or self.thread.is_alive():
             return None
         self.thread = None
@@ -70,11 +70,11 @@ class BackgroundWriter:
 
     def _write(self, copy: Snapshot, gpu: int | None) -> None:
         if gpu is not None:
-            torch.cuda.set_device(gpu)  # a thread begins with the first one
+            torch.cuda.set_device(gpu)  # a new thread starts with device 0
         self.written = write(self.run_dir, copy, self.keep)
 
     def _copy(self, taken: Snapshot) -> Snapshot | None:
-        """Copy this rank's tensors to host memory; None, on every rank, where they do not fit on one of them."""
+        """Copy this rank's tensors to host memory. Return None, on all ranks, if they do not fit on one of them."""
         try:
             with distributed.fail_together(distributed.gloo_group()):
                 if self.stager is None:
@@ -85,14 +85,14 @@ class BackgroundWriter:
                             use_pinned_memory=gpu,
                             use_shared_memory=False,
                             use_async_staging=False,
-                            use_non_blocking_copy=gpu,  # all copies are begun, and then waited for
+                            use_non_blocking_copy=gpu,  # starts all copies, then synchronises once
                         )
                     )
                 parts: Any = self.stager.stage(taken.parts)
                 return replace(taken, parts=parts)
         except (MemoryError, RuntimeError) as error:
             log.warning(
-                "checkpoint.async_save is off from here on, and training waits for its checkpoints: %s",
+                "checkpoint.async_save is disabled from now on, so training waits for its checkpoints: %s",
                 getattr(error, "reason", None) or error,
             )
             self.fits, self.stager = False, None
@@ -100,7 +100,7 @@ class BackgroundWriter:
 
 
 def _check_memory(taken: Snapshot) -> None:
-    """Raise MemoryError where the copies of all ranks of this machine do not fit into its memory."""
+    """Raise MemoryError if the copies of all ranks on this machine do not fit into its memory."""
     tensors = [tensor for part in taken.parts.values() for tensor in part.values()]
     tensors = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
     need = sum(tensor.untyped_storage().nbytes() for tensor in tensors)

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a model and its optimizer, and which rank writes which part of it."""
+"""Contents of a checkpoint, and which rank writes which part of it."""
 
 import math
 from dataclasses import dataclass
@@ -16,19 +16,19 @@ from reca.lora import published_name
 from reca.models.base import Adapter
 from reca.optim import state_bytes
 
-EMA = "ema"  # the folder of the averages
+EMA = "ema"  # folder of the averages
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
-FILE_BYTES = 1 << 30  # of one file, about: it is put together in memory
+FILE_BYTES = 1 << 30  # approximate size of a file, which is assembled in memory
 
 
 @dataclass(frozen=True)
 class Snapshot:
     """One rank's share of a checkpoint.
 
-    state    JSON-able, with the number of steps done as "step"
-    parts    the tensors that this rank writes, by folder and name: its shards, and its share of what all ranks hold
-    files    for every tensor of the checkpoint, in which file of its rank it is written, by folder and name
-    bytes    of the whole checkpoint
+    state    JSON-serialisable, with the number of completed steps as "step"
+    parts    tensors that this rank writes, by folder and name: its shards, and its share of the replicated tensors
+    files    number of the file, for every tensor of the checkpoint, by folder and name
+    bytes    size of the whole checkpoint
     """
 
     state: dict[str, Any]
@@ -43,18 +43,18 @@ def snapshot(
     optimizer: torch.optim.Optimizer,
     ema: dict[str, Tensor] | None = None,
 ) -> Snapshot:
-    """Collect what a checkpoint of now consists of. The tensors are the run's own, no copies.
+    """Collect the contents of a checkpoint of the current state. The tensors are the run's own, not copies.
 
     ema: averages of the trained parameters.
     """
     for module in adapter.modules():
         if isinstance(module, FSDPModule):
-            module.reshard()  # what is in no block stays gathered after a pass that no backward pass follows
+            module.reshard()  # parameters outside blocks stay gathered after a forward pass without a backward pass
     moments = get_optimizer_state_dict(adapter, optimizer, options=FLAT)
     whole = {"weights": changed_parameters(adapter), "optimizer": tensors(moments), EMA: ema or {}}
     whole = {name: part for name, part in whole.items() if part}
     return Snapshot(
-        state | {"group_steps": [group.get("step") for group in optimizer.param_groups]},  # where apex counts
+        state | {"group_steps": [group.get("step") for group in optimizer.param_groups]},  # apex counts steps there
         {name: own_share(part) for name, part in whole.items()},
         {name: split_into_files(part) for name, part in whole.items()},
         sum(tensor.nbytes for part in whole.values() for tensor in part.values()),
@@ -62,23 +62,23 @@ def snapshot(
 
 
 def changed_parameters(adapter: Adapter) -> dict[str, Tensor]:
-    """Return the parameters that are not as published, by name: trained by this run or by one before it.
+    """Return the parameters that this run trains or an earlier one has trained, by name.
 
-    The tensors themselves, so that loading fills them. Names are published ones, whatever LoRA has made of them.
+    They are the model's own tensors, so that loading fills them. Names are the published ones, also with LoRA.
     """
     own = named_parameters(adapter)
     return {name: p.detach() for name, p in own.items() if p.requires_grad or name in adapter.inherited}
 
 
 def named_parameters(adapter: Adapter) -> dict[str, nn.Parameter]:
-    """Return all parameters under the names that checkpoints have."""
+    """Return all parameters under their names in checkpoints."""
     return {published_name(name): parameter for name, parameter in adapter.named_parameters()}
 
 
 def size(adapter: Adapter, config: OptimConfig, ema: bool = False) -> int:
-    """Count the bytes of a checkpoint: the changed parameters, and the optimizer's state of each that is trained.
+    """Count the bytes of a checkpoint: the changed parameters, and the optimizer state of the trained ones.
 
-    ema: with an fp32 average of these, too.
+    ema: include the fp32 averages of the trained parameters.
     """
     trained = [p for p in adapter.parameters() if p.requires_grad]
     changed = sum(parameter.nbytes for parameter in changed_parameters(adapter).values())
@@ -86,13 +86,13 @@ def size(adapter: Adapter, config: OptimConfig, ema: bool = False) -> int:
 
 
 def tensors(state: dict) -> dict[str, Tensor]:
-    """Return the tensors of a flat optimizer state. All else are settings, which come from the recipe."""
+    """Return the tensors of a flat optimizer state. All other values are settings, which come from the recipe."""
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def own_share(whole: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Leave to each rank what it alone has, and an equal share of what several ranks hold the same copies of."""
-    loads: dict[int, list[int]] = {}  # bytes by owner, for every number of copies
+    """Select the tensors that this rank writes: those that only it holds, and an equal share of the replicated ones."""
+    loads: dict[int, list[int]] = {}  # bytes by owner, for each number of copies
     own = set()
     for name in sorted(whole, key=lambda name: -whole[name].nbytes):
         copies, index = _copies(whole[name])
@@ -105,7 +105,7 @@ def own_share(whole: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def split_into_files(whole: dict[str, Tensor]) -> dict[str, int]:
-    """Number the files, from 1, that each rank's tensors go to. Every rank gets the same answer."""
+    """Assign each tensor the number of its file, from 1. The result is the same on every rank."""
     files, file, filled = {}, 1, 0
     for name, tensor in whole.items():
         shards = tensor.device_mesh.size() // _copies(tensor)[0] if isinstance(tensor, DTensor) else 1
@@ -118,11 +118,11 @@ def split_into_files(whole: dict[str, Tensor]) -> dict[str, int]:
 
 
 def _copies(tensor: Tensor) -> tuple[int, int]:
-    """Return how many ranks hold the same data as this one, and this rank's number among them."""
+    """Return the number of ranks that hold the same data as this one, and this rank's index among them."""
     if not isinstance(tensor, DTensor):
         return distributed.world_size(), distributed.rank()
     mesh, coordinate = tensor.device_mesh, tensor.device_mesh.get_coordinate()
-    if coordinate is None:  # of other ranks
+    if coordinate is None:  # the mesh does not contain this rank
         return 1, 1
     replicated = [dim for dim, placement in enumerate(tensor.placements) if placement.is_replicate()]
     index = 0

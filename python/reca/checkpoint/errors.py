@@ -1,4 +1,4 @@
-"""Errors of checkpoints, and the one line that is said of others."""
+"""Errors of checkpoints, and one-line messages of other errors."""
 
 import torch.distributed.checkpoint as dcp
 
@@ -13,12 +13,12 @@ class CheckpointError(RuntimeError):
 
 
 def first_failure(error: BaseException) -> BaseException:
-    """Return the error of the first rank that failed, where DCP has collected those of all."""
+    """Return the error of the first failed rank, if DCP has collected those of all; otherwise the error itself."""
     if isinstance(error, dcp.api.CheckpointException) and error.failures:
         return next(iter(error.failures.values()))[0]
     return error
 
 
 def first_reason(error: BaseException) -> str:
-    """Return the message of the first rank that failed, without the traceback that DCP adds."""
+    """Return the first line of the first failed rank's message, without the traceback that DCP adds."""
     return first_line(first_failure(error))

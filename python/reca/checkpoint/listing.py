@@ -1,4 +1,4 @@
-"""Which checkpoints a run has: complete, damaged and partial ones."""
+"""Find the checkpoints of a run: complete, damaged and partial ones."""
 
 import logging
 import os
@@ -11,16 +11,16 @@ from reca.checkpoint.errors import CheckpointError
 log = logging.getLogger("reca")
 
 MARKER = "COMPLETE"
-PARTIAL = ".partial"  # being written or removed; the next start removes what a killed process has left
+PARTIAL = ".partial"  # suffix while a checkpoint is written or removed; the next start removes leftovers
 
 
 def list_complete(run_dir: Path) -> list[Path]:
     """List the complete checkpoints of a run, oldest first. Names are steps: digits, compared as numbers.
 
-    Raises OSError when the folder is there and cannot be read, so that no run begins anew for that.
+    Raises OSError if the folder exists and cannot be read, so that the run does not start from the first step again.
     """
     try:
-        names = os.listdir(run_dir / "checkpoints")  # Path.glob finds nothing in a folder that it may not read
+        names = os.listdir(run_dir / "checkpoints")  # Path.glob returns nothing for an unreadable folder
     except (FileNotFoundError, NotADirectoryError):
         return []
     folders = [run_dir / "checkpoints" / name for name in sorted(filter(str.isdecimal, names), key=int)]
@@ -35,12 +35,12 @@ def latest(run_dir: Path) -> Path | None:
 def latest_valid(run_dir: Path) -> Path | None:
     """Find the latest checkpoint whose files match their checksums; None if the run has no checkpoint.
 
-    A damaged one is logged as an error and the one before it is taken. Every rank gets the same answer.
-    Raises CheckpointError when all of them are damaged; it names what to remove.
+    Damaged ones are logged as errors and skipped. The result is the same on every rank.
+    Raises CheckpointError if all of them are damaged; the message says what to remove.
     """
     faults: dict[Path, str] = {}
     while True:
-        # Of rank 0: on a network file system, the others may see a folder later.
+        # Rank 0's list: on a network file system, the others may see a folder later.
         there = distributed.all_gather(list_complete(run_dir))[0]
         faults = {folder: fault for folder, fault in faults.items() if folder in there}  # a live run removes old ones
         if not (left := [folder for folder in there if folder not in faults]):
@@ -61,10 +61,10 @@ def latest_valid(run_dir: Path) -> Path | None:
 
 
 def find_damage(folder: Path, contents: bool = True) -> str:
-    """Describe the damage to a complete checkpoint; empty when there is none.
+    """Describe the damage to a complete checkpoint; empty if there is none.
 
-    contents: read the files, too, and let ranks share that work; all of them must call it then.
-    Raises OSError when a file that is there cannot be read, PeerFailed when another rank cannot: no damage is proved.
+    contents: also read the files. The ranks share that work, so all of them must call it then.
+    Raises OSError if an existing file cannot be read, PeerFailed if that happens on another rank: no proof of damage.
     """
     if not contents:
         return "; ".join(compare(folder, contents=False))
@@ -74,9 +74,9 @@ def find_damage(folder: Path, contents: bool = True) -> str:
 
 
 def compare(folder: Path, part: int = 0, parts: int = 1, *, contents: bool = True) -> list[str]:
-    """List the differences between a checkpoint's files, or one of so many parts of them, and their checksums.
+    """List the differences between a checkpoint's files, or part `part` of `parts` of them, and their checksums.
 
-    Ranks need not call it together. Raises OSError when a file that is there cannot be read.
+    Ranks need not call it together. Raises OSError if an existing file cannot be read.
     """
     try:
         listed = manifest.read(folder / MARKER)
@@ -86,13 +86,13 @@ def compare(folder: Path, part: int = 0, parts: int = 1, *, contents: bool = Tru
 
 
 def remove_partial(run_dir: Path) -> None:
-    """Remove partial checkpoints of killed processes. Only for the process that holds the run's lock."""
+    """Remove partial checkpoints of killed processes. Only the process that holds the run's lock may call it."""
     for folder in (run_dir / "checkpoints").glob(f"*{PARTIAL}"):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove(folder: Path) -> None:
-    """Remove a checkpoint so that, whenever it is stopped, what is left does not count as one."""
+    """Remove a checkpoint. If the removal is interrupted, the rest does not count as a checkpoint."""
     trash = folder.with_name(f"{folder.name}.old{PARTIAL}")
     shutil.rmtree(trash, ignore_errors=True)
     folder.rename(trash)
@@ -100,10 +100,10 @@ def remove(folder: Path) -> None:
 
 
 def rename_damaged(run_dir: Path, valid: Path | None) -> None:
-    """Rename checkpoints that `latest_valid` has passed over to NUMBER.damaged: a run that goes on makes them again.
+    """Rename checkpoints that `latest_valid` has skipped to NUMBER.damaged, as the resumed run writes them again.
 
-    Renames nothing over another folder: where there is a NUMBER.damaged, the name is NUMBER.damaged.2, and so on.
-    Only for the process that holds the run's lock. valid: what `latest_valid` has found.
+    If NUMBER.damaged exists, the name is NUMBER.damaged.2, and so on. Only the process that holds the run's lock may
+    call it. valid: result of `latest_valid`.
     """
     for folder in list_complete(run_dir):
         if valid is not None and int(folder.name) > int(valid.name):
@@ -113,9 +113,9 @@ def rename_damaged(run_dir: Path, valid: Path | None) -> None:
                 number += 1
                 aside = first.with_name(f"{first.name}.{number}")
             folder.rename(aside)
-            log.error("%s is now %s; remove it when nobody needs it", folder, aside)
+            log.error("damaged checkpoint %s was renamed to %s; remove it when it is no longer needed", folder, aside)
 
 
 def free_space(run_dir: Path) -> int:
-    """Count the bytes free where a run's checkpoints go, which may be linked to another disk."""
+    """Return the free bytes on the disk of a run's checkpoints, whose folder may be a link to another disk."""
     return shutil.disk_usage(run_dir / "checkpoints").free

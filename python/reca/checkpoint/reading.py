@@ -1,7 +1,7 @@
 """Read checkpoints, on any number of ranks. No code runs: tensors are safetensors, everything else is JSON.
 
-An error while a checkpoint is read is called damage where that is proved: by contents that cannot be parsed, or by
-files that differ from their checksums. Otherwise it is raised as it is: of the process group, the disk, memory.
+An error during reading is reported as damage only if that is proved: by contents that cannot be parsed, or by files
+that differ from their checksums. Other errors, of the process group, the disk or memory, are raised unchanged.
 """
 
 import json
@@ -22,13 +22,13 @@ from reca.config import LoraConfig
 from reca.errors import PeerFailed
 from reca.models.base import Adapter
 
-PROVE_NOTHING = (OSError, MemoryError, RuntimeError)  # while files are read; safetensors calls EMFILE a missing file
+PROVE_NOTHING = (OSError, MemoryError, RuntimeError)  # no proof of damage; safetensors reports EMFILE as a missing file
 
 
 def load(folder: Path, adapter: Adapter, optimizer: torch.optim.Optimizer | None = None) -> dict:
-    """Load a checkpoint's parameters (and optimizer state), on any number of ranks. Returns the counters.
+    """Load a checkpoint's parameters (and optimizer state), on any number of ranks. Return the counters.
 
-    Raises CheckpointError if the checkpoint is incomplete, damaged, or holds other parameters than this run trains.
+    Raises CheckpointError if the checkpoint is incomplete or damaged, or contains other parameters than this run's.
     """
     if not (folder / MARKER).exists():
         raise CheckpointError(f"{folder} is not a complete checkpoint (no {MARKER} file); use an earlier one")
@@ -59,11 +59,11 @@ def load(folder: Path, adapter: Adapter, optimizer: torch.optim.Optimizer | None
 def load_ema(folder: Path, averages: dict[str, Tensor], all_of_them: bool = True) -> None:
     """Fill tensors with the averages of a checkpoint, on any number of ranks.
 
-    all_of_them: False leaves those that the checkpoint has no average of as they are.
-    Raises CheckpointError if it has none, or those of other parameters.
+    all_of_them: False leaves tensors unchanged of which the checkpoint has no average.
+    Raises CheckpointError if it has no averages, or averages of other parameters.
     """
     if not (folder / EMA).is_dir():
-        raise CheckpointError(f"{folder} has no EMA: its run was made with ema.half_life=0. Use the raw weights")
+        raise CheckpointError(f"{folder} has no EMA: its run had ema.half_life=0. Use the raw weights")
     with distributed.fail_together():
         saved = _saved(folder / EMA)
     wanted = {name: tuple(value.shape) for name, value in averages.items()}
@@ -73,16 +73,17 @@ def load_ema(folder: Path, averages: dict[str, Tensor], all_of_them: bool = True
 
 
 def read_state(folder: Path) -> dict:
-    """Read the counters of a checkpoint. Raises CheckpointError when they are damaged."""
+    """Read the counters of a checkpoint. Raises CheckpointError if they are damaged."""
     return _reading(folder, lambda: json.loads((folder / "state.json").read_text()))
 
 
 def load_weights(run_dir: Path, adapter: Adapter, ema: bool = False) -> frozenset[str]:
-    """Load the parameters that another run has changed, whatever this run trains. Returns their names.
+    """Load the parameters that another run has changed, whatever this run trains. Return their names.
 
-    The model keeps the checkpoint's counters: that run may go on. Parameters that have no memory here are not read.
-    ema: of those that it trained, load the average in place of the last values.
-    Raises CheckpointError if that run has no valid checkpoint, no average, or parameters that this model lacks.
+    The checkpoint's counters are kept as adapter.state, because that run may go on. Parameters on the meta device are
+    not read.
+    ema: load the averages of trained parameters instead of their last values.
+    Raises CheckpointError if that run has no valid checkpoint, no averages, or parameters that this model lacks.
     """
     folder = latest_valid(run_dir)
     if folder is None:
@@ -97,9 +98,9 @@ def load_weights(run_dir: Path, adapter: Adapter, ema: bool = False) -> frozense
 
 
 def check_fit(folder: Path, adapter: Adapter, mergeable: bool = False) -> frozenset[str]:
-    """List a checkpoint's parameters. Raises CheckpointError if this model lacks one or has another shape of it.
+    """List a checkpoint's parameters. Raises CheckpointError if this model lacks one or has it in another shape.
 
-    mergeable: LoRA need only fit the weights that it would be merged into.
+    mergeable: LoRA matrices need only fit the weights that they would be merged into.
     """
     own = {name: tuple(p.shape) for name, p in named_parameters(adapter).items()}
     saved = _saved(folder / "weights")
@@ -117,11 +118,11 @@ def check_fit(folder: Path, adapter: Adapter, mergeable: bool = False) -> frozen
 
 
 def load_lora(run_dir: Path, adapter: Adapter, config: LoraConfig) -> frozenset[str]:
-    """Load the parameters that a run with LoRA has changed into a model that has none, or another, by merging.
+    """Load the parameters that a run with LoRA has changed into a model without, or with other LoRA, by merging.
 
-    config: of that run's LoRA. Returns the names of parameters that are not as published now. Those that have no memory
-    here stay as they are.
-    Raises CheckpointError as `load_weights`.
+    config: that run's LoRA settings. Returns the names of the parameters that were changed. Parameters on the meta
+    device are not read.
+    Raises CheckpointError like `load_weights`.
     """
     folder = latest_valid(run_dir)
     if folder is None:
@@ -154,12 +155,12 @@ def read_weight(folder: Path, name: str) -> Tensor:
 def _saved(folder: Path) -> dict[str, tuple[int, ...]]:
     """Read names and shapes of the tensors in a folder of shards.
 
-    Raises CheckpointError for shards that cannot be read, or that were put there by another hand.
+    Raises CheckpointError for damaged shards, and for shards that are not listed in the checkpoint.
     """
     listed = _reading(folder.parent, lambda: manifest.read(folder.parent / MARKER))
     strangers = sorted(p.name for p in folder.glob("*.safetensors") if f"{folder.name}/{p.name}" not in listed)
     if strangers:
-        raise CheckpointError(f"{folder} holds {strangers[0]}, which is no file of this checkpoint: remove it")
+        raise CheckpointError(f"{folder} contains {strangers[0]}, which is not part of this checkpoint: remove it")
     metadata = _reading(folder.parent, lambda: HuggingFaceStorageReader(str(folder)).read_metadata())
     return {name: tuple(entry.size) for name, entry in metadata.state_dict_metadata.items()}
 
@@ -167,7 +168,7 @@ def _saved(folder: Path) -> dict[str, tuple[int, ...]]:
 def _read(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Fill tensors from a folder of shards, on all ranks together.
 
-    DCP gathers the errors of reading from all ranks. What its collectives raise is no such error.
+    Only read errors, which DCP gathers from all ranks, are examined for damage; errors of its collectives are not.
     """
     if not tensors:
         return
@@ -176,7 +177,7 @@ def _read(folder: Path, tensors: dict[str, Tensor]) -> None:
     except dcp.api.CheckpointException as error:  # the same on every rank
         failures = {rank: failure for rank, (failure, _) in error.failures.items()}
         for failure in failures.values():
-            if not isinstance(failure, Exception):  # a signal asks for the end
+            if not isinstance(failure, Exception):  # such as SystemExit by a signal
                 raise failure from error
         if damage := next(filter(None, map(_damage, failures.values())), "") or find_damage(folder.parent):
             raise _damaged(folder.parent, damage) from error
@@ -187,7 +188,7 @@ def _read(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def _reading(folder: Path, read: Callable):
-    """Call a function that reads files of a checkpoint, on this rank alone. Raises CheckpointError for damage."""
+    """Call a function that reads files of a checkpoint, on this rank only. Raises CheckpointError for damage."""
     try:
         return read()
     except Exception as error:
@@ -197,11 +198,11 @@ def _reading(folder: Path, read: Callable):
 
 
 def _damage(error: BaseException) -> str:
-    """Describe contents that could not be parsed; empty where an error proves nothing about them."""
+    """Describe contents that could not be parsed; empty for an error that does not prove damage."""
     return "" if isinstance(error, PROVE_NOTHING) else f"{type(error).__name__}: {first_reason(error)}"
 
 
 def _damaged(folder: Path, damage: str) -> CheckpointError:
     if not folder.exists():
-        return CheckpointError(f"{folder} was removed while it was read, by a run that goes on: start again")
+        return CheckpointError(f"{folder} was removed by a training run while it was read: start again")
     return CheckpointError(f"{folder} is damaged ({damage}); remove it to use the checkpoint before it")

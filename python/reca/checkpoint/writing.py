@@ -1,7 +1,7 @@
-"""Write checkpoints: aside, with checksums, and renamed when complete.
+"""Write checkpoints to a partial folder, with checksums, and rename it when complete.
 
-All ranks write together. Their collectives are those of a gloo group of its own, so that a thread can write while
-training makes other collectives: on the training group, two threads' collectives wait for each other for ever.
+All ranks write together. Their collectives use a separate gloo group, so that a thread can write during training: two
+threads that use the same group can deadlock.
 """
 
 import json
@@ -23,14 +23,14 @@ from reca.checkpoint.retention import Keep
 from reca.models.base import Adapter
 
 log = logging.getLogger("reca")
-# One process without a process group is what a laptop has, and no reason to warn.
+# A single process without a process group is normal.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 def save(run_dir: Path, state: dict, adapter: Adapter, optimizer: torch.optim.Optimizer, keep: Keep) -> Path | None:
     """Write a checkpoint and return its folder; None, with an error in the log, if it could not be written.
 
-    state: JSON-able, with the number of steps done as "step".
+    state: JSON-serialisable, with the number of completed steps as "step".
     """
     return write(run_dir, snapshot(state, adapter, optimizer), keep)
 
@@ -38,7 +38,7 @@ def save(run_dir: Path, state: dict, adapter: Adapter, optimizer: torch.optim.Op
 def write(run_dir: Path, taken: Snapshot, keep: Keep) -> Path | None:
     """Write a snapshot as a checkpoint and return its folder; None, with an error in the log, if that failed.
 
-    Older checkpoints stay until it is complete.
+    Older checkpoints are removed only after it is complete.
     """
     step, group = taken.state["step"], distributed.gloo_group()
     final = run_dir / "checkpoints" / f"{step:06d}"
@@ -71,7 +71,7 @@ def write(run_dir: Path, taken: Snapshot, keep: Keep) -> Path | None:
             try:
                 remove(old)
             except OSError as error:
-                log.warning("checkpoint %s cannot be removed (%s), though it need not stay", old, error.strerror)
+                log.warning("old checkpoint %s cannot be removed (%s)", old, error.strerror)
     return final
 
 
@@ -99,7 +99,7 @@ def _write_state(partial: Path, state: dict) -> None:
 
 
 def _checksums(partial: Path) -> dict[str, dict]:
-    """Sync this rank's share of the files to the disk and compute their checksums."""
+    """Flush this rank's share of the files to disk and compute their checksums."""
     own = manifest.files(partial)[distributed.rank() :: distributed.world_size()]
     for name in own:
         folders.sync_to_disk(partial / name)
@@ -107,7 +107,7 @@ def _checksums(partial: Path) -> dict[str, dict]:
 
 
 def _publish(partial: Path, final: Path, listed: list[dict[str, dict]]) -> None:
-    """Mark a checkpoint as complete and rename it. A crash leaves it under one name or the other, never in between."""
+    """Mark a checkpoint as complete and rename it. After a crash it exists under exactly one of the two names."""
     if distributed.rank() == 0:
         entries = {name: entry for part in listed for name, entry in part.items()}
         (partial / MARKER).write_text(json.dumps(entries, indent=1))

@@ -1,4 +1,4 @@
-"""Trained parameters, the optimizer over them, its learning rate, and the norm of their gradients."""
+"""Selection of trained parameters, optimizers, learning rate schedules, and gradient norms."""
 
 from reca.optim.build import apex_adam, check_apex, make_optimizer
 from reca.optim.fused_backward import FusedBackward, check_passes

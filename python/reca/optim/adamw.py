@@ -1,7 +1,7 @@
-"""AdamW whose moments are small, or on the host, or whose steps run in the backward pass.
+"""AdamW with moments in fewer bits or in host memory, whose steps may run in the backward pass.
 
-Every step is torch's fused AdamW on fp32 tensors: what is stored in another type, or elsewhere, is brought into them a
-piece at a time. So fp32 moments give the bits of torch.optim.AdamW(fused=True), on the host or not.
+Every step is torch's fused AdamW on fp32 tensors. Tensors in another dtype or on the host are converted or copied one
+piece at a time. With fp32 moments, on the host or not, results are bit-identical to torch.optim.AdamW(fused=True).
 """
 
 import weakref
@@ -20,20 +20,20 @@ from reca.optim import moments
 from reca.rng import CounterRNG
 from reca_kernels.memory import has_values
 
-PIECE = 1 << 24  # elements that are in fp32 at a time
-ALIGNED = 64  # rows: pieces are cut where vectors end, since a CPU rounds the elements after its last vector otherwise
-ROUNDING = 0x726F756E64  # keeps these random numbers apart from a run's others
+PIECE = 1 << 24  # elements that are processed at a time
+ALIGNED = 64  # rows; pieces end at SIMD vector boundaries, because a CPU rounds a remainder differently
+ROUNDING = 0x726F756E64  # separates these random numbers from a run's others
 STREAMS = {"exp_avg": 0, "exp_avg_sq": 1, "parameter": 2}
 
 
 class AdamW(torch.optim.Optimizer):
-    """AdamW with the moments that `config` asks for, made at once and with zeros.
+    """AdamW with moments as configured by `config`, allocated as zeros in the constructor.
 
-    groups: of parameters, with their weight_decay and names. seed: of the stochastic rounding of bf16 moments, and of
-    parameters that are bf16 themselves.
+    groups: parameter groups with "params", "names" and "weight_decay". seed: of the stochastic rounding of bf16 moments
+    and bf16 parameters.
 
-    The state of a parameter is step, fp32 []; exp_avg and exp_avg_sq, of its shape; and, of 8-bit ones, exp_avg_scale
-    and exp_avg_sq_scale, fp32 [rows, blocks]. Under FSDP2 they are sharded like the parameter.
+    The state of a parameter is step, fp32 []; exp_avg and exp_avg_sq, of its shape; and, for 8-bit moments,
+    exp_avg_scale and exp_avg_sq_scale, fp32 [rows, blocks]. Under FSDP2 they are sharded like the parameter.
     """
 
     def __init__(self, groups: list[dict[str, Any]], config: OptimConfig, seed: int):
@@ -61,14 +61,14 @@ class AdamW(torch.optim.Optimizer):
         return state
 
     def _stored(self, tensor: Tensor) -> Tensor:
-        """Move what is kept between steps to the host, if it is to be there; pinned, so that a GPU copies by itself."""
+        """Move a tensor to the host with optim.offload, in pinned memory so that GPU copies are asynchronous."""
         if not self.offload:
             return tensor
         tensor = tensor.to("cpu")
         local = local_part(tensor)
         memory = local.untyped_storage()
-        if torch.cuda.is_available() and memory.nbytes() and has_values(local):  # a predicted run has no memory
-            # Where it lies: pinned memory that torch allocates comes in powers of two, up to twice as much.
+        if torch.cuda.is_available() and memory.nbytes() and has_values(local):  # fake tensors have no memory to pin
+            # Pinned in place: torch's pinned allocator rounds sizes up to powers of two.
             pin_memory(memory.data_ptr(), memory.nbytes())
             weakref.finalize(memory, unpin_memory, memory.data_ptr()).atexit = False
         return tensor
@@ -86,7 +86,7 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def update(self, parameter: nn.Parameter, group: dict[str, Any], skip: Tensor | None = None) -> None:
-        """Make the step of one parameter. skip: fp32 [] on the device; 1 leaves parameter and state as they are."""
+        """Update one parameter. skip: fp32 [] on the device; 1 leaves the parameter and its state unchanged."""
         assert parameter.grad is not None
         state = self.state[parameter]
         state["step"] += 1
@@ -100,7 +100,7 @@ class AdamW(torch.optim.Optimizer):
             piece = {name: tensor[first : first + length] for name, tensor in local.items()}
             self._update_piece(piece, group, state["step"], seed, offset + first, skip)
         if not (shard := local_part(parameter)).is_contiguous():
-            shard.copy_(local["parameter"].view(shard.shape))  # what was stepped was a copy
+            shard.copy_(local["parameter"].view(shard.shape))  # _as_rows has made a copy
         if skip is not None:
             state["step"] -= skip
 
@@ -113,7 +113,7 @@ class AdamW(torch.optim.Optimizer):
         first: int,
         skip: Tensor | None,
     ) -> None:
-        """Make the step of some rows, all [n, row]. first: the row of the whole parameter that the first of them is."""
+        """Update n rows; tensors are [n, row]. first: index of their first row in the whole parameter."""
         device, wide = step.device, stored["parameter"].dtype
         wide = wide if wide == torch.float64 else torch.float32
         on_device = {name: tensor.to(device, non_blocking=True) for name, tensor in stored.items()}
@@ -147,7 +147,7 @@ class AdamW(torch.optim.Optimizer):
             if kept.dtype == torch.uint8:
                 codes, scale = moments.quantize(result.float(), signed=name == "exp_avg")
                 scales = f"{name}_scale"
-                if skip is not None:  # what codes stand for need not have them again
+                if skip is not None:  # quantizing dequantized values need not return the same codes
                     codes = torch.where(skip > 0, on_device[name], codes)
                     scale = torch.where(skip > 0, on_device[scales], scale)
                 stored[scales].copy_(scale, non_blocking=True)
@@ -158,12 +158,12 @@ class AdamW(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         if self.offload and torch.cuda.is_available():
-            torch.cuda.synchronize()  # copies to the host may be under way
+            torch.cuda.synchronize()  # copies to the host may be in flight
         return super().state_dict()
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Copy a state into this one, in the types it is kept in; torch's would make all of it the parameters' type."""
+        """Copy a state into this one and keep its dtypes; torch's method casts it to the parameters' dtype."""
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for number, parameter in zip(numbers, parameters, strict=True):
@@ -173,7 +173,7 @@ class AdamW(torch.optim.Optimizer):
 
 
 def _as_rows(tensor: Tensor) -> Tensor:
-    """View a tensor as [rows, row], its first dimension being the rows. A copy if it is not contiguous."""
+    """View a tensor as [rows, row], with its first dimension as rows; a copy if it is not contiguous."""
     rows = tensor.shape[0] if tensor.ndim else 1
     return tensor.reshape(rows, -1) if tensor.numel() else tensor.reshape(0, 1)
 

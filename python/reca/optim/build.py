@@ -14,9 +14,9 @@ from reca.options import RecipeError
 
 
 def make_optimizer(adapter: Adapter, config: OptimConfig, seed: int = 0) -> torch.optim.Optimizer:
-    """Make the optimizer over the trained parameters, in two groups: with and without weight decay.
+    """Build the optimizer over the trained parameters, in two groups: with and without weight decay.
 
-    seed: of stochastic rounding.
+    seed: seed of stochastic rounding.
     """
     decayed: list[tuple[str, nn.Parameter]] = []
     plain: list[tuple[str, nn.Parameter]] = []
@@ -39,27 +39,27 @@ def make_optimizer(adapter: Adapter, config: OptimConfig, seed: int = 0) -> torc
 
 
 def check_apex(adapter: Adapter, config: OptimConfig, ranks: int) -> None:
-    """Raise RecipeError or ValueError where optim.name=apex cannot train a model: on this machine, or on any."""
+    """Raise RecipeError or ValueError if optim.name=apex cannot train the model, or not on this machine."""
     if config.name != "apex":
         return
     apex_adam()
     if ranks > 1:
         raise RecipeError(
-            f"optim.name=apex takes whole tensors, and with {ranks} processes the parameters are DTensors: set "
-            "optim.name=adamw, which is fused, too"
+            f"optim.name=apex does not support DTensors, which the parameters are with {ranks} processes: set "
+            "optim.name=adamw, which is also fused"
         )
     if any(p.requires_grad and p.dtype in HALVES for p in adapter.parameters()):
         raise RecipeError(
-            "optim.name=apex rounds every step of weights that are kept in 16 bits to nearest, which loses small ones: "
-            "set model.dtype=fp32, or optim.name=adamw, which rounds them stochastically"
+            "optim.name=apex rounds updates of 16-bit weights to nearest, which loses small ones: set "
+            "model.dtype=fp32, or optim.name=adamw, which rounds them stochastically"
         )
 
 
 def _begun(optimizer: torch.optim.Optimizer, config: OptimConfig) -> torch.optim.Optimizer:
-    """Make the state of every parameter, as it is before the first step.
+    """Create the state of every parameter as before the first step.
 
-    torch and apex make it at a parameter's first gradient. Some parameters get none, and checkpoints hold all states.
-    apex counts steps by group.
+    torch and apex create it at a parameter's first gradient. Some parameters never get one, but checkpoints contain the
+    states of all. apex counts steps per group.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -73,7 +73,7 @@ def _begun(optimizer: torch.optim.Optimizer, config: OptimConfig) -> torch.optim
 
 
 def _needs_own(config: OptimConfig, parameters: list[nn.Parameter]) -> bool:
-    """Tell whether torch's AdamW will not do: it has moments in type and place of parameters, and rounds to nearest."""
+    """Tell whether torch's AdamW falls short: its moments have the parameters' dtype and device, rounded to nearest."""
     if config.name == "apex":
         return False
     if config.name == "adamw_8bit" or config.offload or config.fused_backward:
@@ -82,16 +82,16 @@ def _needs_own(config: OptimConfig, parameters: list[nn.Parameter]) -> bool:
 
 
 def apex_adam() -> type:
-    """Import NVIDIA apex's FusedAdam. PyPI's `apex` is an unrelated package: `amp_C` tells them apart.
+    """Import NVIDIA apex's FusedAdam. PyPI's `apex` is an unrelated package, without `amp_C`.
 
-    Raises ValueError where they cannot be imported.
+    Raises ValueError if it cannot be imported.
     """
     try:
         import amp_C  # noqa: F401
         from apex.optimizers import FusedAdam
     except ImportError as error:
         raise ValueError(
-            "optim.name=apex needs NVIDIA apex built with its CUDA extensions (github.com/NVIDIA/apex), and they "
-            f"cannot be imported ({error}); PyPI's package named apex is something else. Use optim.name=adamw"
+            "optim.name=apex needs NVIDIA apex built with its CUDA extensions (github.com/NVIDIA/apex), which cannot "
+            f"be imported ({error}); PyPI's package named apex is unrelated. Install it, or set optim.name=adamw"
         ) from error
     return FusedAdam

@@ -1,10 +1,10 @@
-"""Optimizer steps inside the backward pass, so that never all gradients exist at once.
+"""Optimizer steps inside the backward pass, so that the gradients never all exist at once.
 
-A parameter is updated as soon as its gradient is complete, and the gradient is freed. So nothing is possible that
-needs all gradients first: sums over backward passes, clipping to the norm of all, skipping a whole step because of it.
+A parameter is updated as soon as its gradient is complete, and the gradient is freed. This excludes everything that
+needs all gradients: accumulation over backward passes, clipping to the global norm, and skipping a step because of it.
 
-Where a gradient is not finite, its parameter and all that the same backward pass reaches after it stay as they are,
-with their moments and their number of steps. Those that it has reached before have made their step.
+If a gradient is not finite, its parameter and all later ones in the same backward pass stay unchanged, with their
+moments and step counts. Earlier ones have already been updated.
 """
 
 import functools
@@ -22,13 +22,13 @@ from reca.options import RecipeError
 
 
 class FusedBackward:
-    """Makes the steps of an optimizer whenever a gradient of one of its parameters is complete."""
+    """Updates each parameter of an optimizer as soon as its gradient is complete."""
 
     def __init__(self, optimizer: torch.optim.Optimizer):
-        assert isinstance(optimizer, AdamW), "make_optimizer makes it for optim.fused_backward"
+        assert isinstance(optimizer, AdamW), "make_optimizer returns it for optim.fused_backward"
         self.optimizer = optimizer
-        self.norms: list[Tensor] = []  # of this step's gradients, fp32 [] each, on the device
-        self.skip: Tensor | None = None  # fp32 [], 1 as soon as one of them was not finite
+        self.norms: list[Tensor] = []  # norms of this step's gradients, fp32 [] each, on the device
+        self.skip: Tensor | None = None  # fp32 []; 1 after the first gradient that is not finite
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.register_post_accumulate_grad_hook(functools.partial(self._update, group))
@@ -44,32 +44,32 @@ class FusedBackward:
         bad = (~norm.isfinite()).float()
         self.skip = bad if self.skip is None else torch.maximum(self.skip, bad)
         self.optimizer.update(parameter, group, self.skip)
-        if gradient.is_cuda:  # FSDP2 runs this on a stream of its own, and made the gradient on another
+        if gradient.is_cuda:  # FSDP2 runs this on another stream than the one that allocated the gradient
             local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
             local.record_stream(torch.cuda.current_stream())
         parameter.grad = None
 
     def finish_step(self) -> float:
-        """Return the norm of all gradients since the last call. Waits for the device."""
+        """Return the global norm of the gradients since the last call. Synchronises with the device."""
         norms, self.norms, self.skip = self.norms, [], None
         return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
 
 
 def check_passes(recipe: Recipe, ranks: int) -> None:
-    """Raise RecipeError where optim.fused_backward meets a step of several backward passes."""
+    """Raise RecipeError if the recipe has optim.fused_backward and several backward passes per step."""
     passes = {task: accumulation_steps(getattr(recipe.objective, task), ranks) for task in recipe.active_tasks()}
     for task in recipe.active_tasks() if recipe.optim.fused_backward else ():
         config = getattr(recipe.objective, task)
         if config.max_tokens is not None and config.batch_size > ranks:
             raise RecipeError(
-                f"optim.fused_backward=true needs one backward pass a step, and objective.{task}.max_tokens makes as "
-                f"many as the samples' lengths ask for: set objective.{task}.max_tokens=null"
+                f"optim.fused_backward=true needs one backward pass per step, but with objective.{task}.max_tokens the "
+                f"number depends on the samples' lengths: set objective.{task}.max_tokens=null"
             )
     if not recipe.optim.fused_backward or sum(passes.values()) == 1:
         return
     made = ", ".join(f"{number} of {task}" for task, number in passes.items())
     raise RecipeError(
-        f"optim.fused_backward=true needs one backward pass a step, and with {ranks} process{'es' * (ranks > 1)} this "
-        f"recipe makes {sum(passes.values())} ({made}): raise micro_batch to batch_size / processes and train one "
+        f"optim.fused_backward=true needs one backward pass per step, but with {ranks} process{'es' * (ranks > 1)} "
+        f"this recipe has {sum(passes.values())} ({made}): raise micro_batch to batch_size / processes and train one "
         "task, or set optim.fused_backward=false"
     )

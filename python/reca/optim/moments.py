@@ -1,10 +1,9 @@
-"""How AdamW's two moments are stored between steps: fp32, bf16 rounded stochastically, or 8 bits and a scale per block.
+"""Storage of AdamW's two moments between steps: fp32, stochastically rounded bf16, or 8 bits with a scale per block.
 
-8 bits: the codes of a block of a row are looked up in the dynamic map of Dettmers et al. (8-bit Optimizers via
-Block-wise Quantization, arXiv 2110.02861), which bitsandbytes and torchao use too, and multiplied by the block's
-largest magnitude. Two things differ from theirs. A block never leaves its row, so that neither the codes nor what they
-stand for depend on how FSDP2 shards the rows. A second moment above 0 is never stored as 0, since the next step would
-divide by it.
+8 bits: a code indexes the dynamic map of Dettmers et al. (8-bit Optimizers via Block-wise Quantization, arXiv
+2110.02861), which bitsandbytes and torchao also use, and is multiplied by the largest magnitude of its block. There are
+two differences. A block lies within one row, so that the result does not depend on how FSDP2 shards the rows. A
+positive second moment is never stored as 0, because the next step would divide by it.
 """
 
 import math
@@ -18,16 +17,16 @@ from reca.config import OptimConfig
 from reca_kernels import Philox, philox_uniform
 from reca_kernels.host import outside_of_modes
 
-BLOCK = 256  # elements of a row with a scale of their own
-FEWEST = 4096  # elements of a parameter that is worth 8 bits
-SHORTEST = 64  # elements of such a parameter's rows
+BLOCK = 256  # elements of a row that share a scale
+FEWEST = 4096  # smallest number of elements of a parameter with 8-bit moments
+SHORTEST = 64  # smallest row length of a parameter with 8-bit moments
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def storage(shape: Sequence[int], dtype: torch.dtype, config: OptimConfig) -> torch.dtype:
-    """Return the type that the moments of a parameter are stored in; uint8 means codes with scales.
+    """Return the dtype in which a parameter's moments are stored; uint8 means codes with scales.
 
-    It follows from the whole parameter, never from a rank's shard of it.
+    shape: of the whole parameter, not of a rank's shard.
     """
     if config.name == "adamw_8bit" and _quantized(shape):
         return torch.uint8
@@ -37,9 +36,9 @@ def storage(shape: Sequence[int], dtype: torch.dtype, config: OptimConfig) -> to
 
 
 def state_bytes(parameter: Tensor, config: OptimConfig, shard: int = 1) -> int:
-    """Count the bytes of the optimizer's state of a parameter: both moments, and the scales of 8-bit ones.
+    """Count the bytes of a parameter's optimizer state: both moments, and the scales of 8-bit moments.
 
-    shard: count the largest of so many parts along the first dimension. They are on the host with optim.offload.
+    shard: number of parts along the first dimension, of which the largest is counted.
     """
     rows, row = _rows(parameter.shape)
     rows = -(-rows // shard)
@@ -49,13 +48,13 @@ def state_bytes(parameter: Tensor, config: OptimConfig, shard: int = 1) -> int:
 
 
 def scale_shape(shape: Sequence[int]) -> tuple[int, int]:
-    """Return the shape of the scales of a parameter's codes: a row of them for every row."""
+    """Return the shape of a parameter's scales, [rows, blocks per row]."""
     rows, row = _rows(shape)
     return rows, -(-row // BLOCK)
 
 
 def quantize(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
-    """Return codes, uint8 [n, row], and scales, fp32 [n, blocks], of fp32 values [n, row]."""
+    """Quantize fp32 values [n, row] to codes, uint8 [n, row], and scales, fp32 [n, blocks]."""
     n, row = values.shape
     blocks = F.pad(values, (0, -row % BLOCK)).view(n, -1, BLOCK)
     scale = blocks.abs().amax(-1)
@@ -68,17 +67,17 @@ def quantize(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(codes: Tensor, scale: Tensor, signed: bool) -> Tensor:
-    """Return the fp32 [n, row] that codes, uint8 [n, row], and scales, fp32 [n, blocks], stand for."""
+    """Return fp32 values [n, row] from codes, uint8 [n, row], and scales, fp32 [n, blocks]."""
     n, row = codes.shape
     blocks = F.pad(_map(signed, codes.device)[codes.int()], (0, -row % BLOCK)).view(n, -1, BLOCK)
     return (blocks * scale[..., None]).view(n, -1)[:, :row].contiguous()
 
 
 def round_to_bf16(values: Tensor, seed: Tensor, first: int, stream: int) -> Tensor:
-    """Round fp32 [n, row] to bf16, up or down with the probability that keeps the mean.
+    """Round fp32 [n, row] to bf16 stochastically, so that the expected value is unchanged.
 
     The random bits are a function of (seed, stream, row, element), with rows counted from `first`: the same on every
-    rank and device. seed: int64 [], on the device. Infinity and NaN stay what they are.
+    rank and device. seed: int64 [], on the device. Infinity and NaN are preserved.
     """
     rows = torch.arange(first, first + values.shape[0], device=values.device)
     random = (philox_uniform(Philox(seed, rows, stream), values.shape[1]) * 65536).int()
@@ -88,7 +87,7 @@ def round_to_bf16(values: Tensor, seed: Tensor, first: int, stream: int) -> Tens
 
 
 def _rows(shape: Sequence[int]) -> tuple[int, int]:
-    """Return how many rows a parameter has, and the elements of each."""
+    """Return the number of rows of a parameter, and the elements per row."""
     return (shape[0] if len(shape) else 1), math.prod(shape[1:])
 
 
@@ -99,7 +98,7 @@ def _quantized(shape: Sequence[int]) -> bool:
 
 @outside_of_modes
 def _map(signed: bool, device: torch.device) -> Tensor:
-    """Build the dynamic map, fp32 [256], sorted: some bits are an exponent of ten, and the rest a linear fraction."""
+    """Build the sorted dynamic map, fp32 [256]: some bits are a decimal exponent, the others a linear fraction."""
     values = [0.0, 1.0]
     for exponent in range(7):
         items = 2 ** (exponent + (not signed)) + 1

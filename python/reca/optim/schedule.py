@@ -8,7 +8,7 @@ from reca.config import OptimConfig
 
 
 def lr_at(step: int, end: int, config: OptimConfig) -> float:
-    """Compute the learning rate of step `step` (the first is 0) of a schedule that ends at step `end`."""
+    """Compute the learning rate of step `step`, counted from 0, for a schedule that ends at step `end`."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.schedule == "constant":

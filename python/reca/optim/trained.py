@@ -1,4 +1,4 @@
-"""Which parameters are trained."""
+"""Selection of the trained parameters."""
 
 from collections.abc import Sequence
 from fnmatch import fnmatch
@@ -7,18 +7,18 @@ from reca.models.base import ROLES, Adapter
 
 
 def freeze(adapter: Adapter, roles: list[str] | None, frozen: Sequence[str] = ()) -> list[str]:
-    """Leave only parameters of `roles` (None: the adapter's default) trainable, without those whose names match a
-    pattern of `frozen`. Returns the trained roles.
+    """Freeze all parameters but those of `roles` (None: the adapter's default), and return the trained roles.
 
-    Raises ValueError for a role that does not exist or that this model has no parameters of, for an idle pattern, and
-    when nothing is left to train.
+    frozen: name patterns of further parameters to freeze.
+    Raises ValueError for an unknown role, a role without parameters in this model, a pattern that matches nothing, and
+    if nothing is left to train.
     """
     role_of = adapter.roles()
     wanted = sorted(roles if roles is not None else adapter.trainable_roles)
     present = set(role_of.values())
     for role in wanted:
         if role not in ROLES:
-            raise ValueError(f"train.train names {role!r}, which is no role; roles are {', '.join(ROLES)}")
+            raise ValueError(f"train.train names {role!r}, which is not a role; roles are {', '.join(ROLES)}")
         if roles is not None and role not in present:
             raise ValueError(f"{adapter.name} has no parameters of role {role!r}; it has {', '.join(sorted(present))}")
     for pattern in frozen:
