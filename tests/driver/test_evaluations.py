@@ -99,7 +99,7 @@ def test_it_changes_no_bit_of_the_training(tmp_path):
     [
         (["eval.suite=geneval"], "eval.suite='geneval': geneval needs a judge"),
         (["eval.suite=nothing"], "eval.suite='nothing': there is no suite 'nothing'"),
-        (["eval.suite=mme", "eval.suite_data=."], "eval.suite='mme': mme does not draw prompts"),
+        (["eval.suite=mme", "eval.suite_data=."], "eval.suite='mme': mme generates no images from prompts"),
         (["eval.suite=world", "eval.sampling=[stepps=3]"], "did you mean steps"),
     ],
 )

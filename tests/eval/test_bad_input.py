@@ -66,14 +66,14 @@ def test_a_table_without_a_column(tmp_path):
 
 def test_ids_and_prompts_that_cannot_be_used(tmp_path):
     suite = open_suite("wise", wise(tmp_path, [prompt(1), prompt(2), prompt(1, "other")]))
-    with pytest.raises(EvaluationError, match="wise: item '1' comes twice"):
+    with pytest.raises(EvaluationError, match="wise: item '1' occurs twice"):
         evaluation.Settings(suite).items()
     suite = open_suite("imgedit")
     for name in ("../../x", "/x", "a\0b", "x" * 300, HALF):
-        with pytest.raises(EvaluationError, match="cannot be the name of a file below the folder of images"):
+        with pytest.raises(EvaluationError, match="does not give a valid file name in the folder of images"):
             check_items(suite, [Item(name, "add", "p")])
     for text in (None, 3, HALF):
-        with pytest.raises(EvaluationError, match="has a prompt that is no text"):
+        with pytest.raises(EvaluationError, match="has a prompt that is not valid text"):
             check_items(suite, [Item("1", "add", text)])
     check_items(
         suite, [Item(".hidden", "add", "/ ../" + 300 * "ü"), Item("2", "add", "the same"), Item("3", "add", "the same")]
@@ -90,7 +90,7 @@ def test_prompts_may_hold_other_separators_of_lines(tmp_path):
 def test_images_to_begin_from_are_looked_for_at_once(tmp_path, painter):
     edits = {"1": {"id": "a.png", "prompt": "p", "edit_type": "add"}}
     (tmp_path / "singleturn.json").write_text(json.dumps(edits))
-    with pytest.raises(EvaluationError, match="1 of the 1 images that imgedit begins from do not exist: .*a.png"):
+    with pytest.raises(EvaluationError, match="1 of the 1 input images of imgedit do not exist: .*a.png"):
         reca.evaluate("imgedit", "bagel_tiny", data=tmp_path, judge="local:x", out=tmp_path / "out")
 
 
@@ -271,7 +271,7 @@ def test_a_world_judges_images_of_any_size(tmp_path, size):
 def test_the_world_of_emoji_has_one_size(tmp_path):
     Image.new("RGB", (20, 30), "white").save(tmp_path / "x.png")
     suite = open_suite("world?world=emoji")
-    with pytest.raises(JudgeError, match="x.png has 20 x 30 pixels, and the emoji world has images of another size"):
+    with pytest.raises(JudgeError, match="x.png has 20 x 30 pixels; images of the emoji world have another size"):
         suite.ask(WorldJudge(), suite.items()[0], tmp_path / "x.png")
 
 

@@ -70,8 +70,8 @@ def test_before_and_after(painter, capsys):
     assert found["against"]["identical_settings"] and found["against"]["model"]["trained"] is False
     assert f"against: base of {painter} (" in shown
     assert (
-        f"prompts: {len(flips)} gained, 0 lost of 42 that both have" in shown
-        and "power to find a change of 1.0, 2.0, 5.0 points" in shown
+        f"prompts: {len(flips)} gained, 0 lost of 42 in both" in shown
+        and "power to detect a change of 1.0, 2.0, 5.0 points" in shown
         and " change +" in shown
         and "points  [+" in shown
     )
@@ -92,7 +92,7 @@ def test_results_count_what_they_are_of():
     assert [(row["item"], row["k"], row["error"]) for row in found["failed"]] == [
         ("shape/0000", 1, "refused"), ("shape/0001", 0, "refused"),
     ]  # fmt: skip
-    assert "2 images failed and 3 are missing: the figures leave them out" in report.text(found)
+    assert "2 images failed and 3 are missing; the scores exclude them" in report.text(found)
 
 
 @pytest.mark.parametrize(("unit", "point"), [("fraction", 0.01), ("percent", 1), ("points", 0.5)])
@@ -131,7 +131,7 @@ def test_against_an_evaluation_that_was_made_before(painter, tmp_path):
     change = found["against"]["overall"]
     assert found["against"]["items"] == 21 and change["value"] == pytest.approx(1 - change["difference"]) != more
     for content, message in (
-        ("{", "holds no results of format 1"),
+        ("{", "expected results of format 1"),
         (text.replace('"toy world"', '"x"'), "different suites"),
     ):
         (kept / "results.json").write_text(content)
@@ -309,17 +309,17 @@ def test_missing_images_and_another_layout(painter, tmp_path):
     shutil.rmtree(images / "00010")
     elsewhere = tmp_path / "elsewhere"
     with pytest.raises(
-        EvaluationError, match="1 images of world are missing: 00010 \\(0\\). Generate them, or give --p"
+        EvaluationError, match="1 images of world are missing: 00010 \\(0\\). Generate them, or set --p"
     ):
         reca.evaluate("world", painter, images=images, out=elsewhere, limit=LIMIT)
     found = reca.evaluate("world", painter, images=images, out=elsewhere, limit=LIMIT, partial=True)
     assert found["counts"] == {"items": LIMIT - 1, "images": LIMIT - 1, "failed": 0, "missing": 1}
-    assert found["model"] is None and "the images came from elsewhere" in report.text(found)
+    assert found["model"] is None and "the images were not generated here" in report.text(found)
     for path in list(images.rglob("*.png")):
         path.rename(images / f"{path.parent.parent.name}.png")
-    with pytest.raises(EvaluationError, match="holds no images of world; expected them as ITEM/samples/0000.png"):
+    with pytest.raises(EvaluationError, match="contains no images of world; expected them as ITEM/samples/0000.png"):
         reca.evaluate("world", painter, images=images, out=tmp_path / "third", limit=LIMIT)
-    with pytest.raises(EvaluationError, match="--images .*nowhere is no folder"):
+    with pytest.raises(EvaluationError, match="--images .*nowhere is not a folder"):
         reca.evaluate("world", painter, images=tmp_path / "nowhere")
 
 
@@ -362,7 +362,7 @@ def test_images_that_were_not_judged_are_not_left_out_in_silence(painter, tmp_pa
     elsewhere = {"records": tmp_path / "theirs.jsonl", "out": tmp_path / "out"}
     elsewhere["records"].write_text(half)
     for given in ({"steps": ["score"]}, elsewhere):
-        with pytest.raises(EvaluationError, match=r"has no record of \d+ images of world: .* or give --partial"):
+        with pytest.raises(EvaluationError, match=r"has no record of \d+ images of world: .* or set --partial"):
             reca.evaluate("world", painter, limit=LIMIT, **given)
         counts = reca.evaluate("world", painter, limit=LIMIT, partial=True, **given)["counts"]
         assert counts["missing"] + counts["images"] == LIMIT and counts["missing"] > 0
@@ -428,7 +428,7 @@ def test_a_layout_of_one_image_for_every_item_takes_no_more(painter, tmp_path):
     data = tmp_path / "wise.json"
     data.write_text(json.dumps([{"prompt_id": 1, "Prompt": "p", "Explanation": "e", "Category": "c"}]))
     given = {"data": data, "judge": "local:none", "steps": ["generate"]}
-    with pytest.raises(EvaluationError, match="--images-per-item 2: wise has one image of every item"):
+    with pytest.raises(EvaluationError, match="--images-per-item 2: wise has one image per item; set 1"):
         reca.evaluate("wise", painter, images_per_item=2, **given)
     assert Painter.made == 0
     reca.evaluate("wise", painter, images_per_item=1, **given)
@@ -439,10 +439,10 @@ def test_images_of_other_weights_or_settings_are_not_mixed(painter, monkeypatch)
     reca.evaluate("world", painter, limit=5)
     settings = [{"seed": 1}, {"sampling": {"steps": 3}}, {"ema": True}, {"overrides": ["model.seed=3"]}]
     for name, change in zip(("seed", "sampling", "fingerprint", "fingerprint"), settings, strict=True):
-        with pytest.raises(EvaluationError, match=f"made otherwise \\({name} differ\\); give another --out"):
+        with pytest.raises(EvaluationError, match=f"with other settings \\({name} differ\\); set another --out"):
             reca.evaluate("world", painter, limit=5, out=painter / "eval/world", **change)
     monkeypatch.setattr(targets.Target, "load", lambda *_: Painter(0.2))
-    with pytest.raises(EvaluationError, match="made otherwise \\(weights differ\\)"):
+    with pytest.raises(EvaluationError, match="with other settings \\(weights differ\\)"):
         reca.evaluate("world", painter, limit=9)
     assert reca.evaluate("world?seed=1", painter, limit=5, out=painter / "other")["counts"]["images"] == 5
 
@@ -450,20 +450,20 @@ def test_images_of_other_weights_or_settings_are_not_mixed(painter, monkeypatch)
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"suite": "geneva"}, "there is no suite 'geneva'; there are world, geneval, "),
-        ({"suite": "world?side=3"}, "only the toy datasets have options, written world?world=emoji&seed=1"),
+        ({"suite": "geneva"}, "there is no suite 'geneva'; the suites are world, geneval, "),
+        ({"suite": "world?side=3"}, "expected options such as world?world=emoji&seed=1, which only the toy"),
         ({"suite": "world?world=moon"}, "they are emoji, shapes"),
         (
             {"suite": "geneval_long", "judge": "owlv2:x"},
-            "geneval_long needs the benchmark's files: --data PATH. Give Benchmark/geneval/",
+            "geneval_long needs the benchmark's files: --data PATH. Use Benchmark/geneval/",
         ),
-        ({"judge": "endpoint:http://x"}, "--judge endpoint cannot serve world; it takes one of world"),
+        ({"judge": "endpoint:http://x"}, "--judge endpoint does not support world; use one of world"),
         ({"judge": "world", "judge_options": {"speed": 2}}, "there is no judge option 'speed'"),
-        ({"steps": ["generate", "judgement"]}, "--steps judgement: there are the steps generate, judge, score, report"),
+        ({"steps": ["generate", "judgement"]}, "--steps judgement: unknown; the steps are generate, judge,"),
         ({"steps": "generate"}, "steps='generate' must be a list; write steps=['generate']"),
         ({"images_per_item": 0}, "--images-per-item must be at least 1, got 0"),
         ({"sampling": {"stepz": 1}}, "there is no sampling option 'stepz'; did you mean steps?"),
-        ({"steps": ["score"]}, "holds no images of world|holds no records; add the step judge"),
+        ({"steps": ["score"]}, "contains no images of world|contains no records; add the step judge"),
         ({"steps": ["report"]}, "results.json does not exist; add the step score"),
         ({"records": "none.jsonl", "against": "base"}, "none.jsonl does not exist; expected records.jsonl"),
         ({"records": "run/recipe.yaml", "against": "base"}, "recipe.yaml contains no answers about the items of world"),

@@ -145,7 +145,7 @@ def test_a_model_that_takes_no_max_tokens_and_no_temperature(server, image, capl
     assert ["max_tokens" in body for body, _ in server.seen] == [True, False, False, False]
     assert ["temperature" in body for body, _ in server.seen] == [True, True, False, False]
     assert server.seen[-1][0]["max_completion_tokens"] == judge.max_tokens
-    assert caplog.text.count("tiny-vlm takes no temperature of 0") == 1
+    assert caplog.text.count("tiny-vlm rejects temperature 0") == 1
     server.plan = [(400, {"error": {"message": limit}})]
     with pytest.raises(JudgeError, match="HTTP 400"):
         judge.reply("what?", [image])
@@ -158,7 +158,7 @@ def test_what_no_try_mends_ends_it(server, image, tmp_path):
         judge.reply("what?", [image])
     assert len(server.seen) == 1
     server.plan = [(500, f"{SECRET} fault")] * 3
-    with pytest.raises(JudgeError, match="failed 3 times; the last time: HTTP 500: \\[key\\] fault"):
+    with pytest.raises(JudgeError, match="failed 3 times; the last error: HTTP 500: \\[key\\] fault"):
         judge.reply("what?", [image])
     for content, message in (
         ({"choices": []}, "no chat completion"),
@@ -199,14 +199,14 @@ def test_logprobs_of_another_form_fail_one_image(server, image, logprobs):
 @pytest.mark.parametrize("found", [{}, {"data": 3}, {"data": ["x"]}, {"data": [{"id": None}]}])
 def test_a_list_of_models_of_another_form(server, monkeypatch, found):
     monkeypatch.setattr(EndpointJudge, "_request", lambda *_: found)
-    with pytest.raises(EvaluationError, match="serves these models: None|none; name one by"):
+    with pytest.raises(EvaluationError, match="serves these models: None|none; select one by"):
         EndpointJudge(server.url)
 
 
 def test_a_judge_that_does_not_answer_in_time(server, image):
     judge = EndpointJudge(server.url, timeout=0.2, tries=2)
     server.plan = [("hang", None)] * 2
-    with pytest.raises(JudgeError, match="failed 2 times; the last time: no answer within 0.2 s"):
+    with pytest.raises(JudgeError, match="failed 2 times; the last error: no answer within 0.2 s"):
         judge.reply("what?", [image])
 
 
@@ -223,7 +223,7 @@ def test_a_judge_that_does_not_answer_in_time(server, image):
         ("local:x", {"max_new_tokens": 0}, "judge option max_new_tokens=0: expected at least 1"),
         ("local:x", {"dtype": "int8"}, "judge option dtype=int8: expected bfloat16, float16 or float32"),
         ("recorded:none.jsonl", {}, "none.jsonl does not exist; expected records.jsonl"),
-        ("mask2former:none.pth", {}, "none.pth does not exist. Give OpenMMLab's mask2former"),
+        ("mask2former:none.pth", {}, "none.pth does not exist. Use OpenMMLab's mask2former"),
         ("owlv2:x", {"threshold": 7}, "judge option threshold=7: expected 0 to 1"),
     ],
 )
@@ -237,10 +237,10 @@ def test_what_no_judge_can_be_made_with_is_told_before_anything_is_drawn(painter
 
 def test_several_models_and_no_server(server):
     server.models = ["a", "b"]
-    with pytest.raises(EvaluationError, match="serves these models: a, b; name one by --judge-option model=NAME"):
+    with pytest.raises(EvaluationError, match="serves these models: a, b; select one by --judge-option model=NAME"):
         EndpointJudge(server.url)
     assert EndpointJudge(server.url, model="b").name == "endpoint:b"
-    with pytest.raises(EvaluationError, match="failed 2 times; the last time: ConnectionRefusedError"):
+    with pytest.raises(EvaluationError, match="failed 2 times; the last error: ConnectionRefusedError"):
         EndpointJudge("http://127.0.0.1:9/v1", tries=2)
 
 
@@ -260,7 +260,7 @@ def test_first_tokens(server, image):
     judge = EndpointJudge(server.url)
     assert judge.first_token_probability("q", [image], ["Yes", "yes", " yes", " Yes"]) == pytest.approx(0.8)
     server.logprobs = None
-    with pytest.raises(EvaluationError, match="gives no logprobs"):
+    with pytest.raises(EvaluationError, match="returned no logprobs for"):
         judge.first_token_probability("q", [image], ["Yes"])
 
 
@@ -285,7 +285,7 @@ def test_nonsense_is_asked_again_and_then_told(server, tmp_path):
     found = reca.evaluate(**arguments)
     # Image 1 got two such answers, image 2 one and then a mark.
     assert len(server.seen) == 8 and found["counts"]["failed"] == 1
-    assert "holds no mark: 'lovely'" in found["failed"][0]["error"]
+    assert "contains no mark: 'lovely'" in found["failed"][0]["error"]
     server.reply = "no mark at all"
     (tmp_path / "out/records.jsonl").unlink()
     with pytest.raises(EvaluationError, match="failed on 5 images in a row; .*no mark: 'no mark at all'. All records"):
@@ -301,7 +301,7 @@ def test_an_image_that_is_refused_fails_alone(server, tmp_path, status):
     server.plan = [(200, None), (status, "content_filter")]
     found = reca.evaluate(**arguments)
     assert (found["counts"]["images"], found["counts"]["failed"], len(server.seen)) == (5, 1, 6)
-    assert f"refused the request with HTTP {status}: content_filter" in found["failed"][0]["error"]
+    assert f"rejected the request with HTTP {status}: content_filter" in found["failed"][0]["error"]
     server.plan = [(status, "no such parameter")] * 9
     (tmp_path / "out/records.jsonl").unlink()
     with pytest.raises(EvaluationError, match="failed on 5 images in a row; the last error: .*no such parameter"):
@@ -341,7 +341,7 @@ def test_recorded_answers(server, tmp_path):
     Image.new("RGB", (4, 4), "blue").save(arguments["images"] / "2.png")
     (tmp_path / "out/records.jsonl").unlink()
     found = reca.evaluate(**arguments, judge=f"recorded:{records}")
-    assert found["counts"]["failed"] == 1 and "recorded for another image 0 of item 2" in found["failed"][0]["error"]
+    assert found["counts"]["failed"] == 1 and "recorded for a different image 0 of item" in found["failed"][0]["error"]
     (tmp_path / "other.jsonl").write_text('{"some": "thing"}\n')
     for path, message in (("other.jsonl", "contains no answers about the items of wise"), ("none", "does not exist")):
         with pytest.raises(EvaluationError, match=message):
@@ -470,8 +470,8 @@ def test_genevals_own_judge(tmp_path, clip, monkeypatch):
     best = max(boxes, key=lambda box: box["score"])
     if best["score"] > 0.3:
         assert best["color"]
-    for path, message in ((tmp_path / "none.pth", "does not exist. Give OpenMMLab's mask2former_swin-s"),
-                          (data, "cannot be read"), (clip / "model.safetensors", "is none of mmdet's")):  # fmt: skip
+    for path, message in ((tmp_path / "none.pth", "does not exist. Use OpenMMLab's mask2former_swin-s"),
+                          (data, "cannot be read"), (clip / "model.safetensors", "for mmdet.s Mask2F")):  # fmt: skip
         with pytest.raises(EvaluationError, match=message):
             reca.evaluate(**arguments, judge=f"mask2former:{path}", steps=["judge"])
 

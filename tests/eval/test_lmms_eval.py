@@ -106,9 +106,7 @@ def test_answers_come_in_the_order_of_requests(module, model):
     assert [answer.endswith("more") for answer in answers] == [False, True, False, True]
     assert model.calls == [(2, 16), (1, 16), (1, module.NEW_TOKENS)]
     for images in (0, 2):
-        with pytest.raises(
-            ValueError, match=f"it shows {images} images or a video, and this model answers about one image"
-        ):
+        with pytest.raises(ValueError, match=f"has {images} images or a video, but this model supports one image"):
             ours.generate_until([request("x", {}, 0, images)])
     with pytest.raises(NotImplementedError, match="choose tasks"):
         ours.generate_until_multi_round([])
@@ -122,7 +120,7 @@ def test_options_of_a_task(module, model, caplog):
     ours.task_dict = {"task": {"test": [5]}}
     options = [{"max_new_tokens": 4096, "temperature": 0}, {"do_sample": True, "max_new_tokens": 8}, {"num_beams": 5}]
     ours.generate_until([request("x", given, 0) for given in options])
-    assert model.calls == [(2, 20), (1, 8)] and caplog.text.count("this model answers greedily") == 1
+    assert model.calls == [(2, 20), (1, 8)] and caplog.text.count("this model decodes greedily") == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -161,7 +159,7 @@ def test_the_likelihood_of_choices(module, model):
     )
     assert [result.text for result in found] == [(2.0, True), (10 / 3, False), (2.0, False)]
     assert model.calls == [5]
-    with pytest.raises(ValueError, match="leave that metric out"):
+    with pytest.raises(ValueError, match="omit that metric"):
         ours.loglikelihood([SimpleNamespace(args=("", "dog"))])
 
 

@@ -71,7 +71,9 @@ def test_images_of_other_prompts_are_refused(painter, old):
         without_digests(painter / "eval/world")
     for other in ("world?seed=1", "world?world=emoji"):
         for steps in (("generate", "judge", "score"), ("score",)):
-            with pytest.raises(EvaluationError, match=r"made otherwise \(the prompts .* of \d+ items, such as 000\d\d"):
+            with pytest.raises(
+                EvaluationError, match=r"with other settings \(the prompts .* of \d+ items, such as 000\d\d"
+            ):
                 reca.evaluate(other, painter, limit=42, steps=steps)
     assert Painter.made == 42 and reca.evaluate("world", painter, limit=42) == first
     for limit, count, made in ((50, 1, 50), (50, 2, 100)):  # more of the same
@@ -84,14 +86,14 @@ def test_another_protocol_is_refused(painter):
     reca.evaluate("world", painter, limit=5)
     path = painter / "eval/world/generation.json"
     path.write_text(path.read_text().replace('"toy world"', '"older world"'))
-    with pytest.raises(EvaluationError, match=r"made otherwise \(protocol differ\)"):
+    with pytest.raises(EvaluationError, match=r"with other settings \(protocol differ\)"):
         reca.evaluate("world", painter, limit=5)
 
 
 def test_evaluations_of_other_prompts_are_not_compared(painter):
     other = painter / "other"
     reca.evaluate("world?seed=1", painter, limit=42, out=other)
-    with pytest.raises(EvaluationError, match=r"other has other prompts .* under \d+ ids, such as 000\d\d"):
+    with pytest.raises(EvaluationError, match=r"other has different prompts .* under \d+ ids, such as 000\d\d"):
         reca.evaluate("world", painter, limit=42, against=other)
 
 
@@ -242,7 +244,7 @@ def test_a_result_file_that_was_replaced_is_read_again(tmp_path):
 
     assert [value({1: 1, 2: 1}), value({1: 0, 2: 1}), value({1: 0, 2: 1})] == [1, 0.5, 0.5]
     assert len(records.read(tmp_path / "out/records.jsonl")) == 3  # what it says as before is not said again
-    with pytest.raises(EvaluationError, match=r"no answer about 1 of the 2 images of wise: 1 \(0\). Give --partial"):
+    with pytest.raises(EvaluationError, match=r"no answer about 1 of the 2 images of wise: 1 \(0\). Set --partial"):
         value({2: 1})  # of image 1 it says nothing any more
     assert value({2: 1}, partial=True) == 1
 

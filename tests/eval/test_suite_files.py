@@ -101,26 +101,26 @@ def test_the_list_alone(github, tmp_path, capsys):
     ("where", "fault", "said"),
     [
         ("commits", 404, "cannot be fetched (HTTP 404)"),
-        ("commits", 403, "GitHub answers 60 questions an hour"),
-        ("commits", b"[1]", "answered otherwise than GitHub does"),
-        ("trees", b'{"sha": "1"}', "answered otherwise than GitHub does"),
+        ("commits", 403, "GitHub allows 60 requests an hour"),
+        ("commits", b"[1]", "did not answer in the format of GitHub's API"),
+        ("trees", b'{"sha": "1"}', "did not answer in the format of GitHub's API"),
         ("trees", b'{"tree": []}', "has no dpg_bench/dpg_bench.csv or dpg_bench/prompts/*.txt"),
         ("dpg_bench/prompts/one.txt", 500, "cannot be fetched (HTTP 500)"),
-        ("dpg_bench/prompts/one.txt", b"another", "came as another file than it is"),
+        ("dpg_bench/prompts/one.txt", b"another", "the download has another git hash"),
     ],
 )
 def test_what_goes_wrong_is_said(github, tmp_path, capsys, where, fault, said):
     github.faults[where] = fault
     assert get("dpg") == 4
     message = capsys.readouterr().err
-    assert said in message and "By hand: `git clone https://github.com/TencentQQGYLab/ELLA`" in message
+    assert said in message and "Manual download: `git clone https://github.com/TencentQQGYLab/ELLA`" in message
     github.faults.clear()
     assert get("dpg") == 0  # goes on
 
 
 def test_a_file_that_git_lfs_keeps_elsewhere(github, capsys):
     github.files["dpg_bench/prompts/one.txt"] = b"version https://git-lfs.github.com/spec/v1\n"
-    assert get("dpg") == 4 and "came as another file than it is" in capsys.readouterr().err
+    assert get("dpg") == 4 and "the download has another git hash" in capsys.readouterr().err
 
 
 def test_no_network_and_no_such_suite(monkeypatch, tmp_path, capsys):
@@ -129,7 +129,7 @@ def test_no_network_and_no_such_suite(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     assert get("wise") == 4 and "cannot be fetched (" in capsys.readouterr().err
     assert get("geneval") == 4
-    assert "there are no files to get of 'geneval'; there are of geneval_long, " in capsys.readouterr().err
+    assert "there are no files to download for 'geneval'; there are for geneval_long, " in capsys.readouterr().err
 
 
 def test_every_suite_with_files_on_github_says_how_to_get_them():

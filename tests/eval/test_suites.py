@@ -47,10 +47,10 @@ def test_every_suite_says_where_its_files_are(tmp_path):
         suite = open_suite(name)
         assert suite.name == name and suite.protocol and suite.layout()
         if name != "world" and suite.shipped is None:
-            with pytest.raises(EvaluationError, match=f"{name} needs the benchmark's files: --data PATH. Give "):
+            with pytest.raises(EvaluationError, match=f"{name} needs the benchmark's files: --data PATH. Use "):
                 suite.items()
         for folder in (tmp_path, tmp_path / "nothing") if name != "world" else ():
-            with pytest.raises(EvaluationError, match="(does not exist|cannot be read|holds no).* Give "):
+            with pytest.raises(EvaluationError, match="(does not exist|cannot be read|contains no).* Use "):
                 open_suite(name, folder).items()
 
 
@@ -162,7 +162,7 @@ def test_geneval_scores_the_public_scripts_results(geneval, tmp_path):
     lines[0]["metadata"] = json.dumps(ROWS[1])
     results.write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(
-        EvaluationError, match="line 1: .* belongs to the prompt 'a photo of a bench', which is another"
+        EvaluationError, match="line 1: .* has the prompt 'a photo of a bench', but this item has another"
     ):
         reca.evaluate(**arguments, records=results)
 
@@ -365,14 +365,14 @@ def test_t2i_compbench_reads_the_file_that_counts(tmp_path):
 
     for part in ("blip", "clip", "obj_detection"):
         add(f"complex/annotation_{part}", 0.1)
-    with pytest.raises(EvaluationError, match="complex holds annotation_blip.*expected one in annotation_3_in_1"):
+    with pytest.raises(EvaluationError, match="complex contains annotation_blip.*expected one in annotation_3_in_1"):
         suite.import_answers(tmp_path, items)
     add("complex/annotation_3_in_1", 0.9)
     add("color/annotation_blip", 0.5)
     add("color/annotation1_blip/VQA/result", 0.2)  # of a noun phrase
     assert suite.import_answers(tmp_path, items) == {("complex/0000", 0): 0.9, ("color/0000", 0): 0.5}
     add("color/annotation_clip", 0.3)
-    with pytest.raises(EvaluationError, match="color holds annotation_blip.*annotation_clip.*; expected one. Leave"):
+    with pytest.raises(EvaluationError, match="color contains annotation_blip.*annotation_clip.*; expected one. Keep"):
         suite.import_answers(tmp_path, items)
 
 
@@ -446,7 +446,7 @@ def test_gedit(tmp_path):
     assert score.metrics["quality"]["ps_human"] == 4 and score.metrics["overall"]["avg_overall"] is None
     # A reply without marks fails: the public script would draw a random one.
     failed = suite.score({("k0", 0): answer | {"quality": "very good"}}, [item]).failed
-    assert "about quality holds no marks: 'very good'" in failed[0][1]
+    assert "about quality contains no marks: 'very good'" in failed[0][1]
     path = tmp_path / "theirs/m_ps_human_gpt_score.csv"
     path.parent.mkdir()
     path.write_text(
@@ -474,7 +474,7 @@ def test_gedit_as_the_hub_has_it(tmp_path):
     assert open_suite("gedit", tmp_path).items() == [item]  # the tables are read once
     (tmp_path / "items.jsonl").unlink()
     table.write_bytes(b"PAR1")
-    with pytest.raises(EvaluationError, match=r"is no table of GEdit-Bench .*hf download"):
+    with pytest.raises(EvaluationError, match=r"is not a table of GEdit-Bench .*hf download"):
         open_suite("gedit", tmp_path).items()
     assert not (tmp_path / "items.jsonl").exists()
 
@@ -520,7 +520,7 @@ def test_mme_and_pope_by_the_models_own_answers(tmp_path, painter, monkeypatch):
     assert found["overall"]["value"] == 0.5 and found["metrics"]["mean_f1"] == pytest.approx(2 / 3)
     assert [image["reason"] for row in found["items"] for image in row["images"]] == ["", "no"] * 3
     (tmp_path / "pope/val2014/1.jpg").unlink()
-    with pytest.raises(EvaluationError, match=r"1 of the 1 images that pope begins from do not exist: .*1.jpg. Give a"):
+    with pytest.raises(EvaluationError, match=r"1 of the 1 input images of pope do not exist: .*1.jpg. Use a"):
         reca.evaluate("pope", painter, data=tmp_path / "pope", out=tmp_path / "again")
     beside = save(tmp_path / "pope/1.jpg")  # of the questions
     assert {item.source for item in open_suite("pope", tmp_path / "pope").items()} == {beside}
@@ -564,7 +564,7 @@ def test_pope_reads_the_answers_of_its_script_and_of_llavas(names, tmp_path):
     scored = reca.evaluate("pope", "show_o_tiny", data=tmp_path, **given, partial=True)
     assert scored["metrics"]["random"]["accuracy"] == pytest.approx(2 / 3) and scored["counts"]["missing"] == 3
     (theirs.parent / "other_random.jsonl").touch()
-    with pytest.raises(EvaluationError, match="theirs holds other_random.jsonl, random.jsonl; leave only the one"):
+    with pytest.raises(EvaluationError, match="theirs contains other_random.jsonl, random.jsonl; keep only the one"):
         suite.import_answers(theirs.parent, suite.items())
 
 

@@ -7,7 +7,7 @@ from reca.sampling_options import read_pairs
 
 
 def add(sub: argparse.ArgumentParser, path, takes_overrides) -> None:
-    """Add the options of `reca eval`. path: the type of arguments that are paths. takes_overrides: adds overrides."""
+    """Add the options of `reca eval`. path: argparse type of paths. takes_overrides: adds the override arguments."""
     sub.add_argument("suite", help=f"{', '.join(SUITES)}; world?world=emoji&seed=1: the toy dataset emoji, seed 1")
     sub.add_argument("recipe", type=path, help="run folder, or recipe name or .yaml file")
     takes_overrides(sub)
@@ -15,7 +15,7 @@ def add(sub: argparse.ArgumentParser, path, takes_overrides) -> None:
         "--against", metavar="RUN|base", help="compare with: base, a run, a recipe, or an evaluation folder"
     )
     sub.add_argument(
-        "--judge", metavar="NAME[:ARGUMENT]", help="judge of the images; if a suite needs one, the error lists them"
+        "--judge", metavar="NAME[:ARGUMENT]", help="judge of the images; the error about a missing one lists them"
     )
     sub.add_argument("--judge-option", action="append", default=[], metavar="key=value", help="option of the judge")
     sub.add_argument(
@@ -39,7 +39,7 @@ def add(sub: argparse.ArgumentParser, path, takes_overrides) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Evaluate, and print the report."""
+    """Run the evaluation and print the report."""
     from reca import api, distributed
     from reca.eval import report
 

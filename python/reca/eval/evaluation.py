@@ -1,4 +1,4 @@
-"""The four steps in order, for a model and for what it is compared with."""
+"""The four steps of an evaluation, for a model and for the one it is compared with."""
 
 import json
 import logging
@@ -38,12 +38,12 @@ from reca.sampling_options import check_sampling_options, defaults
 log = logging.getLogger("reca")
 STEPS = ("generate", "judge", "score", "report")
 RULE = {"name": "rule", "version": "1", "dtype": None, "exact": True}
-SHOWN = 3  # missing images that a message names
+SHOWN = 3  # maximum number of missing images in a message
 
 
 @dataclass
 class Settings:
-    """What holds for both sides of an evaluation. See `reca.evaluate`."""
+    """Settings shared by both sides of an evaluation. See `reca.evaluate`."""
 
     suite: Suite
     steps: Sequence[str] = STEPS
@@ -57,7 +57,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         if unknown := [step for step in self.steps if step not in STEPS]:
-            raise ValueError(f"--steps {','.join(unknown)}: there are the steps {', '.join(STEPS)}")
+            raise ValueError(f"--steps {','.join(unknown)}: unknown; the steps are {', '.join(STEPS)}")
         for name in ("images_per_item", "limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -68,7 +68,10 @@ class Settings:
         return self.images_per_item or self.suite.images_per_item
 
     def items(self, images: Path | None = None) -> list[Item]:
-        """List the items, evenly thinned to `limit` groups; those that the images describe where no data is given."""
+        """List the items, or `limit` evenly spaced groups of them.
+
+        Without `--data`, items are read from the files next to the images if the suite's layout has them.
+        """
         suite, found = self.suite, []
         if images is not None and images.is_dir() and suite.data is None and suite.data_help is not None:
             found = suite.items_of_images(images, self.partial)
@@ -94,7 +97,7 @@ def evaluate(
     device: torch.device | str | None = None,
     ema: bool = False,
 ) -> dict[str, Any] | None:
-    """Make the steps that are asked for. See `reca.evaluate`. Returns results where they were made, on rank 0."""
+    """Run the selected steps. See `reca.evaluate`. Returns the results on rank 0, None if no step produced them."""
     suite = settings.suite
     mine = target(source, overrides, suite.name, out, ema)
     sides = [mine] if against is None else [mine, opponent(against, mine, overrides, suite.name)]
@@ -107,9 +110,9 @@ def evaluate(
         device = _generate_on_all_ranks(settings, wanted, device)
     if not distributed.is_main_process():
         return None
-    places = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    judge_device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     found = [
-        judge_and_score(settings, side, images if side is mine else None, given if side is mine else None, places)
+        judge_and_score(settings, side, images if side is mine else None, given if side is mine else None, judge_device)
         for side in sides
     ]
     if found[0] is None:
@@ -125,9 +128,9 @@ def evaluate(
 def _generate_on_all_ranks(
     settings: Settings, sides: Sequence[Target], device: torch.device | str | None
 ) -> torch.device:
-    """Generate for these sides, and let the other ranks go: what follows is done by one.
+    """Generate for these sides on all ranks, and return this rank's device.
 
-    A process group that was there before stays.
+    The process group is destroyed afterwards unless the caller had created it: rank 0 alone runs the other steps.
     """
     joined = distributed.is_joined()
     place = distributed.initialize(60 * distributed.HOURS) if device is None else torch.device(device)
@@ -149,10 +152,10 @@ def save(settings: Settings, folder: Path, found: Mapping[str, Any]) -> None:
 def check(
     settings: Settings, sides: Sequence[Target], images: Path | None, records: Path | None
 ) -> recorded.Imported | None:
-    """Find what is wrong before anything is loaded. Returns what `records` holds."""
+    """Raise on errors in the settings or inputs before anything is loaded. Returns the contents of `records`."""
     suite = settings.suite
     if images is not None and not images.is_dir():
-        raise EvaluationError(f"--images {images} is no folder; expected images as {suite.layout()}")
+        raise EvaluationError(f"--images {images} is not a folder; expected a folder of images as {suite.layout()}")
     if "generate" in settings.steps and not (images or records):
         for side in sides:
             if side.recipe is not None:
@@ -160,8 +163,8 @@ def check(
                 if suite.ability not in adapter.abilities:
                     able = [name for name in UMMS if suite.ability in umm_package(name).Adapter.abilities]
                     raise RecipeError(
-                        f"{suite.name} needs a model that can {suite.ability}: {side.recipe.umm} cannot, recipes of "
-                        f"{' and '.join(able)} can"
+                        f"{suite.name} needs a model that can {suite.ability}: {side.recipe.umm} cannot; use a recipe "
+                        f"of {' or '.join(able)}"
                     )
                 method = generate_answers if suite.ability == "answer" else getattr(adapter, suite.ability)
                 check_sampling_options(method, settings.sampling)
@@ -171,7 +174,7 @@ def check(
     given = None if records is None else recorded.Imported(records, recorded.import_answers(records, suite, items))
     if settings.count > 1 and suite.path(items[0], 0) == suite.path(items[0], 1):
         what = "answer" if suite.ability == "answer" else "image"
-        raise EvaluationError(f"--images-per-item {settings.count}: {suite.name} has one {what} of every item")
+        raise EvaluationError(f"--images-per-item {settings.count}: {suite.name} has one {what} per item; set 1")
     if suite.ability != "generate" and not records and {"generate", "judge"} & set(settings.steps):
         check_sources(suite, items)
     name, _, path = (settings.judge or "").partition(":")
@@ -181,7 +184,7 @@ def check(
 
 
 def check_recorded(settings: Settings, items: Sequence[Item], images: Path | None, path: Path) -> None:
-    """Raise EvaluationError where a file to judge by lacks an answer about an image, there or to be generated."""
+    """Raise EvaluationError if recorded answers do not cover all images, existing or still to be generated."""
     known = recorded.import_answers(path, settings.suite, items)
     if images is not None:
         wanted = list(_find(settings, items, images, settings.images_per_item, None))
@@ -193,23 +196,23 @@ def check_recorded(settings: Settings, items: Sequence[Item], images: Path | Non
     if missing and not settings.partial:
         raise EvaluationError(
             f"--judge recorded:{path} has no answer about {len(missing)} of the {len(wanted)} images of "
-            f"{settings.suite.name}: {_some(missing)}. Give --partial to score the others"
+            f"{settings.suite.name}: {_some(missing)}. Set --partial to score the others"
         )
 
 
 def check_sources(suite: Suite, items: Sequence[Item]) -> None:
-    """Raise EvaluationError where an image that is edited or asked about is not there, before hours of work."""
+    """Raise EvaluationError if an image to edit or to ask about does not exist."""
     sources = list(dict.fromkeys(item.source for item in items))
     missing = [str(path) for path in sources if path is None or not path.is_file()]
     if missing:
         raise EvaluationError(
-            f"{len(missing)} of the {len(sources)} images that {suite.name} begins from do not exist: {_some(missing)}."
+            f"{len(missing)} of the {len(sources)} input images of {suite.name} do not exist: {_some(missing)}."
             f" {suite.data_help or ''}"
         )
 
 
 def sampling_of(settings: Settings, side: Target) -> dict[str, Any]:
-    """Return all sampling options that hold: the model's defaults, the suite's, and the user's."""
+    """Return all sampling options: the model's defaults, overridden by the suite's, then by the user's."""
     assert side.recipe is not None
     suite, adapter = settings.suite, umm_package(side.recipe.umm).Adapter
     method = generate_answers if suite.ability == "answer" else getattr(adapter, suite.ability)
@@ -217,7 +220,7 @@ def sampling_of(settings: Settings, side: Target) -> dict[str, Any]:
 
 
 def _generate(settings: Settings, side: Target, device: torch.device) -> None:
-    """Make the images, or answers, that a side lacks. Its model is loaded only if there are any."""
+    """Generate the images, or answers, that a side lacks. Load its model only if something is missing."""
     suite, items, folder = settings.suite, settings.items(), side.folder
     check_prompts(folder, items)
     sampling, before = sampling_of(settings, side), read_generation(folder)
@@ -252,19 +255,22 @@ def _complete(settings: Settings, items: Sequence[Item], folder: Path) -> bool:
 def judge_and_score(
     settings: Settings, side: Target, images: Path | None, given: recorded.Imported | None, device: Any
 ) -> dict[str, Any] | None:
-    """Judge and score one side; None if neither is asked for and nothing is there. given: records of others."""
+    """Judge and score one side. given: records from elsewhere. Return None if no selected step makes or reads results.
+
+    The results of an earlier evaluation are read as they are if neither step is selected, or if the side is a folder.
+    """
     if not {"judge", "score", "report"} & set(settings.steps):
         return None
-    folder, made = side.folder, settings.steps
+    folder, steps = side.folder, settings.steps
     done = folder / "results.json"
-    if not {"judge", "score"} & set(made) or (side.recipe is None and done.is_file()):
+    if not {"judge", "score"} & set(steps) or (side.recipe is None and done.is_file()):
         return report.read(done)
     place = images or folder / "images"
     foreign = images is not None or side.recipe is None
     items = settings.items(place if foreign else None)
     if images is None:
         check_prompts(folder, items)
-    generated = "generate" in made and not foreign and given is None
+    generated = "generate" in steps and not foreign and given is None
     count = settings.count if generated else settings.images_per_item
     found, generation = _find(settings, items, place, count, given), {} if images else read_generation(folder)
     missing = _missing(settings, items, place, count, found, given)
@@ -279,10 +285,10 @@ def judge_and_score(
         write(path, "".join(record.line() + "\n" for record in known))
     else:
         opened = _open(settings, items, device)
-        if "judge" in made and opened is not None:
+        if "judge" in steps and opened is not None:
             judge_images(opened, settings.suite, items, found, path, settings.partial)
         known, judge = _known(path, items, found, opened.describe() if opened else None)
-    if "score" not in made:
+    if "score" not in steps:
         return None
     wanted = {item.id for item in items}
     relative = {key: str(p.relative_to(place) if p.is_relative_to(place) else p.absolute()) for key, p in found.items()}
@@ -294,7 +300,7 @@ def judge_and_score(
 
 
 def _open(settings: Settings, items: Sequence[Item], device: Any) -> Judge | None:
-    """Open the judge, if one is named or needed."""
+    """Open the judge if one is named or the step judge is selected."""
     if settings.judge is None and "judge" not in settings.steps:
         return None
     return open_judge(settings.judge, settings.judge_options, settings.suite, items, device)
@@ -303,13 +309,13 @@ def _open(settings: Settings, items: Sequence[Item], device: Any) -> Judge | Non
 def _find(
     settings: Settings, items: Sequence[Item], place: Path, most: int | None, given: recorded.Imported | None
 ) -> dict[Key, Path]:
-    """Find the images. most: of an item; None takes all that are there."""
+    """Find the images. most: maximum number per item; None: all."""
     if settings.suite.ability == "answer":
         return {}
     found = settings.suite.find(place, items) if place.is_dir() else {}
     if not found and given is None:
         raise EvaluationError(
-            f"{place} holds no images of {settings.suite.name}; expected them as {settings.suite.layout()}"
+            f"{place} contains no images of {settings.suite.name}; expected them as {settings.suite.layout()}"
         )
     return {key: path for key, path in found.items() if most is None or key[1] < most}
 
@@ -322,9 +328,9 @@ def _missing(
     found: Mapping[Key, Path],
     given: recorded.Imported | None,
 ) -> int:
-    """Count the images that are missing. Raises EvaluationError for any, unless a part is enough.
+    """Count the missing images, or answers. Raises EvaluationError if there are any, unless settings.partial.
 
-    count: of every item; None takes the most that one has.
+    count: expected images per item; None: the largest number that an item has.
     """
     if settings.suite.ability == "answer":
         answered = read_answers(place.parent / "answers.jsonl", items)
@@ -337,7 +343,7 @@ def _missing(
     if missing and not settings.partial:
         raise EvaluationError(
             f"{place}: {len(missing)} images of {settings.suite.name} are missing: {_some(missing)}. Generate them, or "
-            "give --partial to score what is there"
+            "set --partial to score the others"
         )
     return len(missing)
 
@@ -350,9 +356,9 @@ def _unjudged(
     path: Path,
     imported: bool,
 ) -> int:
-    """Count the images without a record. Raises EvaluationError for any, unless a part is enough.
+    """Count the images without a record. Raises EvaluationError if there are any, unless settings.partial.
 
-    Records that others made are taken to be of as many images of every item.
+    Imported records are expected to cover the same number of images for each item.
     """
     judged = {record.key for record in known}
     most = max((k for _, k in judged), default=0) + 1
@@ -361,19 +367,19 @@ def _unjudged(
     if missing and not settings.partial:
         raise EvaluationError(
             f"{path} has no record of {len(missing)} images of {settings.suite.name}: {_some(missing)}. Judge them "
-            "(--steps judge,score,report), or give --partial to score what is there"
+            "(--steps judge,score,report), or set --partial to score the others"
         )
     return len(missing)
 
 
 def _some(names: Sequence[str]) -> str:
-    """List the first names, and count the others."""
+    """List the first names and the number of others."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return f"{', '.join(names[:SHOWN])}{more}"
 
 
 def _imported(found: Mapping[Key, Path], given: recorded.Imported) -> tuple[list[Record], Mapping[str, Any]]:
-    """Return the records of others. Those of another image than the one that is there do not count."""
+    """Return imported records and their judge, without records whose hash differs from that of the image found."""
     known = list(given.records.values())
     judge = known[-1].judge
     pictured = {record.key: record.picture for record in known if record.picture is not None}
@@ -384,14 +390,14 @@ def _imported(found: Mapping[Key, Path], given: recorded.Imported) -> tuple[list
 def _known(
     path: Path, items: Sequence[Item], found: Mapping[Key, Path], judge: Mapping[str, Any] | None
 ) -> tuple[list[Record], Mapping[str, Any]]:
-    """Read the records of these images, by the named judge or by the one that was asked last."""
+    """Read the records of these images by the given judge; None: the judge of the last record."""
     everything = recorded.read(path)
     if not everything:
-        raise EvaluationError(f"{path} holds no records; add the step judge, or give --records FILE")
+        raise EvaluationError(f"{path} contains no records; add the step judge, or set --records FILE")
     judge = judge or everything[-1].judge
     return valid(everything, items, {key: image_hash(p) for key, p in found.items()}, judge), judge
 
 
 def open_settings(suite: str, data: str | Path | None, **others: Any) -> Settings:
-    """Open the suite that is named, with the user's files of it."""
+    """Return Settings for a suite by name. data: the user's files of the benchmark. others: fields of Settings."""
     return Settings(open_suite(suite, None if data is None else Path(data)), **others)

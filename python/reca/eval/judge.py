@@ -48,23 +48,23 @@ def judge_images(
 
     def ask(key: Key) -> Record | None:
         item = by_id[key[0]]
-        unsaid = Record(*key, hashes[key], mine, digest=item.judged)
+        record = Record(*key, hashes[key], mine, digest=item.judged)
         try:
             read_image(found[key])
         except DataError as error:
             unreadable.append(str(error))
             return None
         try:
-            return unsaid._replace(answer=_answer(judge, suite, item, key, found[key]))
+            return record._replace(answer=_answer(judge, suite, item, key, found[key]))
         except (JudgeError, DataError, BadSample) as error:  # the latter two: a file that is not an image
-            return unsaid._replace(error=str(error))
+            return record._replace(error=str(error))
         except (EvaluationError, OSError):  # other images would fail in the same way
             raise
         except Exception as error:  # a judge's library can raise anything
             reason = first_line(error)
             if not is_memory_full(error):
                 log.debug("%s failed on %s", judge.name, found[key], exc_info=True)
-                return unsaid._replace(error=f"{type(error).__name__}: {reason}")
+                return record._replace(error=f"{type(error).__name__}: {reason}")
             raise inference.MemoryFull(
                 f"out of memory while {judge.name} judged {found[key]} ({reason}). All records are kept: run the judge "
                 "in a separate process, without the model in memory, with --steps judge,score,report"

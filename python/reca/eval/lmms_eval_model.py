@@ -1,10 +1,10 @@
-"""The model class of lmms-eval: its hundred understanding suites run on a run or a recipe.
+"""Model class for lmms-eval, which evaluates a run or a recipe on its understanding suites.
 
     pip install lmms-eval 'filelock<4'
     python -m lmms_eval --model reca --model_args source=runs/show_o_512 --tasks mme,pope --batch_size 8
 
 lmms-eval finds it by the entry point `lmms_eval.models` of this package. Nothing else here imports lmms-eval. It is a
-"simple" model in its terms: chat models cannot choose among given answers there.
+"simple" model in lmms-eval's terms, since its chat models do not support multiple choice by likelihood.
 """
 
 import logging
@@ -25,13 +25,13 @@ from reca.data.errors import BadSample
 from reca.data.pixels import as_rgb, pixels_of, read_image
 
 log = logging.getLogger("reca")
-NEW_TOKENS = 128  # of an answer, where a task names no number
+NEW_TOKENS = 128  # maximum tokens of an answer if a task sets none
 
 
 class Reca(lmms):
-    """Answers questions about one image, greedily, and tells how likely it finds given answers.
+    """Answers questions about one image by greedy decoding, and computes the likelihood of given answers.
 
-    Under torchrun or accelerate every rank has the whole model, and its share of the questions.
+    Under torchrun or accelerate each rank has the whole model and a share of the questions.
     """
 
     is_simple = True
@@ -48,8 +48,8 @@ class Reca(lmms):
     ):
         """Load the model.
 
-        source: the folder of a run, or a recipe. overrides: recipe keys, such as model.weights=/data/show-o.
-        max_new_tokens: the most of an answer, whatever a task asks for.
+        source: run folder or recipe. overrides: recipe keys, such as model.weights=/data/show-o.
+        max_new_tokens: upper limit of an answer's tokens for all tasks.
         """
         self.model_name = f"reca:{source}"
         super().__init__()
@@ -57,12 +57,12 @@ class Reca(lmms):
         self.device = torch.device(device) if device else _own_device()
         self.model = reca.load(source, overrides, self.device, ema)
         if "answer" not in self.model.abilities:
-            raise ValueError(f"{source} is a model that cannot answer questions about images")
+            raise ValueError(f"{source} cannot answer questions about images; use a model with the ability answer")
         self.batch_size = int(batch_size) if str(batch_size).isdigit() else max_batch_size or 1
         self.max_new_tokens, self.greedy_said = max_new_tokens, False
 
     def generate_until(self, requests: list) -> list[str]:
-        """Answer all requests. Those that ask for as many new tokens share batches."""
+        """Answer all requests. Requests with the same number of new tokens are batched together."""
         answers = [""] * len(requests)
         groups: dict[int, list[int]] = {}
         for place, request in enumerate(requests):
@@ -78,18 +78,18 @@ class Reca(lmms):
         return answers
 
     def loglikelihood(self, requests: list) -> list[GenerationResult]:
-        """Return the loss of each given answer, -log p per token, and whether greedy decoding gives that answer.
+        """Return the loss of each given answer, -log p per token, and whether greedy decoding produces that answer.
 
-        The loss, since lmms-eval takes the choice with the least number for the model's. It is inf for an answer of
-        which the model reads nothing, behind a question that is too long. Release 0.7.3 turns a bare pair into a
-        string, of any model, and then fails on it; what is wrapped passes as it is.
+        lmms-eval selects the choice with the smallest value, hence the loss. It is inf if the question is so long that
+        the whole answer is truncated. Results are GenerationResult because release 0.7.3 converts plain tuples to
+        strings, and then fails.
         """
         found, replies = [], dict[Any, tuple[str, int]]()
         for request in tqdm(requests, disable=self.rank != 0, desc="reca"):
             if len(request.args) != 6:
                 raise ValueError(
-                    "a task asks how likely an answer is without a question and an image (acc_mutual_info); this model "
-                    "answers about an image: leave that metric out"
+                    "a task needs the likelihood of an answer without question and image (acc_mutual_info), but this "
+                    "model needs an image; omit that metric"
                 )
             text, given, _, number, task, split = request.args
             given = (given if isinstance(given, str) else str(given(self.task_dict[task][split][number]))).strip()
@@ -99,7 +99,7 @@ class Reca(lmms):
             reply, length = replies.get(key, ("", 0))
             if length < likely.tokens:
                 reply, length = self._answer([asked], likely.tokens)[0], likely.tokens
-                replies = {key: (reply, length)}  # the choices of a document come one after another
+                replies = {key: (reply, length)}  # the choices of a document are consecutive
             found.append(GenerationResult((-likely.mean, likely.tokens > 0 and reply == given)))
         return found
 
@@ -111,30 +111,30 @@ class Reca(lmms):
         return inference.answer(self.model, images, questions, max_new_tokens=tokens)
 
     def _new_tokens(self, options: dict[str, Any]) -> int:
-        """Return how many tokens a task asks for. Say once that answers are greedy where it asks for others."""
+        """Return the number of new tokens of a task. Warn once if it asks for sampling or beams."""
         sampled = (
             options.get("do_sample") or (options.get("temperature") or 0) > 0 or (options.get("num_beams") or 1) > 1
         )
         if sampled and not self.greedy_said:
             self.greedy_said = True
-            log.warning("a task asks for sampled answers or beams (%s); this model answers greedily", options)
+            log.warning("a task asks for sampling or beam search (%s); this model decodes greedily", options)
         asked = int(options.get("max_new_tokens") or NEW_TOKENS)
         return asked if self.max_new_tokens is None else min(asked, self.max_new_tokens)
 
     def _question(self, request: Any) -> tuple[Tensor, str]:
-        """Return the image, uint8 [3, H, W], and the question of a request. Raises ValueError without one image."""
+        """Return the image, uint8 [3, H, W], and the question. Raises ValueError unless there is exactly one image."""
         text, _, doc_to_visual, number, task, split = request.args
         visuals = doc_to_visual(self.task_dict[task][split][number]) or []
         if len(visuals) != 1 or not isinstance(visuals[0], Image.Image | str | Path):
             raise ValueError(
-                f"{task}, document {number}: it shows {len(visuals)} images or a video, and this model answers about "
-                "one image; choose tasks of single images"
+                f"{task}, document {number} has {len(visuals)} images or a video, but this model supports one image; "
+                "choose single-image tasks"
             )
         return _pixels(visuals[0], f"{task}, document {number}"), text.replace("<image>", "").strip()
 
 
 def _pixels(visual: Image.Image | str | Path, where: str) -> Tensor:
-    """Read an image as training does, uint8 [3, H, W]. Raises ValueError for one that cannot be read."""
+    """Read an image as training does, uint8 [3, H, W]. Raises ValueError if it cannot be read."""
     if not isinstance(visual, Image.Image):
         return read_image(Path(visual))
     try:
@@ -144,21 +144,21 @@ def _pixels(visual: Image.Image | str | Path, where: str) -> Tensor:
 
 
 def _own_device() -> torch.device:
-    """Return the device of this process: its own GPU, if there are some."""
+    """Return the device of this process: the GPU of its local rank, or the CPU without GPUs."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
 
 
 def _until(answer: str, stops: str | list[str] | None) -> str:
-    """Cut an answer at the first stop string."""
+    """Truncate an answer at the first stop string."""
     for stop in [stops] if isinstance(stops, str) else stops or []:
         answer = answer.split(stop)[0] if stop else answer
     return answer
 
 
 def manifest() -> Any:
-    """Tell lmms-eval's registry the name of this model."""
+    """Return the entry of this model in lmms-eval's registry."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest("reca", simple_class_path=f"{__name__}.Reca")

@@ -1,4 +1,4 @@
-"""Steps 3 and 4: results of an evaluation, its comparison with another, and both as text; reca.eval has the form."""
+"""Steps 3 and 4: results of an evaluation, comparison with another, and text. `reca.eval` describes the format."""
 
 import json
 import math
@@ -13,8 +13,8 @@ from reca.eval.statistics import Interval
 from reca.eval.suites import Item, Key, Score, Suite
 
 FORMAT = 1
-TOP = {"fraction": 1.0, "percent": 100.0}  # the most that a value can be, by unit; points have no common one
-SETTINGS = ("sampling", "images_per_item", "judge")  # that two evaluations should share
+TOP = {"fraction": 1.0, "percent": 100.0}  # upper bound of values, by unit; points have none in common
+SETTINGS = ("sampling", "images_per_item", "judge")  # should be equal in two evaluations
 NEEDED = {*SETTINGS, "suite", "protocol", "model", "counts", "overall", "weights", "tags", "items", "against", "power"}
 
 
@@ -27,15 +27,15 @@ def results(
     generation: Mapping[str, Any],
     missing: int = 0,
 ) -> dict[str, Any]:
-    """Score records and put everything a reader needs beside the figures.
+    """Score records and return the contents of results.json.
 
-    found: path of every image, relative to its folder. generation: what made the images, {} if nothing is known.
-    Raises EvaluationError where no image could be judged.
+    found: path of each image, relative to the folder of images. generation: contents of generation.json, {} if unknown.
+    Raises EvaluationError if no image could be judged.
     """
     score = scoring.score(suite, {r.key: r.answer for r in records if r.error is None}, items)
     failed = [(r.key, r.error) for r in records if r.error is not None] + list(score.failed)
     if not score.values:
-        reason = f"; of {failed[0][0][0]} it said: {failed[0][1]}" if failed else ""
+        reason = f"; item {failed[0][0][0]}: {failed[0][1]}" if failed else ""
         raise EvaluationError(f"{suite.name}: there is nothing to score, {len(failed)} images failed{reason}")
     rows = _rows(score)
     estimate = statistics.estimate(rows, score.weights, TOP.get(suite.unit))
@@ -74,9 +74,9 @@ def results(
 
 
 def compare(after: dict[str, Any], before: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Add to results what they are against others: `against` and `power`.
+    """Return results with the comparison, `against` and `power`, added. folder: that of `before`.
 
-    Raises EvaluationError for results of another suite, of other prompts under the same ids, or without a common one.
+    Raises EvaluationError if suites differ, if prompts differ under the same ids, or if there is no common prompt.
     """
     if (after["suite"], after["protocol"]) != (before["suite"], before["protocol"]):
         raise EvaluationError(
@@ -87,7 +87,7 @@ def compare(after: dict[str, Any], before: Mapping[str, Any], folder: Path) -> d
     others = [row["item"] for row in after["items"] if prompts.get(row["item"], row["prompt"]) != row["prompt"]]
     if others:
         raise EvaluationError(
-            f"{folder} has other prompts than this evaluation under {len(others)} ids, such as {others[0]}; their "
+            f"{folder} has different prompts from this evaluation under {len(others)} ids, such as {others[0]}; their "
             "scores cannot be compared: evaluate both with the same options and files of the suite"
         )
     sides, unit = [_rows_of_results(side) for side in (after, before)], after["overall"]["unit"]
@@ -96,7 +96,7 @@ def compare(after: dict[str, Any], before: Mapping[str, Any], folder: Path) -> d
         top = TOP.get(unit) if differs or not _same_model(after, before) else None
         change = statistics.difference(sides[0], sides[1], after["weights"], top)
     except ValueError as error:
-        raise EvaluationError(f"{folder} has none of the prompts of this evaluation, or no images of them") from error
+        raise EvaluationError(f"{folder} has no prompts of this evaluation, or no images of them") from error
     shared = {row["item"] for row in after["items"]} & {row["item"] for row in before["items"]}
     old = statistics.estimate([row for row in sides[1] if row[1] in shared], after["weights"], TOP.get(unit))
     scale = TOP.get(unit) or abs(after["overall"]["value"]) or 1.0
@@ -125,7 +125,7 @@ def compare(after: dict[str, Any], before: Mapping[str, Any], folder: Path) -> d
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read results. Raises EvaluationError for a file that is missing or holds none, or NaN in place of a number."""
+    """Read results.json. Raises EvaluationError if it is missing or invalid, including NaN or infinite numbers."""
     if not path.is_file():
         raise EvaluationError(f"{path} does not exist; add the step score")
     try:
@@ -134,17 +134,16 @@ def read(path: Path) -> dict[str, Any]:
         found = None
     if not isinstance(found, dict) or found.get("format") != FORMAT or not found.keys() >= NEEDED:
         raise EvaluationError(
-            f"{path} cannot be read (it holds no results of format {FORMAT}); make them again: reca eval ... "
-            "--steps score"
+            f"{path} cannot be read: expected results of format {FORMAT}; score again: reca eval ... --steps score"
         )
     beside = path.parent / "images"
     if found.get("images") and not Path(found["images"]).is_dir() and beside.is_dir():
-        found["images"] = str(beside)  # the folder was moved, or is looked at from another one
+        found["images"] = str(beside)  # the folder was moved, or the working directory is another one
     return found
 
 
 def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a finite number")
 
 
 def _same_model(after: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
@@ -174,7 +173,7 @@ def _change(interval: Interval) -> dict[str, Any]:
 
 
 def text(found: Mapping[str, Any]) -> str:
-    """Write results for a terminal."""
+    """Format results for a terminal."""
     counts, unit, against = found["counts"], found["overall"]["unit"], found["against"]
     lines = [
         f"{found['protocol']}: {counts['images']} images of {counts['items']} items, {_judge(found['judge'])}",
@@ -192,27 +191,23 @@ def text(found: Mapping[str, Any]) -> str:
         lines.append(line)
     if against:
         gains = sum(row["after"] > row["before"] for row in against["flips"])
-        lines.append(
-            f"prompts: {gains} gained, {len(against['flips']) - gains} lost of {against['items']} that both have"
-        )
+        lines.append(f"prompts: {gains} gained, {len(against['flips']) - gains} lost of {against['items']} in both")
         if not against["identical_settings"]:
             names = ", ".join(against["differs"])
-            lines.append(f"the two differ in more than weights: {names}; the change is not of training alone")
+            lines.append(f"the two differ not only in weights but in {names}: the change is not due to training alone")
         lines += _power_lines(found["power"] or [], unit)
     if counts["failed"] or counts["missing"]:
-        lines.append(
-            f"{counts['failed']} images failed and {counts['missing']} are missing: the figures leave them out"
-        )
+        lines.append(f"{counts['failed']} images failed and {counts['missing']} are missing; the scores exclude them")
     lines.append("intervals: 95 %, over prompts within tags")
     return "\n".join(lines)
 
 
 def _power_lines(table: Sequence[Mapping[str, Any]], unit: str) -> list[str]:
-    """Write the power table, a line per number of images."""
+    """Format the power table, one line per number of images per item."""
     if not table:
         return []
     differences = list(dict.fromkeys(row["difference"] for row in table))
-    lines = [f"power to find a change of {', '.join(figures.number(d, unit) for d in differences)} points"]
+    lines = [f"power to detect a change of {', '.join(figures.number(d, unit) for d in differences)} points"]
     for count in dict.fromkeys(row["images_per_item"] for row in table):
         cells = [f"{row['power']:5.0%}" for row in table if row["images_per_item"] == count]
         lines.append(f"  with {count:>2} images per item: {' '.join(cells)}")
@@ -222,13 +217,13 @@ def _power_lines(table: Sequence[Mapping[str, Any]], unit: str) -> list[str]:
 def _judge(judge: Mapping[str, Any]) -> str:
     name = f"judged by {judge.get('name')}"
     if judge.get("exact") is False:
-        name += " (approximate: not the judge that published numbers come from)"
+        name += " (approximate: not the judge of the published numbers)"
     return name
 
 
 def _model(model: Mapping[str, Any] | None) -> str:
     if model is None:
-        return "unknown: the images came from elsewhere"
+        return "unknown: the images were not generated here"
     step = f", step {model['step']}" if model.get("step") is not None else ""
     weights = f", weights {model['weights_sha256'][:12]}" if model["weights_sha256"] else ""
     return f"{model['source']} ({model['umm']}{step}{weights})"

@@ -17,9 +17,9 @@ def score(suite: Suite, answers: Mapping[Key, object], items: Sequence[Item]) ->
         failed = _unread(suite, answers, items)
         lost = {key for key, _ in failed}  # empty if answers fail only in combination; the next line then raises again
         found = suite.score({key: answer for key, answer in answers.items() if key not in lost}, items)
-    worthless = {(v.item, v.k): v.value for v in found.values if not math.isfinite(v.value)}
-    if worthless:
-        failed += [(key, f"the judge's answer has the value {value}") for key, value in worthless.items()]
+    not_finite = {(v.item, v.k): v.value for v in found.values if not math.isfinite(v.value)}
+    if not_finite:
+        failed += [(key, f"the judge's answer has the value {value}") for key, value in not_finite.items()]
         lost = {key for key, _ in failed}
         found = suite.score({key: answer for key, answer in answers.items() if key not in lost}, items)
     return found._replace(failed=[*found.failed, *failed])

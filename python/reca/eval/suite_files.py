@@ -1,6 +1,6 @@
-"""Get the files of suites that are not shipped, from the benchmarks' own repositories: `reca get suite`.
+"""Download files of suites that are not shipped, from the benchmarks' own repositories: `reca get suite`.
 
-GitHub lists a commit's files with git's hashes, which every file is compared with.
+Every file is verified against the git hash in GitHub's list of the commit's files.
 """
 
 import fnmatch
@@ -25,11 +25,11 @@ from reca.folders import ensure_writable, write_atomically
 
 API, FILES = "https://api.github.com", "https://raw.githubusercontent.com"
 FOLDER = Path("benchmarks")
-TIMEOUT, TRIES, AT_ONCE = 60, 3, 8  # seconds of a request, times it is sent, files at once
+TIMEOUT, TRIES, AT_ONCE = 60, 3, 8  # seconds per request, attempts, concurrent downloads
 
 
 class File(NamedTuple):
-    """A file of a commit. digest: git's hash of it."""
+    """A file of a commit. digest: its git hash."""
 
     path: str
     size: int
@@ -37,14 +37,14 @@ class File(NamedTuple):
 
 
 def get(suite: str, to: Path | None = None, dry_run: bool = False) -> Path:
-    """Fetch the files of a suite that are not here, and print what `--data` takes. Returns it.
+    """Download the missing files of a suite. Print and return the value for `--data`.
 
-    to: the folder that holds one of the suite; ./benchmarks by default. dry_run: print the list only.
-    Raises DataError for a suite without files on GitHub, where GitHub cannot be reached or lacks them, and for files
-    that are not what it says; what was fetched is kept.
+    to: parent of the suite's folder; ./benchmarks by default. dry_run: print only.
+    Raises DataError if the suite has no files on GitHub, if GitHub cannot be reached or lacks them, or if a file's hash
+    differs. Downloaded files are kept.
     """
     if suite not in SUITES:
-        raise DataError(f"there are no files to get of {suite!r}; there are of {', '.join(SUITES)}")
+        raise DataError(f"there are no files to download for {suite!r}; there are for {', '.join(SUITES)}")
     source, folder = SUITES[suite], (to or FOLDER) / suite
     commit, files = list_files(source)
     missing = [file for file in files if not _is_here(folder / file.path, file)]
@@ -61,7 +61,7 @@ def get(suite: str, to: Path | None = None, dry_run: bool = False) -> Path:
                 for _ in pool.map(lambda file: _bring(source, commit, file, folder), missing):
                     bar.update()
             except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)  # the others would fail alike, one by one
+                pool.shutdown(wait=False, cancel_futures=True)  # the others would fail in the same way
                 raise
     if source.note:
         print(source.note)
@@ -70,7 +70,7 @@ def get(suite: str, to: Path | None = None, dry_run: bool = False) -> Path:
 
 
 def list_files(source: SuiteFiles) -> tuple[str, list[File]]:
-    """Ask GitHub which commit a revision is, and which of its files are wanted."""
+    """Return the commit of the source's revision and the files that match its patterns, both from GitHub's API."""
     place = f"{API}/repos/{source.repository}"
     commit = _json(source, f"{place}/commits/{source.revision}", "sha")
     tree = _json(source, f"{place}/git/trees/{commit}?recursive=1", "tree")
@@ -87,7 +87,7 @@ def list_files(source: SuiteFiles) -> tuple[str, list[File]]:
 def _bring(source: SuiteFiles, commit: str, file: File, folder: Path) -> None:
     content = _read(source, f"{FILES}/{source.repository}/{commit}/{quote(file.path)}")
     if git_hash(content) != file.digest or content.startswith(b"version https://git-lfs"):
-        raise DataError(f"{file.path} of {source.repository} came as another file than it is. {_by_hand(source)}")
+        raise DataError(f"{file.path} of {source.repository}: the download has another git hash. {_by_hand(source)}")
     path = folder / file.path
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, content, sync=False)
@@ -98,21 +98,21 @@ def _is_here(path: Path, file: File) -> bool:
 
 
 def git_hash(content: bytes) -> str:
-    """Hash a file as git does."""
+    """Return the SHA-1 that git gives a file with this content."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def _json(source: SuiteFiles, url: str, key: str) -> Any:
-    """Fetch what an answer of GitHub's API has under a key."""
+    """Fetch JSON from GitHub's API and return the value of a key."""
     content = _read(source, url)
     try:
         return json.loads(content)[key]
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{url} answered otherwise than GitHub does. {_by_hand(source)}") from error
+        raise DataError(f"{url} did not answer in the format of GitHub's API. {_by_hand(source)}") from error
 
 
 def _read(source: SuiteFiles, url: str) -> bytes:
-    """Fetch a URL. Raises DataError after the last try, and at once for what no try will mend."""
+    """Fetch a URL. Raises DataError after the last attempt, or at once for errors that a retry cannot fix."""
     for number in range(TRIES):
         try:
             with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
@@ -120,16 +120,16 @@ def _read(source: SuiteFiles, url: str) -> bytes:
         except urllib.error.HTTPError as refusal:
             reason = f"HTTP {refusal.code}"
             if refusal.code in (403, 429):
-                reason += ": GitHub answers 60 questions an hour; the same command goes on later"
+                reason += ": GitHub allows 60 requests an hour; run the same command later to continue"
             if refusal.code < 500:
                 break
         except (OSError, http.client.HTTPException) as failure:  # URLError and TimeoutError are OSErrors
             reason = str(getattr(failure, "reason", failure)) or type(failure).__name__
         if number + 1 < TRIES:
             time.sleep(2.0**number)
-    raise DataError(f"{url} cannot be fetched ({reason}). What is here is kept. {_by_hand(source)}")
+    raise DataError(f"{url} cannot be fetched ({reason}). Downloaded files are kept. {_by_hand(source)}")
 
 
 def _by_hand(source: SuiteFiles) -> str:
     wanted = " and ".join(source.files)
-    return f"By hand: `git clone https://github.com/{source.repository}`, and give {wanted} of it as --data"
+    return f"Manual download: `git clone https://github.com/{source.repository}`, then pass its {wanted} as --data"

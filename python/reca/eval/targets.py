@@ -1,4 +1,4 @@
-"""What is evaluated: a run, the model it started from, a recipe's published model, or a folder made before."""
+"""The model that is evaluated: a run, its base model, a recipe's published model, or an existing evaluation."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -29,10 +29,11 @@ GENERATION = "generation.json"
 class Target:
     """One side of an evaluation.
 
-    source   as the user named it; of what a run was trained from, "base of" the run
-    recipe   of the model; None for a folder of an evaluation that was made before
-    trained  whether a run's checkpoint is laid over the published weights
-    folder   of the evaluation
+    source   as given by the user; for the base model of a run, "base of" and the run
+    recipe   recipe of the model; None for the folder of an existing evaluation
+    trained  whether the model has the weights of the run's newest checkpoint
+    folder   output folder of the evaluation
+    ema      whether to evaluate the moving average of the weights
     """
 
     source: str
@@ -53,7 +54,7 @@ class Target:
         return None if newest is None else int(newest.name)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Tell two states of a model apart without reading its weights."""
+        """Return values that identify the state of the model without reading its weights."""
         assert self.recipe is not None
         newest = checkpoint.latest(Path(self.source)) if self.trained else None
         found: dict[str, Any] = {"model": as_dict(self.recipe)["model"], "files": published_fingerprints(self.recipe)}
@@ -65,7 +66,7 @@ class Target:
 def target(
     source: str | Path, overrides: Sequence[str] | Mapping[str, Any], suite: str, out: Path | None, ema: bool = False
 ) -> Target:
-    """Find what a name stands for: the folder of a run, or a recipe."""
+    """Return the Target of a run folder or a recipe. out: output folder; None: the default."""
     recipe = recipe_of(source, overrides)
     if is_run(source):
         return Target(str(source), recipe, True, out or Path(source) / "eval" / suite, ema)
@@ -73,10 +74,10 @@ def target(
 
 
 def opponent(name: str | Path, mine: Target, overrides: Sequence[str] | Mapping[str, Any], suite: str) -> Target:
-    """Find what to compare with: "base", the folder of an evaluation, a run or a recipe."""
+    """Return the Target to compare with: "base", the folder of an evaluation, a run or a recipe."""
     if str(name) == BASE:
         if not mine.trained:
-            raise EvaluationError(f"--against base needs a run; {mine.source} is the base model itself")
+            raise EvaluationError(f"--against base needs a run; {mine.source} is a base model itself")
         return Target(f"base of {mine.source}", mine.recipe, False, Path(mine.source) / "eval" / BASE / suite)
     folder = Path(name)
     if any((folder / file).is_file() for file in (GENERATION, "records.jsonl", "results.json")):
@@ -87,13 +88,13 @@ def opponent(name: str | Path, mine: Target, overrides: Sequence[str] | Mapping[
 def describe(model: Adapter, side: Target) -> dict[str, Any]:
     """Describe a loaded model for the results."""
     assert side.recipe is not None
-    step = model.state["step"] if side.trained else None  # and not side.step(): the run may go on
+    step = model.state["step"] if side.trained else None  # not side.step(): the run may have written a newer checkpoint
     return {"source": side.source, "umm": side.recipe.umm, "trained": side.trained, "step": step,
             "dtype": _dtype(model), "weights_sha256": weights_hash(model)}  # fmt: skip
 
 
 def _dtype(model: Adapter) -> str:
-    """Name the type that most of the weights have."""
+    """Return the name of the dtype of most parameters."""
     counts: dict[str, int] = {}
     for parameter in model.parameters():
         name = str(parameter.dtype).removeprefix("torch.")
@@ -102,7 +103,7 @@ def _dtype(model: Adapter) -> str:
 
 
 def read_generation(folder: Path) -> dict[str, Any]:
-    """Read what made the images of an evaluation; {} if nothing is known."""
+    """Read generation.json; {} if it does not exist."""
     path = folder / GENERATION
     if not path.is_file():
         return {}
@@ -111,14 +112,14 @@ def read_generation(folder: Path) -> dict[str, Any]:
     except ValueError:
         found = None
     if not isinstance(found, dict):
-        raise EvaluationError(f"{path} is damaged: it holds no JSON object; delete {folder} or give another --out")
+        raise EvaluationError(f"{path} is damaged: expected a JSON object; delete {folder} or set another --out")
     return found
 
 
 def check_prompts(folder: Path, items: Sequence[Item]) -> None:
-    """Raise EvaluationError where a folder holds images, or answers, of other prompts or sources under these ids.
+    """Raise EvaluationError if a folder contains images, or answers, of other prompts or sources under these ids.
 
-    Folders that name no digests, of earlier releases, are held against the prompts in their results.
+    Folders of earlier releases, without digests, are compared by the prompts in their results.
     """
     before, results = read_generation(folder), folder / "results.json"
     if "items" in before:
@@ -129,13 +130,13 @@ def check_prompts(folder: Path, items: Sequence[Item]) -> None:
     else:
         others = []
     if others:
-        raise _made_otherwise(folder, f"the prompts or sources of {len(others)} items, such as {others[0]}, differ")
+        raise _other_settings(folder, f"the prompts or sources of {len(others)} items, such as {others[0]}, differ")
 
 
 def write_generation(folder: Path, made: Mapping[str, Any], items: Sequence[Item]) -> None:
-    """Write what makes the images of an evaluation, with digests of all items so far.
+    """Write generation.json: the settings in `made`, and digests of these and all earlier items.
 
-    Raises EvaluationError where the folder holds images of other weights or other settings.
+    Raises EvaluationError if the folder contains images of other weights or settings.
     """
     before = read_generation(folder)
     compared = ("suite", "protocol", "sampling", "seed", "fingerprint")
@@ -143,12 +144,12 @@ def write_generation(folder: Path, made: Mapping[str, Any], items: Sequence[Item
     if before and not changed and before["model"]["weights_sha256"] != made["model"]["weights_sha256"]:
         changed = ["weights"]
     if changed:
-        raise _made_otherwise(folder, f"{', '.join(changed)} differ")
+        raise _other_settings(folder, f"{', '.join(changed)} differ")
     digests = before.get("items", {}) | {item.id: item.given for item in items}
     write(folder / GENERATION, json.dumps({**made, "items": digests}, indent=1))
 
 
-def _made_otherwise(folder: Path, reason: str) -> EvaluationError:
+def _other_settings(folder: Path, reason: str) -> EvaluationError:
     return EvaluationError(
-        f"{folder} holds images that were made otherwise ({reason}); give another --out, or delete that folder"
+        f"{folder} contains images generated with other settings ({reason}); set another --out, or delete that folder"
     )

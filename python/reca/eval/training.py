@@ -1,4 +1,4 @@
-"""The suite of eval.suite on a model in training: the same steps, in RUN/eval/training/SUITE/STEP."""
+"""Evaluation of eval.suite during training: the steps of `reca eval`, in RUN/eval/training/SUITE/STEP."""
 
 import contextlib
 import json
@@ -28,16 +28,16 @@ FOLDER = Path("eval") / "training"
 
 
 class Scored(NamedTuple):
-    """Results of a suite, on rank 0: as `reca.eval` says, and the images they are of."""
+    """Results of a suite in the format of `reca.eval`, and the generated images."""
 
     results: dict[str, Any]
     images: list[Tensor]
 
 
 class TrainingSuite:
-    """Draws the prompts of a suite with the model of a run, has them judged and scores them.
+    """Generates images for the prompts of a suite with the model of a run, and judges and scores them.
 
-    Raises RecipeError and EvaluationError for what is wrong with the suite, its files or its judge.
+    Raises RecipeError if the suite, its files or its judge cannot be used.
     """
 
     def __init__(self, recipe: Recipe, run_dir: Path):
@@ -56,7 +56,7 @@ class TrainingSuite:
                 seed=config.seed,
             )
             if self.settings.suite.ability != "generate":
-                raise RecipeError(f"{self.name} does not draw prompts; `reca eval {self.name} RUN` evaluates a run")
+                raise RecipeError(f"{self.name} generates no images from prompts; use `reca eval {self.name} RUN`")
             check(self.settings, [self._side(0)], None, None)
         except ValueError as error:
             raise RecipeError(f"eval.suite={format_value(config.suite)}: {error}") from error
@@ -64,15 +64,15 @@ class TrainingSuite:
     def run(
         self, adapter: Adapter, step: int, device: torch.device, autocast: contextlib.AbstractContextManager
     ) -> Scored | None:
-        """Evaluate the model as it is after `step`. All ranks call it; rank 0 alone judges, and has the results.
+        """Evaluate the model after `step`. All ranks must call it; rank 0 runs the judge and returns the results.
 
-        autocast: of the model, which the judge is not under: it computes as in `reca eval`.
-        None on other ranks. Where images, judge or disk fail, it raises on all ranks.
+        autocast: context for the model; the judge runs outside of it, as in `reca eval`.
+        Returns None on other ranks. If generating, judging or writing fails, all ranks raise.
         """
         side = self._side(step)
         with distributed.fail_together():
             if distributed.rank() == 0:
-                shutil.rmtree(side.folder, ignore_errors=True)  # of a step that is made again
+                shutil.rmtree(side.folder, ignore_errors=True)  # from an interrupted or repeated step
                 (side.folder / "images").mkdir(parents=True)
                 write_generation(side.folder, self._made(side, step), self.settings.items())
         with eval_mode(adapter), autocast:
@@ -87,7 +87,7 @@ class TrainingSuite:
         return Target(str(self.run_dir), self.recipe, True, self.run_dir / FOLDER / self.name / f"{step:06d}")
 
     def _made(self, side: Target, step: int) -> dict[str, Any]:
-        """Describe what makes the images. The weights, which ranks may share, are not hashed."""
+        """Return the contents of generation.json. Weights can be sharded over ranks, so they are not hashed."""
         settings, precision = self.settings, self.recipe.train.precision
         model = {"source": str(self.run_dir), "umm": self.recipe.umm, "trained": step > 0, "step": step}
         return {
@@ -102,7 +102,7 @@ class TrainingSuite:
     def _score(self, side: Target, device: torch.device) -> Scored:
         try:
             found = judge_and_score(self.settings, side, None, None, device)
-        except Exception as error:  # whatever a judge's library raises
+        except Exception as error:  # a judge's library can raise anything
             raise EvaluationError(str(error) or type(error).__name__) from error
         assert found is not None
         base = self._side(0).folder
@@ -114,7 +114,7 @@ class TrainingSuite:
 
 
 def values(found: Mapping[str, Any]) -> dict[str, float]:
-    """Return the figures of results that are logged: SUITE/score, with its interval, and by tag."""
+    """Return the metrics to log: SUITE/score, its interval, its change, and the score of each tag."""
     name, overall = found["suite"], found["overall"]
     low, high = overall["interval"]
     logged = {f"{name}/score": overall["value"], f"{name}/score_low": low, f"{name}/score_high": high}

@@ -1,4 +1,4 @@
-"""Judges by name. None is ever called unless it is named, but those that come with this package and cost nothing."""
+"""Registry of judges. Only the judge that the user names is called; a toy dataset uses its own by default."""
 
 import inspect
 import os
@@ -14,15 +14,15 @@ from reca.eval.judges.base import Judge
 from reca.eval.suites import Item, Suite
 from reca.sampling_options import check_sampling_options
 
-# name -> (module, class, what follows the colon, what it is)
+# name -> (module, class, argument after the colon, description)
 JUDGES: dict[str, tuple[str, str, str, str]] = {
     "world": ("world", "WorldJudge", "", "the toy datasets' own detector"),
     "mask2former": ("detectors", "Mask2FormerJudge", "FILE", "GenEval's own detector and colour classifier"),
     "grounding_dino": ("detectors", "GroundingDinoJudge", "MODEL", "an approximate detector for GenEval"),
     "owlv2": ("detectors", "Owlv2Judge", "MODEL", "an approximate detector for GenEval"),
-    "endpoint": ("endpoint", "EndpointJudge", "URL", "a vision language model behind an OpenAI-compatible endpoint"),
-    "local": ("local_vlm", "LocalVlmJudge", "MODEL", "a vision language model in transformers"),
-    "recorded": ("recorded", "RecordedJudge", "FILE", "answers that were recorded before"),
+    "endpoint": ("endpoint", "EndpointJudge", "URL", "a vision-language model behind an OpenAI-compatible endpoint"),
+    "local": ("local_vlm", "LocalVlmJudge", "MODEL", "a vision-language model in transformers"),
+    "recorded": ("recorded", "RecordedJudge", "FILE", "previously recorded answers"),
 }
 KINDS = {
     "detector": ("mask2former", "grounding_dino", "owlv2"),
@@ -36,8 +36,8 @@ def check_judge(spec: str | None, options: Mapping[str, Any], suite: Suite) -> t
     """Return (name, argument, options) of the judge NAME or NAME:ARGUMENT for a suite, without loading anything.
 
     options: keyword arguments of its class.
-    Raises EvaluationError for a suite that needs a judge to be named, and for a file that is not there; ValueError for
-    a judge that cannot serve it, and for an argument or options that make no sense.
+    Raises EvaluationError if the suite needs a judge and none is named, or if a file does not exist; ValueError if the
+    judge does not support the suite, or if its argument or options are invalid.
     """
     if spec is None and suite.judge_kind == "world":
         spec = "world"
@@ -45,7 +45,7 @@ def check_judge(spec: str | None, options: Mapping[str, Any], suite: Suite) -> t
         raise EvaluationError(f"{suite.name} needs a judge: --judge with one of {_list(suite)}. {_exact(suite)}")
     name, _, argument = spec.partition(":")
     if name not in JUDGES or (name != "recorded" and name not in KINDS[suite.judge_kind]):
-        raise ValueError(f"--judge {name} cannot serve {suite.name}; it takes one of {_list(suite)}. {_exact(suite)}")
+        raise ValueError(f"--judge {name} does not support {suite.name}; use one of {_list(suite)}. {_exact(suite)}")
     wanted = JUDGES[name][2]
     if bool(argument) != bool(wanted):
         raise ValueError(f"--judge {spec}: expected {name}{':' + wanted if wanted else ''}")

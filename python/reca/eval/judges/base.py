@@ -1,4 +1,4 @@
-"""What a judge answers."""
+"""The interface of judges."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,21 +13,24 @@ ImageOrFile = Path | Image.Image
 
 
 def without_thoughts(text: str) -> str:
-    """Leave out what a model thinks before it answers, which some servers give as a part of the answer."""
+    """Remove a model's reasoning, up to </think>, which some servers return as part of the answer."""
     return text.rpartition("</think>")[2]
 
 
 class JudgeError(RuntimeError):
-    """The judge could not answer about one image; others may go well."""
+    """The judge failed on one image; it may succeed on others."""
 
 
 class Judge:
-    """Says what it sees on an image. Its kind is which of `shows`, `detect`, and `reply` with its kin it has.
+    """Answers questions about an image.
+
+    A judge implements `shows` (judge_kind "world"), `detect` ("detector"), or `reply` and `first_token_probability`
+    ("vlm").
 
     Class attributes:
-        exact    whether it is the judge that the published numbers were made with
-        workers  images that it is asked about at once
-        options  what decides its answers besides its name, version and dtype
+        exact    whether it is the judge of the published numbers
+        workers  number of images judged concurrently
+        options  settings that affect its answers, besides its name, version and dtype
     """
 
     exact: bool = False
@@ -39,10 +42,10 @@ class Judge:
 
     @classmethod
     def check(cls, argument: str, **options: Any) -> None:
-        """Raise EvaluationError or ValueError for what it cannot be opened with, as far as that is known unopened."""
+        """Validate the argument and options without opening the judge. Raises EvaluationError or ValueError."""
 
     def describe(self) -> dict[str, Any]:
-        """Return what is written to every record, and what a record is looked up by."""
+        """Return the description that is written to each record and by which records are matched to a judge."""
         description = {"name": self.name, "version": self.version, "dtype": self.dtype, "exact": self.exact}
         return description | ({"options": dict(self.options)} if self.options else {})
 
@@ -51,28 +54,28 @@ class Judge:
         return suite.ask(self, item, image)
 
     def repeats(self, key: Key, answer: Any) -> bool:
-        """Tell whether it still gives an answer that was recorded of it; only a file that was replaced does not."""
+        """Tell whether a recorded answer is still valid. Only a file of answers can have been replaced since."""
         return True
 
     def cost(self) -> str | None:
-        """Say in a line what was spent; None for a judge that costs nothing but time."""
+        """Return one line about requests, tokens and cost; None if the judge has no usage to report."""
         return None
 
     def shows(self, image: Path, prompt: Any) -> dict[str, Any]:
-        """Say whether the toy world's prompt is shown: {"correct", "seen"}."""
+        """Judge whether an image shows a prompt of a toy dataset. Return {"correct": bool, "seen": description}."""
         raise NotImplementedError
 
     def detect(self, image: Path, colored: Mapping[str, int], threshold: float) -> dict[str, list[dict[str, Any]]]:
         """Detect objects: class -> [{"box": [x0, y0, x1, y1], "score", "color"}].
 
-        colored: class -> number of its most certain objects whose colour is asked. threshold: scores that count.
+        colored: class -> number of its highest-scoring objects to classify by colour. threshold: their minimum score.
         """
         raise NotImplementedError
 
     def reply(self, text: str, images: Sequence[ImageOrFile]) -> str:
-        """Answer a question about images, which come before it."""
+        """Answer a question about images. The images precede the text in the prompt."""
         raise NotImplementedError
 
     def first_token_probability(self, text: str, images: Sequence[ImageOrFile], accepted: Sequence[str]) -> float:
-        """Add, over the accepted strings, the probabilities that the answer begins with the first token of one."""
+        """Return the sum, over the accepted strings, of the probability of each one's first token as the next token."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""GenEval's colour classifier: CLIP's zero-shot classification of a crop of an object, through transformers.
+"""GenEval's colour classifier: zero-shot classification of an object's crop by CLIP, in transformers.
 
 Source: djghosh13/geneval, evaluate_images.py (ImageCrops, color_classification), and clip_benchmark 1.6.2.
 """
@@ -24,7 +24,7 @@ LOGIT_SCALE = 100.0
 
 
 def crop(image: Image.Image, box: Sequence[float], mask: np.ndarray | None) -> Image.Image:
-    """Paint what lies outside the mask, bool [H, W], and cut out the box; outside of the image is black."""
+    """Crop an image to a box. Pixels outside the mask, bool [H, W], are grey; those outside the image are black."""
     image = image.convert("RGB")
     if mask is not None:
         empty = Image.new("RGB", image.size, BACKGROUND)
@@ -33,19 +33,19 @@ def crop(image: Image.Image, box: Sequence[float], mask: np.ndarray | None) -> I
 
 
 def texts(class_name: str) -> list[str]:
-    """List the 30 texts of a class, three for every colour."""
+    """Return the 30 prompts of a class, three per colour."""
     forms = (f"a photo of a {{}} {class_name}", f"a photo of a {{}}-colored {class_name}", "a photo of a {} object")
     return [form.format(color) for color in COLORS for form in forms]
 
 
 def classifier(text_embeddings: Tensor) -> Tensor:
-    """Average the normalised embeddings [30, D] of each colour's texts and normalise again: [D, 10]."""
+    """Average the normalised embeddings [30, D] of each colour's prompts and normalise again. Return [D, 10]."""
     grouped = _unit(text_embeddings).unflatten(0, (len(COLORS), -1))
     return _unit(grouped.mean(1)).T
 
 
 def classify(image_embeddings: Tensor, columns: Tensor) -> tuple[Tensor, list[str]]:
-    """Return logits [N, 10] and the colour of every image embedding [N, D]; of equal logits the earlier colour."""
+    """Return logits [N, 10] and the colour of each image embedding [N, D]. Ties go to the first colour of COLORS."""
     logits = LOGIT_SCALE * _unit(image_embeddings) @ columns
     return logits, [COLORS[int(np.argmax(row))] for row in logits.cpu().numpy()]
 
@@ -67,7 +67,7 @@ def clip_pixels(image: Image.Image) -> Tensor:
 
 
 class ColorClassifier:
-    """Names the colour of an object. A class's texts are embedded once."""
+    """Classifies the colours of objects. The prompts of a class are embedded once."""
 
     def __init__(self, embed_texts: Callable[[list[str]], Tensor], embed_images: Callable[[Tensor], Tensor]):
         self.embed_texts, self.embed_images = embed_texts, embed_images
@@ -89,7 +89,7 @@ class ColorClassifier:
 def load_clip(source: str, device: torch.device | str) -> ColorClassifier:
     """Load CLIP ViT-L/14 (OpenAI's weights, which use QuickGELU) from the hub or a folder, in float32.
 
-    Raises EvaluationError.
+    Raises EvaluationError if it cannot be loaded.
     """
     from transformers import CLIPModel, CLIPTokenizerFast
 
@@ -99,7 +99,7 @@ def load_clip(source: str, device: torch.device | str) -> ColorClassifier:
         tokenizer = CLIPTokenizerFast.from_pretrained(place)
     except (OSError, ValueError) as error:
         raise EvaluationError(
-            f"the judge's CLIP, {source}, cannot be loaded: {error}. Give its folder: --judge-option clip=FOLDER"
+            f"the judge's CLIP, {source}, cannot be loaded: {error}. Set its folder by --judge-option clip=FOLDER"
         ) from error
 
     def embed_texts(lines: list[str]) -> Tensor:

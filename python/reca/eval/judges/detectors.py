@@ -1,4 +1,4 @@
-"""Judges of GenEval: its own detector, and two approximate ones from transformers. They need weight files."""
+"""Judges of GenEval: its own detector, and two approximate ones from transformers. All need weight files."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,17 +14,17 @@ from reca.eval.judges.base import Judge
 from reca.eval.judges.colors import CLIP, ColorClassifier, load_clip
 from reca.eval.suites.geneval_rules import CLASS_NAMES, kept_places
 
-RECORDED_SCORE = 0.05  # weaker detections count under no threshold in use, and are not recorded
+RECORDED_SCORE = 0.05  # minimum score of a recorded detection, below all thresholds in use
 
 
 class DetectorJudge(Judge):
-    """Finds objects of GenEval's 80 classes, and names the colours of those whose colour is asked."""
+    """Detects objects of GenEval's 80 classes, and classifies the colours of those that a prompt gives a colour."""
 
     dtype = "float32"
     colors: ColorClassifier
 
     def find(self, pixels: np.ndarray) -> list[tuple[str, list[float], float, np.ndarray | None]]:
-        """Return (class, box, score, mask or None) of every object in uint8 [H, W, 3]."""
+        """Return (class, box, score, mask or None) of each object. pixels: uint8 [H, W, 3] RGB."""
         raise NotImplementedError
 
     def detect(self, image: Path, colored: Mapping[str, int], threshold: float) -> dict[str, list[dict[str, Any]]]:
@@ -48,7 +48,7 @@ class DetectorJudge(Judge):
 class Mask2FormerJudge(DetectorJudge):
     """GenEval's detector: OpenMMLab's Mask2Former swin-s, with CLIP ViT-L/14 for colours, in float32.
 
-    Published numbers were made on CUDA, where CLIP runs in half precision: near ties of colours can differ.
+    For the published numbers CLIP ran on CUDA in half precision, so colours with nearly equal logits can differ.
     """
 
     exact = True
@@ -74,12 +74,12 @@ class Mask2FormerJudge(DetectorJudge):
 
 
 class _OpenVocabularyJudge(DetectorJudge):
-    """A detector that is given the names of the classes, and finds boxes without masks."""
+    """An open-vocabulary detector. Its input includes the names of the classes; it returns boxes without masks."""
 
-    batch = len(CLASS_NAMES)  # names that it is given at once
+    batch = len(CLASS_NAMES)  # class names per forward pass
 
     def __init__(self, source: str, device: torch.device | str, *, clip: str = CLIP, threshold: float = 0.3):
-        """threshold: scores below it are no detections; GenEval's own 0.3 and 0.9 are applied after it."""
+        """Load the detector. threshold: minimum score of a detection; GenEval applies its own 0.3 or 0.9 afterwards."""
         from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
         try:
@@ -100,7 +100,7 @@ class _OpenVocabularyJudge(DetectorJudge):
             inputs = self.processor(images=image, text=self.texts(names), return_tensors="pt").to(self.device)
             outputs = self.model(**inputs)
             scores, labels = self.scores(outputs.logits[0].float().sigmoid(), inputs["input_ids"]).max(-1)
-            middle, half = outputs.pred_boxes[0].float().split(2, -1)  # of 1
+            middle, half = outputs.pred_boxes[0].float().split(2, -1)  # relative to the image, or its padded square
             corners = torch.cat([middle - half / 2, middle + half / 2], -1)
             corners = corners * torch.tensor([*self.sides(width, height) * 2], device=corners.device)
             for box, score, label in zip(corners.tolist(), scores.tolist(), labels.tolist(), strict=True):
@@ -109,15 +109,15 @@ class _OpenVocabularyJudge(DetectorJudge):
         return found
 
     def texts(self, names: Sequence[str]) -> Any:
-        """Write the names as the processor takes them."""
+        """Format class names for the processor."""
         raise NotImplementedError
 
     def scores(self, probabilities: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Return [boxes, names] from the model's own scores."""
+        """Convert the model's probabilities, [boxes, columns], to scores per name, [boxes, names]."""
         return probabilities
 
     def sides(self, width: int, height: int) -> tuple[float, float]:
-        """Return the pixels that a box's 1 stands for."""
+        """Return the width and height in pixels that relative box coordinates refer to."""
         return float(width), float(height)
 
 
@@ -134,7 +134,8 @@ class Owlv2Judge(_OpenVocabularyJudge):
 class GroundingDinoJudge(_OpenVocabularyJudge):
     """Grounding DINO, such as openmmlab-community/mm_grounding_dino_tiny_o365v1_goldg: approximate.
 
-    It is asked about 20 classes at a time, as its texts hold 256 tokens. A class's score is the mean over its words.
+    It gets 20 classes per forward pass, since its text length is limited to 256 tokens. A class's score is the mean
+    over its tokens.
     """
 
     batch = 20

@@ -1,4 +1,4 @@
-"""A vision language model behind an OpenAI-compatible endpoint, such as vLLM, SGLang or a hosted one."""
+"""A vision-language model behind an OpenAI-compatible endpoint, such as vLLM, SGLang or a hosted one."""
 
 import http.client
 import io
@@ -26,18 +26,18 @@ from reca.eval.judges.base import ImageOrFile, Judge, JudgeError, without_though
 log = logging.getLogger("reca")
 
 KEY = "RECA_JUDGE_KEY"
-AGAIN = (408, 409, 425, 429)  # and all from 500: the same request may go well later
-OF_ONE = (400, 413, 422)  # what is wrong may be this image or prompt, such as one that a filter of contents refuses
-# Parameters that some models refuse, such as OpenAI's since o1, and what is sent in place of each; None: nothing.
+AGAIN = (408, 409, 425, 429)  # status codes to retry, as are all from 500
+OF_ONE = (400, 413, 422)  # status codes that can concern one image or prompt only, such as those of content filters
+# Parameters that some models reject, such as OpenAI's since o1, and their replacements; None: omit.
 IN_PLACE = {"max_tokens": "max_completion_tokens", "temperature": None}
 REFUSED = re.compile(r"'(max_tokens|temperature)' (is not supported|does not support)")
-LONGEST_WAIT = 60.0  # seconds between two tries
-SHOWN = 300  # characters of a server's words in a message
+LONGEST_WAIT = 60.0  # maximum seconds between two attempts
+SHOWN = 300  # maximum characters of a server's reply in a message
 MIMES = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"RIFF": "webp", b"GIF8": "gif"}
 
 
 class EndpointJudge(Judge):
-    """Asks by chat completions, images first. The key comes from the environment; no file and no message has it."""
+    """A judge queried by chat completions. The API key is read from the environment and never written or logged."""
 
     def __init__(
         self,
@@ -53,11 +53,12 @@ class EndpointJudge(Judge):
         price_out: float | None = None,
         dtype: str | None = None,
     ):
-        """Open an endpoint.
+        """Connect to an endpoint.
 
-        url: up to /v1. model: its name there; None takes the only one. timeout: seconds of a request. workers: requests
-        at once. price_in, price_out: dollars per million tokens. dtype: that of the model there, for the record.
-        Raises EvaluationError when the endpoint does not answer.
+        url: base URL, up to /v1. model: model name; None: the only one served. timeout: seconds per request. workers:
+        concurrent requests. price_in, price_out: dollars per million tokens. dtype: that of the served model, for the
+        records.
+        Raises EvaluationError if `model` is None and the endpoint does not answer or serves several models.
         """
         self.key = os.environ.get(KEY, "")
         self.url, self.tries, self.workers, self.max_tokens = url.rstrip("/"), int(tries), int(workers), max_tokens
@@ -88,19 +89,19 @@ class EndpointJudge(Judge):
         return answer
 
     def first_token_probability(self, text: str, images: Sequence[ImageOrFile], accepted: Sequence[str]) -> float:
-        """See Judge. The first token of a string is taken to be the longest returned one that it begins with."""
+        """See Judge. The first token of a string is taken to be the longest returned token that is a prefix of it."""
         choice = self._complete(text, images, max_tokens=1, logprobs=True, top_logprobs=20)
         logprobs = choice.get("logprobs")
         content = logprobs.get("content") if isinstance(logprobs, dict) else None
         if not content:
             raise EvaluationError(
-                f"the endpoint gives no logprobs with {self.model}, which this suite needs; serve it with them (vLLM: "
-                "--max-logprobs 20)"
+                f"the endpoint returned no logprobs for {self.model}, which this suite needs; enable them on the "
+                "server (vLLM: --max-logprobs 20)"
             )
         try:
             top = {entry["token"]: math.exp(entry["logprob"]) for entry in content[0].get("top_logprobs") or content}
             if not all(isinstance(token, str) and 0 <= p <= 1.001 for token, p in top.items()):
-                raise ValueError("a token that is no text, or a probability outside of 0 to 1")
+                raise ValueError("a token is not a string, or a probability is outside [0, 1]")
         except (AttributeError, KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
             raise JudgeError(
                 f"the endpoint's logprobs cannot be read ({error!r}): {self._short(str(content))}"
@@ -127,7 +128,7 @@ class EndpointJudge(Judge):
         names = [one.get("id") for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
         if len(names) != 1 or not names[0]:
             shown = ", ".join(map(str, names[:10])) or "none"
-            raise EvaluationError(f"{self.url} serves these models: {shown}; name one by --judge-option model=NAME")
+            raise EvaluationError(f"{self.url} serves these models: {shown}; select one by --judge-option model=NAME")
         return names[0]
 
     def _complete(self, text: str, images: Sequence[ImageOrFile], **options: Any) -> dict[str, Any]:
@@ -143,16 +144,17 @@ class EndpointJudge(Judge):
             if not isinstance(choice, dict):
                 raise TypeError(choice)
         except (AttributeError, KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
-            raise JudgeError(f"the endpoint answered with no chat completion: {self._short(str(found))}") from error
+            raise JudgeError(f"the endpoint returned no chat completion: {self._short(str(found))}") from error
         with self.lock:
             self.requests += 1
             self.tokens = [a + b for a, b in zip(self.tokens, counts, strict=True)]
         return choice
 
     def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Send until it goes well.
+        """Send a request, with retries, and return the JSON object of the response.
 
-        Raises JudgeError after the last try and where this request is refused, EvaluationError where all will be.
+        Raises JudgeError after the last attempt or if this request is rejected, and EvaluationError if others will fail
+        in the same way.
         """
         reason = ""
         for number in range(self.tries):
@@ -163,7 +165,7 @@ class EndpointJudge(Judge):
                 found = json.loads(self._send(method, path, body and _without(refused, body)))
                 if isinstance(found, dict):
                     return found
-                reason = f"no JSON object: {found}"
+                reason = f"not a JSON object: {found}"
             except urllib.error.HTTPError as refusal:
                 said = refusal.read(SHOWN * 10).decode(errors="replace")
                 if (about := REFUSED.search(said)) and about[1] not in refused:
@@ -173,7 +175,7 @@ class EndpointJudge(Judge):
                     hint = f"; the key is read from {KEY}" if refusal.code in (401, 403) else ""
                     kind = JudgeError if method == "POST" and refusal.code in OF_ONE else EvaluationError
                     raise kind(
-                        f"{self.url} refused the request with HTTP {refusal.code}: {self._short(said)}{hint}"
+                        f"{self.url} rejected the request with HTTP {refusal.code}: {self._short(said)}{hint}"
                     ) from None
                 reason, wait = f"HTTP {refusal.code}: {said}", _retry_after(refusal.headers, wait)
             except (OSError, http.client.HTTPException) as failure:  # URLError and TimeoutError are OSErrors
@@ -181,29 +183,29 @@ class EndpointJudge(Judge):
                 late = isinstance(cause, TimeoutError)
                 reason = f"no answer within {self.timeout:g} s" if late else f"{type(cause).__name__}: {cause}"
             except (ValueError, RecursionError) as failure:
-                reason = f"no JSON: {failure}"
+                reason = f"invalid JSON: {failure}"
             if number + 1 < self.tries:
                 time.sleep(wait * random.uniform(0.8, 1.2))
         kind = JudgeError if method == "POST" else EvaluationError
-        raise kind(f"{self.url} failed {self.tries} times; the last time: {self._short(reason)}")
+        raise kind(f"{self.url} failed {self.tries} times; the last error: {self._short(reason)}")
 
     def _send(self, method: str, path: str, body: dict[str, Any] | None) -> bytes:
         data = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(f"{self.url}/{path}", data, headers, method=method)
         if self.key:
-            request.add_unredirected_header("Authorization", f"Bearer {self.key}")  # never to another host
+            request.add_unredirected_header("Authorization", f"Bearer {self.key}")  # not sent to a redirect's host
         with urllib.request.urlopen(request, timeout=self.timeout) as answer:
             return answer.read()
 
     def _note_refusal(self, name: str) -> None:
         with self.lock:
             if name == "temperature" and name not in self.refused:
-                log.warning("%s takes no temperature of 0: its answers are sampled, and not the same twice", self.model)
+                log.warning("%s rejects temperature 0: its answers are sampled and not reproducible", self.model)
             self.refused.add(name)
 
     def _wait_for_turn(self) -> None:
-        """Keep to the limit of requests per minute."""
+        """Sleep as needed to respect requests_per_minute."""
         if not self.pause:
             return
         with self.lock:
@@ -212,19 +214,19 @@ class EndpointJudge(Judge):
         time.sleep(max(0.0, start - time.monotonic()))
 
     def _short(self, text: str) -> str:
-        """Cut a server's words, in which the key may stand."""
+        """Truncate a server's reply and remove the key from it."""
         clean = text.replace(self.key, "[key]") if self.key else text
         return " ".join(clean.split())[:SHOWN]
 
 
 def _without(refused: Collection[str], body: dict[str, Any]) -> dict[str, Any]:
-    """Put into a request what is sent in place of parameters that the model refuses."""
+    """Return a request body in which rejected parameters are replaced or omitted, see IN_PLACE."""
     names = {name: IN_PLACE[name] if name in refused else name for name in body}
     return {new: body[name] for name, new in names.items() if new is not None}
 
 
 def _retry_after(headers: Message, usual: float) -> float:
-    """Read how long the server asks to wait; at most LONGEST_WAIT."""
+    """Return the seconds of the Retry-After header, at most LONGEST_WAIT; `usual` without a valid one."""
     try:
         return min(max(float(headers.get("retry-after", usual)), 0.0), LONGEST_WAIT)
     except ValueError:
@@ -232,13 +234,13 @@ def _retry_after(headers: Message, usual: float) -> float:
 
 
 def data_url(image: ImageOrFile) -> str:
-    """Encode an image; a file of a common format as it is."""
+    """Encode an image as a data URL. Files in a common format are not re-encoded."""
     if isinstance(image, Path):
         data = image.read_bytes()
         mime = next((name for magic, name in MIMES.items() if data.startswith(magic)), None)
         if mime is not None:
             return html.data_url(data, mime)
-        image = open_rgb(data)  # a format that few servers read, such as TIFF
+        image = open_rgb(data)  # a format that few servers support, such as TIFF
     file = io.BytesIO()
     image.save(file, "PNG")
     return html.data_url(file.getvalue(), "png")

@@ -1,4 +1,4 @@
-"""A vision language model in transformers, greedy."""
+"""A vision-language model in transformers, with greedy decoding."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,10 +13,10 @@ from reca.eval.judges.base import ImageOrFile, Judge, without_thoughts
 
 
 class LocalVlmJudge(Judge):
-    """Asks with the model's own chat template, images first."""
+    """A local vision-language model, prompted with its own chat template."""
 
     def __init__(self, source: str, device: torch.device | str, *, dtype: str = "bfloat16", max_new_tokens: int = 1024):
-        """source: a hub id or a folder. dtype: bfloat16, float16 or float32."""
+        """Load the model. source: hub id or folder. dtype: bfloat16, float16 or float32."""
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         try:

@@ -1,8 +1,8 @@
 """GenEval's detector without mmdet: OpenMMLab's Mask2Former weights in transformers, with mmdet's own pre- and
 post-processing.
 
-Sources: mmdet 2.28.2 and mmcv 1.7.2 (configs/mask2former, swin-s, COCO), and the key map that tests/golden/eval holds.
-The image processor of transformers resizes, pads and scales otherwise, so it is not used.
+Sources: mmdet 2.28.2 and mmcv 1.7.2 (configs/mask2former, swin-s, COCO), and the key map in tests/golden/eval.
+The image processor of transformers resizes, pads and scales differently, so it is not used.
 """
 
 import math
@@ -22,15 +22,15 @@ from reca.eval.errors import EvaluationError
 
 MEAN = (123.675, 116.28, 103.53)
 STD = (58.395, 57.12, 57.375)
-IMG_SCALE = (1333, 800)  # most pixels of the long and of the short side
+IMG_SCALE = (1333, 800)  # maximum pixels of the long and the short side
 DIVISOR, PAD_VALUE = 32, 128  # padding comes before normalisation
 MAX_PER_IMAGE = 100
 CHECKPOINT = "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_20220504_001756-743b7d99.pth"
 CHECKPOINT_HELP = (
-    f"Give OpenMMLab's {CHECKPOINT} (from download.openmmlab.com/mmdetection/v2.0/mask2former/); Facebook's "
-    "mask2former-swin-small-coco-instance is of another training run"
+    f"Use OpenMMLab's {CHECKPOINT} (from download.openmmlab.com/mmdetection/v2.0/mask2former/); Facebook's "
+    "mask2former-swin-small-coco-instance is from another training run"
 )
-# Counts of layers and sizes of swin-s.
+# Depths and widths of swin-s.
 SWIN_S: dict[str, Any] = {"embed_dim": 96, "depths": [2, 2, 18, 2], "num_heads": [3, 6, 12, 24]}
 
 
@@ -49,13 +49,13 @@ def read_rgb(path: Path) -> np.ndarray:
     """Read an image as mmcv does: uint8 [H, W, 3], EXIF rotation applied, alpha dropped."""
     with Image.open(path) as image:
         upright = ImageOps.exif_transpose(image)
-        if upright.mode == "RGBA":  # the colours beneath the alpha, not blended
+        if upright.mode == "RGBA":  # drop alpha without blending
             return np.asarray(upright)[..., :3].copy()
         return np.asarray(as_rgb(upright) if upright.mode.startswith("I") else upright.convert("RGB"))
 
 
 def preprocess(pixels: np.ndarray, img_scale: tuple[int, int] = IMG_SCALE) -> tuple[Tensor, Geometry]:
-    """Resize, pad and normalise. pixels: uint8 [H, W, 3] RGB. Returns float32 [3, H', W'] and the sizes."""
+    """Resize, pad and normalise. pixels: uint8 [H, W, 3] RGB. Return float32 [3, H', W'] and the Geometry."""
     height, width = pixels.shape[:2]
     long, short = max(img_scale), min(img_scale)
     scale = min(long / max(height, width), short / min(height, width))
@@ -65,7 +65,7 @@ def preprocess(pixels: np.ndarray, img_scale: tuple[int, int] = IMG_SCALE) -> tu
     canvas = np.full((*padded, 3), PAD_VALUE, dtype=np.uint8)
     canvas[: resized[0], : resized[1]] = small
     mean, std = np.array(MEAN, dtype=np.float64), np.array(STD, dtype=np.float64)
-    # mmcv subtracts and multiplies in place on float32, with double constants.
+    # As mmcv, which subtracts and multiplies in place on float32 with double constants.
     values = canvas.astype(np.float32)
     values = (values - mean).astype(np.float32)
     values = (values * (1 / std)).astype(np.float32)
@@ -73,7 +73,7 @@ def preprocess(pixels: np.ndarray, img_scale: tuple[int, int] = IMG_SCALE) -> tu
 
 
 def resize_bilinear(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize as cv2.resize(INTER_LINEAR) does on 8-bit data: fixed-point weights of 11 bits, no antialias."""
+    """Resize as cv2.resize(INTER_LINEAR) does for 8-bit data: 11-bit fixed-point weights, no antialiasing."""
     if pixels.shape[:2] == (height, width):
         return pixels
     x, wx0, wx1 = _taps(pixels.shape[1], width, clamp=True)
@@ -87,9 +87,9 @@ def resize_bilinear(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _taps(source: int, target: int, clamp: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Compute the first source index and both weights (of 2048) of every target pixel.
+    """Compute the first source index and the two weights, in units of 1/2048, of each target pixel.
 
-    clamp: at the border all weight goes to the last pixel, as across; along columns the weights stay.
+    clamp: give the full weight to the border pixel, as cv2 does horizontally. Vertically it keeps the weights.
     """
     ratio = 1 / (target / source)
     position = ((np.arange(target) + 0.5) * ratio - 0.5).astype(np.float32)
@@ -118,7 +118,10 @@ class Detections(NamedTuple):
 def postprocess(
     class_logits: Tensor, mask_logits: Tensor, geometry: Geometry, max_per_image: int = MAX_PER_IMAGE
 ) -> Detections:
-    """Make detections from the last layer's logits, as mmdet does: [Q, C + 1] and [Q, h, w] at stride 4."""
+    """Compute detections from the last layer's logits as mmdet does.
+
+    class_logits: [Q, C + 1]. mask_logits: [Q, h, w], at stride 4.
+    """
     masks = mask_logits[None]
     masks = F.interpolate(masks, size=geometry.padded, mode="bilinear", align_corners=False)
     masks = masks[..., : geometry.resized[0], : geometry.resized[1]]
@@ -149,7 +152,7 @@ def mask_boxes(masks: Tensor) -> Tensor:
 def convert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename and reorder mmdet's weights for transformers' Mask2FormerForUniversalSegmentation.
 
-    Raises EvaluationError for a key that no rule takes.
+    Raises EvaluationError for an unknown key.
     """
     converted: dict[str, Tensor] = {}
     for key, value in state.items():
@@ -165,7 +168,7 @@ def _converted(key: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
         if (names := rule(key)) is not None:
             break
     else:
-        raise EvaluationError(f"weight {key!r} is none of mmdet's Mask2Former with a Swin backbone. {CHECKPOINT_HELP}")
+        raise EvaluationError(f"unknown weight {key!r} for mmdet's Mask2Former with a Swin backbone. {CHECKPOINT_HELP}")
     if len(names) == 3:  # fused query, key and value
         yield from zip(names, value.chunk(3), strict=True)
     elif ".downsample." in key:
@@ -175,7 +178,7 @@ def _converted(key: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def _patch_merging(value: Tensor) -> Tensor:
-    """Reorder columns from nn.Unfold's order, c*4 + 2*row + col, to that of transformers, (row + 2*col)*C + c."""
+    """Reorder columns from nn.Unfold's order, 4*c + 2*row + col, to that of transformers, (row + 2*col)*C + c."""
     channels = value.shape[-1] // 4
     return value.unflatten(-1, (channels, 2, 2)).movedim((-1, -2, -3), (-3, -2, -1)).flatten(-3)
 
@@ -273,9 +276,9 @@ def _transformer(key: str) -> list[str] | None:
 
 
 def configuration(**sizes: Any) -> Any:
-    """Return the transformers configuration of OpenMMLab's model; sizes replace those of swin-s on COCO.
+    """Return the transformers configuration of OpenMMLab's swin-s model on COCO.
 
-    sizes: keyword arguments of Mask2FormerConfig, and `swin` with those of SwinConfig.
+    sizes: overrides, keyword arguments of Mask2FormerConfig, and `swin` with those of SwinConfig.
     """
     from transformers import Mask2FormerConfig, SwinConfig
 
@@ -294,7 +297,7 @@ def configuration(**sizes: Any) -> Any:
 
 
 def build(state: Mapping[str, Tensor], config: Any) -> Any:
-    """Make the transformers model with converted weights. Raises EvaluationError where they do not fit."""
+    """Build the transformers model and load converted weights. Raises EvaluationError if they do not match."""
     from transformers import Mask2FormerForUniversalSegmentation
 
     model = Mask2FormerForUniversalSegmentation(config)
@@ -306,21 +309,21 @@ def build(state: Mapping[str, Tensor], config: Any) -> Any:
     if wrong or missing:
         names = ", ".join([*wrong, *missing][:5])
         raise EvaluationError(
-            f"the weights do not fit Mask2Former with swin-s: {len(wrong)} of other names or shapes, {len(missing)} "
-            f"missing, such as {names}. {CHECKPOINT_HELP}"
+            f"the weights do not match Mask2Former with swin-s: {len(wrong)} have other names or shapes, "
+            f"{len(missing)} are missing, such as {names}. {CHECKPOINT_HELP}"
         )
     model.load_state_dict({k: v.float() for k, v in converted.items()}, strict=False)
     return model.eval()
 
 
 def check_checkpoint(path: Path) -> None:
-    """Raise EvaluationError where no file is there."""
+    """Raise EvaluationError if the file does not exist."""
     if not path.is_file():
         raise EvaluationError(f"{path} does not exist. {CHECKPOINT_HELP}")
 
 
 def load_checkpoint(path: Path) -> dict[str, Tensor]:
-    """Read mmdet's checkpoint file (.pth or .safetensors). Raises EvaluationError."""
+    """Read mmdet's checkpoint file (.pth or .safetensors). Raises EvaluationError if it cannot be read."""
     from reca.files import damage
 
     check_checkpoint(path)
@@ -332,20 +335,20 @@ def load_checkpoint(path: Path) -> dict[str, Tensor]:
 
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch and safetensors raise many kinds for broken files
+    except Exception as error:  # torch and safetensors raise many types for damaged files
         raise EvaluationError(f"{path} cannot be read ({type(error).__name__}: {error}). {CHECKPOINT_HELP}") from error
     return content.get("state_dict", content)
 
 
 class Detector:
-    """Detects objects of the classes of COCO, one image at a time."""
+    """Detects objects of the COCO classes, one image at a time."""
 
     def __init__(self, model: Any, device: torch.device | str = "cpu", img_scale: tuple[int, int] = IMG_SCALE):
         self.model, self.device, self.img_scale = model.to(device), device, img_scale
 
     @torch.no_grad()
     def __call__(self, pixels: np.ndarray, max_per_image: int = MAX_PER_IMAGE) -> Detections:
-        """pixels: uint8 [H, W, 3] RGB."""
+        """Detect objects. pixels: uint8 [H, W, 3] RGB."""
         values, geometry = preprocess(pixels, self.img_scale)
         found = self.model(pixel_values=values[None].to(self.device))
         class_logits, mask_logits = found.class_queries_logits[0].float(), found.masks_queries_logits[0].float()

@@ -1,4 +1,4 @@
-"""A judge that replays a file: records of an evaluation, or a result file of the benchmark's own scripts."""
+"""A judge that replays recorded answers: records of an evaluation, or a result file of the benchmark's own scripts."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ from reca.eval.suites.base import image_hash
 
 
 class RecordedJudge(Judge):
-    """Its description is that of the judge in the file."""
+    """Replays the answers of a file. Its description is that of the judge whose answers they are."""
 
     def __init__(self, path: Path, suite: Suite, items: Sequence[Item]):
         self.path, self.records = path, records.import_answers(path, suite, items)
@@ -32,5 +32,5 @@ class RecordedJudge(Judge):
         if record is None:
             raise JudgeError(f"{self.path} has no answer about image {k} of item {item.id}")
         if record.picture is not None and record.picture != image_hash(image):
-            raise JudgeError(f"{self.path} was recorded for another image {k} of item {item.id} than {image}")
+            raise JudgeError(f"{self.path} was recorded for a different image {k} of item {item.id} than {image}")
         return record.answer

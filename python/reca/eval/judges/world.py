@@ -1,4 +1,4 @@
-"""The judge of the embedded worlds: the deterministic one that each has."""
+"""The judge of the toy datasets: each has its own, deterministic one."""
 
 from pathlib import Path
 from typing import Any
@@ -18,4 +18,4 @@ class WorldJudge(Judge):
             return {"correct": world.shows(pixels, prompt.prompt), "seen": f"shows {world.describe(pixels)}"}
         except RuntimeError as error:
             size = f"{pixels.shape[2]} x {pixels.shape[1]}"
-            raise JudgeError(f"{image} has {size} pixels, and the {world.title} has images of another size") from error
+            raise JudgeError(f"{image} has {size} pixels; images of the {world.title} have another size") from error

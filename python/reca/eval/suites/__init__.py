@@ -1,4 +1,4 @@
-"""The suites by name. One file per benchmark; the list is that of the classes here."""
+"""Registry of suites, one file per benchmark."""
 
 from pathlib import Path
 from urllib.parse import parse_qsl
@@ -27,10 +27,13 @@ SUITES: dict[str, type[Suite]] = {
 
 
 def open_suite(name: str, data: Path | None = None) -> Suite:
-    """Open a suite by its name; "world?world=emoji&seed=1" is the toy dataset emoji of seed 1. Raises ValueError."""
+    """Open a suite by name; "world?world=emoji&seed=1" is the toy dataset emoji with seed 1.
+
+    data: the user's file or folder of the benchmark. Raises ValueError for an unknown name or invalid options.
+    """
     base, _, query = name.partition("?")
     if base not in SUITES:
-        raise ValueError(f"there is no suite {base!r}; there are {', '.join(SUITES)}")
+        raise ValueError(f"there is no suite {base!r}; the suites are {', '.join(SUITES)}")
     if not query:
         return SUITES[base](data)
     try:
@@ -41,6 +44,6 @@ def open_suite(name: str, data: Path | None = None) -> Suite:
     except ValueError:
         pass
     raise ValueError(
-        f"suite {name!r}: only the toy datasets have options, written world?world=emoji&seed=1; they are "
-        f"{', '.join(PACKAGES)}"
+        f"suite {name!r}: expected options such as world?world=emoji&seed=1, which only the toy datasets "
+        f"{', '.join(PACKAGES)} have"
     )

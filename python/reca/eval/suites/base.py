@@ -1,4 +1,4 @@
-"""What a benchmark answers. One file per benchmark; copying one is the recipe for a new one."""
+"""The interface of benchmarks. To add one, copy the file of an existing one."""
 
 import functools
 import hashlib
@@ -12,20 +12,20 @@ from reca.data.text import encodable
 from reca.eval.errors import EvaluationError
 from reca.eval.suites import files
 
-PROMPTS = Path(__file__).parents[1] / "prompts"  # of benchmarks whose licence allows to ship them, with their notices
-LONGEST_NAME = 255  # bytes of a file's name, on the usual file systems
-Key = tuple[str, int]  # of an image: its item, and which of the item's images
+PROMPTS = Path(__file__).parents[1] / "prompts"  # prompts whose licence permits redistribution, with the licences
+LONGEST_NAME = 255  # maximum bytes of a file name on common file systems
+Key = tuple[str, int]  # identifies an image: item id, and index among the item's images
 
 
 @dataclass(frozen=True)
 class Item:
     """One prompt, instruction or question.
 
-    id        unique in its suite, and what the seed of its images is made from
-    tag       the group it is reported in
-    prompt    what the model is given
-    source    the image to edit or to ask about
-    metadata  what the benchmark's rule needs besides
+    id        unique in its suite; the seeds of its images are derived from it
+    tag       group in which it is reported
+    prompt    text input of the model
+    source    image to edit or to ask about
+    metadata  further inputs of the judge and the benchmark's rule
     """
 
     id: str
@@ -36,19 +36,19 @@ class Item:
 
     @functools.cached_property
     def given(self) -> str | None:
-        """Hash what the model is given: the prompt, and the source's bytes. None where the source is not there."""
+        """Hash of the model's inputs: the prompt and the bytes of the source. None if the source does not exist."""
         if self.source is None:
             return _digest([self.prompt])
         return _digest([self.prompt, image_hash(self.source)]) if self.source.is_file() else None
 
     @functools.cached_property
     def judged(self) -> str | None:
-        """Hash what an image is judged by: what the model is given, the tag and the metadata. None as for `given`."""
+        """Hash of everything that an image is judged by: `given`, the tag and the metadata. None if `given` is."""
         return self.given and _digest([self.given, self.tag, self.metadata])
 
 
 def agree(digest: str | None, other: str | None) -> bool:
-    """Tell whether two digests can be of the same; one that is not known contradicts none."""
+    """Tell whether two digests are equal, or either is unknown."""
     return digest is None or other is None or digest == other
 
 
@@ -61,7 +61,7 @@ def _digest(content: Sequence[Any]) -> str:
 
 
 class Value(NamedTuple):
-    """What one image is worth, and why it is not worth more."""
+    """The value of one image, with the reason if it is not the maximum."""
 
     item: str
     k: int
@@ -73,10 +73,10 @@ class Value(NamedTuple):
 class Score(NamedTuple):
     """Results of a suite.
 
-    values   one per image that was judged
-    weights  of the tags in the overall value: sum of weight * mean of the tag. None: all items count alike
-    metrics  every figure that the benchmark's own scripts print, by name
-    failed   images whose judge's answer holds no mark, with the reason
+    values   one per scored image
+    weights  weight of each tag: the overall value is the sum of weight * mean of the tag. None: items count equally
+    metrics  all metrics that the benchmark's own scripts print, by name
+    failed   images for which the judge's answer contains no mark, with the reason
     """
 
     values: list[Value]
@@ -86,19 +86,19 @@ class Score(NamedTuple):
 
 
 class Suite:
-    """A benchmark: its items, its folder layout, what it asks of a judge, and its rule.
+    """A benchmark: its items, its folder layout, its questions to the judge, and its scoring rule.
 
     Class attributes:
-        name             in the command
+        name             name in `reca eval`
         protocol         the benchmark's own name and version, written to the results
         ability          what the model does: generate, edit or answer
-        images_per_item  as the benchmark has it
-        judge_kind       which judges can serve it: "detector", "vlm", "world" or "rule" (the model's own answers)
-        exact_models     names of local models that are that judge
-        exact_judge      the judge that the published numbers were made with, for a message
-        unit             of the values: fraction, percent or points
-        data_help        where the benchmark's files are, for a message; None: it needs none
-        shipped          the file or folder of the benchmark that comes with this package, if one does
+        images_per_item  number of images per item in the benchmark
+        judge_kind       supported judges: "detector", "vlm", "world" or "rule" (applied to the model's own answers)
+        exact_models     names of local models that are the judge of the published numbers
+        exact_judge      description of the judge of the published numbers, for messages
+        unit             unit of the values: fraction, percent or points
+        data_help        how to get the benchmark's files, for messages; None: it needs none
+        shipped          file or folder of the benchmark in this package, if there is one
     """
 
     name: ClassVar[str]
@@ -113,11 +113,11 @@ class Suite:
     shipped: ClassVar[Path | None] = None
 
     def __init__(self, data: Path | None = None):
-        """Take the file or folder of the benchmark that the user has."""
+        """Set the user's file or folder of the benchmark; None: use the shipped one."""
         self.data = data
 
     def data_path(self) -> Path:
-        """Return the user's file or folder, or what is shipped. Raises EvaluationError with where to get it."""
+        """Return the user's file or folder, or the shipped one. Raises EvaluationError if there is none."""
         if self.data is None and self.shipped is not None:
             return self.shipped
         if self.data is None:
@@ -127,7 +127,7 @@ class Suite:
         return self.data
 
     def read_lines(self, path: Path, item: Callable[[Any], Item | None]) -> list[Item]:
-        """Make an item of every line of a JSON-lines file; None leaves a row out.
+        """Convert the rows of a JSON-lines file to items. Rows for which `item` returns None are omitted.
 
         Raises EvaluationError that names the line.
         """
@@ -146,30 +146,30 @@ class Suite:
         raise NotImplementedError
 
     def group(self, item: Item) -> str:
-        """Name what an item cannot be scored without: by default itself."""
+        """Return the key of the group of items that can only be scored together: by default the item alone."""
         return item.id
 
     def items_of_images(self, images: Path, partial: bool = False) -> list[Item]:
-        """List the items that a folder of images describes by itself; none, where the layout does not.
+        """List the items that files next to the images describe; [] if the layout has no such files.
 
-        Raises EvaluationError where they may be a part of the list that was generated, unless a part is enough.
+        Raises EvaluationError if the list may be incomplete, unless `partial`.
         """
         return []
 
     def sampling(self, umm: str) -> dict[str, Any]:
-        """Return the sampling options that the suite gives a model, under those of the user."""
+        """Return the suite's default sampling options for a model, which the user's options override."""
         return {}
 
     def path(self, item: Item, k: int) -> str:
-        """Return where an image lies in the benchmark's layout, relative to the folder of images."""
+        """Return the path of an image in the benchmark's layout, relative to the folder of images."""
         raise NotImplementedError
 
     def companions(self, item: Item) -> dict[str, str | Path]:
-        """Return the other files that the layout has beside the images of an item: name -> text, or file to copy."""
+        """Return the layout's other files for an item: relative path -> text, or file to copy."""
         return {}
 
     def find(self, images: Path, items: Sequence[Item]) -> dict[Key, Path]:
-        """Find the images of a folder in the benchmark's layout, whoever made it. By default, one of every item."""
+        """Find images in the benchmark's layout, including those of other tools. By default, one per item."""
         paths = {(item.id, 0): images / self.path(item, 0) for item in items}
         return {key: path for key, path in paths.items() if path.is_file()}
 
@@ -179,7 +179,7 @@ class Suite:
         return self.path(example, 0)
 
     def ask(self, judge: Any, item: Item, image: Path) -> Any:
-        """Ask a judge about an image. Returns its answer, JSON-able, before any rule."""
+        """Ask a judge about an image. Return its raw answer, JSON-serialisable, before any rule."""
         raise NotImplementedError
 
     def score(self, answers: Mapping[Key, Any], items: Sequence[Item]) -> Score:
@@ -187,12 +187,12 @@ class Suite:
         raise NotImplementedError
 
     def import_answers(self, path: Path, items: Sequence[Item]) -> dict[Key, Any] | None:
-        """Read a result file of the benchmark's own scripts; None where the file is none of them."""
+        """Read a result file of the benchmark's own scripts. Return None if it is not one."""
         return None
 
 
 def find_samples(images: Path, items: Sequence[Item]) -> dict[Key, Path]:
-    """Find what GenEval's script finds: folders of digits, and in them names that begin with digits and .png."""
+    """Find the images that GenEval's script finds: <digits>/samples/<digits>.png*."""
     wanted = {int(item.id): item.id for item in items}
     found: dict[Key, Path] = {}
     for folder in images.iterdir():
@@ -205,24 +205,24 @@ def find_samples(images: Path, items: Sequence[Item]) -> dict[Key, Path]:
 
 
 def check_items(suite: Suite, items: Sequence[Item]) -> None:
-    """Check what a benchmark's files make of ids and prompts, before a file is named after one.
+    """Validate items read from a benchmark's files before files are named after them.
 
-    Raises EvaluationError where there are none, for an id that comes twice, a prompt that is no text, and a name that
-    no file can have.
+    Raises EvaluationError if there are none, for a repeated id, for a prompt that is not encodable text, and for an
+    invalid file name.
     """
     if not items:
-        raise EvaluationError(f"{suite.name}: {suite.data or 'its data'} holds no item. {suite.data_help or ''}")
+        raise EvaluationError(f"{suite.name}: {suite.data or 'its data'} contains no items. {suite.data_help or ''}")
     seen: set[str] = set()
     for item in items:
         where = f"{suite.name}: item {item.id[:80]!r}"
         if item.id in seen:
-            raise EvaluationError(f"{where} comes twice, and ids must differ. {suite.data_help or ''}")
+            raise EvaluationError(f"{where} occurs twice, but ids must be unique. {suite.data_help or ''}")
         seen.add(item.id)
         if not isinstance(item.prompt, str) or not encodable(item.prompt):
-            raise EvaluationError(f"{where} has a prompt that is no text: {item.prompt!r:.80}")
+            raise EvaluationError(f"{where} has a prompt that is not valid text: {item.prompt!r:.80}")
         path = PurePosixPath(suite.path(item, 0))
         if path.is_absolute() or ".." in path.parts or any(not _is_name(part) for part in path.parts):
-            raise EvaluationError(f"{where} cannot be the name of a file below the folder of images")
+            raise EvaluationError(f"{where} does not give a valid file name in the folder of images")
 
 
 def _is_name(part: str) -> bool:
@@ -234,7 +234,7 @@ def mean(values: Sequence[float]) -> float:
 
 
 def tag_means(values: Iterable[Value]) -> dict[str, float]:
-    """Average over the images of every tag; tags in order of first appearance."""
+    """Return the mean over the images of each tag; tags in order of first appearance."""
     groups: dict[str, list[float]] = {}
     for value in values:
         groups.setdefault(value.tag, []).append(value.value)

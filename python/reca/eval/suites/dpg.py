@@ -1,4 +1,4 @@
-"""DPG-Bench: long prompts, and questions about each that depend on one another (TencentQQGYLab/ELLA, dpg_bench)."""
+"""DPG-Bench: long prompts, each with questions that depend on one another (TencentQQGYLab/ELLA, dpg_bench)."""
 
 import csv
 import io
@@ -14,7 +14,7 @@ from reca.eval.errors import EvaluationError
 from reca.eval.suites import files
 from reca.eval.suites.base import Item, Key, Score, Suite, Value, mean
 
-DETAIL = re.compile(r"(.+?), (None|\([\d, ]+\)), (.+)")  # a line of the script's: image, cell, question and answer
+DETAIL = re.compile(r"(.+?), (None|\([\d, ]+\)), (.+)")  # output line: image, cell, question and answer
 COLUMNS = ("item_id", "proposition_id", "dependency", "tuple", "question_natural_language")
 
 
@@ -26,14 +26,14 @@ class Question(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """Marks of one image: before and after those of questions with a wrong parent were set to 0."""
+    """Scores of one image."""
 
-    answers: dict[int, float]
-    score: float
+    answers: dict[int, float]  # question -> 1 for yes, else 0
+    score: float  # mean after the questions with a failed parent are set to 0
 
 
 class DpgScores(NamedTuple):
-    """Figures of compute_dpg_bench.py. Means over nothing are absent."""
+    """Metrics of compute_dpg_bench.py. Categories without questions are absent."""
 
     per_image: dict[str, list[float]]  # file -> score per cell
     failed: dict[str, str]  # file -> why
@@ -48,7 +48,7 @@ class DpgScores(NamedTuple):
 def read_questions(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Question]]:
     """Group the rows of the table by item, as the public script does.
 
-    It skips the first row, and where the rows of an item are apart, the later ones replace the earlier.
+    Like the script, skip the first row; if the rows of an item are not consecutive, later ones replace earlier ones.
     """
     questions: dict[str, list[Question]] = {}
     current = None
@@ -66,9 +66,9 @@ def read_questions(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Question
 
 
 def score_cell(questions: Sequence[Question], replies: Mapping[int, str]) -> Cell:
-    """Score one image. An answer is right if it is exactly "yes". Raises KeyError for a parent that is missing.
+    """Score one image. An answer is correct if it is exactly "yes". Raises KeyError for a missing parent or reply.
 
-    Questions are walked in the order of the table, so a chain falls only where parents come before children.
+    Questions are processed in table order, so a failure propagates along a chain only if parents precede children.
     """
     answers = {q.id: float(replies[q.id] == "yes") for q in questions}
     marks = dict(answers)
@@ -83,7 +83,7 @@ def score_images(
 ) -> DpgScores:
     """Score images. images: (file, item, replies per cell).
 
-    An image that cannot be scored is dropped from everything. Categories take the last cell alone.
+    An image that cannot be scored is excluded from all metrics. As in the script, categories use the last cell only.
     """
     per_image: dict[str, list[float]] = {}
     failed: dict[str, str] = {}
@@ -94,7 +94,7 @@ def score_images(
             asked = questions[item]
             cells = [score_cell(asked, reply) for reply in replies]
         except KeyError as error:
-            failed[file] = f"{error} is missing: an item of the table, a question or the parent of one"
+            failed[file] = f"{error} is missing: an item of the table, a reply, or the parent of a question"
             continue
         per_image[file] = [cell.score for cell in cells]
         for question in asked:
@@ -106,7 +106,7 @@ def score_images(
 
 
 class Dpg(Suite):
-    """Images lie as <item>.png, a grid of 2 x 2 (upstream), or as <item>_<k>.png (as the RECA release has them)."""
+    """Image layout: <item>.png, a grid of 2 x 2 (upstream), or <item>_<k>.png (RECA release)."""
 
     name = "dpg"
     protocol = "DPG-Bench, one file per picture"
@@ -114,8 +114,8 @@ class Dpg(Suite):
     exact_judge = "mPLUG-large (ModelScope damo/mplug_visual-question-answering_coco_large_en)"
     unit = "percent"
     data_help = (
-        "Give the folder dpg_bench of github.com/TencentQQGYLab/ELLA, dpg_bench.csv and prompts/*.txt, which `reca get "
-        "suite dpg` brings."
+        "Use the folder dpg_bench of github.com/TencentQQGYLab/ELLA, dpg_bench.csv and prompts/*.txt, which `reca get "
+        "suite dpg` downloads."
     )
 
     def table(self) -> dict[str, list[Question]]:
@@ -133,7 +133,7 @@ class Dpg(Suite):
         table = self.table()
         prompts = {path.stem: path for path in sorted((self.data_path() / "prompts").glob("*.txt"))}
         if not prompts:
-            raise EvaluationError(f"{self.data_path() / 'prompts'} holds no .txt files. {self.data_help}")
+            raise EvaluationError(f"{self.data_path() / 'prompts'} contains no .txt files. {self.data_help}")
         return [
             Item(name, "all", files.read_text(path, self.data_help).strip(), metadata={"questions": table[name]})
             for name, path in prompts.items()
@@ -153,12 +153,12 @@ class Dpg(Suite):
         return "ITEM_K.png, or ITEM.png with a grid of 2 x 2"
 
     def ask(self, judge: Any, item: Item, image: Path) -> Any:
-        """Ask every question of every cell."""
-        from reca.data.pixels import open_rgb  # imports torch, which the names of suites do not need
+        """Ask every question about every cell."""
+        from reca.data.pixels import open_rgb  # imports torch, which listing the suites does not need
 
         grid = open_rgb(image.read_bytes())
         if min(grid.size) < 2:
-            raise DataError(f"{image} has {grid.width} x {grid.height} pixels, which are no grid of 2 x 2")
+            raise DataError(f"{image} has {grid.width} x {grid.height} pixels, too few for a grid of 2 x 2")
         cells = _quarters(grid) if image.stem == item.id else [grid]
         questions = item.metadata["questions"]
         texts = [f"{q.text} Answer in one word: yes or no." for q in questions]
@@ -168,7 +168,7 @@ class Dpg(Suite):
         ]
 
     def import_answers(self, path: Path, items: Sequence[Item]) -> dict[Key, Any] | None:
-        """Read the lines IMAGE, CELL, QUESTION, ANSWER of the file that ends in _detail.txt of the public script."""
+        """Read the public script's file *_detail.txt, with lines IMAGE, CELL, QUESTION, ANSWER."""
         known, cells = {item.id: item for item in items}, dict[Key, dict[str, dict[str, str]]]()
         for line in files.read_lines(path):
             if (parts := DETAIL.fullmatch(line)) is None:
@@ -201,18 +201,18 @@ class Dpg(Suite):
 
 
 def _yes_or_no(reply: str, question: str) -> str:
-    """Read a reply by its first word, whatever signs stand around it. Raises DataError for another, as of a refusal."""
+    """Return the first word of a reply, ignoring punctuation. Raises DataError unless it is yes or no."""
     if (word := re.match(r"[\W_]*(yes|no)(?![^\W_])", reply, re.IGNORECASE)) is None:
         raise DataError(f"the judge's reply to {question!r} is neither yes nor no: {reply[:200]!r}")
     return word[1].lower()
 
 
 def _quarters(grid: Image.Image) -> list[Image.Image]:
-    """Cut a grid into its four cells: top left, top right, bottom left, bottom right."""
+    """Split a grid into its four cells: top left, top right, bottom left, bottom right."""
     w, h = grid.width // 2, grid.height // 2
     return [grid.crop((x, y, x + w, y + h)) for y in (0, h) for x in (0, w)]
 
 
 def _wrong(questions: Sequence[Question], cells: Sequence[Mapping[str, str]]) -> str:
-    """List the questions of the last cell that were not answered by yes."""
+    """List the questions about the last cell that were not answered with yes."""
     return "; ".join(q.text for q in questions if cells[-1][str(q.id)] != "yes")

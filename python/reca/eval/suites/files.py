@@ -1,4 +1,4 @@
-"""Files of benchmarks that a user has, read as text or JSON: an error names the file and what was expected."""
+"""Reading of benchmarks' text and JSON files. Errors name the file and what was expected."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from reca.eval.errors import EvaluationError
 
 
 def read_text(path: Path, hint: str | None = "") -> str:
-    """Read a text file, whose lines end in \\n. hint: what belongs there. Raises EvaluationError."""
+    """Read a text file, with line ends as \\n. hint: appended to errors. Raises EvaluationError on failure."""
     try:
         return decode_text(path.read_bytes())
     except OSError as error:
@@ -19,15 +19,15 @@ def read_text(path: Path, hint: str | None = "") -> str:
 
 
 def read_lines(path: Path, hint: str | None = "") -> list[str]:
-    """Read the lines of a file. They end at line feeds alone: JSON may hold other separators of lines as they are."""
+    """Read the lines of a file. Split at line feeds only, since JSON can contain other line separators unescaped."""
     return read_text(path, hint).removesuffix("\n").split("\n")
 
 
 def read_json(path: Path, hint: str | None = "") -> Any:
-    """Read a JSON file. Raises EvaluationError."""
+    """Read a JSON file. Raises EvaluationError if it is not valid JSON."""
     try:
         return json.loads(read_text(path, hint))
     except RecursionError as error:
         raise EvaluationError(f"{path} is nested too deeply for JSON. {hint or ''}".rstrip()) from error
     except json.JSONDecodeError as error:
-        raise EvaluationError(f"{path} holds no JSON ({error}). {hint or ''}".rstrip()) from error
+        raise EvaluationError(f"{path} is not valid JSON ({error}). {hint or ''}".rstrip()) from error

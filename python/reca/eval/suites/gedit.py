@@ -1,4 +1,4 @@
-"""GEdit-Bench: edits of eleven groups in two languages, marked by VIEScore (stepfun-ai/Step1X-Edit, GEdit-Bench)."""
+"""GEdit-Bench: edits of eleven groups in two languages, scored by VIEScore (stepfun-ai/Step1X-Edit, GEdit-Bench)."""
 
 import csv
 import io
@@ -22,7 +22,7 @@ GROUPS = (
     "subject-remove", "subject-replace", "text_change", "tone_transfer",
 )  # fmt: skip
 COLUMNS = ("key", "task_type", "instruction", "instruction_language", "Intersection_exist")  # of the dataset
-IMAGE = "input_image_raw"  # its column of the image to edit
+IMAGE = "input_image_raw"  # the dataset's column of the image to edit
 MEASURES = ("semantics", "quality", "overall")
 
 _RULES = """\
@@ -41,7 +41,7 @@ score = [first, second]."""
 
 
 class Marked(NamedTuple):
-    """One item with its marks, as in a CSV of the public script."""
+    """One item with its marks, as in the public script's CSV."""
 
     language: str
     semantics: float
@@ -52,7 +52,7 @@ class Marked(NamedTuple):
 def statistics(groups: Mapping[str, Sequence[Marked]], language: str) -> dict[str, dict[str, float | None]]:
     """Average semantics, quality and the root of their product by group, over all items and over the intersection.
 
-    avg_* is the plain mean over the eleven groups, None (in the public script NaN) if one has no item.
+    avg_* is the unweighted mean over the eleven groups; None (NaN in the public script) if a group has no items.
     """
     tables: dict[str, dict[str, float | None]] = {}
     for suffix, everything in (("", True), ("_intersection", False)):
@@ -77,7 +77,7 @@ def _value(marked: Marked, measure: str) -> float:
 
 
 class GEdit(Suite):
-    """Results lie as fullset/<group>/<language>/<key>.png, with <key>_SRCIMG.png beside them."""
+    """Image layout: fullset/<group>/<language>/<key>.png, with the input image as <key>_SRCIMG.png."""
 
     name = "gedit"
     protocol = "GEdit-Bench, English"
@@ -85,8 +85,8 @@ class GEdit(Suite):
     exact_judge = "gpt-4.1-2025-04-14, or Qwen2.5-VL-72B-Instruct"
     unit = "points"
     data_help = (
-        "Give the folder that `hf download --repo-type dataset stepfun-ai/GEdit-Bench --local-dir GEdit-Bench` makes, "
-        "with its .parquet files; or one with items.jsonl: {key, task_type, instruction, instruction_language, "
+        "Use the folder that `hf download --repo-type dataset stepfun-ai/GEdit-Bench --local-dir GEdit-Bench` creates, "
+        "with its .parquet files, or one with items.jsonl: {key, task_type, instruction, instruction_language, "
         "Intersection_exist, source: path of an image}."
     )
     language = "en"
@@ -101,7 +101,7 @@ class GEdit(Suite):
         return self.read_lines(path, lambda row: self._item(path.parent, row))
 
     def _unpack(self, tables: Sequence[Path], path: Path) -> None:
-        """Write the images of the dataset's tables beside `path`, and last `path` itself, which names them."""
+        """Write the images of the dataset's tables next to `path`, then `path`, the list of items."""
         import pyarrow
         from pyarrow import parquet
 
@@ -112,11 +112,11 @@ class GEdit(Suite):
                     for row in batch.to_pylist():
                         source = Path("images") / f"{row['key']}.png"
                         if source.parent.name != "images":
-                            raise KeyError(f"key {row['key']!r} is no name of a file")
+                            raise KeyError(f"key {row['key']!r} is not a file name")
                         write(path.parent / source, row.pop(IMAGE)["bytes"], sync=False)
                         lines.append(json.dumps(row | {"source": str(source)}, ensure_ascii=False) + "\n")
         except (pyarrow.ArrowException, KeyError, TypeError) as error:
-            raise EvaluationError(f"{table} is no table of GEdit-Bench ({error}). {self.data_help}") from error
+            raise EvaluationError(f"{table} is not a table of GEdit-Bench ({error}). {self.data_help}") from error
         write(path, "".join(lines))
 
     def _item(self, folder: Path, row: Any) -> Item | None:
@@ -132,8 +132,8 @@ class GEdit(Suite):
         return {f"fullset/{item.tag}/{self.language}/{item.id}_SRCIMG.png": item.source} if item.source else {}
 
     def ask(self, judge: Any, item: Item, image: Path) -> Any:
-        """Ask for semantics and quality. The result is shown in the size of its source."""
-        from reca.data.pixels import open_rgb  # imports torch, which the names of suites do not need
+        """Ask for semantics and quality. The edited image is resized to the size of its source."""
+        from reca.data.pixels import open_rgb  # imports torch, which listing the suites does not need
 
         assert item.source is not None
         size = open_rgb(item.source.read_bytes()).size
@@ -161,7 +161,7 @@ class GEdit(Suite):
         return Score(values, weights or None, dict(statistics(groups, self.language)), failed)
 
     def import_answers(self, path: Path, items: Sequence[Item]) -> dict[Key, Any] | None:
-        """Read <model>_<group>_gpt_score.csv files of the public script from a folder."""
+        """Read the public script's files <model>_<group>_gpt_score.csv from a folder."""
         if not path.is_dir():
             return None
         keys, found = {item.id for item in items}, {}
@@ -173,18 +173,18 @@ class GEdit(Suite):
                     if key in keys and row["instruction_language"] == self.language:
                         marks = [[float(row["sementics_score"])], [float(row["quality_score"])]]
                         found[key, 0] = dict(zip(MEASURES, marks, strict=False))
-                except (KeyError, TypeError, ValueError):  # such as a half-written last line
+                except (KeyError, TypeError, ValueError):  # for example, a truncated last line
                     log.warning("%s, line %d cannot be read; its image counts as not judged", file, reader.line_num)
         return found or None
 
 
 def read_item(answer: Any) -> tuple[float, float, float]:
-    """Read both replies. Raises ValueError where one holds no marks: they are never guessed."""
+    """Parse both replies as (semantics, quality, overall). Raises ValueError if one has no marks; none is guessed."""
     both = []
     for name in ("semantics", "quality"):
         reply = answer[name]
         marks = reply if isinstance(reply, list) else viescore(str(reply))
         if marks is None:
-            raise ValueError(f"the judge's reply about {name} holds no marks: {str(reply)[:200]!r}")
+            raise ValueError(f"the judge's reply about {name} contains no marks: {str(reply)[:200]!r}")
         both.append(marks)
     return gedit_item(*both)

@@ -12,14 +12,14 @@ from reca.eval.suites.geneval_rules import TAGS, judge, summarize, threshold_of
 
 
 class GenEval(Suite):
-    """Images lie as <row>/samples/<k>.png, with the prompt's row as <row>/metadata.jsonl."""
+    """Image layout: <row>/samples/<k>.png, with the prompt's row as <row>/metadata.jsonl."""
 
     name = "geneval"
     protocol = "GenEval"
     images_per_item = 4
     judge_kind = "detector"
     exact_judge = "Mask2Former swin-s of OpenMMLab with CLIP ViT-L/14: --judge mask2former:FILE"
-    data_help = "Give prompts/evaluation_metadata.jsonl of github.com/djghosh13/geneval (MIT)."
+    data_help = "Use prompts/evaluation_metadata.jsonl of github.com/djghosh13/geneval (MIT)."
     file = "evaluation_metadata.jsonl"
     shipped: ClassVar[Path | None] = PROMPTS / "geneval" / file
 
@@ -30,10 +30,10 @@ class GenEval(Suite):
         return [self._item(number, line, path) for number, line in enumerate(lines) if line.strip()]
 
     def items_of_images(self, images: Path, partial: bool = False) -> list[Item]:
-        """Read the rows that lie beside the images; none where all are of the list that is shipped, which is whole.
+        """Read the rows next to the images; [] if all of them are in the shipped list, which is then used.
 
-        Other prompts are whole where their ids and tags are those of the list. How many prompts of the user's own
-        there are is known from their list alone: a generation that was stopped has images of the first ones.
+        Other prompts are complete if their ids and tags are those of the shipped list. Otherwise the number of prompts
+        is unknown without their file: an interrupted generation has images of the first ones only.
         """
         folders = sorted((p for p in images.iterdir() if p.is_dir() and p.name.isdecimal()), key=lambda p: int(p.name))
         found = [
@@ -47,9 +47,9 @@ class GenEval(Suite):
         whole = {item.id: item.tag for item in found} == {name: item.tag for name, item in known.items()}
         if found and not whole and not partial:
             raise EvaluationError(
-                f"{images} holds the rows of {len(found)} prompts that are not the {len(known)} of {self.name}, and "
-                "nothing tells how many more there are. Give the file of all prompts as --data, or --partial to score "
-                "those that are there"
+                f"{images} contains the rows of {len(found)} prompts that are not the {len(known)} of {self.name}, so "
+                "their total number is unknown. Pass the file of all prompts as --data, or set --partial to score "
+                "these"
             )
         return found
 
@@ -59,7 +59,7 @@ class GenEval(Suite):
             return Item(f"{number:05d}", row["tag"], row["prompt"], metadata=row)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise EvaluationError(
-                f"{path}, row {number}, is no prompt of GenEval ({error!r}). {self.data_help}"
+                f"{path}, row {number}, is not a prompt of GenEval ({error!r}). {self.data_help}"
             ) from error
 
     def path(self, item: Item, k: int) -> str:
@@ -72,7 +72,7 @@ class GenEval(Suite):
         return find_samples(images, items)
 
     def ask(self, judge: Any, item: Item, image: Path) -> Any:
-        """Detect objects, and name the colours of those that the rule asks about."""
+        """Detect objects, and classify the colours of those for which the rule needs them."""
         colored: dict[str, int] = {}
         for wanted in item.metadata.get("include", ()):
             if "color" in wanted:
@@ -80,7 +80,7 @@ class GenEval(Suite):
         return judge.detect(image, colored, threshold_of(item.metadata))
 
     def score(self, answers: Mapping[Key, Any], items: Sequence[Item]) -> Score:
-        """Judge detections by GenEval's rules; a verdict of the public script is taken as it is."""
+        """Apply GenEval's rules to detections. Imported verdicts of the public script are used as they are."""
         values, rows = [], []
         for item in items:
             for key in sorted(key for key in answers if key[0] == item.id):
@@ -111,28 +111,28 @@ class GenEval(Suite):
                 file, metadata = Path(row["filename"].replace("\\", "/")), json.loads(row["metadata"])
                 item, k, correct = known.get(int(file.parts[-3])), int(file.name.split(".png")[0]), row["correct"]
             except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
-                continue  # such as a half-written line
-            if item is None or k < 0:  # of a prompt that is left out here
+                continue  # for example, a truncated line
+            if item is None or k < 0:  # a prompt that is not evaluated
                 continue
             if not isinstance(correct, bool | int) or correct not in (0, 1):
                 raise EvaluationError(f"{path}, line {number + 1}: correct is {correct!r}; expected true or false")
             if dict(item.metadata) != metadata:
                 raise EvaluationError(
-                    f"{path}, line {number + 1}: {row['filename']} belongs to the prompt {row.get('prompt')!r}, which "
-                    "is another one here; give the prompts that the images were made from as --data"
+                    f"{path}, line {number + 1}: {row['filename']} has the prompt {row.get('prompt')!r}, but this item "
+                    "has another one here; pass the prompts from which the images were generated as --data"
                 )
             found[item.id, k] = {"correct": bool(correct), "reason": row.get("reason", "")}
         return found or None
 
 
 class GenEvalLong(GenEval):
-    """The same rows with prompts rewritten at length, by the RECA release. Its scores are not those of GenEval."""
+    """GenEval with the long prompts of the RECA release. Its scores are not comparable with those of GenEval."""
 
     name = "geneval_long"
     protocol = "GenEval, long prompts"
     data_help = (
-        "Give Benchmark/geneval/evaluation_metadata_long.jsonl of github.com/wishhyt/reconstruction-alignment "
-        "(Apache-2.0), which `reca get suite geneval_long` brings."
+        "Use Benchmark/geneval/evaluation_metadata_long.jsonl of github.com/wishhyt/reconstruction-alignment "
+        "(Apache-2.0), which `reca get suite geneval_long` downloads."
     )
     file = "evaluation_metadata_long.jsonl"
     shipped = None

@@ -1,6 +1,6 @@
-"""GenEval 2: probabilities of a VLM's answers to questions about every atom of a prompt (Soft-TIFA).
+"""GenEval 2: probabilities of a VLM's answers to questions about each atom of a prompt (Soft-TIFA).
 
-Source: facebookresearch/GenEval2, evaluation.py and soft_tifa_analysis.py. Its data is CC BY-NC and not part of this.
+Source: facebookresearch/GenEval2, evaluation.py and soft_tifa_analysis.py. Its data is CC BY-NC and not shipped.
 """
 
 import json
@@ -22,7 +22,7 @@ SUFFIX = " Answer in one word."
 
 
 def accepted(question: str, answer: str) -> list[str]:
-    """List the strings that count as the right answer of a question."""
+    """Return the strings that count as the correct answer to a question."""
     if not question.startswith("How many"):
         return list(YES)
     digits = DIGITS.get(answer, "other")
@@ -31,29 +31,29 @@ def accepted(question: str, answer: str) -> list[str]:
 
 
 def geometric_mean(values: Sequence[float]) -> float:
-    """Return the geometric mean, 0 if any value is."""
+    """Return the geometric mean; 0 if any value is 0 or less."""
     if any(value <= 0 for value in values):
         return 0.0
     return math.exp(sum(math.log(value) for value in values) / len(values))
 
 
 class Analysis(NamedTuple):
-    """Means of soft_tifa_analysis.py; None where there is no data."""
+    """Means of soft_tifa_analysis.py in percent; None without data."""
 
     per_skill: dict[str, float | None]
     per_atom_count: dict[int, tuple[int, float | None]]  # prompts, 100 * mean of geometric means
 
 
 def analyse(prompts: Sequence[tuple[int, Sequence[str], Sequence[float]]]) -> Analysis:
-    """Average by skill over atoms, and by number of atoms over prompts. prompts: (atom_count, skills, scores).
+    """Average over atoms by skill, and over prompts by number of atoms. prompts: (atom_count, skills, scores).
 
-    Raises ValueError for a skill or a number of atoms that the benchmark does not have.
+    Raises ValueError for an unknown skill or number of atoms.
     """
     skills: dict[str, list[float]] = {name: [] for name in SKILLS}
     counts: dict[int, list[float]] = {count: [] for count in ATOM_COUNTS}
     for count, names, scores in prompts:
         if count not in counts or any(name not in skills for name in names):
-            raise ValueError(f"a prompt of {count} atoms with skills {', '.join(names)} is none of GenEval 2's")
+            raise ValueError(f"a prompt with {count} atoms and skills {', '.join(names)} is not of GenEval 2")
         counts[count].append(geometric_mean(scores))
         for name, value in zip(names, scores, strict=True):
             skills[name].append(value)
@@ -66,7 +66,7 @@ def analyse(prompts: Sequence[tuple[int, Sequence[str], Sequence[float]]]) -> An
 
 
 class GenEval2(Suite):
-    """Images lie as <row>.png, or where image_paths.json beside them (prompt -> path) says, as in the script."""
+    """Image layout: <row>.png, or any paths listed in image_paths.json (prompt -> path), as in the script."""
 
     name = "geneval2"
     protocol = "GenEval 2, Soft-TIFA"
@@ -74,8 +74,8 @@ class GenEval2(Suite):
     exact_models = ("Qwen3-VL-8B-Instruct",)
     unit = "percent"
     data_help = (
-        "Give geneval2_data.jsonl of github.com/facebookresearch/GenEval2, which `reca get suite geneval2` brings; it "
-        "is CC BY-NC 4.0, so it is not part of this package."
+        "Use geneval2_data.jsonl of github.com/facebookresearch/GenEval2, which `reca get suite geneval2` downloads; "
+        "it is CC BY-NC 4.0, so it is not part of this package."
     )
 
     def items(self) -> list[Item]:
@@ -91,7 +91,7 @@ class GenEval2(Suite):
                 items.append(Item(f"{number:05d}", f"{row['atom_count']} atoms", row["prompt"], metadata=meta))
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise EvaluationError(
-                    f"{path}, line {number + 1}, is no row of GenEval 2: {error!r}. {self.data_help}"
+                    f"{path}, line {number + 1}, is not a row of GenEval 2: {error!r}. {self.data_help}"
                 ) from error
         return items
 
@@ -141,7 +141,7 @@ class GenEval2(Suite):
         return Score(values, None, metrics, failed)
 
     def import_answers(self, path: Path, items: Sequence[Item]) -> dict[Key, Any] | None:
-        """Read the scores that evaluation.py writes: a list for every prompt, in the order of the data."""
+        """Read the scores that evaluation.py writes: one list per prompt, in the order of the data."""
         text = files.read_text(path)
         try:
             rows = json.loads(text)

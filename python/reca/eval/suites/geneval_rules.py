@@ -1,6 +1,6 @@
-"""The rules of GenEval: from detections of an image to a verdict, and from verdicts to the benchmark's figures.
+"""The rules of GenEval: from detections in an image to a verdict, and from verdicts to the benchmark's metrics.
 
-Source: djghosh13/geneval, evaluation/evaluate_images.py and summary_scores.py. Arithmetic is that of float32, as there.
+Source: djghosh13/geneval, evaluation/evaluate_images.py and summary_scores.py. Arithmetic is in float32, as there.
 """
 
 from collections import defaultdict
@@ -11,7 +11,7 @@ import numpy as np
 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-# The classes of COCO in its order, three of them renamed as GenEval does.
+# The COCO classes in COCO's order, three of them renamed as in GenEval.
 CLASS_NAMES = tuple(
     name.strip()
     for name in """person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant,
@@ -25,14 +25,14 @@ CLASS_NAMES = tuple(
 
 
 # Thresholds of the public script.
-THRESHOLD = 0.3  # scores above it count
-COUNTING_THRESHOLD = 0.9  # ... for the tag "counting"
-MAX_OBJECTS = 16  # of a class
-POSITION_THRESHOLD = 0.1  # of the objects' sizes: how far apart they must be to stand in a relation
+THRESHOLD = 0.3  # minimum score of a detection
+COUNTING_THRESHOLD = 0.9  # the same for the tag "counting"
+MAX_OBJECTS = 16  # maximum number of objects per class
+POSITION_THRESHOLD = 0.1  # minimum offset for a position relation, relative to the sum of the objects' sizes
 
 
 class Box(NamedTuple):
-    """One detection: corners in pixels, score, and the colour that the classifier gives it, if it was asked."""
+    """One detection: corners in pixels, score, and its classified colour; None if it was not classified."""
 
     corners: np.ndarray  # float32 [4]: x0, y0, x1, y1
     score: np.float32
@@ -49,19 +49,19 @@ class Reason(NamedTuple):
 class Verdict(NamedTuple):
     correct: bool
     reasons: list[Reason]
-    kept: dict[str, list[list[float]]]  # class -> x0, y0, x1, y1, score of the boxes that count
+    kept: dict[str, list[list[float]]]  # class -> x0, y0, x1, y1, score of each box above the threshold
 
 
 def threshold_of(metadata: Mapping[str, Any]) -> float:
-    """Return the score above which objects count for a prompt."""
+    """Return the score above which detections count for a prompt."""
     return COUNTING_THRESHOLD if metadata.get("tag") == "counting" else THRESHOLD
 
 
 def judge(detections: Mapping[str, Sequence[Mapping[str, Any]]], metadata: Mapping[str, Any]) -> Verdict:
     """Judge an image by GenEval's rules.
 
-    detections: per class, in the detector's order, {"box": [x0, y0, x1, y1], "score": s, "color": name}.
-    metadata: of the prompt, with `tag`, `include` and `exclude`.
+    detections: for each class, in the detector's order, {"box": [x0, y0, x1, y1], "score": s, "color": name}.
+    metadata: that of the prompt, with `tag`, `include` and `exclude`.
     """
     threshold = threshold_of(metadata)
     kept = {name: _kept(boxes, threshold) for name, boxes in detections.items()}
@@ -90,7 +90,7 @@ def _kept(boxes: Sequence[Mapping[str, Any]], threshold: float) -> list[Box]:
 
 
 def kept_places(scores: Any, threshold: float) -> list[int]:
-    """Return the places of the best MAX_OBJECTS scores above the threshold, of equal ones the later first."""
+    """Return the indices of the highest MAX_OBJECTS scores above the threshold. Of equal scores the later is first."""
     found = np.asarray(scores, dtype=np.float32)
     order = np.argsort(found, kind="stable")[::-1]
     return [int(i) for i in order if found[i] > np.float32(threshold)][:MAX_OBJECTS]
@@ -99,7 +99,7 @@ def kept_places(scores: Any, threshold: float) -> list[int]:
 def _include(
     wanted: Mapping[str, Any], kept: Mapping[str, list[Box]], groups: Sequence[list[Box] | None]
 ) -> tuple[list[Box], list[Reason]]:
-    """Check one entry of `include`. groups: boxes of the entries before it, None for one that failed."""
+    """Check one entry of `include`. groups: boxes of each preceding entry; None for one that failed."""
     name, count = wanted["class"], wanted["count"]
     found = kept.get(name, [])[:count]
     if len(found) < count:
@@ -127,7 +127,7 @@ def _include(
 
 
 def relations(a: np.ndarray, b: np.ndarray) -> set[str]:
-    """Say where box a stands as seen from box b: up to two of left of, right of, above, below."""
+    """Return the position of box a relative to box b: up to two of "left of", "right of", "above", "below"."""
     a, b = a.reshape(2, 2), b.reshape(2, 2)
     offset = a.mean(axis=0) - b.mean(axis=0)
     sizes = np.abs(np.diff(a, axis=0))[0] + np.abs(np.diff(b, axis=0))[0]
@@ -140,20 +140,20 @@ def relations(a: np.ndarray, b: np.ndarray) -> set[str]:
 
 
 class Summary(NamedTuple):
-    """The figures of summary_scores.py."""
+    """The metrics of summary_scores.py."""
 
-    images: float  # share of images that are right
-    prompts: float  # share of prompts with an image that is right; prompts of equal metadata are one
-    tags: dict[str, tuple[int, int]]  # tag -> images that are right, images; in order of first appearance
+    images: float  # fraction of correct images
+    prompts: float  # fraction of prompts with a correct image; prompts with equal metadata count as one
+    tags: dict[str, tuple[int, int]]  # tag -> correct images, images; in order of first appearance
 
     @property
     def overall(self) -> float:
-        """Return the plain mean over the tags."""
+        """Return the unweighted mean over the tags."""
         return sum(hits / count for hits, count in self.tags.values()) / len(self.tags)
 
 
 def summarize(rows: Iterable[tuple[str, str, bool]]) -> Summary:
-    """Summarise verdicts. rows: (tag, metadata string, correct) of every image, in the order of the result file."""
+    """Summarise verdicts. rows: (tag, metadata string, correct) of each image, in the order of the result file."""
     tags: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     prompts: dict[str, bool] = {}
     for tag, metadata, correct in rows:

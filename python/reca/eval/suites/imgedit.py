@@ -12,14 +12,14 @@ from reca.eval.suites.marks import imgedit as read_marks
 
 
 class ImgEditScores(NamedTuple):
-    """Figures of the public scripts: means of rounded means, each rounded to two digits."""
+    """Metrics of the public scripts: means of items' rounded marks, rounded to two digits."""
 
     types: dict[str, float]
-    overall: float | None  # of the release and of the UGE suite: over all items, also those without a type
+    overall: float | None  # mean over all items, including those without a type, as in the RECA release and UGE
 
 
 def aggregate(marks: Mapping[str, float], edit_types: Mapping[str, str | None]) -> ImgEditScores:
-    """Average the marks of items. edit_types: of the items that have one."""
+    """Average the marks of items, by edit type and overall. edit_types: item -> type, None or absent if it has none."""
     types: dict[str, list[float]] = {}
     for key, value in marks.items():
         if edit_types.get(key):
@@ -29,7 +29,7 @@ def aggregate(marks: Mapping[str, float], edit_types: Mapping[str, str | None]) 
 
 
 class ImgEdit(Suite):
-    """Results lie as <key>.png."""
+    """Image layout: <key>.png."""
 
     name = "imgedit"
     protocol = "ImgEdit-Bench, Basic"
@@ -37,27 +37,27 @@ class ImgEdit(Suite):
     exact_judge = "gpt-4o-2024-11-20 (the RECA release: gpt-4.1-2025-04-14)"
     unit = "points"
     data_help = (
-        "Give the folder with Benchmark.tar of huggingface.co/datasets/sysuyy/ImgEdit unpacked: singleturn.json, "
-        "judge_prompt.json and the images; it names no licence, so it is not part of this package."
+        "Use the folder with Benchmark.tar of huggingface.co/datasets/sysuyy/ImgEdit unpacked: singleturn.json, "
+        "judge_prompt.json and the images; it states no licence, so it is not part of this package."
     )
 
     def _json(self, *names: str) -> dict[str, Any] | None:
-        """Read the first of these files that is there; None where none is."""
+        """Read the first of these files that exists; None if none does."""
         root = self.data_path()
         for name in names:
             for path in [root / name, *sorted(root.rglob(name))]:
                 if path.is_file():
                     found = files.read_json(path, self.data_help)
                     if not isinstance(found, dict):
-                        raise EvaluationError(f"{path} holds no JSON object. {self.data_help}")
+                        raise EvaluationError(f"{path} is not a JSON object. {self.data_help}")
                     return found
         return None
 
     def items(self) -> list[Item]:
         rows, root = self._json("singleturn.json", "basic_edit.json"), self.data_path()
         if rows is None:
-            raise EvaluationError(f"{root} holds no singleturn.json or basic_edit.json. {self.data_help}")
-        questions = self._json("judge_prompt.json", "prompts.json") or {}  # which only a judge needs
+            raise EvaluationError(f"{root} contains no singleturn.json or basic_edit.json. {self.data_help}")
+        questions = self._json("judge_prompt.json", "prompts.json") or {}  # needed by the judge only
         roots = [root, *(p for p in sorted(root.rglob("singleturn")) if p.is_dir())]
         items = []
         for key, row in rows.items():
@@ -67,7 +67,7 @@ class ImgEdit(Suite):
                 items.append(Item(key, row["edit_type"], row["prompt"], source, meta))
             except (KeyError, TypeError) as error:
                 raise EvaluationError(
-                    f"{root}: item {key!r} is none of ImgEdit: {error!r}. {self.data_help}"
+                    f"{root}: item {key!r} is not an item of ImgEdit: {error!r}. {self.data_help}"
                 ) from error
         return items
 
@@ -77,7 +77,7 @@ class ImgEdit(Suite):
     def ask(self, judge: Any, item: Item, image: Path) -> Any:
         if not isinstance(question := item.metadata["question"], str):
             raise EvaluationError(
-                f"{self.data_path()} holds no judge_prompt.json or prompts.json with a text for edits of type "
+                f"{self.data_path()} contains no judge_prompt.json or prompts.json with a text for edits of type "
                 f"{item.tag}. {self.data_help}"
             )
         return judge.reply(question.replace("<edit_prompt>", item.prompt), [item.source, image])
@@ -93,14 +93,14 @@ class ImgEdit(Suite):
             except ValueError:
                 mark = None
             if mark is None:
-                failed.append((key, f"the judge's reply holds no mark: {str(answers[key])[:200]!r}"))
+                failed.append((key, f"the judge's reply contains no mark: {str(answers[key])[:200]!r}"))
             else:
                 values.append(Value(*key, item.tag, mark))
         scores = aggregate({v.item: v.value for v in values}, {item.id: item.tag for item in items})
         return Score(values, None, {"types": scores.types, "overall": scores.overall}, failed)
 
     def import_answers(self, path: Path, items: Sequence[Item]) -> dict[Key, Any] | None:
-        """Read result.json (key -> reply), or the release's result.jsonl, whose lines have a key and its result."""
+        """Read result.json (key -> reply), or the RECA release's result.jsonl with lines {"key", "result"}."""
         keys = {item.id for item in items}
         if path.suffix == ".jsonl":
             lines = [row for row in map(_parsed, files.read_lines(path)) if isinstance(row, dict)]
@@ -113,7 +113,7 @@ class ImgEdit(Suite):
 
 
 def _parsed(text: str) -> Any:
-    """Parse JSON; None for what is none, such as a half-written line."""
+    """Parse JSON; None if it is invalid, for example a truncated line."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""How the benchmarks read marks in a judge's reply, each by its own public rule. A reply without marks gives none."""
+"""Parsing of marks in judges' replies, by each benchmark's own public rule. A reply without marks has no result."""
 
 import json
 import math
@@ -12,9 +12,9 @@ _WISE_NAMES = {"consistency": "Consistency", "realism": "Realism", "aesthetic_qu
 
 
 def wise_legacy(reply: str) -> dict[str, float]:
-    """Read the three marks 0 to 2 of WISE's first protocol; those that are found. The last occurrence counts.
+    """Parse the three marks, 0 to 2, of WISE's first protocol. Return those found; the last occurrence counts.
 
-    Without names, three lines of a single mark are taken in order.
+    If no mark is named, the first three lines that are only a mark are used in order.
     """
     found: dict[str, float] = {}
     for key, name in _WISE_NAMES.items():
@@ -32,7 +32,7 @@ def wise_score(marks: dict[str, float]) -> float:
 
 
 def wise_verified(reply: str) -> float | None:
-    """Read the binary mark of WISE_Verified."""
+    """Parse the binary mark of WISE_Verified. None: not found."""
     if found := re.search(r"\*{0,2}Score\*{0,2}\s*:?\s*([01])\b", reply, re.IGNORECASE):
         return float(found[1])
     lines = [line.strip() for line in reply.splitlines() if line.strip() in ("0", "1")]
@@ -43,9 +43,9 @@ def wise_verified(reply: str) -> float | None:
 
 
 def imgedit(reply: str) -> float | None:
-    """Read ImgEdit's marks, lines "name: digits", and round their mean to two digits.
+    """Parse ImgEdit's marks, lines "name: digits", and return their mean, rounded to two digits. None: no marks.
 
-    Raises ValueError for a digit that is no number, such as a superscript, as the public script does.
+    Raises ValueError, as the public script does, for digits that int() rejects, such as superscripts.
     """
     marks = []
     for line in reply.splitlines():
@@ -62,14 +62,14 @@ RATE_LIMIT = "rate_limit_exceeded"
 
 
 def viescore(reply: str) -> list[Any] | None:
-    """Read the marks of a VIEScore reply; None where the public parser would fail, or guess."""
+    """Parse the marks of a VIEScore reply. None: the public parser would fail, or guess."""
     found = viescore_object(reply)
     marks = None if found is None else found.get("score")
     return marks if isinstance(marks, list) else None
 
 
 def viescore_object(reply: str) -> dict[str, Any] | None:
-    """Parse a VIEScore reply to an object as the first try of the public parser does. It never guesses."""
+    """Parse a VIEScore reply to an object, as the first attempt of the public parser does, without guessing."""
     if reply == RATE_LIMIT:
         return None
     if reply.count(_DELIMITER) == 2:
@@ -88,7 +88,7 @@ def viescore_object(reply: str) -> dict[str, Any] | None:
 
 
 def _bare(reply: str) -> dict[str, Any] | None:
-    """Read a reply without braces: a list of two whole numbers, or one from 0 to 10."""
+    """Parse a reply without braces: a list of two integers, or one integer from 0 to 10."""
     listed = reply[reply.find("[") : reply.rfind("]") + 1]
     if re.match(r"\[\d+, ?\d+\]$", listed):
         return {"score": json.loads(listed)}
@@ -100,7 +100,7 @@ def _bare(reply: str) -> dict[str, Any] | None:
 
 
 def _repaired(text: str) -> dict[str, Any] | None:
-    """Quote keys and words and put numbers in brackets, as the public parser's one repair does; no more than that."""
+    """Quote keys and words and put numbers in brackets, the only repair that the public parser makes."""
 
     def repaired(pair: re.Match) -> str:
         key, value, end = pair[1], pair[2].strip(), pair[3]
@@ -118,16 +118,16 @@ def _repaired(text: str) -> dict[str, Any] | None:
 
 
 def gedit_item(semantics: list[Any], quality: list[Any]) -> tuple[float, float, float]:
-    """Compute (semantics, quality, overall) of an item: minima of the marks, and the root of their product.
+    """Compute (semantics, quality, overall) of an item: the minima of the marks, and the root of their product.
 
-    Raises ValueError for marks that are no finite numbers of at least 0, or none.
+    Raises ValueError if there are no marks, or one is not a finite number of at least 0.
     """
     for name, marks in (("semantics", semantics), ("quality", quality)):
         good = all(
             isinstance(m, int | float) and not isinstance(m, bool) and math.isfinite(m) and m >= 0 for m in marks
         )
         if not marks or not good:
-            raise ValueError(f"the judge's marks of {name} are {marks!r}; expected numbers from 0 to 10")
+            raise ValueError(f"the judge's marks for {name} are {marks!r}; expected numbers from 0 to 10")
     low = float(min(semantics)), float(min(quality))
     return *low, math.sqrt(low[0] * low[1])
 
@@ -136,7 +136,7 @@ def gedit_item(semantics: list[Any], quality: list[Any]) -> tuple[float, float, 
 
 
 def mme_harness(reply: str) -> str:
-    """Read yes, no or other as lmms-eval does."""
+    """Parse a reply as yes, no or other, as lmms-eval does."""
     text = reply.lower().strip().replace(".", "")
     if text in ("yes", "no"):
         return text
@@ -147,13 +147,13 @@ def mme_harness(reply: str) -> str:
 
 
 def mme_release_reply(reply: str) -> str:
-    """Rewrite an answer as the release does before it is written to the files of MME's script."""
+    """Rewrite an answer as the RECA release does before writing it to the files for MME's script."""
     text = reply.replace("\n", "").replace("不是", "No").replace("是", "Yes").replace("否", "No")
     return text.lower().replace("true", "yes").replace("false", "no")
 
 
 def mme_release(reply: str) -> str:
-    """Read yes, no or other as the script of MME that the release uses."""
+    """Parse a reply as yes, no or other, as the MME script of the RECA release does."""
     text = reply.lower()
     if text in ("yes", "no"):
         return text

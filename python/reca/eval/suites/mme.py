@@ -1,4 +1,4 @@
-"""MME: two yes-or-no questions about every image, answered by the model itself and read by rule."""
+"""MME: two yes-or-no questions about each image, answered by the evaluated model and parsed by rule."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,10 +15,10 @@ GROUPS = {"perception": PERCEPTION, "cognition": COGNITION}
 
 
 class Answered(NamedTuple):
-    """One question with the reply of the model."""
+    """One question with the model's reply."""
 
     category: str
-    question_id: str  # of the image
+    question_id: str  # name of the image
     truth: str
     reply: str
 
@@ -26,7 +26,7 @@ class Answered(NamedTuple):
 def harness(rows: Sequence[Answered]) -> dict[str, float | None]:
     """Compute the perception and cognition scores as lmms-eval does; None for a group without rows.
 
-    Raises ValueError for an image that has not two questions.
+    Raises ValueError for an image without exactly two answers.
     """
     images: dict[tuple[str, str], list[bool]] = {}
     for row in rows:
@@ -45,14 +45,14 @@ def harness(rows: Sequence[Answered]) -> dict[str, float | None]:
 
 
 def image_score(right: Sequence[bool]) -> float:
-    """Return 100 * the share of right answers, and 100 more if all are right: at most 200."""
+    """Return 100 times the fraction of correct answers, plus 100 if all are correct."""
     return 100 * sum(right) / len(right) + 100 * all(right)
 
 
 def release(rows: Sequence[Answered]) -> dict[str, Any]:
     """Compute the scores as the script of the RECA release does, which pairs consecutive questions.
 
-    Raises ValueError where one of the 14 tasks is missing or has an odd number of questions.
+    Raises ValueError if one of the 14 tasks is missing or has an odd number of answers.
     """
     by_task: dict[str, list[bool]] = {}
     for row in rows:
@@ -69,7 +69,7 @@ def release(rows: Sequence[Answered]) -> dict[str, Any]:
 
 
 class Mme(Suite):
-    """The model answers; item ids are CATEGORY/IMAGE/QUESTION."""
+    """A suite of answers. Item ids are TASK/IMAGE/NUMBER."""
 
     name = "mme"
     protocol = "MME, rule of lmms-eval"
@@ -77,13 +77,13 @@ class Mme(Suite):
     judge_kind = "rule"
     unit = "points"
     data_help = (
-        "Give the folder of MME_Benchmark_release_version: a folder per task with images and a .txt file for each, "
-        "whose two lines are QUESTION <tab> Yes or No (github.com/BradyFU/Awesome-Multimodal-Large-Language-Models)."
+        "Use the folder MME_Benchmark_release_version: a folder per task with images and a .txt file for each, whose "
+        "two lines are QUESTION <tab> Yes or No (github.com/BradyFU/Awesome-Multimodal-Large-Language-Models)."
     )
 
     def items(self) -> list[Item]:
         root, items = self.data_path(), []
-        if (inside := root / "MME_Benchmark").is_dir():  # as the archive unpacks
+        if (inside := root / "MME_Benchmark").is_dir():  # the archive's top folder
             root = inside
         for task in PERCEPTION + COGNITION:
             for text in sorted((root / task).rglob("*.txt")):
@@ -98,7 +98,7 @@ class Mme(Suite):
                     meta = {"image": image.name, "truth": truth.strip()}
                     items.append(Item(f"{task}/{image.stem}/{number}", task, question.strip(), image, meta))
         if not items:
-            raise EvaluationError(f"{root} holds no images with questions of MME. {self.data_help}")
+            raise EvaluationError(f"{root} contains no images with questions of MME. {self.data_help}")
         return items
 
     def group(self, item: Item) -> str:
@@ -113,7 +113,7 @@ class Mme(Suite):
         for item in items:
             key = (item.id, 0)
             if key in answers and not isinstance(answers[key], str):
-                failed.append((key, f"the answer is no text: {answers[key]!r:.200}"))
+                failed.append((key, f"the answer is not a string: {answers[key]!r:.200}"))
             elif key in answers:
                 where = (item.tag, str(item.metadata["image"]))
                 images.setdefault(where, []).append((item, answers[key]))
@@ -131,9 +131,9 @@ class Mme(Suite):
         return Score(values, {tag: 1.0 for tag in {v.tag: None for v in values}}, metrics, failed)
 
     def import_answers(self, path: Path, items: Sequence[Item]) -> dict[Key, Any] | None:
-        """Read a folder of TASK.txt files: image, question, truth, reply, separated by tabs.
+        """Read a folder of TASK.txt files with lines image, question, truth, reply, separated by tabs.
 
-        The release writes a question with the request for a single word that it puts behind it.
+        Questions are compared by prefix, since the RECA release appends a request for a single word to them.
         """
         if not path.is_dir():
             return None
@@ -151,7 +151,7 @@ class Mme(Suite):
 
 
 def _image_of(text: Path) -> Path | None:
-    """Find the image that a text file belongs to: beside it, or in a folder `images` next to its own."""
+    """Find the image of a text file: in the same folder, or in a sibling folder `images`."""
     for folder in (text.parent, text.parent.parent / "images"):
         for suffix in (".jpg", ".png", ".jpeg"):
             if (image := folder / (text.stem + suffix)).is_file():

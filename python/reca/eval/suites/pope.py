@@ -1,4 +1,4 @@
-"""POPE: does an image hold an object, yes or no, answered by the model itself (RUCAIBox/POPE, rule of LLaVA)."""
+"""POPE: whether an image contains an object, answered by the evaluated model (RUCAIBox/POPE, rule of LLaVA)."""
 
 import functools
 import json
@@ -14,13 +14,13 @@ CATEGORIES = ("random", "popular", "adversarial")
 
 
 def read_answer(reply: str) -> str:
-    """Read no where the first sentence has the word no, No or not; anything else is yes."""
+    """Parse a reply: no if the first sentence has the word no, No or not, otherwise yes."""
     words = reply.split(".")[0].replace(",", "").split(" ")
     return "no" if any(word in words for word in ("No", "not", "no")) else "yes"
 
 
 def measures(rows: Sequence[tuple[str, str]]) -> dict[str, float | None]:
-    """Compute accuracy, precision, recall, F1 and the share of yes from (answer, truth), yes being positive."""
+    """Compute accuracy, precision, recall, F1 and the fraction of yes from (answer, truth). Yes is positive."""
     both = sum(answer == truth == "yes" for answer, truth in rows)
     said, true = (sum(row[i] == "yes" for row in rows) for i in (0, 1))
     precision, recall = (both / count if count else None for count in (said, true))
@@ -30,16 +30,16 @@ def measures(rows: Sequence[tuple[str, str]]) -> dict[str, float | None]:
 
 
 class Pope(Suite):
-    """The model answers; item ids are CATEGORY/QUESTION."""
+    """A suite of answers. Item ids are CATEGORY/QUESTION."""
 
     name = "pope"
     protocol = "POPE, rule of LLaVA"
     ability = "answer"
     judge_kind = "rule"
     data_help = (
-        "Give a folder with coco_pope_random.json, coco_pope_popular.json and coco_pope_adversarial.json of "
-        "github.com/RUCAIBox/POPE (output/coco), which `reca get suite pope` brings, and the COCO val2014 images that "
-        "they name in val2014."
+        "Use a folder with coco_pope_random.json, coco_pope_popular.json and coco_pope_adversarial.json of "
+        "github.com/RUCAIBox/POPE (output/coco), which `reca get suite pope` downloads, and a subfolder val2014 with "
+        "their COCO val2014 images."
     )
 
     def items(self) -> list[Item]:
@@ -49,7 +49,7 @@ class Pope(Suite):
             for path in sorted(root.glob(f"*{category}.json")):
                 items += self.read_lines(path, functools.partial(self._item, root, category))
         if not items:
-            raise EvaluationError(f"{root} holds no questions of POPE. {self.data_help}")
+            raise EvaluationError(f"{root} contains no questions of POPE. {self.data_help}")
         return items
 
     def _item(self, root: Path, category: str, row: Any) -> Item:
@@ -77,10 +77,10 @@ class Pope(Suite):
         return Score(values, {tag: 1 / len(groups) for tag in groups} or None, metrics, [])
 
     def import_answers(self, path: Path, items: Sequence[Item]) -> dict[Key, Any] | None:
-        """Read a file per category, which has its name, with the answers in the order of its questions.
+        """Read a file per category, with the category in its name and answers in the order of the questions.
 
-        Lines have question and answer for POPE's script, prompt and text for LLaVA's; both pair by order.
-        Raises EvaluationError for an answer to another question, and for two files of a category.
+        Lines have the keys question and answer (POPE's script) or prompt and text (LLaVA's). They are matched to
+        questions by order. Raises EvaluationError for an answer to another question and for two files of a category.
         """
         wanted, found = {item.id for item in items}, dict[Key, Any]()
         given = sorted(path.glob("*.json*")) if path.is_dir() else [path]
@@ -89,13 +89,13 @@ class Pope(Suite):
             named = [file for file in given if category in file.name]
             if len(named) > 1:
                 names = ", ".join(file.name for file in named)
-                raise EvaluationError(f"{path} holds {names}; leave only the one that counts")
+                raise EvaluationError(f"{path} contains {names}; keep only the one to be read")
             for number, line in enumerate(files.read_lines(named[0]) if named else ()):
                 try:
                     row = json.loads(line)
                     asked, reply = (row["question"], row["answer"]) if "answer" in row else (row["prompt"], row["text"])
                 except (ValueError, KeyError, TypeError, RecursionError):
-                    continue  # such as a half-written line
+                    continue  # for example, a truncated line
                 if number >= len(questions) or not str(asked).startswith(questions[number].prompt):
                     raise EvaluationError(
                         f"{named[0]}, line {number + 1}, answers {str(asked)[:80]!r}, which is not question "

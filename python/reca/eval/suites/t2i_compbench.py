@@ -1,7 +1,7 @@
 """T2I-CompBench: prompts about attributes, relations and numbers (Karine-Huang/T2I-CompBench).
 
-Its own judges (BLIP-VQA over spaCy's noun phrases, UniDet, CLIP) are not rebuilt here: their result files are read. A
-VLM can judge in their place, by the probability of yes to the whole prompt, which is another score and labelled so.
+Its own judges (BLIP-VQA over spaCy's noun phrases, UniDet, CLIP) are not reimplemented: their result files are read. A
+VLM can judge instead, by the probability of yes for the whole prompt, a different score that is labelled as such.
 """
 
 import json
@@ -15,20 +15,20 @@ from reca.eval.suites import files
 from reca.eval.suites.base import PROMPTS, Item, Key, Score, Suite, Value, tag_means
 from reca.eval.suites.geneval2 import YES
 
-COMBINED = "annotation_3_in_1"  # the folder of "complex" that counts; those beside it are what it averages
+COMBINED = "annotation_3_in_1"  # folder with the result of "complex", an average of the other folders' results
 IMAGES = f"*_{'[0-9]' * 6}.png"
 CATEGORIES = ("color", "shape", "texture", "spatial", "non_spatial", "complex", "3d_spatial", "numeracy")
 
 
 class T2ICompBench(Suite):
-    """Images lie as <category>/samples/<prompt>_<6 digits>.png; the digits count all images of a category."""
+    """Image layout: <category>/samples/<prompt>_<6 digits>.png. The digits number all images of a category."""
 
     name = "t2i_compbench"
     protocol = "T2I-CompBench"
     images_per_item = 10
     exact_judge = "BLIP-VQA, UniDet and CLIP of the benchmark's own scripts: --judge recorded:FOLDER"
     data_help = (
-        "Give the folder examples/dataset of github.com/Karine-Huang/T2I-CompBench (MIT), color_val.txt and others."
+        "Use the folder examples/dataset of github.com/Karine-Huang/T2I-CompBench (MIT), with color_val.txt and others."
     )
     shipped: ClassVar[Path | None] = PROMPTS / "t2i_compbench"
 
@@ -43,7 +43,7 @@ class T2ICompBench(Suite):
                 for number, prompt in enumerate(prompts)
             ]
         if not items:
-            raise EvaluationError(f"{root} holds no prompts such as color_val.txt. {self.data_help}")
+            raise EvaluationError(f"{root} contains no files of prompts such as color_val.txt. {self.data_help}")
         return items
 
     def _number(self, item: Item, k: int) -> int:
@@ -58,8 +58,8 @@ class T2ICompBench(Suite):
     def find(self, images: Path, items: Sequence[Item]) -> dict[Key, Path]:
         """Find images by their prompt.
 
-        Digits that are an item's own tell which of its images it is, and items of one prompt apart. Others, of folders
-        with another number of images, order the images of a prompt.
+        Digits in an item's own range give the index of the image, and distinguish items with the same prompt. Others,
+        from folders with another number of images per item, only order the images of a prompt.
         """
         by_name: dict[tuple[str, str], list[Path]] = {}
         for category in {item.tag for item in items}:
@@ -87,12 +87,12 @@ class T2ICompBench(Suite):
                 try:
                     values.append(Value(*key, item.tag, float(answers[key])))
                 except (TypeError, ValueError):
-                    failed.append((key, f"{str(answers[key])[:200]!r} is no number"))
+                    failed.append((key, f"{str(answers[key])[:200]!r} is not a number"))
         tags = tag_means(values)
         return Score(values, {tag: 1 / len(tags) for tag in tags} or None, {"categories": tags}, failed)
 
     def import_answers(self, path: Path, items: Sequence[Item]) -> dict[Key, Any] | None:
-        """Read a <category>/**/vqa_result.json of each: [{"question_id": number of the image, "answer": score}]."""
+        """Read <category>/**/vqa_result.json: [{"question_id": number of the image, "answer": score}]."""
         if not path.is_dir():
             return None
         found: dict[Key, Any] = {}
@@ -106,10 +106,10 @@ class T2ICompBench(Suite):
         return found or None
 
     def _numbers(self, path: Path, category: str, items: Sequence[Item], asked: set[int]) -> dict[int, Key]:
-        """Tell which image a question_id is of, by the images beside the results; without any, by ten of every item.
+        """Map question_id to images, by the images next to the results or, without them, assuming ten per item.
 
-        UniDet writes the digits of an image's name. BLIP and CLIP write its place among all images, which is another
-        number where not every item has ten.
+        UniDet writes the digits of the image's name. BLIP and CLIP write its index among all images, which differs if
+        not every item has ten images.
         """
         images = sorted((path / category / "samples").glob(IMAGES), key=_digits)
         if not images:
@@ -125,15 +125,15 @@ def _digits(image: Path) -> int:
 
 
 def _result(folder: Path) -> Path | None:
-    """Find the result file of a category that counts; None where there is none.
+    """Find the result file of a category; None if there is none.
 
-    Those in VQA/result are of single noun phrases.
-    Raises EvaluationError where it cannot be told.
+    Files in VQA/result are about single noun phrases and ignored.
+    Raises EvaluationError if the result file is ambiguous.
     """
     there = [file for file in sorted(folder.rglob("vqa_result.json")) if file.parent.name != "result"]
     wanted = [file for file in there if file.parent.name == COMBINED] if folder.name == "complex" else there
     if there and len(wanted) != 1:
         found = ", ".join(str(file.relative_to(folder)) for file in there)
         expected = f"one in {COMBINED}, which 3_in_1.py writes" if folder.name == "complex" else "one"
-        raise EvaluationError(f"{folder} holds {found}; expected {expected}. Leave only the one that counts")
+        raise EvaluationError(f"{folder} contains {found}; expected {expected}. Keep only the one to be read")
     return wanted[0] if there else None

@@ -1,4 +1,4 @@
-"""WISE: prompts that need world knowledge, marked by a VLM. Two suites for its two protocols (PKU-YuanGroup/WISE)."""
+"""WISE: prompts that need world knowledge, scored by a VLM. Two suites for its two protocols (PKU-YuanGroup/WISE)."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -30,14 +30,14 @@ Aesthetic Quality: MARK"""
 
 
 class Wise(Suite):
-    """WISE_Verified, the benchmark's default: one binary mark per image. Images lie as <prompt_id>.png."""
+    """WISE_Verified, the benchmark's default: one binary mark per image. Image layout: <prompt_id>.png."""
 
     name = "wise"
     protocol = VERIFIED.name
     exact_judge = "Qwen3.5-35B-A3B by vLLM, with the prompt of WISE's vllm_eval.py"
     data_help = (
-        "Give the folder of JSON files of github.com/PKU-YuanGroup/WISE (data_verified), which `reca get suite wise` "
-        "brings; it names no licence, so it is not part of this package."
+        "Use the folder of JSON files of github.com/PKU-YuanGroup/WISE (data_verified), which `reca get suite wise` "
+        "downloads; it states no licence, so it is not part of this package."
     )
     rules: ClassVar[Protocol] = VERIFIED
     question: ClassVar[str] = _VERIFIED_QUESTION
@@ -54,9 +54,9 @@ class Wise(Suite):
             except EvaluationError:
                 raise
             except (ValueError, KeyError, TypeError) as error:
-                raise EvaluationError(f"{path} is no file of WISE: {error!r}. {self.data_help}") from error
+                raise EvaluationError(f"{path} is not a file of WISE: {error!r}. {self.data_help}") from error
         if not items:
-            raise EvaluationError(f"{root} holds no .json files. {self.data_help}")
+            raise EvaluationError(f"{root} contains no prompts in .json files. {self.data_help}")
         return sorted(items, key=lambda item: int(item.id))
 
     def path(self, item: Item, k: int) -> str:
@@ -67,7 +67,7 @@ class Wise(Suite):
         return judge.reply(text, [image])
 
     def row(self, item: Item, answer: Any) -> dict[str, Any]:
-        """Make the line of WISE's result file: answer is the judge's reply, or such a line."""
+        """Convert an answer to a row of WISE's result file. answer: the judge's reply, or an imported row."""
         if isinstance(answer, Mapping):
             return {**answer, "prompt_id": int(item.id)}
         return {"prompt_id": int(item.id), "score": wise_verified(str(answer))}
@@ -84,7 +84,7 @@ class Wise(Suite):
                 value = self.value_of(row)
                 rows.append(row)
                 if value is None:
-                    failed.append((key, f"the judge's reply holds no mark: {str(answers[key])[:200]!r}"))
+                    failed.append((key, f"the judge's reply contains no mark: {str(answers[key])[:200]!r}"))
                 else:
                     values.append(Value(*key, item.tag, value))
         means, overall = average(rows, self.rules, self.value_of)
@@ -94,7 +94,7 @@ class Wise(Suite):
         return Score(values, dict(self.rules.weights) if complete else None, metrics, failed)
 
     def import_answers(self, path: Path, items: Sequence[Item]) -> dict[Key, Any] | None:
-        """Read WISE's own result lines, which have a prompt_id. Lines that cannot be read are left out."""
+        """Read the rows of WISE's result files, which have a prompt_id. Invalid lines are omitted."""
         found: dict[Key, Any] = {}
         for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path]:
             for line in files.read_lines(file):
@@ -108,14 +108,14 @@ class Wise(Suite):
 
 
 class WiseLegacy(Wise):
-    """WISE's first protocol: three marks of 0 to 2."""
+    """WISE's first protocol: three marks from 0 to 2 per image."""
 
     name = "wise_legacy"
     protocol = LEGACY.name
     exact_judge = "gpt-4o-2024-05-13, with the prompt of WISE_legacy"
     data_help = (
-        "Give the folder WISE_legacy/data of github.com/PKU-YuanGroup/WISE, which `reca get suite wise_legacy` brings; "
-        "it names no licence, so it is not part of this package."
+        "Use the folder WISE_legacy/data of github.com/PKU-YuanGroup/WISE, which `reca get suite wise_legacy` "
+        "downloads; it states no licence, so it is not part of this package."
     )
     rules = LEGACY
     question = _LEGACY_QUESTION
@@ -126,7 +126,7 @@ class WiseLegacy(Wise):
         return {"prompt_id": int(item.id), **wise_legacy(str(answer))}
 
     def value_of(self, row: Mapping[str, Any]) -> float | None:
-        """Return the WiScore; None also where a mark lies outside of 0 to 2, such as the release's 9.9 for none."""
+        """Return the WiScore; None if a mark is missing or outside [0, 2], such as the release's 9.9 for no mark."""
         marks = [row.get(name) for name in WISE_MARKS]
         good = all(isinstance(mark, int | float) and 0 <= mark <= 2 for mark in marks)
         return legacy_value(row) if good else None

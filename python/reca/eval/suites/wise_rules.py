@@ -1,4 +1,4 @@
-"""Averages of WISE's two protocols, which are never mixed: their prompts, marks and weights differ.
+"""Averages of WISE's two protocols. They are not comparable: their prompts, marks and weights differ.
 
 Source: PKU-YuanGroup/WISE, WISE_legacy/Calculate.py and calculate_verified.py.
 """
@@ -13,7 +13,7 @@ from reca.eval.suites.marks import WISE_MARKS, wise_score
 
 @dataclass(frozen=True)
 class Protocol:
-    """Prompt ids per category (in order) and the category's weight in the overall value."""
+    """A protocol: prompt ids of each category, and the category's weight in the overall value."""
 
     name: str
     ids: Mapping[str, range]
@@ -43,11 +43,11 @@ VERIFIED = Protocol(
 def average(
     rows: Iterable[Mapping[str, Any]], protocol: Protocol, value_of: Callable[[Mapping[str, Any]], float | None]
 ) -> tuple[dict[str, float], float | None]:
-    """Average the lines of WISE's result files. Returns the mean per category, and the overall value.
+    """Average the rows of WISE's result files. Return the mean of each category and the overall value.
 
-    rows: with prompt_id and marks; those of a prompt that does not exist are left out.
-    value_of: the value of a line, None where its marks are none.
-    The overall value is None unless every prompt has a line and every category a value.
+    rows: each with prompt_id and marks; rows of unknown prompts are ignored.
+    value_of: returns the value of a row, None if its marks are invalid.
+    The overall value is None unless every prompt has a row and every category a value.
     """
     present: set[int] = set()
     values: dict[str, list[float]] = {}
@@ -64,12 +64,12 @@ def average(
 
 
 def legacy_value(row: Mapping[str, Any]) -> float | None:
-    """Return the WiScore of a line; None for marks that are no numbers."""
+    """Return the WiScore of a row; None if a mark is not a number."""
     marks: dict[str, Any] = {name: row.get(name) for name in WISE_MARKS}
     return wise_score(marks) if all(isinstance(mark, int | float) for mark in marks.values()) else None
 
 
 def verified_value(row: Mapping[str, Any]) -> float | None:
-    """Return the binary mark of a line; None for anything but 0 or 1."""
+    """Return the binary mark of a row; None if it is not 0 or 1."""
     score = row.get("score")
     return float(score) if isinstance(score, int | float) and score in (0, 1) else None

@@ -1,4 +1,4 @@
-"""The embedded worlds: prompts about coloured shapes or emoji, judged by the world's own judge. They need no files."""
+"""The toy datasets: prompts about coloured shapes or emoji, with their own judges. They need no files."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,14 +10,14 @@ from reca.eval.suites.base import Item, Key, Score, Suite, Value, find_samples, 
 
 
 class World(Suite):
-    """Images lie as in GenEval: <row>/samples/<k>.png."""
+    """Image layout, as in GenEval: <row>/samples/<k>.png."""
 
     name = "world"
     protocol = "embedded world"
     judge_kind = "world"
 
     def __init__(self, data: Path | None = None, world: str = "shapes", seed: int = 0):
-        """world: its name. seed: of the world, which decides the pairs of colour and kind that captions never show."""
+        """Select a toy dataset. world: its name. seed: determines the pairs that are held out of its captions."""
         super().__init__(data)
         self.world, self.seed = load_world(world), seed
         self.protocol = self.world.title
@@ -29,7 +29,7 @@ class World(Suite):
         ]
 
     def sampling(self, umm: str) -> dict[str, Any]:
-        """Return the demo's sampling options of a model, which its tiny recipe needs."""
+        """Return the demo's sampling options for a model, which its tiny recipe needs."""
         from reca.demo.pretrain import demo_setup
 
         return dict(demo_setup(umm, self.world).sampling) if umm in self.world.umms else {}
