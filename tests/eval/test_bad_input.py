@@ -70,7 +70,7 @@ def test_ids_and_prompts_that_cannot_be_used(tmp_path):
         evaluation.Settings(suite).items()
     suite = open_suite("imgedit")
     for name in ("../../x", "/x", "a\0b", "x" * 300, HALF):
-        with pytest.raises(EvaluationError, match="does not give a valid file name in the folder of images"):
+        with pytest.raises(EvaluationError, match="has no valid file name in the folder of images"):
             check_items(suite, [Item(name, "add", "p")])
     for text in (None, 3, HALF):
         with pytest.raises(EvaluationError, match="has a prompt that is not valid text"):

@@ -1,6 +1,6 @@
 """Evaluation: `reca eval SUITE RUN`, in four steps that can each be skipped, repeated or given external inputs.
 
-    generate   images (or answers) of the model            suites/*.py define the items, generate.py runs the model
+    generate   images (or answers) of the model             suites/*.py define the items, generate.py runs the model
     judge      the judge's raw answer about each image      judges/*.py, judge.py
     score      the benchmark's own rule, a pure function    suites/*.py, scoring.py
     report     intervals, comparison, JSON and text         statistics.py, score_interval.py, report.py, figures.py
@@ -38,7 +38,7 @@ results.json:
     metrics           all metrics that the benchmark's own scripts print, by name
     items             [{"item", "tag", "prompt", "value", "images": [{"k", "path", "value", "reason"}]}]
     failed            [{"item", "k", "error"}]
-    power             [{"images_per_item", "difference", "power"}]; null without a comparison
+    power             [{"images_per_item", "difference", "power"}]; null without a comparison or without variance
     against           null, or {"folder", "model", "items", "overall", "tags", "identical_settings", "differs",
                       "flips"}.
                       `items` is the number of prompts in both evaluations, to which `overall` and `tags` refer: as

@@ -194,7 +194,7 @@ def text(found: Mapping[str, Any]) -> str:
         lines.append(f"prompts: {gains} gained, {len(against['flips']) - gains} lost of {against['items']} in both")
         if not against["identical_settings"]:
             names = ", ".join(against["differs"])
-            lines.append(f"the two differ not only in weights but in {names}: the change is not due to training alone")
+            lines.append(f"the two also differ in {names}: the change may not be due to training alone")
         lines += _power_lines(found["power"] or [], unit)
     if counts["failed"] or counts["missing"]:
         lines.append(f"{counts['failed']} images failed and {counts['missing']} are missing; the scores exclude them")

@@ -17,7 +17,7 @@ import numpy as np
 Z = 1.959964  # normal quantile of 95 % intervals
 TAIL = 0.025
 GRID, ROUNDS = 64, 4  # grid search for the multiplier λ, to a relative error of 2 FAR / 63 ** 4
-FAR = 25.0  # half-width of the search range of log λ, centred where a tag of average size starts to move
+FAR = 25.0  # half-width of the search range of log λ; at its centre the largest |a| is the mean of the sizes
 
 
 class Tags(NamedTuple):

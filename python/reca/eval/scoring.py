@@ -9,7 +9,7 @@ SHOWN = 200  # maximum characters of an answer in a message
 
 
 def score(suite: Suite, answers: Mapping[Key, object], items: Sequence[Item]) -> Score:
-    """Apply the suite's rule. Answers that it cannot read, or that it gives a non-finite value, are in `failed`."""
+    """Apply the suite's rule. Answers that it cannot read, and those with a non-finite value, are in `failed`."""
     failed: list[tuple[Key, str]] = []
     try:
         found = suite.score(answers, items)

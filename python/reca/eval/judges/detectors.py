@@ -18,7 +18,7 @@ RECORDED_SCORE = 0.05  # minimum score of a recorded detection, below all thresh
 
 
 class DetectorJudge(Judge):
-    """Detects objects of GenEval's 80 classes, and classifies the colours of those that a prompt gives a colour."""
+    """Detects objects of GenEval's 80 classes, and classifies the colours of those for which a prompt asks it."""
 
     dtype = "float32"
     colors: ColorClassifier

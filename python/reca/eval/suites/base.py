@@ -222,7 +222,7 @@ def check_items(suite: Suite, items: Sequence[Item]) -> None:
             raise EvaluationError(f"{where} has a prompt that is not valid text: {item.prompt!r:.80}")
         path = PurePosixPath(suite.path(item, 0))
         if path.is_absolute() or ".." in path.parts or any(not _is_name(part) for part in path.parts):
-            raise EvaluationError(f"{where} does not give a valid file name in the folder of images")
+            raise EvaluationError(f"{where} has no valid file name in the folder of images; change its id or prompt")
 
 
 def _is_name(part: str) -> bool:
