@@ -96,7 +96,7 @@ def test_a_held_out_image_that_cannot_be_read_is_one_of_all_images(recipe, tmp_p
 def test_what_cannot_be_held_out(recipe):
     with pytest.raises(DataError, match=r"eval.holdout=13 is more than half .* at most 12 can be"):
         open_run_sources(recipe("eval.holdout=13"), ["reca"])
-    with pytest.raises(RecipeError, match="holdout=1: an image is compared"):
+    with pytest.raises(RecipeError, match="holdout=1: the gap needs"):
         recipe("eval.holdout=1")
     with pytest.raises(RecipeError, match=r"takes images from data.images, which is null"):
         recipe("eval.holdout=2", "data.images=null", "objective.reca.weight=0", "objective.t2i.weight=1")

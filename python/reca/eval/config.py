@@ -63,7 +63,7 @@ class EvalConfig:
     def check(self, prefix: str) -> None:
         if self.holdout == 1:
             raise RecipeError(
-                f"{prefix}holdout=1: each held-out image also gets the h_v of another; set 2 or more, or 0 for none"
+                f"{prefix}holdout=1: the gap needs the h_v of another held-out image; set 2 or more, or 0 for none"
             )
         for key in ("suite", "stop_on_alarm"):
             if getattr(self, key) and not self.every:
