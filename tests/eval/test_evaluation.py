@@ -451,8 +451,8 @@ def test_images_of_other_weights_or_settings_are_not_mixed(painter, monkeypatch)
     ("given", "message"),
     [
         ({"suite": "geneva"}, "there is no suite 'geneva'; the suites are world, geneval, "),
-        ({"suite": "world?side=3"}, "expected options such as world?world=emoji&seed=1, which only the toy"),
-        ({"suite": "world?world=moon"}, "they are emoji, shapes"),
+        ({"suite": "world?side=3"}, "only the toy datasets have options, such as world?world=emoji&seed=1"),
+        ({"suite": "world?world=moon"}, "the datasets are emoji, shapes"),
         (
             {"suite": "geneval_long", "judge": "owlv2:x"},
             "geneval_long needs the benchmark's files: --data PATH. Use Benchmark/geneval/",

@@ -44,6 +44,6 @@ def open_suite(name: str, data: Path | None = None) -> Suite:
     except ValueError:
         pass
     raise ValueError(
-        f"suite {name!r}: expected options such as world?world=emoji&seed=1, which only the toy datasets "
-        f"{', '.join(PACKAGES)} have"
+        f"suite {name!r}: only the toy datasets have options, such as world?world=emoji&seed=1; the datasets are "
+        f"{', '.join(PACKAGES)}"
     )
