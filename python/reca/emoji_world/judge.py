@@ -1,4 +1,4 @@
-"""The judge of the emoji world: the nearest true image, and a separate look at hues."""
+"""The judge of the emoji datasets: the nearest reference image, and an independent check of hues."""
 
 from functools import lru_cache
 
@@ -11,9 +11,9 @@ from reca.demo.scene import Thing
 from reca.demo.world import Prompt
 from reca.emoji_world.artwork import HUES, MIDDLE, THINGS, View, draw
 
-LIMIT = 0.006  # mean squared distance to the nearest true image, of pixels in [0, 1], beyond which nothing is seen
-SATURATED, BRIGHT = 100, 60  # of 255: pixels that have a hue
-MIN_PURITY = 0.6  # share of such pixels that have the hue of the colour
+LIMIT = 0.006  # largest MSE to the nearest reference image, for pixels in [0, 1]
+SATURATED, BRIGHT = 100, 60  # of 255; pixels above both have a hue
+MIN_PURITY = 0.6  # fraction of them that must have the same colour
 
 
 @lru_cache(maxsize=2)
@@ -27,14 +27,14 @@ def _squares(views: tuple[View, ...]) -> Tensor:  # fp32 [n * views]
 
 
 def nearest(image: Tensor, views: tuple[View, ...] = (MIDDLE,)) -> tuple[Thing, float]:  # uint8 [3, SIDE, SIDE]
-    """Find the thing that has the nearest true image, and the mean squared distance to that. views: of a thing."""
+    """Return the thing with the nearest reference image, and the MSE to it. views: reference views of every thing."""
     pixels, images = image.flatten() / 255, _true_images(views)
-    best = int((_squares(views) - 2 * (images @ pixels)).argmin())  # reads the images once; differences, thrice
+    best = int((_squares(views) - 2 * (images @ pixels)).argmin())  # one pass over the images; differences take three
     return THINGS[best // len(views)], float((images[best] - pixels).square().mean())
 
 
 def main_colour(image: Tensor) -> str | None:  # uint8 [3, H, W]
-    """Name the colour that 60 % of an image's coloured pixels have, each counted for the nearest hue."""
+    """Return the colour of at least 60 % of the coloured pixels, each assigned to the nearest hue; None without one."""
     hsv = Image.fromarray(image.permute(1, 2, 0).numpy()).convert("HSV")
     hue, saturation, value = (np.array(band, dtype=int) for band in hsv.split())
     hues = hue[(saturation > SATURATED) & (value > BRIGHT)]
@@ -46,13 +46,13 @@ def main_colour(image: Tensor) -> str | None:  # uint8 [3, H, W]
 
 
 def seen(image: Tensor, views: tuple[View, ...] = (MIDDLE,)) -> Thing | None:
-    """Say what an image shows: the nearest thing, if it is near and the hues say the same; else None."""
+    """Return the nearest thing, if its image is within LIMIT and its colour is the image's main colour; else None."""
     thing, distance = nearest(image, views)
     return thing if distance <= LIMIT and main_colour(image) == thing.colour else None
 
 
 def shows(image: Tensor, prompt: Prompt, views: tuple[View, ...] = (MIDDLE,)) -> bool:
-    """Return whether an image shows the prompt's thing: its kind, and its colour if that was asked."""
+    """Tell whether an image shows the prompt's thing: its kind, and its colour if the prompt names one."""
     found, (wanted,) = seen(image, views), prompt.scene.things
     return found is not None and (found == wanted if prompt.colours else found.kind == wanted.kind)
 

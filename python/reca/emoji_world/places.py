@@ -1,7 +1,7 @@
-"""The world of emoji at places: every pair stands at any of four, and no caption tells which.
+"""The toy dataset `emoji-places`: every pair at each of four positions that captions do not state.
 
-So a prompt has four right images, and what post-training reconstructs is not the only one that is asked for. Things
-move by whole pieces of 16 pixels, and the codebook needs no more of them than at one place.
+So a prompt has four correct images, not only the one that post-training reconstructs. Positions differ by whole patches
+of 16 pixels, so the codebook needs no more entries than for one position.
 """
 
 from reca.demo.source import source_of
@@ -9,7 +9,7 @@ from reca.emoji_world import ASSUMPTIONS
 from reca.emoji_world.artwork import View
 from reca.emoji_world.views import with_views
 
-SIZE, SHIFT = 0.72, 0.125  # 48 pixels, which begin at 0 or at 16
+SIZE, SHIFT = 0.72, 0.125  # 46 of 64 pixels; positions are 16 pixels apart
 PLACES = tuple(View(SIZE, (right, down)) for right in (-SHIFT, SHIFT) for down in (-SHIFT, SHIFT))
 
 WORLD = with_views(
@@ -20,8 +20,7 @@ WORLD = with_views(
     pieces=PLACES[:1],
     assumptions=(
         ASSUMPTIONS[0],
-        "There are four images of every pair, which differ in the place alone, and the pieces that they are "
-        "made of are the same.",
+        "There are four images of every pair. They differ only in position and consist of the same patches.",
         *ASSUMPTIONS[2:],
     ),
 )

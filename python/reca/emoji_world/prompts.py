@@ -1,4 +1,4 @@
-"""What a model is asked to draw in the emoji world."""
+"""Test prompts of the emoji datasets."""
 
 from reca.demo.captions import caption
 from reca.demo.scene import Scene, Thing
@@ -7,11 +7,11 @@ from reca.emoji_world.artwork import KINDS, THINGS
 from reca.emoji_world.splits import UNTOLD, held_out
 
 CATEGORIES = ("single", "colour")
-SINGLE, SEEN, HELD_OUT = 2, 1, 2  # images of every prompt
+SINGLE, SEEN, HELD_OUT = 2, 1, 2  # images per prompt
 
 
 def prompts(seed: int, untold: int = UNTOLD) -> list[Prompt]:
-    """List every kind without a colour, and every pair of colour and kind. untold: colours of a kind held out."""
+    """List prompts for every kind without a colour and for every pair. untold: held-out colours per kind."""
     held = held_out(seed, untold)
     made = [
         Prompt("single", "", f"a {kind}", Scene((Thing("red", kind),)), False, False)

@@ -1,7 +1,7 @@
-"""The world of emoji whose image codes are shared: pieces so small that a seen pair and a held-out one have the same.
+"""The toy dataset `emoji-shared`: patches so small that seen and held-out pairs share image codes.
 
-Images have 32 pixels, each drawn as a square of two by two, and pieces are four of those wide. All else is as in the
-emoji world.
+Images have an effective width of 32 pixels, each rendered as a square of two by two, and patches are four of those
+wide. Everything else is as in `emoji`.
 """
 
 from reca.demo.source import source_of
@@ -10,7 +10,7 @@ from reca.emoji_world.artwork import MIDDLE
 from reca.emoji_world.views import with_views
 
 PIXELS = MIDDLE._replace(grain=2)
-SHARED = "Images have 32 pixels, and image codes are pieces of four, most of which emoji share."
+SHARED = "Images are 32 pixels wide, and image codes are patches of four pixels, most of which occur in several emoji."
 
 WORLD = with_views(
     "emoji-shared",

@@ -1,4 +1,4 @@
-"""The world of emoji whose image codes are shared, where captions name two colours of every kind in place of five."""
+"""The toy dataset `emoji-shared-few`: as `emoji-shared`, but captions name two colours per kind instead of five."""
 
 from reca.demo.source import source_of
 from reca.emoji_world import ASSUMPTIONS

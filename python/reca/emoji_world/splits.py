@@ -1,4 +1,4 @@
-"""Splits of the emoji world: every thing as the image that prompts ask for, and as images that differ from it."""
+"""Splits of the emoji datasets: reference images of every thing, and augmented ones."""
 
 from functools import lru_cache
 
@@ -8,20 +8,20 @@ from reca.demo.scene import Scene, Thing, draw_held_out
 from reca.demo.splits import Split
 from reca.emoji_world.artwork import HUES, KINDS, MIDDLE, THINGS, View, draw
 
-UNTOLD = 3  # colours of every kind that are never named
-VARIED = 2  # images of a thing that understanding learns to name, beside that in the middle
-SIZES, SHIFT, GROUNDS = (0.74, 0.94), 0.05, (8, 48)  # of the others
+UNTOLD = 3  # held-out colours per kind
+VARIED = 2  # augmented images per thing for training understanding
+SIZES, SHIFT, GROUNDS = (0.74, 0.94), 0.05, (8, 48)  # ranges of the augmentation
 
 
 def held_out(seed: int, untold: int = UNTOLD) -> frozenset[Thing]:
-    """Draw the pairs of colour and kind that are never named: `untold` colours of every kind."""
+    """Draw the colour-kind pairs that captions never name: `untold` colours of every kind."""
     return draw_held_out(seed, tuple(HUES), KINDS, untold)
 
 
 class Images(Split):
-    """Images of things: every one in `views`, and `varied` more that differ in place, size and ground, in a row.
+    """Images of every thing: one per view, followed by `varied` images of random position, size and background.
 
-    grain: of those that differ.
+    grain: that of the random images, see `View`.
     """
 
     def __init__(
@@ -52,25 +52,25 @@ class Images(Split):
 
 @lru_cache(maxsize=4)
 def captioned(seed: int, views: tuple[View, ...] = (MIDDLE,), untold: int = UNTOLD) -> Split:
-    """Make the split that pre-training learns to draw from captions: without held-out pairs."""
+    """Return the split for pre-training of generation from captions. It has no held-out pairs."""
     return Images("captioned", seed, _seen(seed, untold), views)
 
 
 @lru_cache(maxsize=4)
 def understood(seed: int, views: tuple[View, ...] = (MIDDLE,), untold: int = UNTOLD) -> Split:
-    """Make the split that the understanding side learns to name: without held-out pairs, either."""
+    """Return the split for training the understanding side. It has no held-out pairs, either."""
     return Images("understood", seed, _seen(seed, untold), views, VARIED, views[0].grain)
 
 
 @lru_cache(maxsize=4)
 def unlabeled(seed: int, views: tuple[View, ...] = (MIDDLE,)) -> Split:
-    """Make the split of post-training: with every pair. RECA gets images alone; SFT gets captions too."""
+    """Return the split for post-training. It has all pairs. RECA reads only images, SFT captions too."""
     return Images("unlabeled", seed, THINGS, views)
 
 
 @lru_cache(maxsize=4)
 def unseen(seed: int, grain: int = 1) -> Split:
-    """Make the split that no training sees, for measuring understanding: every pair, moved, on another ground."""
+    """Return the split for measuring understanding: all pairs, augmented. It is not used in training."""
     return Images("unseen", seed, THINGS, (), 1, grain)
 
 

@@ -1,6 +1,6 @@
-"""The world of varied emoji: every pair is small at any of four places or large, on dark or on light ground.
+"""The toy dataset `emoji-varied`: every pair large or, at four positions, small, on a dark and on a light background.
 
-No caption tells which, so a prompt has ten right images. The codebook has the pieces of both sizes on both grounds.
+Captions do not state which, so a prompt has ten correct images. The codebook is fitted to both sizes and backgrounds.
 """
 
 from reca.demo.source import source_of
@@ -20,8 +20,8 @@ WORLD = with_views(
     pieces=tuple(view for view in VIEWS if view.shift in (MIDDLE.shift, PLACES[0].shift)),
     assumptions=(
         ASSUMPTIONS[0],
-        "There are ten images of every pair: small at four places or large, on two grounds. Those of the same "
-        "size and ground are made of the same pieces.",
+        "There are ten images of every pair: small at four positions or large, on two backgrounds. Those of the same "
+        "size and background consist of the same patches.",
         *ASSUMPTIONS[2:],
     ),
 )

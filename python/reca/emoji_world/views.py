@@ -1,4 +1,4 @@
-"""Worlds of emoji whose images or captions are others than in the emoji world."""
+"""Variants of the toy dataset `emoji` with other images or captions."""
 
 from dataclasses import replace
 from functools import partial
@@ -19,10 +19,10 @@ def with_views(
     assumptions: tuple[str, ...],
     untold: int = splits.UNTOLD,
 ) -> World:
-    """Make a world where every pair is in all of these views.
+    """Make a dataset with every pair in each of these views.
 
-    pieces: those that an image tokenizer is fitted to. assumptions: what is said of the world in place of the emoji
-    world's. untold: colours of every kind that captions never name.
+    pieces: views that the image tokenizer is fitted to. assumptions: replace those of `emoji` in the report.
+    untold: held-out colours per kind.
     """
     return replace(
         emoji_world.WORLD,

@@ -1,6 +1,6 @@
-"""A synthetic world of coloured shapes.
+"""The toy dataset `shapes`: synthetic images of coloured shapes.
 
-Recipes name its data: `reca.toy_world:unlabeled?seed=0` makes a source, `reca.toy_world:TEMPLATES` is its sentences.
+In recipes `reca.toy_world:unlabeled?seed=0` names a data source, and `reca.toy_world:TEMPLATES` the template sentences.
 """
 
 from torch import Tensor
@@ -45,9 +45,9 @@ WORLD = World(
     shows=_shows,
     describe=_describe,
     introduction=(
-        "learned to draw coloured shapes from captions in which 18 of 48 colour-shape pairs never occur. Its "
-        "understanding side has seen and named all 48."
+        "learned to generate coloured shapes from captions in which 18 of 48 colour-shape pairs never occur. Its "
+        "understanding side was trained to name all 48."
     ),
-    assumptions=("Understanding is easy here, so that it is kept is a weak statement.",),
+    assumptions=("Understanding is easy here, so the fact that it is preserved is weak evidence.",),
 )
 captioned, understood, unlabeled, unseen = (source_of(WORLD, name) for name in WORLD.splits)

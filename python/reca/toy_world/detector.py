@@ -1,4 +1,4 @@
-"""A deterministic detector of the toy world's objects, and GenEval-style checks of an image against a prompt."""
+"""A deterministic detector for the toy dataset `shapes`, and GenEval-style checks of an image against a prompt."""
 
 from dataclasses import dataclass
 
@@ -24,10 +24,10 @@ class Found:
 
 
 def detect(image: Tensor) -> list[Found] | None:
-    """Detect the objects of an image (uint8 [3, H, W]); None if something in it is no object of the toy world.
+    """Detect the objects in an image (uint8 [3, H, W]). Return None if any region matches no known object.
 
-    Pixels take their nearest palette colour; 8-connected regions of at least 8 pixels are objects if 80 % of a region
-    has one colour and its outline overlaps a shape by an intersection over union of 0.75.
+    Each pixel is assigned the nearest palette colour. An 8-connected region of at least 8 pixels is an object if at
+    least 80 % of it has one colour and its IoU with a shape is at least 0.75. Smaller regions are ignored.
     """
     names = (image.permute(1, 2, 0).float()[:, :, None] - _PALETTE).square().sum(-1).argmin(-1)
     found = []
@@ -61,7 +61,7 @@ def _regions(filled: list[list[bool]]) -> list[list[tuple[int, int]]]:
 
 
 def _shape(rows: tuple[int, ...], columns: tuple[int, ...]) -> tuple[str, float]:
-    """Find the best shape over placements within two pixels of the region's corner, and its overlap."""
+    """Return the best-matching shape and its IoU, over placements within two pixels of the region's corner."""
     top, left, reach = min(rows), min(columns), SIZE + 8
     if max(rows) - top >= reach - 4 or max(columns) - left >= reach - 4:
         return "square", 0.0
@@ -80,7 +80,7 @@ def _shape(rows: tuple[int, ...], columns: tuple[int, ...]) -> tuple[str, float]
 
 
 def shows(image: Tensor, scene: Scene, colours: bool, layout: bool) -> bool:
-    """Return whether the image shows exactly the scene's shapes, with colours and layout if asked."""
+    """Tell whether the image shows exactly the scene's shapes. colours, layout: check these, too."""
     found = detect(image)
     if found is None or len(found) != len(scene.things):
         return False

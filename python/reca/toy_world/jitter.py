@@ -1,7 +1,7 @@
-"""The world of shapes with jitter: where a thing stands is drawn for every image, and no caption tells it.
+"""The toy dataset `jitter`: shapes at random positions that captions do not state.
 
-An encoder sees the place, so h_v can carry what a prompt never will. The grid of image tokens is kept: things move by
-whole tokens.
+An encoder sees the position, so h_v can carry information that no prompt has. Positions are aligned with the grid of
+image tokens.
 """
 
 from dataclasses import replace
@@ -20,8 +20,8 @@ WORLD = replace(
     splits={name: partial(split, jitter=True) for name, split in SPLITS.items()},
     assumptions=(
         *toy_world.WORLD.assumptions,
-        "One thing stands at any of sixteen places, two at any of four for each relation. Captions tell the relation "
-        "alone.",
+        "A single object is at one of sixteen positions, two objects at one of four per relation. Captions state only "
+        "the relation.",
     ),
 )
 captioned, understood, unlabeled, unseen = (source_of(WORLD, name) for name in WORLD.splits)

@@ -1,4 +1,4 @@
-"""What a model is asked to draw in the toy world."""
+"""Test prompts of the toy dataset `shapes`."""
 
 import random
 
@@ -11,7 +11,7 @@ CATEGORIES = ("single", "colour", "two", "attribution", "position")
 
 
 def prompts(seed: int) -> list[Prompt]:
-    """List the prompts of one seed. Attribution and position have their own draws."""
+    """List the prompts of one seed. Attribution and position prompts are sampled separately."""
     rng, held = random.Random(f"prompts/{seed}"), held_out_pairs(seed)
     pools = {"seen": [p for p in all_pairs() if p not in held], "held-out": [p for p in all_pairs() if p in held]}
     made = [

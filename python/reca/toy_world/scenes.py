@@ -1,4 +1,4 @@
-"""Scenes of coloured shapes, and how they are rendered."""
+"""Scenes of coloured shapes, and their rendering."""
 
 import itertools
 import random
@@ -8,11 +8,11 @@ from torch import Tensor
 
 from reca.demo.scene import Scene, Thing, draw_held_out
 
-SIDE = 20  # pixels of a image
+SIDE = 20  # pixels of an image
 SIZE = 8  # pixels of an object
 BACKGROUND = 0.08
 NOISE = 0.02
-PLACES = (0, 4, 8, 12)  # rows and columns of a corner: multiples of 4, the size of an image token
+PLACES = (0, 4, 8, 12)  # rows and columns of top left corners: multiples of 4, the size of an image token
 
 COLOURS = {
     "red": (0.90, 0.10, 0.10),
@@ -38,7 +38,7 @@ MASKS = {name: torch.tensor([[c == "#" for c in row] for row in rows.split()]) f
 
 
 def places(scene: Scene, rng: random.Random | None = None) -> list[tuple[int, int]]:
-    """Return the top left corner (row, column) of every thing. rng: draws one of the places that the scene allows."""
+    """Return the top left corner (row, column) of every object. rng: choose randomly among the allowed positions."""
     near, far = PLACES[0], PLACES[-1]
     row, column = (PLACES[2], PLACES[2]) if rng is None else (rng.choice(PLACES), rng.choice(PLACES))
     if scene.relation is None:
@@ -49,7 +49,7 @@ def places(scene: Scene, rng: random.Random | None = None) -> list[tuple[int, in
 def render(
     scene: Scene, generator: torch.Generator | None = None, corners: list[tuple[int, int]] | None = None
 ) -> Tensor:
-    """Render a scene as uint8 [3, SIDE, SIDE]. generator: adds pixel noise. corners: of the things, see `places`."""
+    """Render a scene as uint8 [3, SIDE, SIDE]. generator: adds pixel noise. corners: positions, see `places`."""
     image = torch.full((3, SIDE, SIDE), BACKGROUND)
     for thing, (row, column) in zip(scene.things, corners or places(scene), strict=True):
         place = image[:, row : row + SIZE, column : column + SIZE]
@@ -61,7 +61,7 @@ def render(
 
 
 def held_out_pairs(seed: int) -> frozenset[Thing]:
-    """Draw the colour-shape pairs that captions never show: three colours of every shape."""
+    """Draw the colour-shape pairs that captions never mention: three colours of every shape."""
     return draw_held_out(seed, tuple(COLOURS), SHAPES)
 
 
@@ -70,7 +70,7 @@ def all_pairs() -> list[Thing]:
 
 
 def draw_scene(rng: random.Random, things: list[Thing]) -> Scene:
-    """Draw a scene of one thing or two, with equal probability, each from `things`."""
+    """Draw a scene of one or two objects, with equal probability, each from `things`."""
     if rng.random() < 0.5:
         return Scene((rng.choice(things),))
     return Scene((rng.choice(things), rng.choice(things)), rng.choice(RELATIONS))

@@ -1,4 +1,4 @@
-"""Splits of the toy world: scenes that are a function of (seed, split, index)."""
+"""Splits of the toy dataset `shapes`. Each scene is a function of (seed, split, index)."""
 
 import torch
 
@@ -8,7 +8,7 @@ from reca.toy_world.scenes import all_pairs, draw_scene, held_out_pairs, places,
 
 
 class Scenes(Split):
-    """Scenes of things from `pairs`. jitter: draw their places anew for every image."""
+    """Scenes of objects from `pairs`. jitter: random positions for every image."""
 
     def __init__(self, name: str, seed: int, size: int, pairs: list[Thing], jitter: bool = False):
         super().__init__(name, seed, size)
@@ -24,23 +24,23 @@ class Scenes(Split):
 
 
 def captioned(seed: int, jitter: bool = False) -> Split:
-    """Make the split that pre-training learns to generate from captions: without held-out pairs."""
+    """Return the split for pre-training of generation from captions. It has no held-out pairs."""
     held = held_out_pairs(seed)
     return Scenes("captioned", seed, 8000, [pair for pair in all_pairs() if pair not in held], jitter)
 
 
 def understood(seed: int, jitter: bool = False) -> Split:
-    """Make the split that the understanding side is trained on: with every pair."""
+    """Return the split for training the understanding side. It has all pairs."""
     return Scenes("understood", seed, 8000, all_pairs(), jitter)
 
 
 def unlabeled(seed: int, jitter: bool = False) -> Split:
-    """Make the split of post-training: with every pair. RECA gets images alone; SFT gets captions too."""
+    """Return the split for post-training. It has all pairs. RECA reads only images, SFT captions too."""
     return Scenes("unlabeled", seed, 6000, all_pairs(), jitter)
 
 
 def unseen(seed: int, jitter: bool = False) -> Split:
-    """Make the split that no training sees, for measuring understanding."""
+    """Return the split for measuring understanding. It is not used in training."""
     return Scenes("unseen", seed, 400, all_pairs(), jitter)
 
 
