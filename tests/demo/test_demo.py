@@ -231,7 +231,7 @@ def test_a_second_demo_leaves_the_folder_of_the_first_alone(tmp_path, capsys):
     [
         ("--umm nonsense", "is one of bagel, harmon, janus, janusflow, open_uni, show_o"),
         ("--world nonsense", "is one of emoji, shapes"),
-        ("--world emoji --umm bagel", "in the world 'emoji'; --umm (UMM= of make) is one of open_uni, show_o"),
+        ("--world emoji --umm bagel", "on the toy dataset 'emoji'; --umm (UMM= of make) is one of open_uni, show_o"),
         ("--scale 2", "must lie in (0, 1]"),
         ("--scale 0", "must lie in (0, 1]"),
         ("--seeds 0", "must lie in (0, 1]"),

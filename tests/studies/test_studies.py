@@ -75,7 +75,7 @@ def test_two_arms_run_once_and_make_a_page(study, tmp_path, in_this_process, mon
     assert main(command) == 0
     assert in_this_process == ["0/start", "0/RECA", "0/SFT", "0/SFT-RECA", "0/before"]
     printed = capsys.readouterr().out
-    assert "not with show_o: never (show_o has no such arm in the world 'shapes')" in printed
+    assert "not with show_o: never (show_o has no such variant on the toy dataset 'shapes')" in printed
     page = tmp_path / "out/does_it_run-show_o-shapes/study.html"
     assert printed.splitlines()[-1] == str(page)
     text = page.read_text()
@@ -274,7 +274,7 @@ def test_slurm_submits_each_task_once_after_those_it_needs(study, tmp_path, monk
     assert "--slurm" not in (here / "task.sbatch").read_text()
 
     assert main([*arguments, "--task", "0/RECA"]) == 2
-    assert "goes on from 0/start, which is not done" in capsys.readouterr().err
+    assert "depends on 0/start, which is not done" in capsys.readouterr().err
 
 
 def test_no_option_is_abbreviated(capsys):
@@ -294,7 +294,7 @@ def test_every_study_can_be_planned(name, tmp_path):
         if not study.umms or umm in study.umms:
             planned[umm] = plan(study, asked)[0]
         else:
-            with pytest.raises(StudyError, match="has not what it varies"):
+            with pytest.raises(StudyError, match="does not support"):
                 plan(study, asked)
     assert "show_o" in planned
     for tasks in planned.values():
@@ -350,10 +350,10 @@ def test_a_swapped_encoder_takes_red_for_blue(umm):
     "text, said",
     [
         ("arms: {}", "arms must map names"),
-        ("- 1", "holds no keys"),
+        ("- 1", "has no keys"),
         ("question: a\npaper: []\narms: {a: {}}", "about is missing"),
         ("question: a\narms: {a: {about: b, steps: 3}}", "unknown key steps"),
-        ("question: a\narms: {a: {about: b, after: c}}", "must be an arm before it"),
+        ("question: a\narms: {a: {about: b, after: c}}", "must be a variant listed before it"),
         ("question: a\narms: {a: {about: b, longer: 0.5}}", "arms.a: expected a whole number"),
         ("question: a\narms: {a: {about: b, longer: 0}}", "longer=0 of a must be at least 1"),
         ("question: a\narms: {a: {about: b, rate: 0}}", "rate=0 of a must be above 0"),
@@ -367,8 +367,8 @@ def test_a_swapped_encoder_takes_red_for_blue(umm):
             "margin='two'",
         ),
         ("question: a\narms: {a b: {about: b}}", "letters, digits"),
-        ("question: a\narms: {start: {about: b}}", "an arm cannot have the name 'start'"),
-        ("question: a\narms: {a: {about: b}}\nclaims: [{says: x, measure: y, arm: a, than: z}]", "speaks of z"),
+        ("question: a\narms: {start: {about: b}}", "'start' is reserved"),
+        ("question: a\narms: {a: {about: b}}\nclaims: [{says: x, measure: y, arm: a, than: z}]", "names z, which"),
         (
             "question: a\narms: {a: {about: b}}\nclaims: [{says: x, measure: y, arm: a, than: a, expect: more}]",
             "expect",
@@ -427,15 +427,15 @@ def test_a_start_that_is_not_there_is_refused(start, recipe, tmp_path):
         (["main", "--scale", "3"], "--scale must lie in (0, 1]"),
         (["main", "RECO:optim.lr=1"], "'RECO' is no variant of main with show_o; there are RECA"),
         (["main", "--jobs", "0"], "--jobs must be at least 1"),
-        (["main", "--task", "7/RECA"], "no task 7/RECA; there are start, RECA, before of seed 0, as 0/start"),
-        (["main", "--seeds", "3,5,", "--task", "4/RECA"], "start, RECA, before of seeds 3, 5, as 3/start"),
-        (["main", "--seeds", "5,", "--task", "4/RECA"], "start, RECA, before of seed 5, as 5/start"),
+        (["main", "--task", "7/RECA"], "no task 7/RECA; --task is SEED/VARIANT of seed 0 and start, RECA, before"),
+        (["main", "--seeds", "3,5,", "--task", "4/RECA"], "SEED/VARIANT of seeds 3, 5 and start, RECA, before"),
+        (["main", "--seeds", "5,", "--task", "4/RECA"], "SEED/VARIANT of seed 5 and start, RECA, before"),
         (["main", "--draws", "0"], "--draws must be at least 1"),
         (["main", "--recipe", "x", "--suite", "geneval", "--draws", "2"], "--draws is for toy datasets"),
-        (["blur", "--umm", "bagel"], "the study blur is of show_o"),
-        (["limits"], "the study limits is not of the world 'shapes': --world emoji|emoji-places|emoji-varied"),
+        (["blur", "--umm", "bagel"], "the study blur does not support bagel, only show_o"),
+        (["limits"], "the toy dataset 'shapes': choose --world emoji|emoji-places|emoji-varied"),
         (["main", "--world", "sea"], "there is no toy dataset 'sea'"),
-        (["main", "--world", "emoji", "--umm", "bagel"], "there is no demo of 'bagel' in the world 'emoji'"),
+        (["main", "--world", "emoji", "--umm", "bagel"], "there is no demo of 'bagel' on the toy dataset 'emoji'"),
     ],
 )
 def test_what_cannot_be_run_is_said(arguments, said, tmp_path, capsys):
@@ -470,27 +470,27 @@ def test_every_prompt_is_drawn_as_often_as_asked_and_shown_once():
 @pytest.mark.parametrize(
     "override, said",
     [
-        ('SFT:train.frozen=["*nothing*"]', "arm SFT: train.frozen: no parameter matches '*nothing*'"),
-        ('SFT-RECA:train.train=["lora"]', "arm SFT-RECA: train.train names 'lora', which is no role"),
-        ("RECA:objective.srum.weight=1", "arm RECA: show_o has no srum loss"),
-        ("RECA:lora.rank=2 lora.targets=[nothing]", "arm RECA: lora.targets: no trained linear layer matches"),
+        ('SFT:train.frozen=["*nothing*"]', "variant SFT: train.frozen: no parameter matches '*nothing*'"),
+        ('SFT-RECA:train.train=["lora"]', "variant SFT-RECA: train.train names 'lora', which is no role"),
+        ("RECA:objective.srum.weight=1", "variant RECA: show_o has no srum loss"),
+        ("RECA:lora.rank=2 lora.targets=[nothing]", "variant RECA: lora.targets: no trained linear layer matches"),
         (
             "SFT:optim.fused_backward=true SFT:optim.max_grad_norm=null SFT:objective.t2i.micro_batch=1",
-            "arm SFT: optim.fused_backward=true needs one backward pass a step",
+            "variant SFT: optim.fused_backward=true needs one backward pass a step",
         ),
-        ("SFT:train.activation_checkpointing=99", "arm SFT: train.activation_checkpointing=99 recomputes every 99-th"),
-        ("SFT:data.template_count=1000", "arm SFT: data.template_count=1000, but there are 8 templates"),
-        ("SFT:eval.every=1 SFT:eval.suite=nothing", "arm SFT: eval.suite='nothing'"),
-        ("SFT:model.image_size=33", "arm SFT: model.image_size is 33 pixels"),
+        ("SFT:train.activation_checkpointing=99", "variant SFT: train.activation_checkpointing=99 recomputes"),
+        ("SFT:data.template_count=1000", "variant SFT: data.template_count=1000, but there are 8 templates"),
+        ("SFT:eval.every=1 SFT:eval.suite=nothing", "variant SFT: eval.suite='nothing'"),
+        ("SFT:model.image_size=33", "variant SFT: model.image_size is 33 pixels"),
         (
             "RECA:model.patches.entries=99",
-            "arm RECA: codec.codebook has the size (99, 48), and (145, 48) in the pre-trained model",
+            "variant RECA: codec.codebook has the shape (99, 48), but (145, 48) in the pre-trained model",
         ),
         (
             "before:model.patches.entries=99",
-            "arm before: codec.codebook has the size (99, 48), and (145, 48) in the pre-trained model",
+            "variant before: codec.codebook has the shape (99, 48), but (145, 48) in the pre-trained model",
         ),
-        ("--slurm SFT:train.frozen=[nothing]", "arm SFT: train.frozen: no parameter matches 'nothing'"),
+        ("--slurm SFT:train.frozen=[nothing]", "variant SFT: train.frozen: no parameter matches 'nothing'"),
     ],
 )
 def test_a_recipe_that_an_arm_cannot_run_is_refused_before_anything_runs(
@@ -509,7 +509,7 @@ def test_the_arms_of_the_catalogue_can_run(umm, tmp_path):
 
 def test_arms_that_go_on_from_files_that_are_not_there_are_refused(study, tmp_path):
     asked = Asked("show_o", (0,), tmp_path, "show_o_tiny", of_arm={"SFT": (f"model.weights={tmp_path}/none",)})
-    with pytest.raises(RecipeError, match=r"arm SFT: model.weights=.*none does not exist"):
+    with pytest.raises(RecipeError, match=r"variant SFT: model.weights=.*none does not exist"):
         check(plan(load_study(study), asked)[0])
 
 

@@ -1,4 +1,4 @@
-"""What is wrong with the recipe of an arm, found before anything runs."""
+"""Validation of the variants' recipes before anything runs."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,11 +21,11 @@ from reca.studies.task import Task
 
 
 def check(tasks: Sequence[Task]) -> None:
-    """Raise the error that the run of an arm would meet in its recipe, which may be hours from now.
+    """Raise the error that a variant's recipe would cause at run time, possibly hours later.
 
-    Takes a second an arm, and no memory. Of the seeds of an arm one is checked. Data, memory and GPUs are not looked
-    at: they are those of the machine on which the arm will run.
-    Raises RecipeError, or DataError for templates, that names the arm.
+    Takes about a second per variant and allocates no weights. One seed of each variant is checked. Data, memory and
+    GPUs are not checked, as the variant may run on another machine.
+    Raises RecipeError, or DataError for templates, naming the variant.
     """
     first: dict[str, Task] = {}
     for task in tasks:
@@ -36,7 +36,7 @@ def check(tasks: Sequence[Task]) -> None:
             _check(task)
         except ValueError as error:
             kind = DataError if isinstance(error, DataError) else RecipeError
-            raise kind(f"arm {task.arm}: {error}") from error
+            raise kind(f"variant {task.arm}: {error}") from error
 
 
 def _check(task: Task) -> None:
@@ -45,7 +45,7 @@ def _check(task: Task) -> None:
         check_files(recipe)
         model = _model(recipe)
     else:
-        recipe = load_recipe(task.recipe, [*task.overrides, "model.weights=null"])  # which are still to be made
+        recipe = load_recipe(task.recipe, [*task.overrides, "model.weights=null"])  # the start may not exist yet
         model = _model(recipe)
         _same_sizes(model, _model(load_recipe(task.recipe, task.of_start)))
     if recipe.lora.rank:
@@ -57,17 +57,17 @@ def _check(task: Task) -> None:
 
 
 def _model(recipe: Recipe) -> Adapter:
-    """Build the recipe's model without memory, and without LoRA, which takes peft seconds to add."""
+    """Build the recipe's model without allocating weights, and without LoRA, which takes peft seconds to add."""
     return build_meta(replace(recipe, lora=LoraConfig()))[0]
 
 
 def _same_sizes(model: nn.Module, start: nn.Module) -> None:
-    """Refuse an arm whose model has other tensors than the start that its weights come from."""
+    """Raise RecipeError if the tensors of a variant's model differ in shape from those of its start."""
     own, given = ({name: tuple(t.shape) for name, t in m.state_dict().items()} for m in (model, start))
     for name in own | given:
         if own.get(name) != given.get(name):
             raise RecipeError(
-                f"{name} has the size {own.get(name)}, and {given.get(name)} in the pre-trained model that the variant "
-                f"starts from: give the model.* key as {START}:model.KEY=VALUE, which changes pre-training and all "
-                "variants"
+                f"{name} has the shape {own.get(name)}, but {given.get(name)} in the pre-trained model that the "
+                f"variant starts from: pass the model.* key as {START}:model.KEY=VALUE, which applies to pre-training "
+                "and all variants"
             )

@@ -17,9 +17,9 @@ LIST = "list"
 
 
 def add(sub: argparse.ArgumentParser, path, takes_overrides) -> None:
-    """Add the options of `reca study`. path: the type of arguments that are paths. takes_overrides: adds overrides."""
-    sub.allow_abbrev = False  # SLURM's scripts have the words of this command but for --slurm and --report
-    sub.add_argument("name", help=f"{', '.join(study_names())}, or a .yaml file like theirs; list describes them")
+    """Add the options of `reca study`. path: type of path arguments. takes_overrides: adds the overrides argument."""
+    sub.allow_abbrev = False  # SLURM scripts repeat the command line without --slurm and --report
+    sub.add_argument("name", help=f"{', '.join(study_names())}, or a .yaml file in their format; list describes them")
     takes_overrides(sub, "recipe keys to override, in all variants or in one", "[VARIANT:]key=value")
     sub.add_argument("--umm", default="show_o", choices=UMMS, help="model for a toy dataset (default: show_o)")
     sub.add_argument("--world", default="shapes", help="toy dataset (default: shapes)")
@@ -56,7 +56,7 @@ def add(sub: argparse.ArgumentParser, path, takes_overrides) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run a study, or what is left of it; print its figures and the path of its page. Returns 1 if a task failed."""
+    """Run the unfinished tasks of a study. Print the results and the path of the page. Return 1 if a task failed."""
     from reca.folders import ensure_writable
     from reca.studies import report, runner, slurm
     from reca.studies.check import check
@@ -136,7 +136,7 @@ def _asked(options: argparse.Namespace) -> Any:
 
 
 def _evaluations(options: argparse.Namespace) -> Any:
-    """Read what is measured."""
+    """Collect the evaluation settings from the options."""
     from reca.studies.task import Evaluations
 
     common = {
@@ -149,7 +149,7 @@ def _evaluations(options: argparse.Namespace) -> Any:
         for text in texts:
             suite, equals, value = text.partition("=")
             if suite not in options.suite or not equals:
-                raise StudyError(f"--{name} {text!r} must be SUITE=..., of a suite that --suite names")
+                raise StudyError(f"--{name} {text!r} must be SUITE=..., where SUITE is one that --suite names")
             found.setdefault(suite, {})[name] = value
     return Evaluations(tuple(options.suite), found, options.draws)
 
@@ -173,5 +173,5 @@ def _seeds(text: str) -> tuple[int, ...]:
     except ValueError:
         seeds = ()
     if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a number of seeds, or different ones as 0,1,5 or 5,")
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number of seeds, or distinct seeds such as 0,1,5 or 5,")
     return seeds

@@ -1,4 +1,4 @@
-"""Intervals over seeds, and what they say of a claim."""
+"""Confidence intervals over seeds, and verdicts on claims."""
 
 import math
 import statistics
@@ -9,13 +9,13 @@ from reca.demo.measure import Rate
 from reca.eval.statistics import t_quantile
 from reca.studies.study import Claim
 
-# {"value", and where they are known "hits" and "trials", or "interval"; "percent": true of a share that is not counted}
+# {"value"}, with "hits" and "trials" or "interval" if known; "percent": true for a percentage without counts
 Measure = Mapping[str, Any]
 NOT_MEASURED = "not measured"
 
 
 class Interval(NamedTuple):
-    """A value in percent, or a difference in points, with its 95 % interval; None: nothing is known of it."""
+    """A value in percent, or a difference in points, with its 95 % confidence interval; None: unknown bound."""
 
     value: float
     low: float | None
@@ -26,7 +26,7 @@ class Interval(NamedTuple):
 
 
 def mean(measures: Sequence[Measure]) -> Interval:
-    """Compute the mean over seeds. Where they do not differ, or are one, the interval is that over their prompts."""
+    """Compute the mean over seeds. With one seed or equal values, the interval is that over prompts."""
     values = [m["value"] for m in measures]
     if _differ(values):
         return _over_seeds(values, *_bounds(measures, 0.0))
@@ -34,10 +34,10 @@ def mean(measures: Sequence[Measure]) -> Interval:
 
 
 def difference(arm: Mapping[int, Measure], than: Mapping[int, Measure]) -> Interval | None:
-    """Compute arm - than over the seeds that both have; None without any.
+    """Compute arm - than over their common seeds; None if there are none.
 
-    With one seed, or where seeds do not differ, the interval is made of those of both (Newcombe 1998, method 10):
-    prompts are not taken as paired.
+    With one seed or equal differences, the interval combines those of both sides (Newcombe 1998, method 10), which
+    treats prompts as unpaired.
     """
     seeds = sorted(arm.keys() & than.keys())
     if not seeds:
@@ -54,7 +54,7 @@ def difference(arm: Mapping[int, Measure], than: Mapping[int, Measure]) -> Inter
 
 
 def verdict(claim: Claim, found: Interval | None) -> str:
-    """Say whether a difference agrees with a claim: only if its whole interval does. Else it disagrees, or is open."""
+    """Return "agrees" or "disagrees" if the whole interval does, else "open"; NOT_MEASURED without a difference."""
     if found is None:
         return NOT_MEASURED
     if found.low is None or found.high is None:
@@ -72,7 +72,7 @@ def verdict(claim: Claim, found: Interval | None) -> str:
 
 
 def overall(verdicts: Sequence[str]) -> str:
-    """Say what the claims say together; in part, where some of them are not measured."""
+    """Combine the verdicts on all claims; "agrees in part" if some are not measured."""
     measured = [v for v in verdicts if v != NOT_MEASURED]
     for one in ("disagrees", "open"):
         if one in measured:
@@ -83,18 +83,18 @@ def overall(verdicts: Sequence[str]) -> str:
 
 
 def _differ(values: Sequence[float]) -> bool:
-    """Say whether seeds give different values. If none does, as with 0 % on each, their spread says nothing."""
+    """Tell whether values differ between seeds. Equal values, such as 0 % each, give no estimate of the spread."""
     return max(values) - min(values) > 1e-9
 
 
 def _bounds(measures: Sequence[Measure], least: float) -> tuple[float, float]:
-    """Return what values made of these can be: of shares in percent from `least` to 100, of others anything."""
+    """Return the range of possible values: `least` to 100 for percentages, unbounded for other measures."""
     shares = all(m.get("trials") or m.get("percent") for m in measures)
     return (least, 100.0) if shares else (-math.inf, math.inf)
 
 
 def _pooled(measures: Sequence[Measure]) -> Measure:
-    """Take the prompts of all seeds together, where they are counted. Others count as those of one seed."""
+    """Pool the counts of all seeds. Without counts, average the values and interval bounds."""
     if len(measures) == 1:
         return measures[0]
     value = statistics.mean(m["value"] for m in measures)
@@ -106,7 +106,7 @@ def _pooled(measures: Sequence[Measure]) -> Measure:
 
 
 def _over_seeds(values: Sequence[float], least: float, most: float) -> Interval:
-    """Compute Student's interval, cut to the values that there are: where few seeds differ much it reaches beyond."""
+    """Compute Student's t interval, clipped to the possible values, which few and scattered seeds would exceed."""
     middle = statistics.mean(values)
     freedom = len(values) - 1
     reach = t_quantile(freedom) * statistics.stdev(values) / math.sqrt(len(values))
@@ -114,7 +114,7 @@ def _over_seeds(values: Sequence[float], least: float, most: float) -> Interval:
 
 
 def _own(measure: Measure) -> tuple[float | None, float | None]:
-    """Return the interval over the prompts of one seed."""
+    """Return the interval over prompts: Wilson for counts, else the given one."""
     if measure.get("trials"):
         low, high = Rate(measure["hits"], measure["trials"]).wilson()
         return 100 * low, 100 * high

@@ -1,4 +1,4 @@
-"""A study's arms as tasks: what is trained, what that starts from, and where it lies."""
+"""The tasks of a study: recipe, overrides, start and folder of every variant and seed."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -12,11 +12,11 @@ from reca.studies.task import Asked, Task, digest, short
 
 
 def plan(study: Study, asked: Asked) -> tuple[list[Task], dict[str, str]]:
-    """List the tasks in an order in which they can be done, and why the model lacks some arms.
+    """List the tasks, dependencies first, and the reasons why the model lacks some variants.
 
-    A task's folder is named by what decides its result, so that studies share arms, and a changed study does not go on
-    with the run of another one.
-    Raises StudyError for overrides of an arm, or a start, that is not there, RecipeError for keys that do not exist.
+    Folder names contain a hash of everything that determines the result, so studies share variants, and a changed
+    study does not resume an old run.
+    Raises StudyError for overrides of an unknown variant and for an unknown start, RecipeError for unknown keys.
     """
     arms, omitted = study.of(asked)
     known = (*arms, BEFORE, *([START] if asked.recipe is None else []))
@@ -70,11 +70,11 @@ def _of_seed(arms: Mapping[str, tuple[Arm, tuple[str, ...]]], asked: Asked, seed
         if parent is not None:
             starts_at = [text for text in starts_at if not text.startswith("train.init_from=")]
             starts_at.append(f"train.init_from={folders[parent]}")
-        load_recipe(recipe, [*own, *starts_at])  # is checked before anything runs
+        load_recipe(recipe, [*own, *starts_at])  # raises RecipeError for invalid keys
         origins = [origin and origin.name for origin in (start, folders.get(parent or ""))]
         decides = [kind, as_dict(load_recipe(recipe, own)), asked.scale, *origins]
         folder = asked.out / "arms" / f"{short(recipe)}-seed{seed}-{digest(decides)}"
-        twins = tuple(task.name for task in tasks if task.folder == folder)  # it would be run twice at once
+        twins = tuple(task.name for task in tasks if task.folder == folder)  # never run one folder twice at once
         result = folder / f"measured-{digest(asdict(asked.evaluations))}.json"
         tasks.append(
             Task(f"{seed}/{name}", kind, overrides=(*own, *starts_at), folder=folder, result=result,

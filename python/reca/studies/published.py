@@ -18,17 +18,17 @@ def filled(asked: Asked, override: str, seed: int) -> str:
 
 
 def start_overrides(asked: Asked) -> tuple[str, ...]:
-    """Return nothing: a published model is not pre-trained here."""
+    """Return (): published models are not pre-trained here."""
     return ()
 
 
 def overrides(asked: Asked, name: str, seed: int) -> tuple[str, ...]:
-    """Return what every arm of a recipe is run with."""
+    """Return the overrides common to all variants."""
     return (f"train.seed={seed}",)
 
 
 def check(recipe: str, evaluations: Evaluations) -> None:
-    """Find what an evaluation will find wrong, before anything is trained. Raises EvaluationError or RecipeError."""
+    """Validate the evaluations before anything is trained. Raises EvaluationError or RecipeError."""
     for name in evaluations.suites:
         settings = open_settings(**{"suite": name, "data": None} | evaluations.of(name))
         check_evaluation(settings, [target(recipe, (), settings.suite.name, None)], None, None)
@@ -37,7 +37,7 @@ def check(recipe: str, evaluations: Evaluations) -> None:
 def measured(task: Task) -> dict[str, Any]:
     """Evaluate a run, or the recipe's published weights, on every suite.
 
-    Returns {suite: measure, "suite/tag": measure}, values in percent where the suite's are shares.
+    Returns {suite: measure, "suite/tag": measure}, with fractions converted to percent.
     """
     made: dict[str, Any] = {}
     for suite in task.evaluations.suites:
@@ -53,7 +53,7 @@ def measured(task: Task) -> dict[str, Any]:
 
 
 def _folder(task: Task, suite: str, options: Mapping[str, Any]) -> Path:
-    """Name the folder of an evaluation by all that it is asked, as one folder takes no images of other settings."""
+    """Return an evaluation folder unique to its settings: a folder with images of other settings is refused."""
     return task.folder / "eval" / f"{suite.partition('?')[0]}-{digest(suite, options)}"
 
 

@@ -1,4 +1,4 @@
-"""A study's results as JSON, as one HTML page, and as text."""
+"""A study's results as JSON, an HTML page, and text."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from reca.studies.study import BEFORE, START, Study
 from reca.studies.task import Asked, Task, short
 
 WIDTH, HEIGHT = 220, 70  # of a loss curve
-ENLARGED = 3  # times the embedded world's images
+ENLARGED = 3  # factor on images of toy datasets
 
 
 def folder(study: Study, asked: Asked) -> Path:
@@ -27,9 +27,9 @@ def folder(study: Study, asked: Asked) -> Path:
 def summarize(
     study: Study, asked: Asked, command: str, tasks: Sequence[Task], results: dict[str, Any], omitted: dict[str, str]
 ) -> dict[str, Any]:
-    """Put results, intervals and verdicts together; reca.studies has the form."""
+    """Combine results, intervals and verdicts into the content of study.json (see reca.studies)."""
     have, _ = study.of(asked)
-    about = {BEFORE: "the start of all the others, without training"}
+    about = {BEFORE: "the start of all others, without post-training"}
     about |= {name: arm.about for name, (arm, _) in have.items()}
     keys = {name: [*overrides, *asked.of_arm.get(name, ())] for name, (_, overrides) in have.items()}
     by_arm: dict[str, dict[int, Any]] = {name: {} for name in about}
@@ -111,21 +111,21 @@ def _measures(found: dict[str, Any]) -> list[str]:
 
 
 def cell(interval: dict[str, Any] | None) -> str:
-    """Write a mean with its interval."""
+    """Format a mean with its interval."""
     return "" if interval is None else _written(interval["value"], interval["interval"], "", "")
 
 
 def change(claim: dict[str, Any]) -> str:
-    """Write a difference with its interval."""
+    """Format a difference with its interval."""
     if claim["difference"] is None:
         return ""
     return _written(claim["difference"], claim["interval"], "+", " (no interval)")
 
 
 def _written(value: float, interval: Sequence[float | None], sign: str, without: str) -> str:
-    """Write with one decimal, or with three digits where all of it lies below 1, as a loss may.
+    """Format with one decimal, or with three significant digits if value and bounds are below 1, as for a loss.
 
-    without: what is said where there is no interval.
+    without: suffix if there is no interval.
     """
     low, high = interval
     largest = max(abs(number) for number in (value, low, high) if number is not None)
@@ -136,7 +136,7 @@ def _written(value: float, interval: Sequence[float | None], sign: str, without:
 
 
 def text(found: dict[str, Any]) -> str:
-    """Write the report for a terminal."""
+    """Format the report for a terminal."""
     measures = _measures(found)
     rows = [["", *measures]]
     rows += [[arm["name"], *(cell(arm["means"].get(m)) for m in measures)] for arm in found["arms"]]
@@ -154,7 +154,7 @@ def text(found: dict[str, Any]) -> str:
 
 
 def _images(found: dict[str, Any]) -> dict[str, Any]:
-    """Read what every arm drew for the same prompts, of the first seed."""
+    """Load the images that every variant generated for the same prompts, for the first seed."""
     shown: dict[str, Any] = {}
     for arm in found["arms"]:
         result: dict[str, Any] = next(iter(arm["results"].values()), {})
@@ -169,6 +169,6 @@ def _images(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _chart(arm: dict[str, Any]) -> dict[str, Any] | None:
-    """Draw the loss of the first seed that has one."""
+    """Plot the loss of the first seed that has one."""
     points = next((r["curve"] for r in arm["results"].values() if r.get("curve")), None)
     return html.loss_curve(points, WIDTH, HEIGHT) if points else None

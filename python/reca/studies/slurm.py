@@ -1,4 +1,4 @@
-"""A study as arrays of SLURM jobs: one task of the array for every task of the study, with one GPU or core each."""
+"""A study as SLURM job arrays: one array task for every task of the study, with one GPU or core each."""
 
 import shlex
 from collections.abc import Sequence
@@ -10,8 +10,8 @@ from reca.studies.work import done
 
 SCRIPT = """#!/bin/bash
 # One task of a study: sbatch --array=0-N task.sbatch LIST, where line $SLURM_ARRAY_TASK_ID of LIST is the task's name.
-# submit.sh calls it. A task that was interrupted goes on where it was, and one that is done returns at once, so
-# submit.sh may be run again. `reca` must be on the PATH of every node, and this folder on a file system they share.
+# Submitted by submit.sh, which may be run again: interrupted tasks resume, finished ones return at once.
+# `reca` must be on the PATH of every node, and this folder on a shared file system.
 #SBATCH --job-name={name}
 #SBATCH --ntasks=1
 #SBATCH --cpus-per-task={cpus}
@@ -27,9 +27,9 @@ exec srun {command} --task "${{tasks[$SLURM_ARRAY_TASK_ID]}}"
 
 
 def write(tasks: Sequence[Task], command: Sequence[str], out: Path, gpus: bool, name: str) -> Path:
-    """Write task.sbatch, a list of names for every level, and submit.sh, which submits them in their order.
+    """Write task.sbatch, a list of task names per level, and submit.sh, which submits the levels in order.
 
-    command: the words of this `reca study`, without --slurm. Returns the path of submit.sh.
+    command: the arguments of this `reca study`, without --slurm. Returns the path of submit.sh.
     """
     out.mkdir(parents=True, exist_ok=True)
     here = out.resolve()
@@ -41,8 +41,8 @@ def write(tasks: Sequence[Task], command: Sequence[str], out: Path, gpus: bool, 
     write_atomically(out / "task.sbatch", script)
     lines = [
         "#!/bin/bash",
-        "# Submits what is left of the study: each array waits for the one before it. A task that needs one which has",
-        "# failed says so and ends; the others and the report are made all the same.",
+        "# Submits the unfinished tasks of the study. Each array waits for the previous one. A task that depends on a",
+        "# failed one ends with an error; all others and the report still run.",
         "set -eu",
         "before=",
     ]
@@ -61,7 +61,7 @@ def write(tasks: Sequence[Task], command: Sequence[str], out: Path, gpus: bool, 
 
 
 def levels(tasks: Sequence[Task]) -> list[list[str]]:
-    """Group the names of what is left to do so that a task's group comes after those it needs."""
+    """Group the names of unfinished tasks so that every task follows the groups of its dependencies."""
     depth: dict[str, int] = {}
     groups: list[list[str]] = []
     for task in tasks:

@@ -1,4 +1,4 @@
-"""A study as data: what is asked, what the paper says, the arms, and the claims that its figures are held against."""
+"""The format of a study: question, findings of the paper, variants, and the claims that are tested."""
 
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
@@ -14,8 +14,8 @@ from reca.studies.task import Asked
 from reca.values import Scalar, convert, read_yaml
 
 CATALOG = Path(__file__).parent / "catalog"
-BEFORE = "before"  # the arm that is not trained
-START = "start"  # the embedded world's pre-training; `start:key=value` holds for it and for every arm
+BEFORE = "before"  # the variant without post-training
+START = "start"  # pre-training on a toy dataset; `start:key=value` applies to it and to all variants
 SETTINGS = ("world", "published")
 EXPECTED = ("higher", "lower", "equal", "not_lower", "not_higher")
 Texts = tuple[str, ...]
@@ -29,7 +29,7 @@ class StudyError(ValueError):
 
 @dataclass(frozen=True)
 class Said:
-    """One thing that was found elsewhere, and where."""
+    """A published finding and its source."""
 
     says: str
     source: str
@@ -37,16 +37,16 @@ class Said:
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to post-train.
+    """A variant: one way to post-train.
 
-    about      a sentence
-    overrides  recipe keys, everywhere
-    world      more of them in an embedded world: a list, or one for each world or model, which others then have not
-    published  the same at real size
-    after      the arm whose result it goes on from; null: the start of the study
-    start      variant of the embedded world's start, see world.VARIANTS
-    longer     times as many steps as the others make
-    rate       times their learning rate
+    about      description
+    overrides  recipe overrides in every setting
+    world      further overrides on toy datasets: a list, or a list per dataset or model, without which it is omitted
+    published  the same for published weights
+    after      variant whose result it continues from; null: the start of the study
+    start      modification of the pre-trained start, a key of world.VARIANTS
+    longer     factor on the number of steps
+    rate       factor on the learning rate
     """
 
     name: str
@@ -60,7 +60,7 @@ class Arm:
     rate: float = 1.0
 
     def keys(self, asked: Asked) -> tuple[str, ...] | None:
-        """Return the overrides of a model; None if the model has no such arm."""
+        """Return the overrides for a model; None if the model has no such variant."""
         own = getattr(self, asked.setting)
         if isinstance(own, Mapping):
             own = own.get(asked.world, own.get(asked.umm))
@@ -69,11 +69,11 @@ class Arm:
 
 @dataclass(frozen=True)
 class Claim:
-    """What the paper lets expect of two arms.
+    """A comparison of two variants that the paper predicts.
 
-    measure  the name of a measure; by setting, if they differ
-    arm, than  the two arms: `arm` minus `than` is judged
-    expect   higher or lower; equal, not_lower or not_higher, each by at most `margin` points
+    measure    name of a measure; a mapping if it depends on the setting
+    arm, than  names of the variants; the difference `arm` - `than` is judged
+    expect     higher or lower; equal, not_lower or not_higher, each within a margin of `margin` points
     """
 
     says: str
@@ -84,7 +84,7 @@ class Claim:
     margin: float = 0.0
 
     def measured(self, setting: str) -> str | None:
-        """Name what is measured in a setting; None: nothing there can tell."""
+        """Return the measure for a setting; None if the claim cannot be tested there."""
         return self.measure.get(setting) if isinstance(self.measure, Mapping) else self.measure
 
 
@@ -92,8 +92,9 @@ class Claim:
 class Study:
     """A study.
 
-    umms, worlds  the models and embedded worlds it can be run with; none named: all
-    open          what nobody has shown yet
+    umms, worlds  supported models and toy datasets; empty: all
+    world         remark on the toy datasets
+    open          open questions
     """
 
     name: str
@@ -107,26 +108,27 @@ class Study:
     open: Texts = ()
 
     def of(self, asked: Asked) -> tuple[dict[str, tuple[Arm, tuple[str, ...]]], dict[str, str]]:
-        """Return the arms of a model with their overrides, and why it has not the others.
+        """Return the variants of a model with their overrides, and the reasons why it lacks others.
 
-        Raises StudyError for a model or a world that the study is not for.
+        Raises StudyError for a model or toy dataset that the study does not support.
         """
         umm = asked.umm
         if self.umms and umm not in self.umms:
-            raise StudyError(f"the study {self.name} is of {', '.join(self.umms)}: {umm} has not what it varies")
+            raise StudyError(f"the study {self.name} does not support {umm}, only {', '.join(self.umms)}")
         if self.worlds and asked.setting == "world" and asked.world not in self.worlds:
             raise StudyError(
-                f"the study {self.name} is not of the world {asked.world!r}: --world {'|'.join(self.worlds)}"
+                f"the study {self.name} does not support the toy dataset {asked.world!r}: choose --world "
+                f"{'|'.join(self.worlds)}"
             )
         have: dict[str, tuple[Arm, tuple[str, ...]]] = {}
         omitted: dict[str, str] = {}
         for arm in self.arms:
             keys = arm.keys(asked)
             if keys is None:
-                where = f" in the world {asked.world!r}" if asked.setting == "world" else ""
-                omitted[arm.name] = f"{umm} has no such arm{where}"
+                where = f" on the toy dataset {asked.world!r}" if asked.setting == "world" else ""
+                omitted[arm.name] = f"{umm} has no such variant{where}"
             elif arm.after in omitted:
-                omitted[arm.name] = f"it goes on from {arm.after}"
+                omitted[arm.name] = f"it continues from {arm.after}"
             else:
                 have[arm.name] = arm, keys
         return have, omitted
@@ -137,7 +139,7 @@ def study_names() -> list[str]:
 
 
 def load_study(name: str) -> Study:
-    """Read a study by name, or from a .yaml file. Raises StudyError for one that is not there or not as expected."""
+    """Load a study by name or from a .yaml file. Raises StudyError if it is missing or invalid."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else CATALOG / f"{name}.yaml"
     try:
         return _read(read_yaml(path.read_bytes(), str(path)), path)
@@ -149,10 +151,10 @@ def load_study(name: str) -> Study:
 
 def _read(raw: Any, path: Path) -> Study:
     if not isinstance(raw, dict):
-        raise StudyError(f"{path} holds no keys; a study has {', '.join(f.name for f in fields(Study))}")
+        raise StudyError(f"{path} has no keys; a study has {', '.join(f.name for f in fields(Study))}")
     arms = raw.get("arms")
     if not isinstance(arms, dict) or not arms:
-        raise StudyError(f"{path}: arms must map names to what they change")
+        raise StudyError(f"{path}: arms must map names of variants to their settings")
     parts: dict[str, tuple[Any, ...]] = {
         "arms": tuple(_make(Arm, entry, f"{path}: arms.{name}", name=name) for name, entry in arms.items())
     }
@@ -168,19 +170,19 @@ def _read(raw: Any, path: Path) -> Study:
 
 
 def _make(kind: type, entry: Any, where: str, **made: Any) -> Any:
-    """Make a dataclass of a mapping. made: values of fields that are not in it."""
+    """Build a dataclass from a mapping. made: values of further fields."""
     if not isinstance(entry, dict):
         raise StudyError(f"{where}: expected a mapping")
     known = {f.name: f for f in fields(kind) if f.name not in made}
     if unknown := [key for key in entry if key not in known]:
-        raise StudyError(f"{where}: unknown key {', '.join(unknown)}; there are {', '.join(known)}")
+        raise StudyError(f"{where}: unknown key {', '.join(unknown)}; expected {', '.join(known)}")
     if missing := [f.name for f in known.values() if f.default is MISSING and f.name not in entry]:
         raise StudyError(f"{where}: {', '.join(missing)} is missing")
     return kind(**made | {key: _value(raw, known[key].type, key, where) for key, raw in entry.items()})
 
 
 def _value(raw: Any, wanted: Any, key: str, where: str) -> Any:
-    """Convert a part of a study to what its field declares: a text, a number, texts, or one of these for each name."""
+    """Convert a value to the type of its field: a string, number or list of strings, or a mapping to these."""
     kinds = get_args(wanted) if get_origin(wanted) in (Union, UnionType) else (wanted,)
     by_name = [kind for kind in kinds if get_origin(kind) is Mapping]
     if by_name and isinstance(raw, dict):
@@ -194,18 +196,18 @@ def _check(study: Study, path: Path) -> None:
     names = [arm.name for arm in study.arms]
     for place, arm in enumerate(study.arms):
         if arm.name in (BEFORE, START):
-            raise StudyError(f"{path}: an arm cannot have the name {arm.name!r}, which every study has")
+            raise StudyError(f"{path}: {arm.name!r} is reserved and cannot name a variant")
         if not arm.name.replace("-", "").replace("_", "").isalnum():
-            raise StudyError(f"{path}: the name of the arm {arm.name!r} must be letters, digits, - and _")
+            raise StudyError(f"{path}: the variant name {arm.name!r} must consist of letters, digits, - and _")
         if arm.longer < 1:
             raise StudyError(f"{path}: longer={arm.longer} of {arm.name} must be at least 1")
         if arm.rate <= 0:
             raise StudyError(f"{path}: rate={arm.rate:g} of {arm.name} must be above 0")
         if arm.after is not None and arm.after not in names[:place]:
-            raise StudyError(f"{path}: {arm.name} goes on from {arm.after}, which must be an arm before it")
+            raise StudyError(f"{path}: {arm.name} continues from {arm.after}, which must be a variant listed before it")
     for claim in study.claims:
         if claim.expect not in EXPECTED:
             raise StudyError(f"{path}: expect {claim.expect!r} must be one of {', '.join(EXPECTED)}")
         for name in (claim.arm, claim.than):
             if name not in (BEFORE, *names):
-                raise StudyError(f"{path}: {claim.says!r} speaks of {name}, which is no arm")
+                raise StudyError(f"{path}: {claim.says!r} names {name}, which is not a variant")

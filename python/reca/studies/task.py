@@ -1,4 +1,4 @@
-"""What a study is asked to do, and its tasks: what one process does."""
+"""The settings of a study, and its tasks, each run by one process."""
 
 import hashlib
 import json
@@ -10,11 +10,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Evaluations:
-    """What is measured.
+    """Evaluation settings.
 
-    suites   of `reca eval`, at real size
-    options  of its own for each suite, as `reca.evaluate` takes them, and those of all under ""
-    draws    images of every prompt in an embedded world
+    suites   suites of `reca eval`, for published weights
+    options  keyword arguments of `reca.evaluate` per suite; those under "" apply to all suites
+    draws    images per prompt on a toy dataset
     """
 
     suites: tuple[str, ...] = ()
@@ -22,20 +22,20 @@ class Evaluations:
     draws: int = 1
 
     def of(self, suite: str) -> dict[str, Any]:
-        """Return the options of a suite."""
+        """Return the options for a suite."""
         return {**self.options.get("", {}), **self.options.get(suite, {})}
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What holds for all arms of a study.
+    """Settings common to all variants of a study.
 
-    recipe  of published weights; None: an embedded world
-    world   its name
-    common  overrides of every arm
-    of_arm  overrides of single arms, by name
-    scale   share of the world's steps and prompts; below 1 only to see that it runs
-    out     the folder of studies
+    recipe  recipe with published weights; None: a toy dataset
+    world   name of the toy dataset
+    common  overrides for all variants
+    of_arm  overrides for single variants, by name
+    scale   fraction of a toy dataset's steps and prompts; below 1 only for a quick test
+    out     output folder of all studies
     """
 
     umm: str
@@ -55,17 +55,17 @@ class Asked:
 
 @dataclass(frozen=True)
 class Task:
-    """What one process does: train, if there are steps to make, and measure; or pre-train a start of the world.
+    """The work of one process: pre-train a start, measure it ("before"), or train and measure a variant ("arm").
 
-    name     unique in the study: SEED/VARIANT, or SEED/start
-    kind     start, before or arm
-    recipe, overrides  of the run
-    folder   of the run; of a start, the folder of the pre-trained model
-    result   file that says the task is done, and what came of it
-    world    name of the embedded world, where the setting is one
-    variant  of the world's start
-    of_start overrides of the recipe that the world's start was pre-trained by
-    after    names of tasks that must be done before
+    name      unique in the study: SEED/VARIANT or SEED/start
+    kind      start, before or arm
+    recipe, overrides  those of the run
+    folder    folder of the run or of the pre-trained start
+    result    result file; it exists once the task is done
+    world     name of the toy dataset, if the setting is "world"
+    variant   modification of the start, a key of world.VARIANTS; None: the start itself
+    of_start  recipe overrides in pre-training
+    after     names of the tasks that it depends on
     """
 
     name: str
@@ -90,10 +90,10 @@ class Task:
 
 
 def short(recipe: str) -> str:
-    """Name a recipe in the names of folders: its name, or that of its file without the path."""
+    """Return a recipe's name for folder names: its file name without path and suffix."""
     return Path(recipe).stem
 
 
 def digest(*parts: Any) -> str:
-    """Hash what decides a result, for the name of its folder."""
+    """Hash everything that determines a result, for its folder name."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:10]

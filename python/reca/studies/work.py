@@ -1,4 +1,4 @@
-"""What a process does for one task. Its result is a file, written when all of it is done."""
+"""Execution of one task. Its result is a file, written once the task is complete."""
 
 import json
 import time
@@ -15,14 +15,14 @@ from reca.studies.study import BEFORE, START
 from reca.studies.task import Task
 from reca.trainer import Trainer
 
-PROGRESS = ".steps"  # file with the number of steps that are done
-LAST = 0.1  # share of a run's losses that `loss` is the mean of
+PROGRESS = ".steps"  # file with the number of completed steps
+LAST = 0.1  # `loss` is the mean over this last fraction of a run's losses
 
 
 def work(task: Task) -> dict[str, Any]:
-    """Do a task, or return what it gave when it was done before. An interrupted run goes on where it was.
+    """Run a task and return its result, or load the result of a finished one. Interrupted training runs resume.
 
-    Studies share their arms: where another process does a task of the same folder, this one waits until it has ended.
+    Studies share variants: if another process is running a task in the same folder, wait for it to end.
     """
     with folder_lock.alone(task.folder.with_name(f".{task.folder.name}.lock"), task.name):
         return done(task) or _work(task)
@@ -46,12 +46,12 @@ def _work(task: Task) -> dict[str, Any]:
 
 
 def done(task: Task) -> dict[str, Any] | None:
-    """Read the result of a task that is done."""
+    """Load the result of a task; None if it is not done."""
     return json.loads(task.result.read_text(encoding="utf-8")) if task.result.is_file() else None
 
 
 def steps(task: Task) -> int:
-    """Count the steps that a task makes."""
+    """Return the number of training steps of a task."""
     if task.kind == START:
         return 0 if task.variant else world.start_steps(task)
     return load_recipe(task.recipe, task.overrides).train.steps if task.kind == "arm" else 0
@@ -92,12 +92,12 @@ def _measure_run(task: Task) -> dict[str, Any]:
 
 
 def _curve(run_dir: Path) -> list[tuple[int, float]]:
-    """Read the loss that an arm minimises."""
+    """Load a run's loss curve: the RECA loss if it is trained, else the total."""
     lines = jsonl.read(run_dir / "log.jsonl")
     return [(line["step"], line.get("reca/loss", line["loss"])) for line in lines if "loss" in line]
 
 
 def _loss(curve: list[tuple[int, float]]) -> dict[str, Any]:
-    """Compute the loss at the end of training. It is of training images, and has no interval of its own."""
+    """Compute the mean loss at the end of training, on training images and without an interval."""
     last = [loss for _, loss in curve[-max(1, round(LAST * len(curve))) :]]
     return {"loss": {"value": sum(last) / len(last)}} if last else {}

@@ -1,4 +1,4 @@
-"""Studies in an embedded world: a start that is pre-trained here, and measuring by the world's own judge."""
+"""Studies on a toy dataset: pre-training of the start, and measurement by the dataset's own judge."""
 
 import json
 import math
@@ -25,35 +25,35 @@ MEASURES = ("overall", "seen", "held-out", "single", "two", "position", "underst
 
 
 def recipe(asked: Asked) -> str:
-    """Name the recipe of a model. Raises RecipeError for a world that is none, or has not the model."""
+    """Return the recipe name for a model. Raises RecipeError if the toy dataset is unknown or lacks the model."""
     return _setup(asked).recipe
 
 
 def filled(asked: Asked, override: str, seed: int) -> str:
-    """Put the world's data in place of {unlabeled}, {captioned} and {understood}."""
+    """Replace {unlabeled}, {captioned} and {understood} by the toy dataset's sources."""
     world = load_world(asked.world)
-    for name in ("captioned", "understood", "unlabeled"):  # other braces are those of a group of keys
+    for name in ("captioned", "understood", "unlabeled"):  # str.format would fail on braces that group keys
         override = override.replace(f"{{{name}}}", world.spec(name, seed))
     return override
 
 
 def init_override(asked: Asked | Task, start: Path) -> str:
-    """Return the override by which a recipe starts from a pre-trained model."""
+    """Return the override that makes a recipe start from a pre-trained model."""
     return _setup(asked).init_override.format(folder=start)
 
 
 def start_overrides(asked: Asked) -> tuple[str, ...]:
-    """Return overrides of pre-training and of all arms."""
+    """Return the overrides for pre-training and all variants."""
     return _setup(asked).overrides
 
 
 def cache_override(asked: Asked) -> list[str]:
-    """Return the override by which arms share the features of a frozen encoder, if the model has one here."""
+    """Return the override that lets variants share cached features of a frozen encoder; [] without such an encoder."""
     return [f"data.cache={asked.out / 'features'}"] if _setup(asked).cached else []
 
 
 def overrides(asked: Asked, name: str, seed: int) -> tuple[str, ...]:
-    """Return what every arm of a recipe is run with."""
+    """Return the overrides common to all variants."""
     return run_overrides(name, load_world(asked.world), seed, asked.scale)
 
 
@@ -62,7 +62,7 @@ def _setup(asked: Asked | Task) -> DemoSetup:
 
 
 def make_start(task: Task, progress: Callable[[int], None]) -> list[tuple[int, float]]:
-    """Pre-train a model and save it, or make a variant of one that is there. Returns the curve of its loss."""
+    """Pre-train and save a model, or modify an existing start. Returns the loss curve."""
     shutil.rmtree(task.folder, ignore_errors=True)
     if task.variant is not None:
         VARIANTS[task.variant](task)
@@ -89,7 +89,7 @@ def load_start(task: Task, folder: Path) -> Adapter:
 
 
 def _red_is_blue(task: Task) -> None:
-    """Save the start with an encoder that takes red for blue."""
+    """Save the start with an encoder whose red and blue channels are swapped."""
     origin = task.folder.with_name(task.folder.name.removesuffix(f"-{task.variant}"))
     model = load_start(task, origin)
     swap_red_and_blue(model)
@@ -100,10 +100,10 @@ def _red_is_blue(task: Task) -> None:
 
 
 def swap_red_and_blue(model: Adapter) -> None:
-    """Let the first and the last input channel of the understanding encoder change places.
+    """Swap the first and last input channels of the understanding encoder.
 
-    They enter by a convolution, or in BAGEL's SigLIP by a product with patches whose channels are last.
-    Raises ValueError for a model with another number of such layers than one.
+    Its first layer is a convolution or, in BAGEL's SigLIP, a linear layer on patches with channels last.
+    Raises ValueError if the model does not have exactly one such layer.
     """
     roles, swapped = model.roles(), []
     for name, layer in model.named_modules():
@@ -114,7 +114,7 @@ def swap_red_and_blue(model: Adapter) -> None:
         elif isinstance(layer, torch.nn.Linear) and name.endswith("patch_embedding"):
             swapped.append((layer.weight, layer.weight.unflatten(1, (-1, 3)).flip(2).flatten(1)))
     if len(swapped) != 1:
-        raise ValueError(f"{type(model).__module__} has {len(swapped)} layers that read three channels, expected 1")
+        raise ValueError(f"{type(model).__module__} has {len(swapped)} layers with three input channels, expected 1")
     with torch.no_grad():
         for weight, other in swapped:
             weight.copy_(other)
@@ -124,7 +124,7 @@ VARIANTS: dict[str, Callable[[Task], None]] = {"red_is_blue": _red_is_blue}
 
 
 def measured(model: Adapter, task: Task) -> dict[str, Any]:
-    """Measure a model: {name: {"value" in percent, "hits", "trials"}}, and write images.png beside the run."""
+    """Measure a model: {name: {"value" in percent, "hits", "trials"}}. Write images.png and images.json."""
     world = load_world(task.world)
     found = measure(model, world, task.seed, _setup(task).sampling, spacing(task.scale), task.evaluations.draws)
     task.folder.mkdir(parents=True, exist_ok=True)
@@ -138,7 +138,7 @@ def measured(model: Adapter, task: Task) -> dict[str, Any]:
 
 
 def _overall(found: Measured, categories: Sequence[str]) -> dict[str, Any]:
-    """Return the mean over categories, with its interval from theirs (Zou and Donner 2008)."""
+    """Return the mean over categories, with an interval combined from theirs (Zou and Donner 2008)."""
     rates = [found.rates[f"{name}, all"] for name in categories]
     bounds = [rate.wilson() for rate in rates]
     below = math.hypot(*(rate.share - low for rate, (low, _) in zip(rates, bounds, strict=True))) / len(rates)
@@ -148,7 +148,7 @@ def _overall(found: Measured, categories: Sequence[str]) -> dict[str, Any]:
 
 
 def _write_images(found: Measured, things: Collection[Thing], folder: Path) -> None:
-    """Write what the model draws for held-out pairs, the same prompts of every arm, chosen by place."""
+    """Write the images for held-out pairs: every second prompt, the same for all variants."""
     held_out = {caption(Scene((thing,))) for thing in things}
     chosen = {text: (image, hit) for text, image, hit in found.samples if text in held_out}
     shown = dict(list(chosen.items())[1::2]) or chosen

@@ -71,8 +71,8 @@ def demo_setup(umm: str, world: World) -> DemoSetup:
     """Return the setup of a model's demo. Raises RecipeError for a model without one in this world."""
     if umm not in world.umms:
         raise RecipeError(
-            f"there is no demo of {umm!r} in the world {world.name!r}; --umm (UMM= of make) is one of "
-            f"{', '.join(world.umms)}, or give another --world (WORLD=)"
+            f"there is no demo of {umm!r} on the toy dataset {world.name!r}; --umm (UMM= of make) is one of "
+            f"{', '.join(world.umms)}, or choose another --world (WORLD=)"
         )
     return import_module(f"reca.demo.pretrain.{umm}").SETUPS[world.name]
 
