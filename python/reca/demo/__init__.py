@@ -1,1 +1,1 @@
-"""The demo: embedded worlds in which a CPU pre-trains and post-trains a tiny model within minutes."""
+"""The demo: toy datasets on which a CPU pre-trains and post-trains a tiny model within minutes."""

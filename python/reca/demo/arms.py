@@ -1,4 +1,4 @@
-"""The arms of the demo's experiment, and what is measured of each."""
+"""The variants that the demo compares, and their results."""
 
 from dataclasses import dataclass
 
@@ -6,15 +6,15 @@ from reca.demo.measure import Measured
 from reca.demo.pretrain import DemoSetup
 from reca.demo.world import World
 
-BEFORE = "before"  # the pre-trained model, where arms start
-BEFORE_RANDOM = "before-random"  # the same, pre-trained with an encoder of random weights
+BEFORE = "before"  # the pre-trained model that variants start from
+BEFORE_RANDOM = "before-random"  # the same, pre-trained with a randomly initialised encoder
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to post-train. All arms make the same number of steps.
+    """A variant: one way to post-train. All variants train for the same number of steps.
 
-    overrides  of the recipe, with {seed}
+    overrides  recipe overrides; {seed} is replaced by the seed
     start      name of the pre-trained model that it starts from
     """
 
@@ -26,7 +26,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Start:
-    """A pre-trained model. overrides: of the recipe, in pre-training and in the arms that start from it."""
+    """A pre-trained model. overrides: recipe overrides for pre-training and all variants that start from it."""
 
     name: str
     description: str
@@ -35,7 +35,7 @@ class Start:
 
 @dataclass
 class Outcome:
-    """What was measured of one model of one seed."""
+    """The results of one model for one seed."""
 
     measured: Measured
     curve: list[tuple[int, float]]  # (step, loss)
@@ -45,22 +45,22 @@ class Outcome:
 SFT_CAPTIONS = {
     "none": "captions that name no colour",
     "half": "captions that name each colour with probability one half",
-    "full": "captions that name everything",
+    "full": "captions that name all colours",
 }
-Results = dict[int, dict[str, Outcome]]  # seed -> BEFORE or the name of an arm -> outcome
+Results = dict[int, dict[str, Outcome]]  # seed -> name of a start or variant -> outcome
 
 
 def starts(setup: DemoSetup) -> list[Start]:
-    """List the models that arms start from, in the order of the report's rows."""
-    made = [Start(BEFORE, "the pre-trained start of the others", setup.overrides)]
+    """List the models that variants start from, in the order of the report's rows."""
+    made = [Start(BEFORE, "the pre-trained model that the others start from", setup.overrides)]
     if setup.random_encoder:
         overrides = (*setup.overrides, *setup.random_encoder)
-        made.append(Start(BEFORE_RANDOM, "pre-trained alike, but with an encoder of random weights", overrides))
+        made.append(Start(BEFORE_RANDOM, "pre-trained in the same way, but with a randomly initialised encoder", overrides))
     return made
 
 
 def rows(world: World, setup: DemoSetup) -> list[Start | Arm]:
-    """List what is measured, in the order of the report: every start, and the arms that start from it."""
+    """List the rows of the report in order: every start, followed by the variants that start from it."""
     made: list[Start | Arm] = []
     for start in starts(setup):
         made += [start, *(arm for arm in arms(world, setup) if arm.start == start.name)]
@@ -68,7 +68,7 @@ def rows(world: World, setup: DemoSetup) -> list[Start | Arm]:
 
 
 def arms(world: World, setup: DemoSetup) -> list[Arm]:
-    """List the arms of a model, in the order of the report's rows."""
+    """List the variants of a model, in the order of the report's rows."""
 
     def sft(caption_detail: str) -> tuple[str, ...]:
         captions = f"data.captions={world.spec('unlabeled', '{seed}', caption_detail)}"
@@ -76,12 +76,12 @@ def arms(world: World, setup: DemoSetup) -> list[Arm]:
 
     made = [
         Arm("RECA", "unlabeled images only"),
-        Arm("SFT", "the same images with the captioner's sparse captions", sft("sparse")),
+        Arm("SFT", "the same images with captions that omit the colours of held-out pairs", sft("sparse")),
     ]
     if setup.generation_arm:
         made.append(Arm(*setup.generation_arm))
     made.append(Arm("RECA-other", "control: the h_v of another image", ("objective.condition=other",)))
     made += [Arm(f"SFT-{detail}", SFT_CAPTIONS[detail], sft(detail)) for detail in world.caption_details]
     if setup.random_encoder:
-        made.append(Arm("RECA-random", "control: h_v of the encoder of random weights", (), BEFORE_RANDOM))
+        made.append(Arm("RECA-random", "control: h_v from the randomly initialised encoder", (), BEFORE_RANDOM))
     return made

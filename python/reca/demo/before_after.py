@@ -1,4 +1,4 @@
-"""Image of the demo: what the models draw for held-out prompts, one model a row."""
+"""The demo's before_after.png: images of held-out prompts, one row per model."""
 
 from collections.abc import Mapping
 
@@ -12,20 +12,19 @@ from reca.image_grid import make_grid
 
 NAME = "before_after.png"
 ROWS = (BEFORE, "SFT", "RECA")
-LEAST, GAP = 100, 8  # pixels of an image, which is enlarged by a whole number, and between images
+LEAST, GAP = 100, 8  # minimum size of an image, enlarged by an integer factor; distance between images
 LEFT, TOP = 92, 40  # margins for the names of rows and columns
 
 
 def before_after(outcomes: Mapping[str, Outcome], world: World, seed: int) -> Image.Image:
-    """Draw some of the held-out combinations of one object: columns are prompts, rows are models.
+    """Arrange images of single-object held-out prompts in a grid: columns are prompts, rows are models.
 
-    The prompts are chosen by their place (`World.shown`), whatever the models made of them. A model that failed has no
-    row.
+    Prompts are chosen by index (`World.shown`), independent of the results. A model that failed has no row.
     """
     rows = [name for name in ROWS if name in outcomes]
     samples = next(iter(outcomes.values())).measured.samples
     held_out = {caption(Scene((pair,))) for pair in world.held_out(seed)}
-    places: dict[str, int] = {}  # of a prompt's last image, among all that were measured
+    places: dict[str, int] = {}  # prompt -> index of its last sample
     for place, (prompt, _, _) in enumerate(samples):
         if prompt in held_out:
             places[prompt] = place

@@ -1,11 +1,11 @@
-"""The language of every embedded world: captions, phrases around them, questions and templates."""
+"""The texts of all toy datasets: captions, phrases around them, questions and templates."""
 
 import random
 from collections.abc import Container, Iterable
 
 from reca.demo.scene import Scene, Thing
 
-# What people write around a caption. It says nothing about the image, and puts the caption at varied distances.
+# Phrases around a caption. They carry no information about the image and vary the position of the caption.
 BEFORE = ("", "", "", "draw", "a picture of", "please draw", "i want to see")
 AFTER = ("please", "in a picture", "on a dark ground", "drawn with care", "as a small picture on a dark ground")
 MOST_AFTER = 3
@@ -24,7 +24,7 @@ WRAPPING = ("USER", "ASSISTANT", ":", "\n")
 
 
 def vocabulary(names: Iterable[str]) -> tuple[str, ...]:
-    """List every word of a world's texts. names: its colours, kinds of things and relations."""
+    """List all words in a toy dataset's texts. names: its colours, kinds of things and relations."""
     around = " ".join((*BEFORE, *AFTER, *QUESTIONS, *TEMPLATES)).split()
     return tuple(dict.fromkeys(["a", *names, *WRAPPING, *around]))
 
@@ -34,7 +34,7 @@ def caption(
 ) -> str:
     """Describe the scene in at most seven words.
 
-    coloured: the things whose colours are named, each with probability `share`; None is all things.
+    coloured: things whose colours are named, each with probability `share` if `rng` is given; None: all things.
     """
     parts = []
     for thing in scene.things:
@@ -44,6 +44,6 @@ def caption(
 
 
 def phrase(words: str, rng: random.Random) -> str:
-    """Wrap a caption as a user would ask for it."""
+    """Embed a caption in random phrases of a user's request."""
     parts = [rng.choice(BEFORE), words, *(rng.choice(AFTER) for _ in range(rng.randint(0, MOST_AFTER)))]
     return " ".join(part for part in parts if part)

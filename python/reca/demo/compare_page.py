@@ -1,4 +1,4 @@
-"""The demo's last page: what RECA changed, prompt by prompt, as `reca compare` shows it of any run."""
+"""The demo's comparison page: the effect of RECA prompt by prompt, as shown by `reca compare`."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ from reca.runs import recipe_of
 from reca.sampling_options import defaults
 
 NAME = build.PAGE
-FOLDER = "demo"  # of an evaluation in a run's folder; `reca eval world` draws other images, into a folder of its own
+FOLDER = "demo"  # evaluation folder in the run folder; `reca eval world` generates its own images in another one
 
 
 def write(
@@ -29,10 +29,10 @@ def write(
     sampling: Mapping[str, Any],
     every: int = 1,
 ) -> Path:
-    """Write the comparison of a run with what it started from, of the images that were drawn to measure both.
+    """Write the comparison of a run with its start, from the images that were generated to measure both.
 
-    unseen: images that both reconstruct, as data.images names them. sampling: options that both were measured with.
-    every: the images are those of every n-th prompt of the suite. Returns the path of the page, in `out`.
+    unseen: source of images to reconstruct, in the form of data.images. sampling: sampling options of both
+    measurements. every: n if only every n-th prompt of the suite was measured. Returns the path of the page, in `out`.
     """
     opened = open_suite(suite)
     settings = Settings(opened, steps=("judge", "score"), partial=every > 1)
@@ -47,7 +47,7 @@ def write(
 
 
 def _write_images(images: Sequence[Tensor], suite: Suite, every: int, folder: Path) -> None:
-    """Write images (uint8 [3, H, W]) where the suite expects those of its items."""
+    """Write images (uint8 [3, H, W]) to the paths that the suite expects."""
     for item, image in zip(suite.items()[::every], images, strict=True):
         path = folder / suite.path(item, 0)
         path.parent.mkdir(parents=True, exist_ok=True)

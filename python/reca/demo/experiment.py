@@ -1,6 +1,6 @@
-"""The demo: pre-train a tiny model, post-train copies of it in different ways, and measure all of them alike.
+"""The demo: pre-train a tiny model, post-train copies of it in several ways, and measure all in the same way.
 
-The experiment is the same for every model; reca.demo.pretrain holds what is not.
+The experiment is the same for every model; model-specific code is in reca.demo.pretrain.
 """
 
 import contextlib
@@ -26,12 +26,12 @@ from reca.runs import load_start
 from reca.side_by_side import Failure, Job
 from reca.trainer import Trainer
 
-COMPARISON, PRETRAINED = "comparison", "/pretrained"  # of the names of jobs
+COMPARISON, PRETRAINED = "comparison", "/pretrained"  # name and suffix of jobs
 
 
 @dataclass(frozen=True)
 class Case:
-    """One seed of a demo. world: its name."""
+    """One seed of a demo. world: name of the toy dataset."""
 
     umm: str
     world: str
@@ -44,7 +44,7 @@ class Case:
         return demo_setup(self.umm, load_world(self.world))
 
     def folder(self, name: str = "") -> Path:
-        """Return the folder of the seed, or that of a start or an arm."""
+        """Return the folder of the seed, or that of a start or variant."""
         return self.out / f"seed{self.seed}" / name
 
     def progress(self, name: str) -> Path:
@@ -54,13 +54,13 @@ class Case:
 def demo(umm: str, world: World, seeds: int, out: Path, scale: float = 1.0) -> Results:
     """Run the experiment for seeds 0 ... seeds - 1, print the table and write report, images and comparison.
 
-    out/report.html has all arms, out/before_after.png what they draw. The last line is the path of out/comparison.html:
-    what RECA changed of the first seed, prompt by prompt.
+    out/report.html reports all variants, out/before_after.png shows generated images. The last line printed is the path
+    of out/comparison.html, which shows the effect of RECA prompt by prompt for the first seed.
 
-    scale: share of training steps and prompts; less than 1 shows that everything runs, and nothing else.
+    scale: fraction of training steps and prompts; below 1 only for a quick test.
 
-    What failed is named in the report of the others. Then raises the error of the first.
-    Raises RunInUse while another demo has the folder.
+    The report lists jobs that failed; the first of their errors is raised at the end.
+    Raises RunInUse while another demo uses the folder.
     """
     with _alone(out):
         return _demo(umm, world, seeds, out, scale)
@@ -68,13 +68,13 @@ def demo(umm: str, world: World, seeds: int, out: Path, scale: float = 1.0) -> R
 
 @contextlib.contextmanager
 def _alone(out: Path) -> Iterator[None]:
-    """Hold the folder of a demo: each one begins by removing what lies there."""
+    """Lock the folder of a demo, as every demo first deletes the previous results there."""
     out.mkdir(parents=True, exist_ok=True)
     handle = os.open(out / folder_lock.FILE, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         if not folder_lock.acquire(handle, 0, 0):
             owner = folder_lock.owner(handle) or "another process"
-            raise RunInUse(f"{out} is in use by {owner}. Wait for it, stop it, or give another --out")
+            raise RunInUse(f"{out} is in use by {owner}. Wait for it, stop it, or choose another --out")
         folder_lock.write_owner(handle)
         yield
     finally:
@@ -82,7 +82,7 @@ def _alone(out: Path) -> Iterator[None]:
 
 
 def _demo(umm: str, world: World, seeds: int, out: Path, scale: float) -> Results:
-    for page in (report.PAGE, before_after.NAME, compare_page.NAME):  # of an earlier call, whose runs go, too
+    for page in (report.PAGE, before_after.NAME, compare_page.NAME):  # of an earlier call, whose runs are deleted, too
         (out / page).unlink(missing_ok=True)
     results, failures = run(umm, world, range(seeds), out, scale)
     if results:
@@ -101,10 +101,10 @@ def _demo(umm: str, world: World, seeds: int, out: Path, scale: float) -> Result
 
 
 def run(umm: str, world: World, seeds: range, out: Path, scale: float = 1.0) -> tuple[Results, dict[str, Failure]]:
-    """Run all arms of all seeds, in processes of one thread each, as many at once as there are cores.
+    """Run all variants for all seeds, one process per core with one thread each.
 
-    The comparison of the first seed's RECA with its start is written beside them. A job that fails ends none but those
-    that need it. Returns what was measured, of seeds with anything, and what failed, by the job's name.
+    The first seed's RECA is also compared with its start. If a job fails, only jobs that depend on it are skipped.
+    Returns the results of all seeds that have any, and the failures by job name.
     """
     setup = demo_setup(umm, world)
     beginnings, trained = starts(setup), arms(world, setup)
@@ -114,7 +114,7 @@ def run(umm: str, world: World, seeds: range, out: Path, scale: float = 1.0) -> 
     curves: dict[tuple[int, str], Curve] = {}
     for seed in seeds:
         case = Case(umm, world.name, seed, out, scale)
-        shutil.rmtree(case.folder(), ignore_errors=True)  # the driver would continue the runs there
+        shutil.rmtree(case.folder(), ignore_errors=True)  # the driver would resume the runs there
         case.folder().mkdir(parents=True)
         for start in beginnings:
             ready = f"{seed}/{start.name}{PRETRAINED}"
@@ -135,7 +135,7 @@ def run(umm: str, world: World, seeds: range, out: Path, scale: float = 1.0) -> 
                 results[int(seed)][name] = found
                 tqdm.write(f"seed {seed}: {name:<14} {_line(found.measured)}  ({found.seconds:.0f} s)")
             elif isinstance(found, Failure) and found.error is not None:
-                tqdm.write(f"{job.name} FAILED, {found}; the others go on")
+                tqdm.write(f"{job.name} FAILED, {found}; all other jobs continue")
 
         found = side_by_side.run(jobs, side_by_side.cores(), ended, lambda: bar.update(_steps_done(out, seeds) - bar.n))
     for (seed, name), curve in curves.items():
@@ -149,14 +149,14 @@ def run(umm: str, world: World, seeds: range, out: Path, scale: float = 1.0) -> 
 
 @dataclass
 class Curve:
-    """What pre-training leaves beside the model."""
+    """Loss curve and duration of pre-training."""
 
     points: list[tuple[int, float]]  # (step, loss)
     seconds: float
 
 
 def pretrain(case: Case, start: Start) -> Curve:
-    """Pre-train and save."""
+    """Pre-train a start and save it."""
     started = time.perf_counter()
     points: list[tuple[int, float]] = []
 
@@ -171,14 +171,14 @@ def pretrain(case: Case, start: Start) -> Curve:
 
 
 def measure_start(case: Case, start: Start) -> Outcome:
-    """Measure what was saved."""
+    """Measure a saved start."""
     started = time.perf_counter()
     recipe = load_recipe(case.setup.recipe, [*start.overrides, _init_override(case, start)])
     return Outcome(_measure(load_start(recipe), case), [], time.perf_counter() - started)
 
 
 def post_train(case: Case, arm: Arm, start: Start) -> Outcome:
-    """Post-train by the driver, as `reca train` would, and measure."""
+    """Post-train with the driver, as `reca train` does, and measure the result."""
     started, setup, run_dir = time.perf_counter(), case.setup, case.folder(arm.name)
     cache = [f"data.cache={case.folder('features')}"] if setup.cached else []
     recipe = load_recipe(
@@ -202,7 +202,7 @@ def post_train(case: Case, arm: Arm, start: Start) -> Outcome:
 
 
 def compare(case: Case, before: Outcome, after: Outcome) -> Path:
-    """Write the comparison of the RECA arm with its start. Returns the path of the page."""
+    """Write the comparison of RECA with its start. Returns the path of the page."""
     world = load_world(case.world)
     return compare_page.write(
         f"world?world={world.name}&seed={case.seed}", before, after, case.folder("RECA"), case.out,
@@ -211,7 +211,7 @@ def compare(case: Case, before: Outcome, after: Outcome) -> Path:
 
 
 def _curve(run_dir: Path) -> list[tuple[int, float]]:
-    """Read the loss of a run."""
+    """Load the loss curve of a run."""
     return [(line["step"], line["loss"]) for line in jsonl.read(run_dir / "log.jsonl") if "loss" in line]
 
 

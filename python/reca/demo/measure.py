@@ -1,4 +1,4 @@
-"""GenEval-style measurement of a model in a world: what it draws for prompts, what it says of images, intervals."""
+"""GenEval-style measurement of a model on a toy dataset: accuracy of generated images and of answers, intervals."""
 
 import math
 from collections import defaultdict
@@ -27,7 +27,7 @@ class Rate(NamedTuple):
         return self.hits / self.trials if self.trials else 0.0
 
     def wilson(self, z: float = 1.96) -> tuple[float, float]:
-        """Compute the 95 % interval (Wilson 1927)."""
+        """Compute the Wilson score interval (1927), by default at 95 %."""
         if not self.trials:
             return 0.0, 1.0
         n, p = self.trials, self.share
@@ -38,7 +38,7 @@ class Rate(NamedTuple):
 class Measured(NamedTuple):
     """One model's results.
 
-    rates    by "category pairs" and, pooled, by seen, held-out, understanding
+    rates    by "category pairs" and, pooled, by seen, held-out and understanding
     samples  the first image of every prompt
     """
 
@@ -48,16 +48,16 @@ class Measured(NamedTuple):
 
 
 def spacing(scale: float) -> int:
-    """Return `every` of `measure` for a share of the prompts."""
+    """Return the `every` of `measure` for a fraction of the prompts."""
     return min(max(1, round(1 / scale)), SPARSEST)
 
 
 def measure(
     model: Adapter, world: World, seed: int, sampling: dict[str, Any], every: int = 1, draws: int = 1
 ) -> Measured:
-    """Generate every prompt, judge the images, and ask about images that no training saw.
+    """Generate images for all prompts and judge them; ask for captions of unseen images.
 
-    every: n takes every n-th prompt and image only, for a quick look. draws: images of every prompt.
+    every: n uses only every n-th prompt and image. draws: images per prompt.
     """
     model.eval()
     once = world.prompts(seed)[::every]

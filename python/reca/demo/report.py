@@ -24,7 +24,7 @@ COLUMNS = ("seen", "held-out")
 
 
 def table(results: Results) -> str:
-    """Tabulate success rates in percent, one model a row: with 95 % intervals for one seed, else mean ± deviation."""
+    """Tabulate success rates in percent, one row per model, with 95 % intervals or, for several seeds, mean ± std."""
     rows: list[tuple[str, ...]] = [("", *COLUMNS, "overall", "understanding")]
     for name in _names(results):
         overall = _spread([100 * made[name].measured.overall for made in results.values() if name in made])
@@ -37,7 +37,7 @@ def table(results: Results) -> str:
 
 
 def verdicts(results: Results) -> list[str]:
-    """Compare RECA with SFT and with the model before, one sentence a seed that has all three."""
+    """Compare RECA with SFT and with its start, one sentence for each seed that has all three."""
     sentences = []
     for seed, outcomes in results.items():
         if not outcomes.keys() >= {"RECA", "SFT", BEFORE}:
@@ -57,7 +57,7 @@ def verdicts(results: Results) -> list[str]:
 
 
 def summary(results: Results) -> str:
-    """Say in one line what RECA changed."""
+    """Return a line with the held-out rates before and after RECA and SFT."""
     cells = {name: [_rates(results, arm, "held-out") for arm in (BEFORE, name)] for name in ("RECA", "SFT")}
     ways = ", ".join(f"{name} {before} -> {after}" for name, (before, after) in cells.items())
     return f"correct images for pairs that no caption shows, %: {ways}"
@@ -71,9 +71,9 @@ def write(
     scale: float = 1.0,
     failures: Mapping[str, Failure] | None = None,
 ) -> Path:
-    """Write the report as one self-contained file, and before_after.png beside it. Return the report's path.
+    """Write the report as a self-contained HTML file, and before_after.png. Return the report's path.
 
-    failures: what is missing in it, and why, by the name of the job.
+    failures: failed jobs by name.
     """
     setup, first = demo_setup(umm, world), next(iter(results))
     recipe = load_recipe(setup.recipe, [*setup.overrides, *run_overrides(setup.recipe, world, first, scale)])
@@ -112,13 +112,13 @@ def write(
 
 
 def _names(results: Results) -> list[str]:
-    """List what any seed has, in the order of the seed that has most."""
+    """List the models that any seed has, in the order of the seed that has most."""
     most = sorted(results.values(), key=len, reverse=True)
     return list(dict.fromkeys(name for made in most for name in made))
 
 
 def _rates(results: Results, name: str, rate: str) -> str:
-    """Write a rate of an arm over the seeds that have it."""
+    """Format a rate of a model over the seeds that have it."""
     return _cell([made[name].measured.rates[rate] for made in results.values() if name in made])
 
 
@@ -136,7 +136,7 @@ def _spread(values: list[float]) -> str:
 
 
 def _images(outcome: Outcome, per_row: int = 12) -> list[dict[str, Any]]:
-    """Encode every ninth prompt's image, enlarged, with its verdict."""
+    """Return the enlarged images of every ninth prompt, with prompt and verdict."""
     chosen = outcome.measured.samples[::9][: 4 * per_row]
     return [{"prompt": text, "hit": hit, "source": _enlarged(image)} for text, image, hit in chosen]
 

@@ -1,4 +1,4 @@
-"""What a caption is about: one thing, or two with a relation between them."""
+"""The content of a caption: one thing, or two with a relation between them."""
 
 import random
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """One thing in the middle, or two with the first `relation` the second."""
+    """One thing, or two of which the first is `relation` (such as left_of) the second."""
 
     things: tuple[Thing, ...]
     relation: str | None = None
@@ -22,8 +22,8 @@ class Scene:
 
 @lru_cache(maxsize=64)
 def draw_held_out(seed: int, colours: Sequence[str], kinds: Sequence[str], per_kind: int = 3) -> frozenset[Thing]:
-    """Draw the things that captions never show: `per_kind` colours of every kind, colours used evenly."""
-    if 2 * per_kind > len(colours):  # few shuffles have so many different ones in every chunk
+    """Draw the things that captions never name: `per_kind` colours of every kind, with colours used evenly."""
+    if 2 * per_kind > len(colours):  # rejection sampling below would rarely succeed
         others = draw_held_out(seed, colours, kinds, len(colours) - per_kind)
         return frozenset(Thing(c, k) for k in kinds for c in colours) - others
     rng = random.Random(seed)

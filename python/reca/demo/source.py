@@ -1,4 +1,4 @@
-"""A split of a world as a data source: PNG bytes, with the text that each task reads."""
+"""A split of a toy dataset as a data source: PNG bytes, with the text that each task reads."""
 
 from collections.abc import Callable
 
@@ -9,20 +9,20 @@ from reca.demo.captions import QUESTIONS, caption, phrase
 from reca.demo.splits import Split
 from reca.demo.world import World
 
-# caption_detail -> the probability that a caption names a colour; sparse is beside them
+# caption_detail -> probability that a caption names a colour; sparse depends on the thing instead
 NAMED = {"none": 0.0, "half": 0.5, "full": 1.0}
 CAPTION_DETAILS = ("sparse", *NAMED)
 
 
 class WorldSource:
-    """Samples of a split for one task: images alone (reca), with a caption (t2i), or with a question and answer (i2t).
+    """Samples of a split for one task: images only (reca), with a caption (t2i), or with a question and answer (i2t).
 
-    split           the name of the split
-    caption_detail  which colours captions name: those of things that are not held out (sparse), none, each with
+    split           name of the split
+    caption_detail  colours that captions name: those of things that are not held out (sparse), none, each with
                     probability one half (half), or all (full)
-    size            number of images, the first of the split; None: all
+    size            use only the first `size` images; None: all
 
-    Raises DataError for a seed, caption_detail or size that does not exist.
+    Raises DataError for an invalid seed, caption_detail or size.
     """
 
     def __init__(self, world: World, split: str, task: str, seed: int, caption_detail: str, size: int | None = None):
@@ -57,14 +57,14 @@ class WorldSource:
         return f"{self.split.name}/{index}"
 
     def size(self, index: int) -> int:
-        return 0  # drawn when it is asked for
+        return 0  # rendered on access
 
     def identity(self) -> str:
         return digest([self.split.name, self.split.seed, len(self), self.task, self.caption_detail])
 
 
 def source_of(world: World, split: str) -> Callable[..., WorldSource]:
-    """Make the function that a recipe names: a split as the source of a task. See `WorldSource` for its arguments."""
+    """Return the function that recipes name, which makes a split a task's source. Arguments: see `WorldSource`."""
 
     def source(task: str, *, seed: int = 0, caption_detail: str = "full", size: int | None = None) -> WorldSource:
         return WorldSource(world, split, task, seed, caption_detail, size)

@@ -1,4 +1,4 @@
-"""What the splits of a world's images have in common."""
+"""Base class of the splits of toy datasets."""
 
 import random
 from typing import TYPE_CHECKING
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class Split:
-    """`size` images that are a function of (seed, name, index)."""
+    """A split of `size` images. Each is a function of (seed, name, index)."""
 
     def __init__(self, name: str, seed: int, size: int):
         self.name, self.seed, self.size = name, seed, size
@@ -22,15 +22,15 @@ class Split:
         return random.Random(f"{self.seed}/{self.name}/{index}/{purpose}")
 
     def scene(self, index: int) -> Scene:
-        """Say what an image shows."""
+        """Return the content of an image."""
         raise NotImplementedError
 
     def image(self, index: int) -> "Tensor":
-        """Draw an image: uint8 [3, H, W]."""
+        """Render an image: uint8 [3, H, W]."""
         raise NotImplementedError
 
     def png(self, index: int) -> bytes:
-        """Write an image as the bytes of a PNG file."""
+        """Encode an image as PNG."""
         from reca.data.pixels import encode_png  # imports torch
 
         return encode_png(self.image(index))

@@ -1,4 +1,4 @@
-"""What an embedded world is: its images, what is asked of a model there, and who judges what the model draws."""
+"""The definition of a toy dataset: its images, test prompts and judge."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,10 +9,10 @@ from reca.demo.scene import Scene, Thing
 from reca.demo.splits import Split
 from reca.options import RecipeError
 
-if TYPE_CHECKING:  # the names of worlds and suites are part of `reca --help`, which needs no torch
+if TYPE_CHECKING:  # `reca --help` lists datasets and suites without importing torch
     from torch import Tensor
 
-# name on the command line -> module with WORLD, whose functions are the sources that recipes name
+# name on the command line -> module with WORLD and the sources that recipes name
 PACKAGES = {
     "emoji": "reca.emoji_world",
     "shapes": "reca.toy_world",
@@ -26,35 +26,35 @@ PACKAGES = {
 
 class Prompt(NamedTuple):
     category: str
-    pairs: str  # seen, held-out, or "" where no colour is asked
+    pairs: str  # seen, held-out, or "" if no colour is named
     text: str
     scene: Scene
-    colours: bool  # judged by
-    layout: bool  # judged by
+    colours: bool  # whether colours are judged
+    layout: bool  # whether the layout is judged
 
 
 @dataclass(frozen=True)
 class World:
-    """An embedded world.
+    """A toy dataset.
 
-    name             on the command line
-    title            in sentences
-    package          or module that recipes name its sources by
-    umms             models that have a demo in it
-    things           every pair of a colour and a kind
-    held_out         seed -> the things that captions never show
-    splits           name -> seed -> split: captioned (what is drawn from captions), understood (what the understanding
-                     side can name), unlabeled (what post-training reconstructs) and unseen (what no training sees)
-    codec_split      the split that an image tokenizer is fitted to
-    prompts          seed -> what a model is asked to draw
-    categories       of prompts; "overall" is the mean over them
-    caption_details  of the arms of SFT beside the sparse one
-    shown            which of the held-out prompts the image beside the report shows, by their place
-    shows            whether an image shows what a prompt asks for
-    describe         what an image shows, in words
-    introduction     what a model learned in pre-training, in sentences of the report that begin after its name
-    assumptions      what this world assumes, in sentences of the report
-    credits          whose work it shows, in sentences of the report
+    name             name on the command line
+    title            name in messages and reports of evaluations
+    package          module of its sources, as named in recipes
+    umms             models that have a demo on it
+    things           all colour-kind pairs
+    held_out         seed -> things that captions never name
+    splits           name -> seed -> split: captioned (pre-training of generation), understood (training of the
+                     understanding side), unlabeled (post-training) and unseen (test images)
+    codec_split      split that the image tokenizer is fitted to
+    prompts          seed -> test prompts
+    categories       categories of prompts; "overall" is the mean over them
+    caption_details  caption_detail of the SFT variants other than sparse
+    shown            slice of the held-out prompts that before_after.png shows
+    shows            tells whether an image shows what a prompt asks for
+    describe         describes an image in words
+    introduction     what a model learned in pre-training; in the report it follows the model's description
+    assumptions      assumptions and limitations, for the report
+    credits          attribution and licences, for the report
     """
 
     name: str
@@ -76,27 +76,27 @@ class World:
     credits: tuple[str, ...] = ()
 
     def spec(self, split: str, seed: int | str, caption_detail: str | None = None) -> str:
-        """Name a source as recipes do."""
+        """Return the name of a source for recipes."""
         detail = f"&caption_detail={caption_detail}" if caption_detail else ""
         return f"{self.package}:{split}?seed={seed}{detail}"
 
 
 class Asked(NamedTuple):
-    """A prompt, and the world whose judge says whether an image shows it."""
+    """A prompt, and the toy dataset whose judge tells whether an image shows it."""
 
     world: World
     prompt: Prompt
 
 
 def load_world(name: str) -> World:
-    """Return a world by its name. Raises RecipeError for one that does not exist."""
+    """Load a toy dataset by name. Raises RecipeError for an unknown name."""
     if name not in PACKAGES:
         raise RecipeError(f"there is no toy dataset {name!r}; --world (WORLD= of make) is one of {', '.join(PACKAGES)}")
     return import_module(PACKAGES[name]).WORLD
 
 
 def default_world(umm: str) -> World:
-    """Return the first world that has a demo of a model. Raises RecipeError for a model without one."""
+    """Return the first toy dataset that has a demo of a model. Raises RecipeError if there is none."""
     worlds = [load_world(name) for name in PACKAGES]
     for world in worlds:
         if umm in world.umms:
