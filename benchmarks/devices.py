@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from reca.host_memory import FreedMemory
+from reca.hardware.host_memory import FreedMemory
 
 Forward = Callable[[Any], tuple]  # inputs -> results
 Backward = Callable[[Any, tuple], tuple]  # inputs, results -> gradients

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from benchmarks.devices import Ceilings, Device
 from benchmarks.rows import BACKWARD, BOTH, BY_SIZE, CEILING, FORWARD, OURS, RESULTS, Row, rounded
-from reca import full_memory
 from reca.errors import first_line
+from reca.hardware import full_memory
 from reca_kernels import dispatch
 
 FP32, BF16 = torch.float32, torch.bfloat16

@@ -19,7 +19,7 @@ from reca.data.views import View, Views
 from reca.models import base
 from reca.models.common.exporting import export_to
 from reca.models.common.images import to_unit
-from reca.options import HUB, config_field, count, pixels
+from reca.options.fields import HUB, config_field, count, pixels
 from reca.rng import CounterRNG, RandomStream
 
 FILE = "denoiser.safetensors"

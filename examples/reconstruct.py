@@ -10,10 +10,10 @@ import sys
 import torch
 
 import reca
+from reca.config.recipe_files import load_recipe
 from reca.data.batch import task_rng
 from reca.data.loader import open_loader
 from reca.optim import freeze
-from reca.recipe_files import load_recipe
 
 
 def main(name: str = "show_o_tiny", steps: int = 10) -> list[float]:

@@ -11,7 +11,7 @@ import torch
 
 import reca
 from reca.cli import main
-from reca.recipe_files import load_recipe
+from reca.config.recipe_files import load_recipe
 from tests.driver.toy import write_images
 
 ROOT = Path(__file__).parents[1]

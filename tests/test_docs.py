@@ -9,8 +9,8 @@ from PIL import Image
 
 from reca import catalog
 from reca.cli import _parse
-from reca.downloads import data_of, weights_of
-from reca.recipe_files import load_recipe, recipe_names
+from reca.config.recipe_files import load_recipe, recipe_names
+from reca.hub.downloads import data_of, weights_of
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md"]

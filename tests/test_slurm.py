@@ -15,8 +15,8 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 from reca.cli import _parse
-from reca.run_folder import RunFolder
-from reca.status import FIELDS
+from reca.runs.folder import RunFolder
+from reca.runs.status import FIELDS
 
 SCRIPT = Path(__file__).parents[1] / "examples/slurm/train.sbatch"
 

@@ -132,8 +132,8 @@ def folder_graph(graph: Mapping[str, Collection[str]]) -> dict[str, set[str]]:
 FOUNDATION = {
     f"reca.{name}"
     for name in (
-        *("catalog", "errors", "exits", "files", "folders", "micro_batches"),
-        *("options", "precision", "rng", "sampling_options", "units", "values"),
+        *("catalog", "data.micro_batches", "errors", "exits", "io.files", "io.folders"),
+        *("options.fields", "options.sampling", "options.values", "precision", "rng", "units"),
     )
 }
 

@@ -25,14 +25,15 @@ from benchmarks.data.waiting_rows import FOLDER, TARGET, Row, write
 from benchmarks.devices import Cpu
 from benchmarks.rows import rounded
 from benchmarks.runner import facts
-from reca import check, jsonl
-from reca.config import Recipe
+from reca.config.recipe import Recipe
+from reca.config.recipe_files import load_recipe
 from reca.data.batch import Batch
 from reca.data.pixels import PillowDecoder
 from reca.data.views import View, Views
-from reca.meta_model import build_meta
+from reca.estimate import check
+from reca.estimate.meta_model import build_meta
+from reca.io import jsonl
 from reca.models.base import Adapter, LossTerm, Prepared
-from reca.recipe_files import load_recipe
 from reca.rng import CounterRNG
 from reca.trainer import Trainer
 

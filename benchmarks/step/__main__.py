@@ -29,7 +29,7 @@ from benchmarks.runner import facts, percentiles
 from benchmarks.step import release, report
 from benchmarks.step.recipes import MODEL_OF, MODELS, SIZES
 from benchmarks.step.rows import FOLDER, FORMS, PARTS, StepRow, merged, read, write
-from reca.full_memory import KINDS, is_memory_full
+from reca.hardware.full_memory import KINDS, is_memory_full
 
 ROOT = Path(__file__).parents[2]
 # Repetitions per rate measurement, about ten seconds of one thread. This is about as long as a step, since the speed of

@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from reca import check, objective
+from reca import objective
+from reca.estimate import check
 
 # Operators whose output shape depends on data, or that return a number to the host: on a GPU they synchronise.
 OF_NUMBERS = {

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from reca.config import Recipe
+from reca.config.recipe import Recipe
+from reca.config.recipe_files import load_recipe
 from reca.models.show_o.weights import PHI_TOKENS
-from reca.recipe_files import load_recipe
 
 SIZES = ("tiny", "narrow", "quarter", "real")
 NAMES = {  # model -> the recipes of its sizes

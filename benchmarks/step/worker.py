@@ -30,18 +30,20 @@ from benchmarks.step import release
 from benchmarks.step.counting import Counter
 from benchmarks.step.parts import Parts, instrument, timed_trainer
 from benchmarks.step.recipes import step_recipe
-from reca import check, compiled_blocks, half_weights, objective
-from reca.config import Recipe
+from reca import objective
+from reca.config.recipe import Recipe
 from reca.data.batch import Batch, task_rng
-from reca.host_memory import FreedMemory
-from reca.meta_model import build_meta
+from reca.estimate import check
+from reca.estimate.meta_model import build_meta
+from reca.hardware.host_memory import FreedMemory
 from reca.models import umm_package
 from reca.models.base import Adapter
 from reca.models.common.on_cpu import as_gpu
+from reca.monitoring.speed import peak_memory
 from reca.precision import training_kernels
-from reca.recompute import checkpoint_activations
-from reca.speed import peak_memory
 from reca.trainer import Trainer
+from reca.training import compiled_blocks, half_weights
+from reca.training.recompute import checkpoint_activations
 
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")  # prefixes of the names of launch functions
 

@@ -7,17 +7,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-from reca import distributed, fit
-from reca.config import Recipe
-from reca.finite_weights import check_finite
+from reca import distributed
+from reca.config.paths import expand_home
+from reca.config.recipe import Recipe
+from reca.config.recipe_files import by_key, load_recipe
+from reca.estimate import fit
 from reca.models import umm_package
 from reca.models.base import Adapter
 from reca.models.common.inference import warn_of_random_weights, warn_of_untrained
-from reca.options import RecipeError, format_value
-from reca.paths import expand_home
-from reca.recipe_files import by_key, load_recipe
-from reca.runs import finished_steps, is_run, load_trained, recipe_of
+from reca.options.fields import RecipeError, format_value
+from reca.runs.lineage import finished_steps, is_run, load_trained, recipe_of
 from reca.trainer import Trainer
+from reca.training.finite_weights import check_finite
 
 
 class TrainedRun(NamedTuple):

@@ -11,7 +11,9 @@ import warnings
 from dataclasses import fields
 from pathlib import Path
 
-from reca import __version__, commands, exits, inference_commands, library_logs
+from reca import __version__, exits
+from reca.commands import general, inference
+from reca.processes import library_logs
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -84,7 +86,7 @@ def _reject_option(options: argparse.Namespace, override: str) -> None:
     name, equals, value = override.partition("=")
     if not equals or "." in name:
         return
-    from reca.config import Recipe
+    from reca.config.recipe import Recipe
 
     if name in (f.name for f in fields(Recipe)):
         return
@@ -101,7 +103,7 @@ def _reject_option(options: argparse.Namespace, override: str) -> None:
 def _parser() -> argparse.ArgumentParser:
     from reca.catalog import DATASETS, SUITES
     from reca.models import UMMS
-    from reca.status import FIELDS
+    from reca.runs.status import FIELDS
 
     parser = argparse.ArgumentParser(prog="reca", description="Reconstruction alignment of unified multimodal models.")
     parser.add_argument("--version", action="version", version=f"reca {__version__}")
@@ -126,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
             "with the release's decay of 0.9999 it still consists of 90 %% starting weights after 1000 steps",
         )
 
-    train = command("train", commands.train, "Train a recipe, or resume its run.")
+    train = command("train", general.train, "Train a recipe, or resume its run.")
     takes_recipe(train)
     train.add_argument(
         "--explain", action="store_true", help="print every key with its value and documentation, and exit"
@@ -145,13 +147,11 @@ def _parser() -> argparse.ArgumentParser:
         help="fraction of the initial loss that the dry run must reach (default: %(default)s)",
     )
 
-    status = command("status", commands.status, "Print the status of a run.")
+    status = command("status", general.status, "Print the status of a run.")
     status.add_argument("folder", type=_path, help="run folder")
     status.add_argument("--field", choices=FIELDS, help="print only this value, for scripts; the exit code is then 0")
 
-    check = command(
-        "check", commands.check, "Report parameters, FLOPs and memory of a recipe, without loading weights."
-    )
+    check = command("check", general.check, "Report parameters, FLOPs and memory of a recipe, without loading weights.")
     takes_recipe(check)
     check.add_argument("--gpus", type=int, default=1, help="number of GPUs (default: %(default)s)")
     check.add_argument(
@@ -167,20 +167,20 @@ def _parser() -> argparse.ArgumentParser:
         help="memory of a GPU: also report what fits and how many GPUs are needed; takes minutes",
     )
 
-    generate = command("generate", inference_commands.generate, "Generate images from text.")
+    generate = command("generate", inference.generate, "Generate images from text.")
     takes_recipe(generate, or_run=True)
     takes_ema(generate)
     generate.add_argument("--prompt", action="append", required=True, help="text prompt; may be repeated")
     _takes_sampling(generate)
 
-    edit = command("edit", inference_commands.edit, "Edit an image following an instruction.")
+    edit = command("edit", inference.edit, "Edit an image following an instruction.")
     takes_recipe(edit, or_run=True)
     takes_ema(edit)
     edit.add_argument("--image", type=_path, required=True, help="image file to edit")
     edit.add_argument("--instruction", required=True, help="what to change in the image")
     _takes_sampling(edit)
 
-    answer = command("answer", inference_commands.answer, "Answer a question about an image.")
+    answer = command("answer", inference.answer, "Answer a question about an image.")
     takes_recipe(answer, or_run=True)
     takes_ema(answer)
     answer.add_argument("--image", type=_path, required=True, help="image file to ask about")
@@ -188,7 +188,7 @@ def _parser() -> argparse.ArgumentParser:
 
     best = command(
         "best-of",
-        inference_commands.best_of,
+        inference.best_of,
         "Generate several images per prompt and keep the one that the model itself scores highest.",
     )
     best.add_argument("recipe", type=_path_text, help="recipe name or .yaml file, or a run folder")
@@ -201,9 +201,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _takes_sampling(best, folder_required=True)
 
-    export = command(
-        "export", inference_commands.export, "Export weights in the format of the model's public inference code."
-    )
+    export = command("export", inference.export, "Export weights in the format of the model's public inference code.")
     takes_recipe(export, or_run=True)
     takes_ema(export)
     export.add_argument("--out", type=_path, required=True, help="output folder")
@@ -225,7 +223,7 @@ def _parser() -> argparse.ArgumentParser:
     compare_commands.add(comparison, _path)
 
     serve = command(
-        "serve", commands.serve, "Serve a web UI to generate, edit and answer, with two models side by side."
+        "serve", general.serve, "Serve a web UI to generate, edit and answer, with two models side by side."
     )
     takes_recipe(serve, or_run=True)
     takes_ema(serve)
@@ -236,7 +234,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--port", type=int, default=7860, help="port to listen on (default: %(default)s)")
 
     demo = command(
-        "demo", commands.demo, "Run the demo on a CPU: pre-train a tiny model, post-train it in several ways, compare."
+        "demo", general.demo, "Run the demo on a CPU: pre-train a tiny model, post-train it in several ways, compare."
     )
     demo.add_argument("--umm", default="show_o", help=f"model: {', '.join(UMMS)} (default: %(default)s)")
     demo.add_argument("--world", help="toy dataset: emoji or shapes (default: emoji, if the model has a demo on it)")
@@ -267,7 +265,7 @@ def _parser() -> argparse.ArgumentParser:
     _takes_overrides(weights)
     data = what.add_parser("data", help="a dataset that the releases train on")
     data.add_argument("name", help=f"{', '.join(DATASETS)}, or a hub id: owner/name")
-    for sub, run in ((weights, commands.get_weights), (data, commands.get_data)):
+    for sub, run in ((weights, general.get_weights), (data, general.get_data)):
         sub.add_argument("--to", type=_path, help="destination folder (default: the Hugging Face cache)")
         sub.add_argument("--dry-run", action="store_true", help="only print the list")
         sub.set_defaults(run=run, parser=sub)
@@ -275,14 +273,14 @@ def _parser() -> argparse.ArgumentParser:
     suite.add_argument("name", help=", ".join(SUITES))
     suite.add_argument("--to", type=_path, help="destination folder (default: ./benchmarks)")
     suite.add_argument("--dry-run", action="store_true", help="only print the list")
-    suite.set_defaults(run=commands.get_suite)
+    suite.set_defaults(run=general.get_suite)
 
     _add_data(subparsers)
-    takes_recipe(command("cache", commands.cache, "Compute the features of all images before training, in data.cache."))
-    command("doctor", commands.doctor, "Report this machine's hardware and software and which kernels will run.")
+    takes_recipe(command("cache", general.cache, "Compute the features of all images before training, in data.cache."))
+    command("doctor", general.doctor, "Report this machine's hardware and software and which kernels will run.")
     # No prefix, so that all arguments, including --help, are passed to the benchmarks.
     bench = command(
-        "bench", commands.bench, "Time the kernels, as `python -m benchmarks`.", prefix_chars="\0", add_help=False
+        "bench", general.bench, "Time the kernels, as `python -m benchmarks`.", prefix_chars="\0", add_help=False
     )
     bench.add_argument("arguments", nargs="*")
     return parser
@@ -297,10 +295,10 @@ def _add_data(subparsers) -> None:
     for name, run, text in (
         (
             "check",
-            commands.data_check,
+            general.data_check,
             "Read every sample: report counts, bad samples, sizes, duplicates, texts. Exits with 1 if any is bad.",
         ),
-        ("view", commands.data_view, "Write an HTML page of samples as a model gets them: both views, and texts."),
+        ("view", general.data_view, "Write an HTML page of samples as a model gets them: both views, and texts."),
     ):
         sub = inside.add_parser(name, help=text, description=text)
         sub.set_defaults(run=run, parser=sub)
@@ -318,7 +316,7 @@ def _add_data(subparsers) -> None:
 
 
 def _path_text(text: str) -> str:
-    from reca.paths import expand_home
+    from reca.config.paths import expand_home
 
     if not text.strip():
         raise argparse.ArgumentTypeError("it is empty")

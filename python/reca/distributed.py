@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from reca import exits
 from reca.errors import PeerFailed
-from reca.options import RecipeError
+from reca.options.fields import RecipeError
 
 HOURS = 24  # that ranks wait for one that works alone, such as generating images or asking a judge
 

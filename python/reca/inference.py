@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from reca import distributed, exits, full_memory
+from reca import distributed, exits
 from reca.errors import first_line
-from reca.full_memory import is_memory_full
+from reca.hardware import full_memory
+from reca.hardware.full_memory import is_memory_full
 
 log = logging.getLogger("reca")
 T = TypeVar("T")

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from reca import distributed, inference
-from reca.config import ObjectiveConfig
+from reca.config.recipe import ObjectiveConfig
 from reca.data.batch import Batch, task_rng
 from reca.models.base import Adapter, LossTerm
-from reca.options import RecipeError
-from reca.parallelize import set_gradient_sync
+from reca.options.fields import RecipeError
 from reca.rng import CounterRNG
+from reca.training.parallelize import set_gradient_sync
 from reca_kernels.host import on_device
 
 TINY = torch.finfo(torch.float32).tiny

@@ -9,21 +9,22 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from reca import distributed, out_of_memory, units
-from reca.config import LoraConfig, Recipe
+from reca import distributed, units
+from reca.config.recipe import LoraConfig, Recipe
+from reca.config.recipe_files import as_dict
 from reca.data.batch import Batch
 from reca.data.errors import BadSample, LeftOut
 from reca.data.feature_shards import fill
 from reca.data.loader import Loader, Row, open_loader
 from reca.data.read_ahead import read_ahead
-from reca.lora import published_name
+from reca.estimate import out_of_memory
 from reca.models import umm_package
 from reca.models.base import Adapter
 from reca.models.common.deferred_weights import DeferredWeights, deferring
-from reca.options import RecipeError
+from reca.options.fields import RecipeError
 from reca.precision import autocast, cast, training_kernels
-from reca.recipe_files import as_dict
-from reca.runs import check_parent, load_parent, parent_digest
+from reca.runs.lineage import check_parent, load_parent, parent_digest
+from reca.training.lora import published_name
 
 
 def features_identity(recipe: Recipe, adapter: Adapter, parent: str | None) -> list[Any]:

@@ -7,20 +7,22 @@ from typing import Any
 
 import torch
 
-from reca import checkpoint, distributed, float8, runs, units
-from reca.config import Recipe
+from reca import checkpoint, distributed, units
+from reca.config.recipe import Recipe
 from reca.data.errors import DataError
 from reca.data.sample import Source
 from reca.data.templates import load_templates
+from reca.estimate.held import held, host_moments
+from reca.estimate.meta_model import build_meta
 from reca.eval.training import TrainingSuite
-from reca.held import held, host_moments
-from reca.host_memory import total as host_memory
-from reca.lora import choose_trained
-from reca.meta_model import build_meta
+from reca.hardware.host_memory import total as host_memory
 from reca.models.base import Adapter
+from reca.monitoring.validation import open_run_sources
 from reca.optim import check_apex, check_passes
-from reca.options import RecipeError
-from reca.validation import open_run_sources
+from reca.options.fields import RecipeError
+from reca.runs import lineage
+from reca.training import float8
+from reca.training.lora import choose_trained
 
 log = logging.getLogger("reca")
 
@@ -40,9 +42,9 @@ def check_on_ranks(
         if distributed.rank() == 0:
             ranks, node = distributed.world_size(), distributed.local_world_size()
             sources, templates = check(recipe, tasks, ranks, node, adapter, begins=state is None)
-            fingerprint = runs.fingerprint(recipe, sources, templates, state)
+            fingerprint = lineage.fingerprint(recipe, sources, templates, state)
             if state is not None:
-                runs.reject_changed(recipe, Path(recipe.run_dir), state, fingerprint)
+                lineage.reject_changed(recipe, Path(recipe.run_dir), state, fingerprint)
     with distributed.fail_together():
         if distributed.rank() > 0:
             sources = open_run_sources(recipe, tasks)
@@ -74,7 +76,7 @@ def check(
     if recipe.train.float8:
         float8.check_usable(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if begins:
-        runs.check_parent(recipe, model)
+        lineage.check_parent(recipe, model)
     sources = open_run_sources(recipe, tasks)
     _others_exist(recipe, sources)
     if adapter is None:
@@ -111,7 +113,7 @@ def check_recipe(recipe: Recipe, model: Adapter) -> list[str]:
 
 def check_files(recipe: Recipe) -> None:
     """Raise RecipeError if a model file that is given as a path does not exist."""
-    for name, value in runs.published_files(recipe).items():
+    for name, value in lineage.published_files(recipe).items():
         if value.startswith(("/", "./", "../", "~")) and not Path(value).exists():
             raise RecipeError(
                 f"model.{name}={value} does not exist; set a file, a folder, or a hub id such as owner/name"

@@ -8,45 +8,36 @@ from pathlib import Path
 
 import torch
 
-from reca import (
-    checkpoint,
-    distributed,
-    exits,
-    fit,
-    half_weights,
-    hang,
-    inference,
-    lora,
-    objective,
-    out_of_memory,
-    preflight,
-    runs,
-)
-from reca.config import Recipe, TaskConfig
+from reca import checkpoint, distributed, exits, inference, objective, preflight
+from reca.config.recipe import Recipe, TaskConfig
+from reca.config.recipe_files import absolute_paths, as_dict, save_recipe
 from reca.data.batch import Batch
 from reca.data.loader import Loader, open_loader
-from reca.determinism import deterministic
-from reca.diagnostics import Diagnostics, drift_tasks
-from reca.ema import EMA
-from reca.evaluations import Evaluations
-from reca.finite_weights import check_finite
-from reca.folders import ensure_writable
-from reca.host_memory import FreedMemory
-from reca.interruption import Interruption
-from reca.log import RunLog, due
-from reca.lora import choose_trained
+from reca.estimate import fit, out_of_memory
+from reca.hardware.host_memory import FreedMemory
+from reca.io.folders import ensure_writable
 from reca.models import umm_package
 from reca.models.base import Adapter
-from reca.monitors import Monitor
+from reca.monitoring.diagnostics import Diagnostics, drift_tasks
+from reca.monitoring.evaluations import Evaluations
+from reca.monitoring.log import RunLog, due
+from reca.monitoring.monitors import Monitor
+from reca.monitoring.profiling import profiler_of
+from reca.monitoring.reporting import RunReport
 from reca.optim import FusedBackward, gradient_norm, lr_at, make_optimizer, set_lr
-from reca.parallelize import load, parallelize
 from reca.precision import autocast, cast, training_kernels
 from reca.precompute import features_identity
-from reca.profiling import profiler_of
-from reca.recipe_files import absolute_paths, as_dict, save_recipe
-from reca.reporting import RunReport
-from reca.run_folder import RunFolder
-from reca.skipped_steps import SkippedSteps
+from reca.processes import hang
+from reca.processes.interruption import Interruption
+from reca.runs import lineage
+from reca.runs.folder import RunFolder
+from reca.training import half_weights, lora
+from reca.training.determinism import deterministic
+from reca.training.ema import EMA
+from reca.training.finite_weights import check_finite
+from reca.training.lora import choose_trained
+from reca.training.parallelize import load, parallelize
+from reca.training.skipped_steps import SkippedSteps
 
 log = logging.getLogger("reca")
 
@@ -109,7 +100,7 @@ class Trainer:
             yield
 
     def _set_up(self, adapter: Adapter | None) -> None:
-        runs.reject_other_ranks(self.recipe)
+        lineage.reject_other_ranks(self.recipe)
         self.folder.record_checkpoint(checkpoint.latest(self.run_dir))
         self.recipe = recipe = fit.fit_on_ranks(self.recipe, adapter is None, self.folder.write_accepted)
         out_of_memory.record_history(recipe)
@@ -119,7 +110,7 @@ class Trainer:
         newest = checkpoint.latest_valid(self.run_dir)
         state = None if newest is None else checkpoint.read_state(newest)
         self.step = self.saved = 0 if state is None else state["step"]
-        self.schedule_end = runs.schedule_end(recipe, state)
+        self.schedule_end = lineage.schedule_end(recipe, state)
         self.folder.record_checkpoint(newest)
         drift = [task for task in drift_tasks(recipe, self.model_tasks) if task not in self.tasks]
         self.sources, self.fingerprint = preflight.check_on_ranks(recipe, [*self.tasks, *drift], adapter, state)
@@ -132,7 +123,7 @@ class Trainer:
         if deferred and recipe.lora.rank:
             lora.reset(self.adapter, recipe.train.seed)
         if state is None:
-            runs.load_parent(self.adapter, recipe)
+            lineage.load_parent(self.adapter, recipe)
         else:
             self.adapter.inherited = frozenset(state["inherited"])
         with distributed.fail_together():
@@ -151,7 +142,7 @@ class Trainer:
                 self.monitor.load_state(state["monitor"])
             if distributed.rank() == 0:
                 log.info("resuming %s from step %d", self.run_dir, self.step)
-                for difference in runs.resume_warnings(recipe, state, distributed.world_size()):
+                for difference in lineage.resume_warnings(recipe, state, distributed.world_size()):
                     log.warning(difference)
         self.ema = EMA(self.adapter, recipe.ema.half_life) if recipe.ema.half_life else None
         if self.ema and newest is not None and state is not None and self.ema.continues(state):

@@ -14,7 +14,7 @@ from reca.data.audit import audit, report
 from reca.data.config import DataConfig
 from reca.data.contact_sheet import contact_sheet
 from reca.data.loader import open_loader
-from reca.data.sources import open_source
+from reca.data.sources.factory import open_source
 from reca.data.views import View, Views
 from tests.data.files import conversations, fill, image_bytes, row
 
@@ -117,7 +117,7 @@ def test_captions_in_a_contact_sheet_are_text(root):
 
 def test_the_command_writes_a_page_of_the_views_of_a_recipe(root, tmp_path, capsys, monkeypatch):
     model = SimpleNamespace(tasks=("reca",), views=VIEWS.get)
-    monkeypatch.setattr("reca.data_commands.build_meta", lambda recipe: (model, None))
+    monkeypatch.setattr("reca.commands.data.build_meta", lambda recipe: (model, None))
     out = tmp_path / "sheets"
     arguments = ["data", "view", str(root), "data.max_bad_fraction=0.5", "--recipe", "show_o_tiny", "--out", str(out)]
     assert main([*arguments, "--count", "3"]) == 0

@@ -14,7 +14,7 @@ from reca.data.config import DataConfig
 from reca.data.errors import DataError
 from reca.data.loader import open_loader
 from reca.data.pixels import BadImage
-from reca.data.sources import open_source
+from reca.data.sources.factory import open_source
 from reca.data.views import View, Views
 from tests.data.files import conversations, fill, image_bytes, row
 

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from reca.data.errors import DataError
-from reca.data.sources import open_source
+from reca.data.sources.factory import open_source
 from tests.data.files import conversations, fill, image_bytes, row
 
 GOOD = row("human", "Q", "gpt", "A")

@@ -8,15 +8,15 @@ import torch
 
 from reca import distributed, precompute
 from reca.cli import main
+from reca.config.recipe_files import load_recipe
 from reca.data import feature_shards
 from reca.data.config import DataConfig
 from reca.data.feature_shards import FeatureShards, ShardWriter, fill
 from reca.data.loader import open_loader
 from reca.data.meter import Meter
-from reca.data.parquet import Parquet
+from reca.data.sources.parquet import Parquet
 from reca.data.views import View, Views
-from reca.options import RecipeError
-from reca.recipe_files import load_recipe
+from reca.options.fields import RecipeError
 from tests.data.files import fill as files
 from tests.data.files import image_bytes
 

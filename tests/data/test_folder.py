@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from reca.data.errors import BadSample, DataError
-from reca.data.sources import open_source
+from reca.data.sources.factory import open_source
 from tests.data.files import fill, image_bytes
 
 

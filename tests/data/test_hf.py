@@ -8,12 +8,12 @@ from typing import ClassVar
 import huggingface_hub
 import pytest
 
+from reca.config.recipe_files import absolute_paths, load_recipe
 from reca.data.config import ColumnsConfig, DataConfig
 from reca.data.errors import BadSample, DataError, LeftOut
 from reca.data.loader import open_loader
-from reca.data.sources import open_source
+from reca.data.sources.factory import open_source
 from reca.data.views import View, Views
-from reca.recipe_files import absolute_paths, load_recipe
 from tests.data.files import fill, image_bytes, said
 
 datasets = pytest.importorskip("datasets")

@@ -7,12 +7,12 @@ import os
 
 import pytest
 
-from reca.data import conversations as module
-from reca.data import index_files, json_stream, tar_index
 from reca.data.bad_samples import _count_keys
 from reca.data.errors import DataError
-from reca.data.json_stream import read_items
-from reca.data.sources import open_source
+from reca.data.sources import conversations as module
+from reca.data.sources import index_files, json_stream, tar_index
+from reca.data.sources.factory import open_source
+from reca.data.sources.json_stream import read_items
 from tests.data.files import conversations, image_bytes, row, tar
 
 

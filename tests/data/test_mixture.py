@@ -7,16 +7,16 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from reca.config.recipe_files import absolute_paths, explain, load_recipe, save_recipe
 from reca.data import order
 from reca.data.config import DataConfig
 from reca.data.loader import open_loader
-from reca.data.mixture import Mixture
 from reca.data.order import STRETCH, make_order
-from reca.data.skipped import log_once
-from reca.data.sources import open_sources
+from reca.data.sources.factory import open_sources
+from reca.data.sources.mixture import Mixture
+from reca.data.sources.skipped import log_once
 from reca.data.views import View, Views
-from reca.options import RecipeError
-from reca.recipe_files import absolute_paths, explain, load_recipe, save_recipe
+from reca.options.fields import RecipeError
 from tests.data.files import fill, image_bytes, tar
 
 VIEWS = Views(gen=View(4), und=None)

@@ -6,14 +6,15 @@ import threading
 
 import pytest
 
-from reca.data import order, parquet
+from reca.config.recipe_files import absolute_paths, load_recipe
+from reca.data import order
 from reca.data.config import ColumnsConfig, DataConfig
 from reca.data.errors import BadSample, DataError, LeftOut
 from reca.data.loader import open_loader
-from reca.data.row_groups import RecentlyUsed
-from reca.data.sources import open_source
+from reca.data.sources import parquet
+from reca.data.sources.factory import open_source
+from reca.data.sources.row_groups import RecentlyUsed
 from reca.data.views import View, Views
-from reca.recipe_files import absolute_paths, load_recipe
 from tests.data.files import fill, image_bytes, said
 
 pa = pytest.importorskip("pyarrow")

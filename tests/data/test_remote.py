@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from reca.data import conversations as conversations_module
-from reca.data import index_files, remote, tar_index
 from reca.data.errors import BadSample, DataError
-from reca.data.sources import open_source
+from reca.data.sources import conversations as conversations_module
+from reca.data.sources import index_files, remote, tar_index
+from reca.data.sources.factory import open_source
 from tests.data.files import conversations, fill, image_bytes, row, said, tar
 
 fsspec = pytest.importorskip("fsspec")

@@ -4,11 +4,11 @@ import sys
 
 import pytest
 
+from reca.config.recipe_files import load_recipe
 from reca.data.errors import DataError
-from reca.data.sources import open_source
+from reca.data.sources.factory import open_source
 from reca.data.spec import parse_spec
 from reca.data.templates import load_templates
-from reca.recipe_files import load_recipe
 
 MODULE = """
 from reca.data.sample import Sample

@@ -7,7 +7,7 @@ import tarfile
 import pytest
 
 from reca.data.errors import BadSample, DataError
-from reca.data.sources import open_source
+from reca.data.sources.factory import open_source
 from tests.data.files import image_bytes, tar
 
 DARK, LIGHT = image_bytes((1, 1, 1)), image_bytes((250, 250, 250))

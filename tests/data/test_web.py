@@ -10,11 +10,11 @@ from contextlib import nullcontext
 
 import pytest
 
-from reca.data import remote
 from reca.data.config import DataConfig
 from reca.data.errors import BadSample, DataError
 from reca.data.loader import open_loader
-from reca.data.sources import open_source
+from reca.data.sources import remote
+from reca.data.sources.factory import open_source
 from reca.data.views import View, Views
 from tests.data.files import conversations, fill, image_bytes, row, tar
 

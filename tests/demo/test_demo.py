@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from reca import exits, side_by_side, toy_world
+from reca import exits, toy_world
 from reca.cli import main
+from reca.config.recipe_files import load_recipe, save_recipe
 from reca.data.pixels import read_image
 from reca.demo import before_after, experiment, measure, report
 from reca.demo.arms import Outcome, arms, starts
@@ -24,8 +25,8 @@ from reca.demo.scene import Scene
 from reca.demo.world import load_world
 from reca.models.common.efficientnet import imagenet_weights
 from reca.models.common.weight_files import read_tensors
-from reca.recipe_files import load_recipe, save_recipe
-from reca.side_by_side import Failure
+from reca.processes import side_by_side
+from reca.processes.side_by_side import Failure
 from reca.toy_world.scenes import SIDE, all_pairs, held_out_pairs
 from tests.emoji_world.artwork import needs_artwork, needs_weights
 
@@ -144,7 +145,7 @@ def test_the_start_is_where_post_training_starts(umm, tmp_path):
     recipe = load_recipe(setup.recipe)
     model = setup.pretrain(recipe, 3, tmp_path / "before", SCALE, lambda *_: None)
     from reca.models import umm_package
-    from reca.runs import load_parent
+    from reca.runs.lineage import load_parent
 
     again = load_recipe(setup.recipe, [setup.init_override.format(folder=tmp_path / "before")])
     loaded = umm_package(umm).Adapter.load(again.model)

@@ -1,6 +1,6 @@
 import pytest
 
-from reca.recipe_files import load_recipe
+from reca.config.recipe_files import load_recipe
 from tests.driver.toy import write_images, write_recipe
 
 

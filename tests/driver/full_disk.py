@@ -15,7 +15,7 @@ from pathlib import Path
 
 from reca import checkpoint
 from reca.cli import main
-from reca.status import Status
+from reca.runs.status import Status
 from reca.trainer import Trainer
 
 DISK, ELSEWHERE = Path(sys.argv[1]), Path(sys.argv[2])

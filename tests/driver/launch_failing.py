@@ -14,11 +14,12 @@ from pathlib import Path
 import torch
 from torch.distributed.tensor import DTensor
 
-from reca import checkpoint, distributed, exits, run_folder
+from reca import checkpoint, distributed, exits
 from reca.checkpoint import reading, writing
+from reca.config.recipe_files import load_recipe
 from reca.models import umm_package
-from reca.recipe_files import load_recipe
-from reca.status import Status
+from reca.runs import folder
+from reca.runs.status import Status
 from reca.trainer import Trainer
 from tests.driver.forks import exit_codes, fork_ranks
 from tests.driver.toy import ToyAdapter, write_images, write_recipe
@@ -222,14 +223,14 @@ def another_recipe(name: str) -> None:
 def another_folder(name: str) -> None:
     """run_dir is on a disk of each machine, where the second has had a run of its own."""
     (FOLDER / name).mkdir(exist_ok=True)
-    run_folder.SEEN_AFTER = 0.0
+    folder.SEEN_AFTER = 0.0
     trainer(name if os.environ["RANK"] == "0" else "beside").run()
 
 
 def no_folder(name: str) -> None:
     """The same, where it has had none."""
     (FOLDER / name).mkdir(exist_ok=True)
-    run_folder.SEEN_AFTER = 0.0
+    folder.SEEN_AFTER = 0.0
     trainer(name if os.environ["RANK"] == "0" else "nowhere").run()
 
 

@@ -15,11 +15,11 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from reca import distributed
-from reca.config import Recipe
+from reca.config.recipe import Recipe
+from reca.config.recipe_files import load_recipe
 from reca.models import UMMS, umm_package
 from reca.models.base import Adapter
-from reca.parallelize import load, parallelize
-from reca.recipe_files import load_recipe
+from reca.training.parallelize import load, parallelize
 from tests.driver.forks import exit_codes, fork_ranks
 
 RANKS = 2

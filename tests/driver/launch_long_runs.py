@@ -10,7 +10,7 @@ import torch
 
 from reca import distributed
 from reca.cli import _set_up_output
-from reca.recipe_files import load_recipe
+from reca.config.recipe_files import load_recipe
 from reca.trainer import Trainer
 from tests.driver.forks import exit_codes, fork_ranks
 from tests.driver.toy import ToyAdapter, write_images, write_recipe

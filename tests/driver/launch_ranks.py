@@ -15,8 +15,8 @@ import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from reca import distributed
+from reca.config.recipe_files import load_recipe
 from reca.models import umm_package
-from reca.recipe_files import load_recipe
 from reca.trainer import Trainer
 from tests.driver.forks import exit_codes, fork_ranks
 from tests.driver.toy import ToyAdapter

@@ -13,8 +13,8 @@ import torch
 
 import reca
 from reca import api, cli
-from reca.options import RecipeError
-from reca.recipe_files import load_recipe, save_recipe
+from reca.config.recipe_files import load_recipe, save_recipe
+from reca.options.fields import RecipeError
 from tests.driver.toy import ToyAdapter, ToyConfig, write_images, write_recipe
 
 SMALL = ["data.workers=0", "objective.i2t.weight=0", "objective.reca.batch_size=4", "log.tensorboard=false"]

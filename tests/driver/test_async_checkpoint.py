@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from reca import checkpoint, exits, host_memory
+from reca import checkpoint, exits
 from reca.checkpoint import background, contents, writing
 from reca.checkpoint.retention import Keep
-from reca.config import OptimConfig
+from reca.config.recipe import OptimConfig
+from reca.hardware import host_memory
 from reca.optim import make_optimizer
-from reca.options import RecipeError
-from reca.status import Status
+from reca.options.fields import RecipeError
+from reca.runs.status import Status
 from reca.trainer import NotSavedError, Trainer
 from tests.driver.toy import ToyAdapter, run_toy, weights
 

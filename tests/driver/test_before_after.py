@@ -6,9 +6,9 @@ from PIL import Image
 
 import reca
 from reca import checkpoint, cli
-from reca.diagnostics import Diagnostics
-from reca.recipe_files import load_recipe
-from reca.reconstructions import BEFORE, GRID, image_batch, reconstruct, side_by_side
+from reca.config.recipe_files import load_recipe
+from reca.monitoring.diagnostics import Diagnostics
+from reca.monitoring.reconstructions import BEFORE, GRID, image_batch, reconstruct, side_by_side
 from reca.trainer import Trainer
 from tests.driver.toy import write_images
 

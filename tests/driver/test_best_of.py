@@ -10,11 +10,13 @@ import torch
 from PIL import Image
 
 import reca
-from reca import best_of, checkpoint, distributed, inference_commands, jsonl
+from reca import checkpoint, distributed
 from reca.cli import main
-from reca.data.sources import open_source
+from reca.commands import best_of, inference
+from reca.config.recipe_files import load_recipe, save_recipe
+from reca.data.sources.factory import open_source
+from reca.io import jsonl
 from reca.models.common.likelihood import LogLikelihood
-from reca.recipe_files import load_recipe, save_recipe
 
 PROMPTS = ["a red square", "a blue circle", "a green ring", "a red square", "a white cross"]
 
@@ -189,7 +191,7 @@ def test_images_of_two_runs_do_not_mix(tmp_path, monkeypatch, capsys):
         folder.mkdir(parents=True)
         (folder / checkpoint.MARKER).write_text(weights)
         save_recipe(load_recipe("show_o_tiny", {"run_dir": str(tmp_path / "run")}), tmp_path / name / "recipe.yaml")
-    monkeypatch.setattr(inference_commands, "_model", lambda options: Model())
+    monkeypatch.setattr(inference, "_model", lambda options: Model())
     monkeypatch.setattr(Model, "tokenizer", None, raising=False)
     monkeypatch.setattr("reca.models.common.inference.warn_of_unknown_words", lambda *_: None)
     monkeypatch.setattr("reca.inference.generate", lambda model, texts, seeds, **_: model.generate(texts, seeds))

@@ -9,20 +9,20 @@ import pytest
 import torch
 from torch import nn
 
-from reca import check
 from reca.cli import main
-from reca.config import ParallelConfig
+from reca.config.recipe import ParallelConfig
+from reca.config.recipe_files import load_recipe, recipe_names
 from reca.data.batch import Batch
 from reca.data.views import View, Views
-from reca.held import held, host_moments, part
-from reca.meta_model import build_meta
+from reca.estimate import check
+from reca.estimate.held import held, host_moments, part
+from reca.estimate.meta_model import build_meta
 from reca.models import umm_package
 from reca.models.show_o import prompt
 from reca.models.show_o.conditioner import conditioner
 from reca.optim import freeze, make_optimizer
-from reca.parallelize import replicas_fit, shard_size
-from reca.recipe_files import load_recipe, recipe_names
 from reca.rng import CounterRNG
+from reca.training.parallelize import replicas_fit, shard_size
 
 TINY = ["show_o_tiny", "harmon_tiny", "open_uni_tiny", "bagel_tiny", "janus_tiny", "janusflow_tiny"]
 
@@ -305,7 +305,7 @@ def test_command(capsys):
 
 
 def test_bagel_at_full_size_takes_little_memory():
-    peak = "import torch; from reca.speed import peak_memory; print(peak_memory(torch.device('cpu')))"
+    peak = "import torch; from reca.monitoring.speed import peak_memory; print(peak_memory(torch.device('cpu')))"
     code = f"from reca.cli import main; main(['check', 'bagel_7b', 'train.activation_checkpointing=false']); {peak}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

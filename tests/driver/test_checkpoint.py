@@ -13,14 +13,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from reca import checkpoint, exits, manifest
-from reca.checkpoint import CheckpointError, listing, reading, writing
+from reca import checkpoint, exits
+from reca.checkpoint import CheckpointError, listing, manifest, reading, writing
 from reca.data import cache as caching
 from reca.data.cache import FeatureCache, content
 from reca.data.views import View, Views
 from reca.models.common.weight_files import read_tensors
-from reca.runs import load_recipe
-from reca.status import Status
+from reca.runs.lineage import load_recipe
+from reca.runs.status import Status
 from reca.trainer import Trainer
 from tests.driver.toy import ToyAdapter, run_toy, weights
 
@@ -276,10 +276,10 @@ def test_checksums_tell_every_change(tmp_path):
 
 def test_exit_codes_are_those_of_the_exceptions():
     from reca.data.errors import DataError
-    from reca.options import RecipeError
-    from reca.run_folder import RunInUse
-    from reca.skipped_steps import NonFiniteError
+    from reca.options.fields import RecipeError
+    from reca.runs.folder import RunInUse
     from reca.trainer import NotSavedError
+    from reca.training.skipped_steps import NonFiniteError
 
     expected = {
         RecipeError: 3, CheckpointError: 3, ValueError: 3, DataError: 4, OSError: 4, NonFiniteError: 5,

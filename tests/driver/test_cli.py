@@ -91,7 +91,9 @@ def test_what_a_model_cannot_do_is_said_before_it_is_built(name, capsys, tmp_pat
 )
 def test_overrides_stand_on_either_side_of_options(arguments, monkeypatch, capsys):
     seen = []
-    monkeypatch.setattr("reca.check.report", lambda recipe, gpus, node, card: seen.append((recipe, gpus, node)))
+    monkeypatch.setattr(
+        "reca.estimate.check.report", lambda recipe, gpus, node, card: seen.append((recipe, gpus, node))
+    )
     assert main(["check", *arguments]) == 0
     ((recipe, gpus, node),) = seen
     assert (recipe.train.precision, recipe.train.steps, gpus, node) == ("bf16", 7, 1, 2)
@@ -184,7 +186,7 @@ def test_output_on_a_full_disk_ends_nothing(more, code, monkeypatch, tmp_path):
 
 
 def test_what_nobody_foresaw_keeps_its_traceback(monkeypatch, capsys):
-    monkeypatch.setattr("reca.doctor.report", lambda: 1 / 0)
+    monkeypatch.setattr("reca.commands.doctor.report", lambda: 1 / 0)
     assert main(["doctor"]) == 1
     assert "Traceback" in (error := capsys.readouterr().err) and "ZeroDivisionError" in error
 
@@ -263,5 +265,5 @@ def test_ctrl_c_has_its_exit_code(monkeypatch, capsys):
     def stopped(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("reca.doctor.report", stopped)
+    monkeypatch.setattr("reca.commands.doctor.report", stopped)
     assert main(["doctor"]) == 130 and capsys.readouterr().err == "reca: stopped\n"

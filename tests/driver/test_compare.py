@@ -6,8 +6,8 @@ import json
 from reca import checkpoint
 from reca.comparison import triplets
 from reca.comparison.build import compare
+from reca.config.recipe_files import load_recipe, save_recipe
 from reca.eval.report import FORMAT
-from reca.recipe_files import load_recipe, save_recipe
 from tests.driver.toy import write_images
 
 

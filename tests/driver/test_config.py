@@ -1,7 +1,7 @@
 import pytest
 
-from reca.options import RecipeError
-from reca.recipe_files import as_dict, explain, load_recipe, recipe_names, save_recipe
+from reca.config.recipe_files import as_dict, explain, load_recipe, recipe_names, save_recipe
+from reca.options.fields import RecipeError
 
 
 def test_override_is_typed(recipe):

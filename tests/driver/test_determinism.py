@@ -6,11 +6,11 @@ import os
 import pytest
 import torch
 
-from reca.determinism import CUBLAS, deterministic
-from reca.options import RecipeError
-from reca.recipe_files import load_recipe
-from reca.status import Status
+from reca.config.recipe_files import load_recipe
+from reca.options.fields import RecipeError
+from reca.runs.status import Status
 from reca.trainer import Trainer
+from reca.training.determinism import CUBLAS, deterministic
 from reca_kernels.attention import op
 from tests.driver.toy import ToyAdapter
 

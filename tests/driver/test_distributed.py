@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 
 from reca import checkpoint, distributed
+from reca.config.recipe_files import as_dict, load_recipe
 from reca.eval.errors import EvaluationError
 from reca.eval.training import TrainingSuite
 from reca.models import UMMS, umm_package
-from reca.options import RecipeError
-from reca.recipe_files import as_dict, load_recipe
+from reca.options.fields import RecipeError
 from tests.driver.toy import ToyAdapter, write_images, write_recipe
 
 ROOT = Path(__file__).parents[2]

@@ -9,11 +9,12 @@ from collections import namedtuple
 import pytest
 from huggingface_hub import constants
 
-from reca import catalog, downloads, hub_files
+from reca import catalog
 from reca.cli import main
+from reca.config.recipe_files import load_recipe, recipe_names
+from reca.hub import downloads, files
 from reca.models import UMMS
 from reca.models.common.hub import fetch, hub_name
-from reca.recipe_files import load_recipe, recipe_names
 from tests.driver.hub_server import Hub, Repository, digest, point_to, serve
 
 LARGE = bytes(range(256)) * 40
@@ -39,7 +40,7 @@ def hub(monkeypatch, tmp_path):
     )
     server, address = serve(hub)
     point_to(monkeypatch, address, tmp_path / "cache")
-    monkeypatch.setattr(hub_files, "RESUMED", 1000)  # the files here are smaller than any of the hub's
+    monkeypatch.setattr(files, "RESUMED", 1000)  # the files here are smaller than any of the hub's
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 256)  # what of a cut connection has not filled one is lost
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the tries of the library
     yield hub

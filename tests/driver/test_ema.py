@@ -5,9 +5,9 @@ import torch
 
 from reca import api, checkpoint
 from reca.checkpoint import CheckpointError
-from reca.ema import EMA, newest_weight
-from reca.options import RecipeError
+from reca.options.fields import RecipeError
 from reca.trainer import Trainer
+from reca.training.ema import EMA, newest_weight
 from tests.driver.toy import ToyAdapter, run_toy, weights
 
 

@@ -8,13 +8,13 @@ import torch
 from PIL import Image
 
 from reca import exits
-from reca.alarms import Alarms, spread
+from reca.config.recipe_files import load_recipe
 from reca.eval.config import EvalConfig
 from reca.eval.judges.world import WorldJudge
-from reca.options import RecipeError
+from reca.monitoring.alarms import Alarms, spread
+from reca.options.fields import RecipeError
 from reca.precision import _matmul_precision
-from reca.recipe_files import load_recipe
-from reca.status import Status
+from reca.runs.status import Status
 from reca.trainer import CollapseError, Trainer
 from tests.driver.toy import ToyAdapter, run_toy, weights
 

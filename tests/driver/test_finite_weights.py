@@ -5,9 +5,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from reca import api
-from reca.finite_weights import check_finite
-from reca.recipe_files import load_recipe
+from reca.config.recipe_files import load_recipe
 from reca.trainer import Trainer
+from reca.training.finite_weights import check_finite
 
 
 @pytest.mark.parametrize(("value", "dtype"), [("nan", torch.float32), ("inf", torch.bfloat16), ("-inf", torch.float16)])

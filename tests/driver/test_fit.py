@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from reca import fit, memory, out_of_memory
-from reca.held import Held
-from reca.memory import Memory
-from reca.options import RecipeError
-from reca.recipe_files import load_recipe
+from reca.config.recipe_files import load_recipe
+from reca.estimate import fit, memory, out_of_memory
+from reca.estimate.held import Held
+from reca.estimate.memory import Memory
+from reca.options.fields import RecipeError
 from reca.trainer import Trainer
 from tests.driver.toy import ToyAdapter
 

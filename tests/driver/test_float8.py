@@ -5,11 +5,11 @@ import importlib.util
 import pytest
 import torch
 
-from reca import float8, lora
+from reca.config.recipe_files import load_recipe
 from reca.data.batch import Batch, task_rng
 from reca.models import umm_package
-from reca.options import RecipeError
-from reca.recipe_files import load_recipe
+from reca.options.fields import RecipeError
+from reca.training import float8, lora
 
 needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from reca import hang
-from reca.hang import HangWatch, numbers, summary
+from reca.processes import hang
+from reca.processes.hang import HangWatch, numbers, summary
 from reca.trainer import Trainer
 from tests.driver.toy import ToyAdapter, run_toy
 

@@ -10,8 +10,8 @@ import torch
 
 from reca import checkpoint
 from reca.checkpoint import CheckpointError, listing, writing
-from reca.options import RecipeError
-from reca.runs import load_trained
+from reca.options.fields import RecipeError
+from reca.runs.lineage import load_trained
 from reca.trainer import Trainer
 from tests.driver.toy import ToyAdapter, run_toy, weights
 
@@ -23,7 +23,7 @@ SECOND = ["train.frozen=['layers.1.*']"]
 def published(monkeypatch):
     """`load` reads the toy's published weights."""
     package = SimpleNamespace(Adapter=SimpleNamespace(load=lambda *_: ToyAdapter()))
-    monkeypatch.setattr("reca.runs.umm_package", lambda _: package)
+    monkeypatch.setattr("reca.runs.lineage.umm_package", lambda _: package)
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_another_model_is_seen_before_weights_are_read(start, monkeypatch):
     run_toy(start("first", None))
     narrow = ToyAdapter()
     narrow.layers[0] = torch.nn.Linear(48, 47)
-    monkeypatch.setattr("reca.runs.load_parent", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("reca.runs.lineage.load_parent", lambda *_: pytest.fail("weights were read"))
     with pytest.raises(CheckpointError, match="2 of its parameters"):
         Trainer(start("second", "first"), narrow)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from reca import exits
-from reca.run_folder import RunFolder
-from reca.status import Status
+from reca.runs.folder import RunFolder
+from reca.runs.status import Status
 from reca.trainer import Trainer
 from tests.driver.toy import ToyAdapter, run_toy
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from reca.held import host_memory
-from reca.meta_model import build_meta
+from reca.config.recipe_files import load_recipe
+from reca.estimate.held import host_memory
+from reca.estimate.meta_model import build_meta
 from reca.models import UMMS
 from reca.models.common.deferred_weights import DeferredWeights, deferring
 from reca.models.common.weight_files import assign_state_dict, init_on_meta
-from reca.recipe_files import load_recipe
 from tests.driver.test_distributed import ROOT, environment
 
 CASES = [f"{umm} {source} fsdp" for umm in UMMS for source in ("file", "random")] + ["harmon file ddp"]

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from reca import trackers
-from reca.console import duration, step_line
-from reca.recipe_files import load_recipe
+from reca.config.recipe_files import load_recipe
+from reca.monitoring import trackers
+from reca.monitoring.console import duration, step_line
 from reca.trainer import Trainer
 from tests.driver.toy import ToyAdapter, run_toy
 
@@ -228,7 +228,7 @@ def test_a_package_that_is_not_installed(recipe, monkeypatch, caplog):
 
 def test_nothing_of_it_on_other_ranks(recipe, monkeypatch, tmp_path):
     monkeypatch.setattr("reca.distributed.rank", lambda: 1)
-    from reca.log import RunLog
+    from reca.monitoring.log import RunLog
 
     monkeypatch.setattr(trackers, "WandB", lambda *_: pytest.fail("another rank has a run of its own"))
     log = RunLog(recipe("log.wandb=project", "log.tensorboard=true"), tmp_path, 0)

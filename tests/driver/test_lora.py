@@ -9,13 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from reca import check, checkpoint, lora
-from reca.meta_model import build_meta
+from reca import checkpoint
+from reca.config.recipe_files import load_recipe
+from reca.estimate import check
+from reca.estimate.meta_model import build_meta
 from reca.models import umm_package
-from reca.options import RecipeError
-from reca.recipe_files import load_recipe
-from reca.runs import load_trained
+from reca.options.fields import RecipeError
+from reca.runs.lineage import load_trained
 from reca.trainer import Trainer
+from reca.training import lora
 from tests.driver.toy import ToyAdapter, run_toy, weights
 
 peft = pytest.importorskip("peft", reason="LoRA needs the package peft")

@@ -13,13 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from reca import half_weights, memory, objective, units
+from reca import objective, units
+from reca.config.recipe_files import load_recipe, recipe_names
+from reca.estimate import memory
 from reca.models import umm_package
 from reca.optim import freeze, gradient_norm, make_optimizer
-from reca.parallelize import shard
 from reca.precision import autocast
-from reca.recipe_files import load_recipe, recipe_names
-from reca.recompute import checkpoint_activations
+from reca.training import half_weights
+from reca.training.parallelize import shard
+from reca.training.recompute import checkpoint_activations
 
 FEW = ["objective.reca.batch_size=16", "objective.i2t.batch_size=16"]
 SMALL = [*FEW, "objective.reca.micro_batch=8", "objective.i2t.micro_batch=8"]

@@ -5,12 +5,14 @@ import json
 import pytest
 import torch
 
-from reca import api, cli, exits, inference, out_of_memory, serve
+from reca import api, cli, exits, inference
+from reca.commands import serve
+from reca.config.recipe_files import load_recipe
 from reca.data.batch import Batch
 from reca.errors import first_line
-from reca.options import RecipeError
-from reca.recipe_files import load_recipe
-from reca.reconstructions import reconstruct
+from reca.estimate import out_of_memory
+from reca.monitoring.reconstructions import reconstruct
+from reca.options.fields import RecipeError
 from reca.trainer import Trainer
 from tests.driver.test_evaluations import PROMPTS, Reconstructing, lines
 from tests.driver.toy import ToyAdapter, run_toy, weights

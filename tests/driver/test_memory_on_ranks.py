@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from reca.config.recipe_files import load_recipe
 from reca.models import umm_package
-from reca.recipe_files import load_recipe
 from tests.driver.toy import write_images, write_recipe
 
 pytest.importorskip("peft", reason="LoRA needs the package peft")

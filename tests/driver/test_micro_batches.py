@@ -6,9 +6,10 @@ import math
 import pytest
 import torch
 
-from reca.config import TaskConfig
+from reca.config.recipe import TaskConfig
+from reca.config.recipe_files import load_recipe, recipe_names
 from reca.data.loader import Stream, open_loader
-from reca.micro_batches import (
+from reca.data.micro_batches import (
     accumulation_steps,
     describe_split,
     micro_batch_sizes,
@@ -19,8 +20,7 @@ from reca.micro_batches import (
 )
 from reca.objective import backward, evaluate
 from reca.optim import check_passes
-from reca.options import RecipeError
-from reca.recipe_files import load_recipe, recipe_names
+from reca.options.fields import RecipeError
 from tests.driver.toy import ToyAdapter
 
 RANKS = [1, 2, 3, 4, 6, 8, 16, 64]

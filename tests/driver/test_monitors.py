@@ -1,6 +1,6 @@
 import pytest
 
-from reca import monitors
+from reca.monitoring import monitors
 from tests.driver.toy import ToyAdapter, run_toy
 
 

@@ -12,15 +12,16 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from reca import checkpoint, distributed, memory
+from reca import checkpoint, distributed
 from reca.checkpoint import contents
-from reca.config import OptimConfig
+from reca.config.recipe import OptimConfig
+from reca.config.recipe_files import load_recipe
+from reca.estimate import memory
 from reca.optim import adamw, check_apex, make_optimizer, moments, state_bytes
-from reca.options import RecipeError
-from reca.parallelize import shard
-from reca.recipe_files import load_recipe
-from reca.skipped_steps import NonFiniteError
+from reca.options.fields import RecipeError
 from reca.trainer import Trainer
+from reca.training.parallelize import shard
+from reca.training.skipped_steps import NonFiniteError
 from tests.driver.toy import ToyAdapter, run_toy, weights
 
 SHAPES = [(37,), (64, 300), (7, 5, 3), (1,), (33, 1000), ()]

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from reca import cli, exits
+from reca.commands.overfit import overfit
+from reca.config.recipe_files import load_recipe
 from reca.models import UMMS
-from reca.overfit import overfit
-from reca.recipe_files import load_recipe
 from tests.driver.forks import exit_codes, fork_ranks
 from tests.driver.toy import ToyAdapter, run_toy
 

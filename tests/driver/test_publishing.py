@@ -12,9 +12,9 @@ from huggingface_hub import HfApi, constants
 import reca
 from reca import catalog, cli
 from reca.comparison.sides import find_sides
+from reca.config.recipe_files import load_recipe
 from reca.eval.targets import describe, target
 from reca.publishing import card, push
-from reca.recipe_files import load_recipe
 from tests.driver.hub_server import TOKEN, Hub, Repository, point_to, serve
 
 KEYS = {
@@ -310,7 +310,7 @@ def test_a_repository_of_something_else(hub, upload):
     ],
 )
 def test_what_is_wrong_is_found_before_weights_are_read(hub, upload, tmp_path, monkeypatch, change, message):
-    monkeypatch.setattr("reca.inference_commands._model", lambda options: pytest.fail("weights were read"))
+    monkeypatch.setattr("reca.commands.inference._model", lambda options: pytest.fail("weights were read"))
     if "token" in change:
         monkeypatch.delenv("HF_TOKEN")
         if change["token"]:

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from reca.options import RecipeError
-from reca.recipe_files import absolute_paths, as_dict, explain, load_recipe, recipe_names, save_recipe
-from reca.values import override_text
+from reca.config.recipe_files import absolute_paths, as_dict, explain, load_recipe, recipe_names, save_recipe
+from reca.options.fields import RecipeError
+from reca.options.values import override_text
 
 # Texts that YAML, OmegaConf or Python would take for something else.
 TEXTS = [
@@ -348,7 +348,7 @@ def test_every_number_has_a_least_value():
     """A new key is declared with the smallest value that makes sense, or stands here."""
     signed = {"shift_factor"}
     for name in ("show_o_tiny", "harmon_tiny", "open_uni_tiny", "bagel_tiny", "janus_tiny", "janusflow_tiny"):
-        from reca.recipe_files import walk
+        from reca.config.recipe_files import walk
 
         for _, f, key in walk(load_recipe(name)):
             if any(kind in str(f.type) for kind in ("int", "float")) and f.name not in signed:
@@ -356,7 +356,7 @@ def test_every_number_has_a_least_value():
 
 
 def test_every_path_key_expands_home(monkeypatch, tmp_path):
-    from reca.recipe_files import walk
+    from reca.config.recipe_files import walk
 
     monkeypatch.setenv("HOME", str(tmp_path))
     count = 0

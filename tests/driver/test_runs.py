@@ -11,16 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from reca import checkpoint, exits, runs
+from reca import checkpoint, exits
 from reca.cli import main
 from reca.data.errors import DataError
-from reca.folder_lock import is_locked
-from reca.options import RecipeError
-from reca.out_of_memory import Knob
-from reca.run_folder import RunFolder, RunInUse
-from reca.skipped_steps import NonFiniteError
-from reca.status import Status
+from reca.estimate.out_of_memory import Knob
+from reca.options.fields import RecipeError
+from reca.runs import lineage
+from reca.runs.folder import RunFolder, RunInUse
+from reca.runs.folder_lock import is_locked
+from reca.runs.status import Status
 from reca.trainer import Trainer
+from reca.training.skipped_steps import NonFiniteError
 from tests.driver.toy import ToyAdapter, run_toy, weights
 
 ROOT = Path(__file__).parents[2]
@@ -66,7 +67,7 @@ def test_a_failure_is_in_the_status(recipe, error, code):
 
 def test_a_gpu_that_is_full_is_told_with_what_helps(recipe, monkeypatch):
     peaks = 40 << 30, [Knob("train.activation_checkpointing=true", 22 << 30)]
-    monkeypatch.setattr("reca.memory.in_own_process", lambda *_: peaks)
+    monkeypatch.setattr("reca.estimate.memory.in_own_process", lambda *_: peaks)
     trainer = Trainer(recipe(), ToyAdapter())
 
     def full(batches):
@@ -100,7 +101,7 @@ def test_reca_status(recipe, capsys, tmp_path):
 HOLDER = """
 import sys, time
 from pathlib import Path
-from reca.run_folder import RunFolder
+from reca.runs.folder import RunFolder
 folder = RunFolder(Path(sys.argv[1]), 10)
 folder.record_checkpoint(None)
 print("holds", flush=True)
@@ -125,7 +126,7 @@ def holder(tmp_path):
 
 def test_a_folder_in_use_is_refused_and_free_again_when_its_process_is_killed(recipe, holder, monkeypatch):
     run_dir = Path(recipe().run_dir)
-    monkeypatch.setattr("reca.folder_lock.TIMEOUT", 0.1)
+    monkeypatch.setattr("reca.runs.folder_lock.TIMEOUT", 0.1)
     before = (run_dir / "status.json").read_text()
     with pytest.raises(RunInUse, match=f"in use by process {holder.pid} on "):
         Trainer(recipe(), ToyAdapter())
@@ -148,7 +149,7 @@ def test_a_start_waits_for_a_process_that_is_just_ending(recipe, holder):
 
 def test_locks_of_a_machine_that_is_gone_are_waited_for(tmp_path, holder, monkeypatch, caplog):
     """A file server keeps them for a while. Here a process has them until it is killed, and another machine's name."""
-    monkeypatch.setattr("reca.folder_lock.TIMEOUT", 0.1)
+    monkeypatch.setattr("reca.runs.folder_lock.TIMEOUT", 0.1)
     (tmp_path / "run/.lock").write_text("process 7 on node3\n")
     killer = subprocess.Popen(["sh", "-c", f"sleep 1; kill -KILL {holder.pid}"])
     RunFolder(tmp_path / "run", 10).close()
@@ -157,8 +158,8 @@ def test_locks_of_a_machine_that_is_gone_are_waited_for(tmp_path, holder, monkey
 
 
 def test_a_live_process_of_another_machine_is_waited_for_in_vain(tmp_path, holder, monkeypatch):
-    monkeypatch.setattr("reca.folder_lock.TIMEOUT", 0.1)
-    monkeypatch.setattr("reca.folder_lock.LEASE", 0.5)
+    monkeypatch.setattr("reca.runs.folder_lock.TIMEOUT", 0.1)
+    monkeypatch.setattr("reca.runs.folder_lock.LEASE", 0.5)
     (tmp_path / "run/.lock").write_text("process 7 on node3\n")
     with pytest.raises(RunInUse, match="in use by process 7 on node3"):
         RunFolder(tmp_path / "run", 10)
@@ -170,7 +171,7 @@ def test_a_full_disk_does_not_hide_the_status(recipe, monkeypatch):
     def full(path, text):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("reca.run_folder.write_atomically", full)
+    monkeypatch.setattr("reca.runs.folder.write_atomically", full)
     trainer.run()
     assert json.loads((trainer.run_dir / "status.json").read_text())["state"] == "finished"
 
@@ -253,9 +254,9 @@ def test_a_key_that_a_checkpoint_does_not_know_had_its_default(recipe):
     state = checkpoint.read_state(checkpoint.latest(trainer.run_dir))
     del state["recipe"]["train"]["skip_spikes"], state["recipe"]["model"]["system_prompt"], state["recipe"]["optim"]
     default = recipe("optim.lr=1e-5")
-    runs.reject_changed(default, trainer.run_dir, state, state["fingerprint"])
+    lineage.reject_changed(default, trainer.run_dir, state, state["fingerprint"])
     with pytest.raises(RecipeError, match="train.skip_spikes None -> 6.0"):
-        runs.reject_changed(
+        lineage.reject_changed(
             recipe("optim.lr=1e-5", "train.skip_spikes=6"), trainer.run_dir, state, state["fingerprint"]
         )
 
@@ -287,15 +288,15 @@ def test_folders_of_weights_are_told_apart_by_what_is_in_them(tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_bytes(bytes(2**21))
-    own = runs._file_fingerprint(f"{tmp_path}/one")
-    assert own == runs._file_fingerprint(f"{tmp_path}/two")
+    own = lineage._file_fingerprint(f"{tmp_path}/one")
+    assert own == lineage._file_fingerprint(f"{tmp_path}/two")
     (tmp_path / "two/.cache").mkdir()
     (tmp_path / "two/.cache/lock").touch()  # of the hub's client
-    assert own == runs._file_fingerprint(f"{tmp_path}/two")
+    assert own == lineage._file_fingerprint(f"{tmp_path}/two")
     (tmp_path / "two/model.safetensors").write_bytes(bytes(2**21 - 1) + b"x")
-    assert own != runs._file_fingerprint(f"{tmp_path}/two")
-    one, two = (runs._file_fingerprint(f"{tmp_path}/{name}/model.safetensors") for name in ("one", "two"))
-    assert one != two and runs._file_fingerprint("owner/name") == "owner/name"
+    assert own != lineage._file_fingerprint(f"{tmp_path}/two")
+    one, two = (lineage._file_fingerprint(f"{tmp_path}/{name}/model.safetensors") for name in ("one", "two"))
+    assert one != two and lineage._file_fingerprint("owner/name") == "owner/name"
 
 
 def test_templates_may_move_and_not_change(recipe, tmp_path):
@@ -352,8 +353,8 @@ def test_a_finished_run_says_so(recipe, capsys, tmp_path):
     ],
 )
 def test_mistakes_are_seen_before_weights_are_read(overrides, words, tmp_path, monkeypatch):
+    from reca.config.recipe_files import load_recipe
     from reca.models.show_o import Adapter
-    from reca.recipe_files import load_recipe
 
     monkeypatch.setattr(Adapter, "load", lambda *_: pytest.fail("weights were read"))
     recipe = load_recipe("show_o_512", [f"run_dir={tmp_path}", f"data.images={tmp_path}", *overrides])
@@ -366,7 +367,7 @@ def test_mistakes_are_seen_before_weights_are_read(overrides, words, tmp_path, m
 
 
 def test_memory_is_checked_before_weights_are_read(tmp_path, monkeypatch):
-    from reca.recipe_files import load_recipe
+    from reca.config.recipe_files import load_recipe
 
     (tmp_path / "a.png").touch()
     monkeypatch.setattr("reca.preflight.host_memory", lambda: 2**34)

@@ -3,7 +3,7 @@
 import pytest
 
 from reca.models import UMMS, umm_package
-from reca.sampling_options import check_sampling_options
+from reca.options.sampling import check_sampling_options
 from tests.models.contract import quick
 
 

@@ -17,7 +17,17 @@ from PIL import Image
 
 from reca import api
 from reca.cli import main
-from reca.serve import MAX_TEXT, MAX_UPLOAD, Requests, Side, check_address, make_page, open_sides, read_sampling, served
+from reca.commands.serve import (
+    MAX_TEXT,
+    MAX_UPLOAD,
+    Requests,
+    Side,
+    check_address,
+    make_page,
+    open_sides,
+    read_sampling,
+    served,
+)
 from tests.driver.browser import CHROMIUM, Browser
 
 STEP = "steps=2"

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from reca import side_by_side
-from reca.side_by_side import Failure, Job
+from reca.processes import side_by_side
+from reca.processes.side_by_side import Failure, Job
 
 
 def report(folder, name, *needed):
@@ -73,7 +73,7 @@ def test_processes_end_with_a_parent_that_is_killed(tmp_path):
     """A run saves first; a process that waits for a job just ends."""
     code = f"""
         from pathlib import Path
-        from reca.side_by_side import Job, run
+        from reca.processes.side_by_side import Job, run
         from tests.driver.test_side_by_side import report, save_on_signal
         folder = Path({str(tmp_path)!r})
         run([Job("run", save_on_signal, (folder,)), Job("short", report, (folder, "short"))], [None, None])
@@ -92,7 +92,7 @@ def test_ctrl_c_ends_all_processes_without_a_word(tmp_path):
     """A terminal sends it to all of them. One that waited for a job printed a traceback."""
     code = f"""
         from pathlib import Path
-        from reca.side_by_side import Job, run
+        from reca.processes.side_by_side import Job, run
         from tests.driver.test_side_by_side import report, save_on_signal
         folder = Path({str(tmp_path)!r})
         try:
@@ -168,7 +168,7 @@ def test_imports_before_a_fork_do_not_ask_for_gpus():
         def refuse(*_, **__): raise AssertionError("CUDA was asked for at import")
         for name in ("is_available", "device_count", "init", "_lazy_init", "get_device_capability"):
             setattr(torch.cuda, name, refuse)
-        import reca.quiet_imports, reca.demo.experiment, reca.studies.work
+        import reca.processes.quiet_imports, reca.demo.experiment, reca.studies.work
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=Path(__file__).parents[2], check=True)
 

@@ -8,10 +8,11 @@ import statistics
 import pytest
 import torch
 
-from reca import checkpoint, distributed, jsonl
-from reca.config import TrainConfig
-from reca.skipped_steps import SkippedSteps
+from reca import checkpoint, distributed
+from reca.config.recipe import TrainConfig
+from reca.io import jsonl
 from reca.trainer import Trainer
+from reca.training.skipped_steps import SkippedSteps
 from tests.driver.toy import ToyAdapter, run_toy, weights
 
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from reca import jsonl
-from reca.data.mixture import labels
-from reca.recipe_files import load_recipe
+from reca.config.recipe_files import load_recipe
+from reca.data.sources.mixture import labels
+from reca.io import jsonl
 from tests.driver.toy import ToyAdapter, run_toy, write_images, write_recipe
 
 

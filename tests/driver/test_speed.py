@@ -7,11 +7,12 @@ import time
 import pytest
 import torch
 
-from reca import check, speed
+from reca.config.recipe_files import load_recipe
 from reca.data.batch import task_rng
-from reca.meta_model import build_meta
-from reca.peaks import known_peak
-from reca.recipe_files import load_recipe
+from reca.estimate import check
+from reca.estimate.meta_model import build_meta
+from reca.hardware.peaks import known_peak
+from reca.monitoring import speed
 from reca.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -115,7 +116,7 @@ def test_what_is_frozen_and_what_is_cached_costs_less(tmp_path):
 
 PEAK = """
 import torch
-from reca.speed import peak_memory
+from reca.monitoring.speed import peak_memory
 before = peak_memory(torch.device("cpu"))
 torch.ones(2**26)
 print(before, peak_memory(torch.device("cpu")))

@@ -12,13 +12,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from reca import checkpoint, exits, folder_lock, jsonl, status
+from reca import checkpoint, exits
 from reca.cli import main
-from reca.folder_lock import is_locked
-from reca.recipe_files import load_recipe
-from reca.run_folder import RunFolder, RunInUse
-from reca.runs import finished_steps
-from reca.status import Status
+from reca.config.recipe_files import load_recipe
+from reca.io import jsonl
+from reca.runs import folder_lock, status
+from reca.runs.folder import RunFolder, RunInUse
+from reca.runs.folder_lock import is_locked
+from reca.runs.lineage import finished_steps
+from reca.runs.status import Status
 from reca.trainer import Trainer
 from tests.driver.toy import ToyAdapter, run_toy
 
@@ -29,7 +31,8 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT /
 def locked_elsewhere(run_dir: Path) -> bool:
     """What another process sees of the lock."""
     script = (
-        "import sys, pathlib; from reca.folder_lock import is_locked; sys.exit(is_locked(pathlib.Path(sys.argv[1])))"
+        "import sys, pathlib; from reca.runs.folder_lock import is_locked; "
+        "sys.exit(is_locked(pathlib.Path(sys.argv[1])))"
     )
     return bool(subprocess.run([sys.executable, "-c", script, str(run_dir)], env=ENVIRONMENT).returncode)
 
@@ -86,7 +89,7 @@ START = """
 import sys, time
 from pathlib import Path
 from reca import folder_lock
-from reca.run_folder import RunFolder, RunInUse
+from reca.runs.folder import RunFolder, RunInUse
 folder_lock.TIMEOUT = 0.2
 sys.stdin.read()
 try:
@@ -197,8 +200,8 @@ def test_a_refused_start_leaves_a_run_as_it_is(case, state, recipe, monkeypatch)
         return recipe
 
     if not REFUSED.get(case):
-        monkeypatch.setattr("reca.fit.fit_on_ranks", chooses)
-        monkeypatch.setattr("reca.out_of_memory.advice", lambda _: "")
+        monkeypatch.setattr("reca.estimate.fit.fit_on_ranks", chooses)
+        monkeypatch.setattr("reca.estimate.out_of_memory.advice", lambda _: "")
         monkeypatch.setattr("reca.trainer.check_finite", fails)
     with pytest.raises((ValueError, SystemExit), match=None if case == "signal" else words):
         Trainer(recipe("train.steps=2", *overrides), ToyAdapter())

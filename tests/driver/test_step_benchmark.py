@@ -18,12 +18,14 @@ from benchmarks.step.recipes import IMAGES, MODELS, image_files, step_recipe
 from benchmarks.step.rows import PARTS, StepRow, merged, read, write
 from benchmarks.step.targets import verdicts
 from benchmarks.step.worker import Worker
-from reca import compiled_blocks, objective, runs
+from reca import objective
 from reca.data.loader import open_loader
-from reca.lora import choose_trained
-from reca.meta_model import build_meta
+from reca.estimate.meta_model import build_meta
 from reca.models import umm_package
 from reca.precision import autocast, cast
+from reca.runs import lineage
+from reca.training import compiled_blocks
+from reca.training.lora import choose_trained
 
 
 def gradients(model, folder, form, precision="fp64", **changed):
@@ -81,7 +83,7 @@ def test_narrow_has_the_sequences_of_the_published_model(model, tmp_path):
     assert (narrow.train.precision, real.train.precision) == ("fp32", "bf16")
     assert build_meta(narrow)[0].sequence() == PUBLISHED[model]
     for recipe in (narrow, real):  # nothing is to be downloaded, and one task is trained
-        assert runs.published_files(recipe) == {} and recipe.active_tasks() == ["reca"]
+        assert lineage.published_files(recipe) == {} and recipe.active_tasks() == ["reca"]
 
 
 @pytest.mark.parametrize("model", MODELS)

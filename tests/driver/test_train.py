@@ -20,11 +20,11 @@ from reca.data.loader import open_loader
 from reca.models.base import LossTerm
 from reca.models.common.inference import eval_mode
 from reca.objective import backward
-from reca.options import RecipeError
-from reca.runs import load_trained
-from reca.skipped_steps import NonFiniteError
-from reca.status import Status
+from reca.options.fields import RecipeError
+from reca.runs.lineage import load_trained
+from reca.runs.status import Status
 from reca.trainer import NotSavedError, Trainer
+from reca.training.skipped_steps import NonFiniteError
 from tests.driver.toy import ToyAdapter
 
 
@@ -338,7 +338,8 @@ def test_condition_other_is_of_reca_alone(recipe):
 def test_load_trained_is_the_model_of_the_run(recipe, monkeypatch):
     trainer = run(recipe())
     monkeypatch.setattr(
-        "reca.runs.umm_package", lambda _: SimpleNamespace(Adapter=SimpleNamespace(load=lambda *_: ToyAdapter()))
+        "reca.runs.lineage.umm_package",
+        lambda _: SimpleNamespace(Adapter=SimpleNamespace(load=lambda *_: ToyAdapter())),
     )
     loaded = load_trained(trainer.run_dir, trainer.recipe)
     assert all(torch.equal(v, weights(loaded)[n]) for n, v in weights(trainer.adapter).items())
@@ -354,7 +355,8 @@ def test_a_run_starts_from_what_another_has_trained(recipe, tmp_path, monkeypatc
         kept = name.startswith(("tower", "layers.1"))
         assert torch.equal(value, weights(sft.adapter)[name]) == kept, name
     monkeypatch.setattr(
-        "reca.runs.umm_package", lambda _: SimpleNamespace(Adapter=SimpleNamespace(load=lambda *_: ToyAdapter()))
+        "reca.runs.lineage.umm_package",
+        lambda _: SimpleNamespace(Adapter=SimpleNamespace(load=lambda *_: ToyAdapter())),
     )
     loaded = load_trained(reca.run_dir, reca.recipe)
     assert all(torch.equal(v, weights(loaded)[n]) for n, v in weights(reca.adapter).items())
@@ -419,6 +421,6 @@ def test_a_profile_holds_nothing_from_before_and_after_the_steps(recipe, monkeyp
             return None
 
     for name in ("before_training", "after_training"):
-        monkeypatch.setattr(f"reca.reporting.RunReport.{name}", named)
+        monkeypatch.setattr(f"reca.monitoring.reporting.RunReport.{name}", named)
     trainer = run(recipe("log.profile=1:9", "train.steps=2"))
     assert "beside the steps" not in (trainer.run_dir / "trace_rank0.json").read_text()

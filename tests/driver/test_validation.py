@@ -5,16 +5,16 @@ import pytest
 import torch
 
 from reca import objective
+from reca.config.recipe_files import load_recipe
 from reca.data.errors import DataError
 from reca.data.held_out import hold_out, take
-from reca.data.mixture import Mixture, Subset
 from reca.data.order import make_order
-from reca.data.sources import open_source
+from reca.data.sources.factory import open_source
+from reca.data.sources.mixture import Mixture, Subset
 from reca.models import UMMS
-from reca.options import RecipeError
-from reca.recipe_files import load_recipe
+from reca.monitoring.validation import HELD_OUT, HeldOut, open_run_sources
+from reca.options.fields import RecipeError
 from reca.trainer import Trainer
-from reca.validation import HELD_OUT, HeldOut, open_run_sources
 from tests.driver.toy import ToyAdapter, run_toy, weights, write_images
 from tests.models.contract import shared
 

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from reca.config import Recipe
+from reca.config.recipe import Recipe
 from reca.data.batch import Batch
 from reca.data.views import View, Views
 from reca.models.base import Adapter, LossTerm, Prepared

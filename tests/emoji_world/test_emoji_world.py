@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from reca.config.recipe_files import load_recipe
 from reca.data.errors import DataError
-from reca.data.sources import open_source
+from reca.data.sources.factory import open_source
 from reca.demo.captions import caption
 from reca.demo.pretrain import demo_setup
 from reca.demo.pretrain.codebook import fit_codebook
@@ -16,7 +17,6 @@ from reca.demo.scene import Scene, Thing
 from reca.demo.world import Prompt
 from reca.emoji_world import WORDS, WORLD, artwork, judge, places, shared, shared_few, varied
 from reca.models.common.patch_codebook import PatchCodebook, PatchSizes
-from reca.recipe_files import load_recipe
 from tests.emoji_world.artwork import needs_artwork
 
 pytestmark = needs_artwork

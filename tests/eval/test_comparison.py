@@ -17,12 +17,12 @@ from reca import checkpoint, cli
 from reca.comparison import curves, page, triplets
 from reca.comparison.build import compare, write
 from reca.comparison.triplets import draw
+from reca.config.recipe_files import load_recipe, save_recipe
 from reca.data.errors import DataError
-from reca.data.sources import open_source
+from reca.data.sources.factory import open_source
 from reca.eval import targets
 from reca.eval.errors import EvaluationError
 from reca.models import UMMS, umm_package
-from reca.recipe_files import load_recipe, save_recipe
 from tests.driver.toy import write_images
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

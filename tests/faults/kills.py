@@ -24,10 +24,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from reca import checkpoint, exits, jsonl
+from reca import checkpoint, exits
 from reca.cli import main as reca
+from reca.io import jsonl
 from reca.models import umm_package
-from reca.status import Status
+from reca.runs.status import Status
 from reca.trainer import Trainer  # noqa: F401  # imported here once, and not by every fork
 from tests.driver.forks import fork_ranks
 

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from reca.config.recipe_files import RECIPES, as_dict, explain, load_recipe, recipe_names, save_recipe, walk
 from reca.models import UMMS
-from reca.options import RecipeError
-from reca.recipe_files import RECIPES, as_dict, explain, load_recipe, recipe_names, save_recipe, walk
-from reca.values import BLANK, NULLS, guess, override_text, write_yaml
+from reca.options.fields import RecipeError
+from reca.options.values import BLANK, NULLS, guess, override_text, write_yaml
 from tests.fuzz.bounds import counted, fewer
 from tests.fuzz.mutate import mutate, mutations
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from reca.data.errors import BadSample, DataError
 from reca.data.sample import IMAGE_SUFFIXES
-from reca.data.tars import Tars
+from reca.data.sources.tars import Tars
 from tests.fuzz.bounds import counted, fewer
 from tests.fuzz.mutate import mutate, mutations
 

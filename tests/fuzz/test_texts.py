@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reca.data.conversations import Conversations
 from reca.data.errors import BadSample, DataError
 from reca.data.sample import decode_caption
+from reca.data.sources.conversations import Conversations
 from reca.data.templates import load_templates
 from tests.fuzz.bounds import counted, fewer
 from tests.fuzz.mutate import mutate, mutations

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from reca.config import OptimConfig
+from reca.config.recipe import OptimConfig
 from reca.data.batch import Batch
 from reca.data.pixels import make_view
 from reca.models.open_uni import loss

@@ -9,7 +9,7 @@ import textwrap
 import pytest
 import torch
 
-from reca.doctor import report as doctor
+from reca.commands.doctor import report as doctor
 from reca_kernels import AttentionSpan, attention, attention_plan, backend_report
 from reca_kernels.attention import flash_functions, implementations
 from reca_kernels.attention.op import choose

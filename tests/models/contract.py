@@ -7,13 +7,13 @@ import torch
 from PIL import Image
 from torch import nn
 
+from reca.config.recipe_files import load_recipe
 from reca.data.batch import Batch
 from reca.data.pixels import make_view
 from reca.data.tasks import Scored, ScoredBox, Turn
 from reca.models import UMMS, umm_package
 from reca.models.base import Adapter
 from reca.optim import freeze
-from reca.recipe_files import load_recipe
 from reca.rng import CounterRNG
 
 # model or variant -> the tiny recipe's overrides. A variant is there because it has code of its own in the loss.

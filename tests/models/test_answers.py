@@ -6,10 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
+from reca.config.recipe_files import load_recipe
 from reca.data.batch import Batch
 from reca.data.pixels import make_view
 from reca.models import UMMS, umm_package
-from reca.recipe_files import load_recipe
 from reca.rng import CounterRNG
 from reca.toy_world import understood
 from reca_kernels import masked_linear_cross_entropy

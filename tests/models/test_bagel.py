@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from reca import objective
+from reca.config.recipe_files import load_recipe
 from reca.data.batch import Batch
 from reca.data.pixels import make_view
 from reca.models.bagel import Adapter, Config, loss, modules, prompt, sampling, transformer, views, weights
@@ -27,9 +28,8 @@ from reca.models.base import ROLES
 from reca.models.common.ldm_autoencoder import to_ldm
 from reca.models.common.patch_codec import PatchSizes
 from reca.optim import freeze, make_optimizer
-from reca.recipe_files import load_recipe
 from reca.rng import CounterRNG, RandomStream
-from reca.runs import load_trained
+from reca.runs.lineage import load_trained
 from reca.trainer import Trainer
 from tests.models.contract import TEXTS
 

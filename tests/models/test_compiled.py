@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from reca.compiled_blocks import compile_blocks, wanted
-from reca.config import TrainConfig
+from reca.config.recipe import TrainConfig
+from reca.config.recipe_files import load_recipe
 from reca.models import UMMS, umm_package
-from reca.recipe_files import load_recipe
-from reca.recompute import checkpoint_activations
+from reca.training.compiled_blocks import compile_blocks, wanted
+from reca.training.recompute import checkpoint_activations
 from tests.models.contract import TEXTS, batch, load, loss
 from tests.models.test_tf32 import CASES as ENCODERS
 
@@ -84,9 +84,9 @@ def test_no_graph_is_made_without_a_gradient():
 
 def test_on_for_gpus_by_default(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    monkeypatch.setattr("reca.compiled_blocks.has_triton", lambda: True)
+    monkeypatch.setattr("reca.training.compiled_blocks.has_triton", lambda: True)
     assert wanted(TrainConfig(), gpu) and not wanted(TrainConfig(), cpu)
     assert not wanted(TrainConfig(deterministic=True), gpu) and wanted(TrainConfig(compile=True), cpu)
     assert not wanted(TrainConfig(compile=False), gpu)
-    monkeypatch.setattr("reca.compiled_blocks.has_triton", lambda: False)
+    monkeypatch.setattr("reca.training.compiled_blocks.has_triton", lambda: False)
     assert not wanted(TrainConfig(), gpu)

@@ -13,19 +13,19 @@ import torch
 from PIL import Image
 
 import reca
-from reca.compiled_blocks import compile_blocks
-from reca.config import TrainConfig
+from reca.config.recipe import TrainConfig
+from reca.config.recipe_files import load_recipe
 from reca.data.cache import collate
 from reca.data.pixels import make_view
 from reca.data.tasks import TASKS, Turn
 from reca.models import UMMS
 from reca.models.base import ROLES
-from reca.monitors import config_warnings
+from reca.monitoring.monitors import config_warnings
 from reca.optim import freeze
-from reca.recipe_files import load_recipe
-from reca.recompute import checkpoint_activations
+from reca.options.sampling import LIMITS, defaults
 from reca.rng import CounterRNG
-from reca.sampling_options import LIMITS, defaults
+from reca.training.compiled_blocks import compile_blocks
+from reca.training.recompute import checkpoint_activations
 from reca_kernels import dispatch, native
 from tests.models.contract import (
     CASE_TASKS,

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from reca import checkpoint
 from reca.cli import main
+from reca.config.recipe_files import load_recipe, save_recipe
 from reca.data.batch import Batch, task_rng
 from reca.data.tasks import Scored, ScoredBox, Turn
 from reca.demo.pretrain.optimize import save_as_run
@@ -23,7 +24,6 @@ from reca.models.base import ROLES
 from reca.models.common import exporting
 from reca.models.common.exporting import export_to
 from reca.precompute import features_identity, load_encoders
-from reca.recipe_files import load_recipe, save_recipe
 from tests.models.contract import quick
 
 TEXTS = {

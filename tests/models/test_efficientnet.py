@@ -4,12 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from reca.config.recipe_files import load_recipe
 from reca.data.batch import Batch
 from reca.models import open_uni
 from reca.models.common.efficientnet import FEATURES, IN_CACHE, Conv, EfficientNetLite0, imagenet_weights, weights_file
 from reca.models.common.weight_files import read_tensors
 from reca.models.show_o import Adapter
-from reca.recipe_files import load_recipe
 from reca.rng import CounterRNG
 from tests.emoji_world.artwork import needs_artwork, needs_weights
 

@@ -8,15 +8,16 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reca import distributed, half_weights, lora, objective
-from reca.compiled_blocks import compile_blocks
-from reca.config import ObjectiveConfig, TrainConfig
+from reca import distributed, objective
+from reca.config.recipe import ObjectiveConfig, TrainConfig
+from reca.config.recipe_files import load_recipe
 from reca.models import UMMS
-from reca.parallelize import shard
 from reca.precision import autocast
-from reca.recipe_files import load_recipe
-from reca.recompute import checkpoint_activations
 from reca.rng import CounterRNG
+from reca.training import half_weights, lora
+from reca.training.compiled_blocks import compile_blocks
+from reca.training.parallelize import shard
+from reca.training.recompute import checkpoint_activations
 from tests.models.contract import batch, load
 
 CAST = torch.ops.aten._to_copy.default

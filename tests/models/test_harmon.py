@@ -11,7 +11,8 @@ from PIL import Image
 from torch.utils.checkpoint import checkpoint
 
 from reca import objective
-from reca.config import ObjectiveConfig
+from reca.config.recipe import ObjectiveConfig
+from reca.config.recipe_files import load_recipe
 from reca.data.batch import Batch
 from reca.data.loader import open_loader
 from reca.data.tasks import Turn
@@ -19,7 +20,6 @@ from reca.models.base import ROLES
 from reca.models.harmon import Adapter, Config, loss, prompt, sampling
 from reca.models.harmon.config import AutoencoderSizes
 from reca.models.harmon.masking import Masking, masked_counts
-from reca.recipe_files import load_recipe
 from reca.rng import CounterRNG
 from reca.trainer import Trainer
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from reca.config.recipe_files import load_recipe
 from reca.models.common.ldm_autoencoder import to_diffusers, to_ldm
 from reca.models.common.tiny_tokenizer import word_tokenizer
 from reca.models.harmon import Adapter, weights
-from reca.recipe_files import load_recipe
 from reca.rng import CounterRNG
 from tests.models.test_harmon import KL16, WORDS, batch, config, tiny
 

@@ -11,13 +11,13 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import JanusForConditionalGeneration, PreTrainedTokenizerFast
 
+from reca.config.recipe_files import load_recipe
 from reca.data.batch import Batch
 from reca.data.pixels import make_view
 from reca.data.tasks import Turn
 from reca.data.views import View
 from reca.models.common.text import encode
 from reca.models.janus import Adapter, prompt, sampling, weights
-from reca.recipe_files import load_recipe
 from reca.rng import CounterRNG
 from tests.golden import janus as golden_janus
 from tests.golden.conftest import DATA, Golden

@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
+from reca.config.recipe_files import load_recipe
 from reca.models import UMMS, umm_package
 from reca.models.common import greedy, likelihood, planned
-from reca.recipe_files import load_recipe
 from tests.models.contract import images, load, shared
 
 QUESTIONS = ["what is this", "describe the picture", "this"]

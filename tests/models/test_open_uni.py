@@ -10,7 +10,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from reca import objective
-from reca.config import ObjectiveConfig
+from reca.config.recipe import ObjectiveConfig
+from reca.config.recipe_files import load_recipe
 from reca.data.batch import Batch
 from reca.data.pixels import make_view
 from reca.data.tasks import Turn
@@ -21,7 +22,6 @@ from reca.models.open_uni import Adapter, Config, loss, modules, prompt, weights
 from reca.models.open_uni.config import AutoencoderSizes, ConnectorSizes, SanaSizes
 from reca.optim import freeze
 from reca.precision import KeepDouble
-from reca.recipe_files import load_recipe
 from reca.rng import CounterRNG
 
 WORDS = "user assistant Generate an image Keep the as it is : . \n a red blue square describe this".split(" ")

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.activations import ACT2FN
 from transformers.models.phi.modeling_phi import PhiMLP
 
+from reca.config.recipe_files import load_recipe
 from reca.data.batch import Batch
 from reca.data.pixels import make_view
 from reca.data.tasks import Turn
@@ -23,7 +24,6 @@ from reca.models.show_o import Adapter, Config, prompt, sampling
 from reca.models.show_o.conditioner import conditioner
 from reca.models.show_o.config import MagvitSizes, PhiSizes
 from reca.models.show_o.modules import Magvit, phi_config
-from reca.recipe_files import load_recipe
 from reca.rng import CounterRNG
 from tests.models.contract import TEXTS
 

@@ -12,11 +12,11 @@ from reca.data.cache import FeatureCache
 from reca.data.config import DataConfig
 from reca.data.errors import DataError
 from reca.data.loader import open_loader
-from reca.data.sources import open_source
+from reca.data.sources.factory import open_source
 from reca.data.tasks import Scored, ScoredBox
 from reca.data.views import View, Views
 from reca.models.common.scored_flow import scored_flow_loss, token_rewards
-from reca.options import RecipeError
+from reca.options.fields import RecipeError
 from reca.rng import CounterRNG, RandomStream
 from reca_kernels.flow_matching.reference import noise_of, tokens
 from tests.data.files import fill, image_bytes

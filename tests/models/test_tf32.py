@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from reca.config.recipe_files import load_recipe
 from reca.models import umm_package
 from reca.precision import tf32_products
-from reca.recipe_files import load_recipe
 from tests.models.contract import batch
 from tests.models.test_waits import DC_AE, FLUX, KL16, MAGVIT, SDXL, VQ
 

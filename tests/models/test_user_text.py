@@ -8,6 +8,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from reca.config.recipe_files import load_recipe
 from reca.data.batch import Batch, task_rng
 from reca.data.tasks import Scored, Turn
 from reca.models import UMMS, umm_package
@@ -16,7 +17,6 @@ from reca.models.common.text import Remembered, control, encode
 from reca.models.common.tiny_tokenizer import word_tokenizer
 from reca.models.harmon import prompt as harmon_prompt
 from reca.models.open_uni import prompt as open_uni_prompt
-from reca.recipe_files import load_recipe
 from tests.models.contract import quick
 
 QWEN = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<img>", "</img>"]

@@ -11,7 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from reca import objective
-from reca.config import ObjectiveConfig
+from reca.config.recipe import ObjectiveConfig
+from reca.config.recipe_files import load_recipe
 from reca.data.batch import Batch, task_rng
 from reca.data.pixels import make_view
 from reca.data.tasks import Scored, ScoredBox
@@ -23,7 +24,6 @@ from reca.models.janus import config as janus
 from reca.models.janusflow import config as janusflow
 from reca.models.open_uni import config as open_uni
 from reca.models.show_o import config as show_o
-from reca.recipe_files import load_recipe
 from reca.rng import CounterRNG
 from reca.toy_world import understood
 from reca_kernels import AttentionSpan as Span

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from reca.files import read_json
+from reca.io.files import read_json
 from reca.models.common.text import read_tokenizer
 from reca.models.common.tiny_tokenizer import word_tokenizer
 from reca.models.common.weight_files import assign_state_dict, read_tensors, weight_file

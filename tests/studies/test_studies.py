@@ -11,17 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from reca import exits, side_by_side
+from reca import exits
 from reca.cli import main
+from reca.config.recipe_files import load_recipe, save_recipe
 from reca.demo import experiment
 from reca.demo.measure import measure
 from reca.demo.world import load_world
-from reca.meta_model import build_meta
+from reca.estimate.meta_model import build_meta
 from reca.models import UMMS, umm_package
 from reca.optim.trained import freeze
-from reca.options import RecipeError
-from reca.recipe_files import load_recipe, save_recipe
-from reca.side_by_side import Failure
+from reca.options.fields import RecipeError
+from reca.processes import side_by_side
+from reca.processes.side_by_side import Failure
 from reca.studies import judge, published, report, runner, work, world
 from reca.studies.check import check
 from reca.studies.plan import plan
@@ -227,7 +228,7 @@ def test_what_another_process_does_is_waited_for(study, tmp_path, monkeypatch):
     other = """if True:
         import sys, time
         from pathlib import Path
-        from reca.folder_lock import alone
+        from reca.runs.folder_lock import alone
         lock, result = map(Path, sys.argv[1:])
         with alone(lock, "it"):
             print("begun", flush=True)

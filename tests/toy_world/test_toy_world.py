@@ -4,14 +4,14 @@ import random
 
 import pytest
 
+from reca.config.recipe_files import load_recipe
 from reca.data.errors import DataError
 from reca.data.pixels import open_rgb
-from reca.data.sources import open_source
+from reca.data.sources.factory import open_source
 from reca.demo.captions import TEMPLATES, caption, phrase
 from reca.demo.measure import Rate
 from reca.demo.scene import Scene, Thing
 from reca.demo.world import Prompt
-from reca.recipe_files import load_recipe
 from reca.toy_world import WORDS, jitter, splits
 from reca.toy_world.detector import detect
 from reca.toy_world.prompts import CATEGORIES, prompts

@@ -15,7 +15,7 @@ from reca import distributed, units
 from reca.checkpoint.contents import Snapshot
 from reca.checkpoint.retention import Keep
 from reca.checkpoint.writing import write
-from reca.host_memory import available
+from reca.hardware.host_memory import available
 
 log = logging.getLogger("reca")
 LONG_WAIT = 1.0  # seconds of waiting that cause a warning

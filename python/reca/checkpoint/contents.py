@@ -11,10 +11,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from reca import distributed
-from reca.config import OptimConfig
-from reca.lora import published_name
+from reca.config.recipe import OptimConfig
 from reca.models.base import Adapter
 from reca.optim import state_bytes
+from reca.training.lora import published_name
 
 EMA = "ema"  # folder of the averages
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)

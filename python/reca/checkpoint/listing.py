@@ -5,7 +5,8 @@ import os
 import shutil
 from pathlib import Path
 
-from reca import distributed, manifest
+from reca import distributed
+from reca.checkpoint import manifest
 from reca.checkpoint.errors import CheckpointError
 
 log = logging.getLogger("reca")

@@ -14,13 +14,15 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from reca import distributed, exits, lora, manifest
+from reca import distributed, exits
+from reca.checkpoint import manifest
 from reca.checkpoint.contents import EMA, FLAT, changed_parameters, named_parameters, tensors
 from reca.checkpoint.errors import CheckpointError, first_reason
 from reca.checkpoint.listing import MARKER, compare, find_damage, latest_valid
-from reca.config import LoraConfig
+from reca.config.recipe import LoraConfig
 from reca.errors import PeerFailed
 from reca.models.base import Adapter
+from reca.training import lora
 
 PROVE_NOTHING = (OSError, MemoryError, RuntimeError)  # no proof of damage; safetensors reports EMFILE as a missing file
 

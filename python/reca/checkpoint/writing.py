@@ -15,11 +15,13 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
-from reca import distributed, exits, folders, manifest, units
+from reca import distributed, exits, units
+from reca.checkpoint import manifest
 from reca.checkpoint.contents import Snapshot, snapshot
 from reca.checkpoint.errors import first_failure, first_reason
 from reca.checkpoint.listing import MARKER, PARTIAL, free_space, list_complete, remove
 from reca.checkpoint.retention import Keep
+from reca.io import folders
 from reca.models.base import Adapter
 
 log = logging.getLogger("reca")

@@ -12,7 +12,7 @@ from reca.comparison.weights import understanding
 from reca.eval import report
 from reca.eval.errors import EvaluationError
 from reca.eval.files import HALVES
-from reca.folders import write_atomically
+from reca.io.folders import write_atomically
 
 PAGE = "comparison.html"
 

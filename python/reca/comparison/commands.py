@@ -29,8 +29,8 @@ def run(options: argparse.Namespace) -> None:
     """Write the page and comparison.json, and print the overall score of every suite and the notes."""
     from reca.comparison import build, triplets
     from reca.eval import figures
-    from reca.folders import ensure_writable
-    from reca.sampling_options import read_pairs
+    from reca.io.folders import ensure_writable
+    from reca.options.sampling import read_pairs
 
     sampling = read_pairs(options.sampling, "--sampling")
     if options.pairs < 0:

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from reca import jsonl
 from reca.comparison.sides import Side
-from reca.recipe_files import by_key
+from reca.config.recipe_files import by_key
+from reca.io import jsonl
 
 POINTS = 400  # maximum per curve, to limit the size of the page
 OWN = ("run_dir",)  # keys that always differ

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from reca import html
 from reca.comparison.sides import RESULTS
 from reca.data.errors import BadSample
 from reca.data.pixels import open_rgb
 from reca.eval import figures, report
 from reca.eval.errors import EvaluationError
+from reca.io import html
 
 PAIRS = 60  # default number of image pairs per suite
 SIDE = 512  # maximum of an image's longer side, in pixels

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from reca import checkpoint
-from reca.config import Recipe
+from reca.config.recipe import Recipe
 from reca.eval import report
 from reca.eval.errors import EvaluationError
 from reca.eval.targets import BASE
-from reca.runs import is_run, recipe_of
+from reca.runs.lineage import is_run, recipe_of
 
 RESULTS = "results.json"
 

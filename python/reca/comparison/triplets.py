@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 from reca.comparison.sides import Side, find_sides
-from reca.config import Recipe
+from reca.config.recipe import Recipe
 from reca.data.errors import DataError
 from reca.data.pixels import encode_png
 from reca.data.sample import Source
-from reca.data.sources import open_source
+from reca.data.sources.factory import open_source
+from reca.estimate.meta_model import build_meta
 from reca.eval.errors import EvaluationError
 from reca.eval.files import write
 from reca.eval.targets import Target
-from reca.meta_model import build_meta
 from reca.models import umm_package
-from reca.reconstructions import images_to_show, named_images, reconstruct
-from reca.sampling_options import check_sampling_options
+from reca.monitoring.reconstructions import images_to_show, named_images, reconstruct
+from reca.options.sampling import check_sampling_options
 
 COUNT = 8  # default number of images
 QUICK = 50_000_000  # number of parameters below which a CPU generates images in seconds

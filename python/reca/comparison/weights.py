@@ -7,11 +7,11 @@ import torch
 
 from reca import checkpoint
 from reca.comparison.sides import Side
-from reca.config import LoraConfig, Recipe
-from reca.lora import is_lora
-from reca.meta_model import build_meta
-from reca.recipe_files import as_dict
-from reca.runs import published_fingerprints
+from reca.config.recipe import LoraConfig, Recipe
+from reca.config.recipe_files import as_dict
+from reca.estimate.meta_model import build_meta
+from reca.runs.lineage import published_fingerprints
+from reca.training.lora import is_lora
 
 SHOWN = 40  # maximum number of changed tensors to list
 

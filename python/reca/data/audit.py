@@ -13,7 +13,7 @@ from reca.data.errors import BadSample, LeftOut
 from reca.data.pixels import open_rgb
 from reca.data.read_ahead import read_ahead
 from reca.data.sample import Source
-from reca.data.skipped import Skipped
+from reca.data.sources.skipped import Skipped
 from reca.data.tasks import Scored, Turn
 
 SIDES = (128, 256, 512, 768, 1024, 2048)  # edges of the histogram of short sides, in pixels

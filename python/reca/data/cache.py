@@ -17,7 +17,7 @@ from reca import units
 from reca.data.errors import DataError
 from reca.data.feature_shards import FeatureShards, features_of
 from reca.data.views import Views
-from reca.folders import ensure_writable, write_atomically
+from reca.io.folders import ensure_writable, write_atomically
 
 log = logging.getLogger("reca")
 

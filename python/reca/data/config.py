@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Optional
 
-from reca.options import GLOB, LOCAL, SPEC, config_field, share
-from reca.values import Sources
+from reca.options.fields import GLOB, LOCAL, SPEC, config_field, share
+from reca.options.values import Sources
 
 
 @dataclass

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from reca.folders import write_atomically
+from reca.io.folders import write_atomically
 
 log = logging.getLogger("reca")
 

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from reca.data.errors import DataError
-from reca.data.mixture import Mixture, Subset
 from reca.data.order import make_order
 from reca.data.sample import Source
+from reca.data.sources.mixture import Mixture, Subset
 from reca.rng import CounterRNG
 
 

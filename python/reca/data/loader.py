@@ -20,15 +20,15 @@ from reca.data.cache import FeatureCache, collate, content
 from reca.data.config import DataConfig
 from reca.data.errors import BadSample, DataError, LeftOut
 from reca.data.meter import Meter
-from reca.data.mixture import Mixture
+from reca.data.micro_batches import MicroBatch, passes_by_tokens, split_batch
 from reca.data.order import Mixed, make_order
 from reca.data.pixels import PillowDecoder
 from reca.data.sample import Sample, Source
-from reca.data.sources import DATA_KEYS, open_sources
+from reca.data.sources.factory import DATA_KEYS, open_sources
+from reca.data.sources.mixture import Mixture
 from reca.data.tasks import Scored
 from reca.data.templates import load_templates
 from reca.data.views import Views
-from reca.micro_batches import MicroBatch, passes_by_tokens, split_batch
 from reca.rng import CounterRNG, RandomStream
 
 ATTEMPTS = 100

@@ -17,7 +17,7 @@ from torch import Tensor
 from reca.data.errors import BadSample, DataError
 from reca.data.metadata import without_metadata
 from reca.data.views import View, Views
-from reca.files import HEAD, packed, placeholder
+from reca.io.files import HEAD, packed, placeholder
 from reca.rng import CounterRNG, RandomStream
 from reca_kernels.resize.op import compiled, resize
 

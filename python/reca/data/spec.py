@@ -12,7 +12,7 @@ from urllib.parse import unquote_plus
 
 from reca.data.errors import DataError
 from reca.data.sample import Source
-from reca.values import guess
+from reca.options.values import guess
 
 _SPEC = re.compile(r"([^\W\d]\w*(?:\.[^\W\d]\w*)*):([^\W\d]\w*)(?:\?(.*))?", re.DOTALL)
 

@@ -8,7 +8,7 @@ from reca.demo.arms import BEFORE, Outcome
 from reca.demo.captions import caption
 from reca.demo.scene import Scene
 from reca.demo.world import World
-from reca.image_grid import make_grid
+from reca.io.image_grid import make_grid
 
 NAME = "before_after.png"
 ROWS = (BEFORE, "SFT", "RECA")

@@ -12,8 +12,8 @@ from reca.demo.arms import Outcome
 from reca.eval.evaluation import Settings, evaluate
 from reca.eval.suites import Suite, open_suite
 from reca.models import umm_package
-from reca.runs import recipe_of
-from reca.sampling_options import defaults
+from reca.options.sampling import defaults
+from reca.runs.lineage import recipe_of
 
 NAME = build.PAGE
 FOLDER = "demo"  # evaluation folder in the run folder; `reca eval world` generates its own images in another one

@@ -13,17 +13,19 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from reca import folder_lock, jsonl, side_by_side
+from reca.config.recipe_files import load_recipe
 from reca.demo import before_after, compare_page, report
 from reca.demo.arms import BEFORE, Arm, Outcome, Results, Start, arms, rows, starts
 from reca.demo.measure import Measured, measure, spacing
 from reca.demo.pretrain import DemoSetup, demo_setup, run_overrides, scaled
 from reca.demo.world import World, load_world
+from reca.io import jsonl
 from reca.models.base import Adapter
-from reca.recipe_files import load_recipe
-from reca.run_folder import RunInUse
-from reca.runs import load_start
-from reca.side_by_side import Failure, Job
+from reca.processes import side_by_side
+from reca.processes.side_by_side import Failure, Job
+from reca.runs import folder_lock
+from reca.runs.folder import RunInUse
+from reca.runs.lineage import load_start
 from reca.trainer import Trainer
 
 COMPARISON, PRETRAINED = "comparison", "/pretrained"  # name and suffix of jobs

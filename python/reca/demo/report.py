@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from PIL import Image
 
-from reca import html
+from reca.config.recipe_files import as_dict, load_recipe
 from reca.demo.arms import BEFORE, Outcome, Results, rows
 from reca.demo.before_after import NAME, before_after
 from reca.demo.measure import Rate
 from reca.demo.pretrain import demo_setup, run_overrides
 from reca.demo.world import World
-from reca.image_grid import make_grid
-from reca.recipe_files import as_dict, load_recipe
-from reca.side_by_side import Failure
+from reca.io import html
+from reca.io.image_grid import make_grid
+from reca.processes.side_by_side import Failure
 
 PAGE = "report.html"
 COLUMNS = ("seen", "held-out")

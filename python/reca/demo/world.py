@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from reca.demo.scene import Scene, Thing
 from reca.demo.splits import Split
-from reca.options import RecipeError
+from reca.options.fields import RecipeError
 
 if TYPE_CHECKING:  # `reca --help` lists datasets and suites without importing torch
     from torch import Tensor

@@ -3,7 +3,7 @@
 import argparse
 
 from reca.eval.suites import SUITES
-from reca.sampling_options import read_pairs
+from reca.options.sampling import read_pairs
 
 
 def add(sub: argparse.ArgumentParser, path, takes_overrides) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Optional
 
-from reca.options import GLOB, JUDGE, LOCAL, RecipeError, config_field, format_value
+from reca.options.fields import GLOB, JUDGE, LOCAL, RecipeError, config_field, format_value
 
 
 @dataclass

@@ -30,10 +30,10 @@ from reca.eval.targets import (
     target,
     write_generation,
 )
-from reca.folders import ensure_writable
+from reca.io.folders import ensure_writable
 from reca.models import UMMS, umm_package
-from reca.options import RecipeError
-from reca.sampling_options import check_sampling_options, defaults
+from reca.options.fields import RecipeError
+from reca.options.sampling import check_sampling_options, defaults
 
 log = logging.getLogger("reca")
 STEPS = ("generate", "judge", "score", "report")

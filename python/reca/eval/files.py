@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from reca.eval.errors import EvaluationError
-from reca.folders import write_atomically
+from reca.io.folders import write_atomically
 
 # Encoding error handler: lone surrogates, which a truncated reply can contain, are written as their JSON escapes.
 HALVES = "backslashreplace"

@@ -18,7 +18,7 @@ from reca.eval.judges.base import Judge, JudgeError
 from reca.eval.records import Record
 from reca.eval.suites import Item, Key, Suite
 from reca.eval.suites.base import agree, image_hash
-from reca.full_memory import is_memory_full
+from reca.hardware.full_memory import is_memory_full
 
 log = logging.getLogger("reca")
 MOST_FAILURES = 5  # consecutive failures after which judging stops

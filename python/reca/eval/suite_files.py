@@ -21,7 +21,7 @@ from tqdm import tqdm
 from reca import units
 from reca.catalog import SUITES, SuiteFiles
 from reca.data.errors import DataError
-from reca.folders import ensure_writable, write_atomically
+from reca.io.folders import ensure_writable, write_atomically
 
 API, FILES = "https://api.github.com", "https://raw.githubusercontent.com"
 FOLDER = Path("benchmarks")

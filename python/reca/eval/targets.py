@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from reca import checkpoint
-from reca.config import Recipe
+from reca.config.recipe import Recipe
+from reca.config.recipe_files import as_dict
 from reca.eval import report
 from reca.eval.errors import EvaluationError
 from reca.eval.files import write
@@ -18,8 +19,7 @@ from reca.eval.suites import Item
 from reca.eval.suites.base import agree
 from reca.models.base import Adapter
 from reca.models.common.inference import warn_of_random_weights
-from reca.recipe_files import as_dict
-from reca.runs import is_run, load_start, load_trained, published_fingerprints, recipe_of
+from reca.runs.lineage import is_run, load_start, load_trained, published_fingerprints, recipe_of
 
 BASE = "base"
 GENERATION = "generation.json"

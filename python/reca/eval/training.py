@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from reca import distributed
-from reca.config import Recipe
+from reca.config.recipe import Recipe
 from reca.data.pixels import read_image
 from reca.eval import report
 from reca.eval.errors import EvaluationError
@@ -20,9 +20,9 @@ from reca.eval.generate import generate_images
 from reca.eval.targets import Target, write_generation
 from reca.models.base import Adapter
 from reca.models.common.inference import eval_mode
-from reca.options import RecipeError, format_value
+from reca.options.fields import RecipeError, format_value
+from reca.options.sampling import read_pairs
 from reca.precision import fp32_products
-from reca.sampling_options import read_pairs
 
 FOLDER = Path("eval") / "training"
 

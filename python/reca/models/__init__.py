@@ -6,7 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
-from reca.options import RecipeError, format_value
+from reca.options.fields import RecipeError, format_value
 
 UMMS = tuple(sorted(path.parent.name for path in Path(__file__).parent.glob("*/config.py")))
 OUTSIDE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")  # package.module

@@ -17,8 +17,8 @@ from reca.data.batch import Batch
 from reca.data.views import Views
 from reca.models.common import deferred_weights, likelihood
 from reca.models.common.inference import check_pairs
+from reca.options.sampling import check_limits
 from reca.rng import CounterRNG
-from reca.sampling_options import check_limits
 from reca_kernels.host import on_device
 
 P = TypeVar("P", bound="Prepared")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.cuda._pin_memory_utils import pin_memory, unpin_memory
 from torch.distributed.tensor import DTensor
 
-from reca.config import OptimConfig
+from reca.config.recipe import OptimConfig
 from reca.models.common.deferred_weights import local_part, own_rows
 from reca.optim import moments
 from reca.rng import CounterRNG

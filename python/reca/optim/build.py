@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from reca.config import OptimConfig
+from reca.config.recipe import OptimConfig
 from reca.models.base import Adapter
 from reca.optim import moments
 from reca.optim.adamw import AdamW
 from reca.optim.gradients import HALVES
-from reca.options import RecipeError
+from reca.options.fields import RecipeError
 
 
 def make_optimizer(adapter: Adapter, config: OptimConfig, seed: int = 0) -> torch.optim.Optimizer:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from reca.config import Recipe
-from reca.micro_batches import accumulation_steps
+from reca.config.recipe import Recipe
+from reca.data.micro_batches import accumulation_steps
 from reca.optim.adamw import AdamW
 from reca.optim.gradients import HALVES
-from reca.options import RecipeError
+from reca.options.fields import RecipeError
 
 
 class FusedBackward:

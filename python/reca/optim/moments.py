@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reca.config import OptimConfig
+from reca.config.recipe import OptimConfig
 from reca_kernels import Philox, philox_uniform
 from reca_kernels.host import outside_of_modes
 

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from reca.config import OptimConfig
+from reca.config.recipe import OptimConfig
 
 
 def lr_at(step: int, end: int, config: OptimConfig) -> float:

@@ -10,23 +10,24 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from reca import catalog, html
+from reca import catalog
 from reca.comparison.build import one_of_each, suite_of
 from reca.comparison.sides import Side, find_sides
 from reca.comparison.weights import understanding
-from reca.config import Recipe
-from reca.data.sources import DATA_KEYS
+from reca.config.recipe import Recipe
+from reca.config.recipe_files import walk
+from reca.data.sources.factory import DATA_KEYS
 from reca.eval import figures, report
 from reca.eval.generate import weights_hash
 from reca.eval.suites import SUITES
-from reca.folders import write_atomically
+from reca.io import html
+from reca.io.folders import write_atomically
 from reca.models import umm_package
 from reca.models.base import Adapter
 from reca.models.common.hub import hub_name
-from reca.recipe_files import walk
-from reca.reconstructions import GRID
-from reca.runs import is_run
-from reca.values import override_text
+from reca.monitoring.reconstructions import GRID
+from reca.options.values import override_text
+from reca.runs.lineage import is_run
 
 CARD = "README.md"
 IMAGES = "images"  # folder of the images, below the export

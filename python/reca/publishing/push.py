@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from reca import exits, units
-from reca.files import sha256
+from reca.io.files import sha256
 from reca.models.common.hub import cause_of, with_causes
 
 SHOWN = 3  # maximum number of files named in a message

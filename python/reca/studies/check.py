@@ -5,19 +5,19 @@ from dataclasses import replace
 
 from torch import nn
 
-from reca.config import LoraConfig, Recipe
+from reca.config.recipe import LoraConfig, Recipe
+from reca.config.recipe_files import load_recipe
 from reca.data.errors import DataError
-from reca.fit import asked_by
-from reca.lora import target_names
-from reca.meta_model import build_meta
+from reca.estimate.fit import asked_by
+from reca.estimate.meta_model import build_meta
 from reca.models.base import Adapter
 from reca.optim import check_passes
-from reca.options import RecipeError
+from reca.options.fields import RecipeError
 from reca.preflight import check_files, check_recipe
-from reca.recipe_files import load_recipe
-from reca.recompute import checkpoint_activations
 from reca.studies.study import START
 from reca.studies.task import Task
+from reca.training.lora import target_names
+from reca.training.recompute import checkpoint_activations
 
 
 def check(tasks: Sequence[Task]) -> None:

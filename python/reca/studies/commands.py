@@ -10,7 +10,7 @@ from typing import Any
 
 from reca import exits
 from reca.models import UMMS
-from reca.sampling_options import read_pairs
+from reca.options.sampling import read_pairs
 from reca.studies.study import StudyError, load_study, study_names
 
 LIST = "list"
@@ -57,7 +57,7 @@ def add(sub: argparse.ArgumentParser, path, takes_overrides) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the unfinished tasks of a study. Print the results and the path of the page. Return 1 if a task failed."""
-    from reca.folders import ensure_writable
+    from reca.io.folders import ensure_writable
     from reca.studies import report, runner, slurm
     from reca.studies.check import check
     from reca.studies.plan import plan
@@ -93,7 +93,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _asked(options: argparse.Namespace) -> Any:
-    from reca.recipe_files import load_recipe
+    from reca.config.recipe_files import load_recipe
     from reca.studies import published
     from reca.studies.task import Asked
 
@@ -155,7 +155,7 @@ def _evaluations(options: argparse.Namespace) -> Any:
 
 
 def _slots(options: argparse.Namespace) -> Sequence[str | None]:
-    from reca import side_by_side
+    from reca.processes import side_by_side
 
     slots: Sequence[str | None] = side_by_side.gpus() if options.recipe else ()
     slots = slots or side_by_side.cores()

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from reca.recipe_files import as_dict, load_recipe
+from reca.config.recipe_files import as_dict, load_recipe
 from reca.studies import published, world
 from reca.studies.study import BEFORE, START, Arm, Study, StudyError
 from reca.studies.task import Asked, Task, digest, short

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from reca import html
-from reca.folders import write_atomically
+from reca.io import html
+from reca.io.folders import write_atomically
 from reca.studies import judge
 from reca.studies.study import BEFORE, START, Study
 from reca.studies.task import Asked, Task, short

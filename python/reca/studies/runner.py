@@ -6,8 +6,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from reca import side_by_side
-from reca.side_by_side import Failure, Job
+from reca.processes import side_by_side
+from reca.processes.side_by_side import Failure, Job
 from reca.studies import report
 from reca.studies.check import check
 from reca.studies.plan import plan

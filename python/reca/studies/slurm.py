@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from reca.folders import write_atomically
+from reca.io.folders import write_atomically
 from reca.studies.task import Task
 from reca.studies.work import done
 

@@ -9,9 +9,9 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
 from reca import exits
-from reca.options import RecipeError
+from reca.options.fields import RecipeError
+from reca.options.values import Scalar, convert, read_yaml
 from reca.studies.task import Asked
-from reca.values import Scalar, convert, read_yaml
 
 CATALOG = Path(__file__).parent / "catalog"
 BEFORE = "before"  # the variant without post-training

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from reca import folder_lock, jsonl
-from reca.folders import write_atomically
-from reca.recipe_files import load_recipe
-from reca.runs import finished_steps, load_trained, recipe_of
+from reca.config.recipe_files import load_recipe
+from reca.io import jsonl
+from reca.io.folders import write_atomically
+from reca.runs import folder_lock
+from reca.runs.lineage import finished_steps, load_trained, recipe_of
 from reca.studies import published, world
 from reca.studies.study import BEFORE, START
 from reca.studies.task import Task

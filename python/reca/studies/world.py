@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 
-from reca import runs
+from reca.config.recipe_files import load_recipe
 from reca.demo.captions import caption
 from reca.demo.measure import Measured, measure, spacing
 from reca.demo.pretrain import DemoSetup, demo_setup, run_overrides, scaled
 from reca.demo.pretrain.optimize import save_as_run
 from reca.demo.scene import Scene, Thing
 from reca.demo.world import load_world
-from reca.image_grid import make_grid
+from reca.io.image_grid import make_grid
 from reca.models.base import Adapter
-from reca.recipe_files import load_recipe
+from reca.runs import lineage
 from reca.studies.task import Asked, Task
 
 MEASURES = ("overall", "seen", "held-out", "single", "two", "position", "understanding")
@@ -85,7 +85,7 @@ def start_steps(task: Task) -> int:
 
 def load_start(task: Task, folder: Path) -> Adapter:
     """Load a pre-trained model."""
-    return runs.load_start(load_recipe(task.recipe, [*task.of_start, init_override(task, folder)]))
+    return lineage.load_start(load_recipe(task.recipe, [*task.of_start, init_override(task, folder)]))
 
 
 def _red_is_blue(task: Task) -> None:

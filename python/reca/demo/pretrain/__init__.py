@@ -10,11 +10,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from reca.config import Recipe
+from reca.config.recipe import Recipe
+from reca.config.recipe_files import load_recipe
 from reca.demo.world import World
 from reca.models.base import Adapter
-from reca.options import RecipeError
-from reca.recipe_files import load_recipe
+from reca.options.fields import RecipeError
 
 Progress = Callable[[int, float], None]  # (step, loss)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from reca.config import Recipe
+from reca.config.recipe import Recipe
 from reca.demo.captions import TEMPLATES, caption, phrase
 from reca.demo.pretrain import ALIGNED_H_V, LINEAR_LATENTS, DemoSetup, Progress, scaled
 from reca.demo.pretrain.alignment import alignment, pad_tokens

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from reca import toy_world
-from reca.config import Recipe
+from reca.config.recipe import Recipe
 from reca.demo.captions import caption
 from reca.demo.pretrain import ALIGNED_JOINTLY, DemoSetup, Progress, scaled
 from reca.demo.pretrain.codebook import CodebookTask

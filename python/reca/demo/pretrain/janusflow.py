@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from reca.config import Recipe
+from reca.config.recipe import Recipe
 from reca.demo.captions import caption
 from reca.demo.pretrain import ALIGNED_JOINTLY, LINEAR_LATENTS, DemoSetup, Progress, scaled
 from reca.demo.pretrain.optimize import first_images, matrices, optimize, unit

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reca.config import Recipe
+from reca.config.recipe import Recipe
 from reca.data.batch import Batch
 from reca.demo.captions import TEMPLATES, caption, phrase
 from reca.demo.pretrain import ALIGNED_H_V, LINEAR_LATENTS, DemoSetup, Progress, scaled

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from reca.config import Recipe
+from reca.config.recipe import Recipe
 from reca.data.batch import Batch
 from reca.data.tasks import Turn
 from reca.demo.captions import QUESTIONS, TEMPLATES, caption

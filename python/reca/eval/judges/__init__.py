@@ -12,7 +12,7 @@ import torch
 from reca.eval.errors import EvaluationError
 from reca.eval.judges.base import Judge
 from reca.eval.suites import Item, Suite
-from reca.sampling_options import check_sampling_options
+from reca.options.sampling import check_sampling_options
 
 # name -> (module, class, argument after the colon, description)
 JUDGES: dict[str, tuple[str, str, str, str]] = {

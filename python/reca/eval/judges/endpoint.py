@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from reca import html
 from reca.data.pixels import open_rgb
 from reca.eval.errors import EvaluationError
 from reca.eval.judges.base import ImageOrFile, Judge, JudgeError, without_thoughts
+from reca.io import html
 
 log = logging.getLogger("reca")
 

@@ -324,7 +324,7 @@ def check_checkpoint(path: Path) -> None:
 
 def load_checkpoint(path: Path) -> dict[str, Tensor]:
     """Read mmdet's checkpoint file (.pth or .safetensors). Raises EvaluationError if it cannot be read."""
-    from reca.files import damage
+    from reca.io.files import damage
 
     check_checkpoint(path)
     if cause := damage(path):

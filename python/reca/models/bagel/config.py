@@ -5,7 +5,7 @@ from typing import Optional
 
 from reca.models.common.patch_codec import PatchSizes
 from reca.models.common.qwen2 import Qwen2Sizes
-from reca.options import HUB, RecipeError, config_field, count, pixels, share
+from reca.options.fields import HUB, RecipeError, config_field, count, pixels, share
 
 
 @dataclass

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from reca.files import read_json
+from reca.io.files import read_json
 from reca.models.bagel import prompt
 from reca.models.bagel.config import BagelConfig
 from reca.models.bagel.modules import Network, PositionTable, role

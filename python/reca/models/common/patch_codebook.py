@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reca.options import count
+from reca.options.fields import count
 from reca.precision import fp32_products
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reca.options import count
+from reca.options.fields import count
 
 
 @dataclass

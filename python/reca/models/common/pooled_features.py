@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from reca.models.common.efficientnet import FEATURES, EfficientNetLite0, imagenet_weights
 from reca.models.common.weight_files import assign_state_dict
-from reca.options import count, pixels
+from reca.options.fields import count, pixels
 
 PUBLISHED = ("imagenet",)  # published weights of the encoder
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import Qwen2Config
 
-from reca.options import config_field, count
+from reca.options.fields import config_field, count
 
 
 @dataclass

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from reca.data.text import encodable
 from reca.errors import first_line
-from reca.files import damage
+from reca.io.files import damage
 
 _PLAIN: "weakref.WeakKeyDictionary[PreTrainedTokenizerBase, _Plain]" = weakref.WeakKeyDictionary()
 

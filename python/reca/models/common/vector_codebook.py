@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from reca.models.common.patch_codebook import PatchCodebook, PatchSizes
-from reca.options import count
+from reca.options.fields import count
 from reca.precision import fp32_products
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from reca.errors import first_line
-from reca.files import AGAIN, HEAD, damage, is_safetensors, read_json, size_of
+from reca.io.files import AGAIN, HEAD, damage, is_safetensors, read_json, size_of
 from reca.models.common import deferred_weights
 
 log = logging.getLogger("reca")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Optional
 
 from reca.models.common.qwen2 import Qwen2Sizes
-from reca.options import HUB, config_field, count, pixels, share
+from reca.options.fields import HUB, config_field, count, pixels, share
 
 
 @dataclass

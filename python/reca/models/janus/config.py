@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Optional
 
 from reca.models.common.patch_codebook import PatchSizes
-from reca.options import HUB, config_field, count, pixels, share
+from reca.options.fields import HUB, config_field, count, pixels, share
 
 SYSTEM_PROMPT = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "

@@ -8,7 +8,7 @@ from transformers import GenerationConfig, LlamaConfig
 from transformers import JanusConfig as NativeConfig
 from transformers.models.janus.configuration_janus import JanusVisionConfig, JanusVQVAEConfig
 
-from reca.files import read_json
+from reca.io.files import read_json
 from reca.models.janus.config import JanusConfig, LlamaSizes, VisionSizes
 from reca.models.janus.prompt import IMAGE, Vocabulary
 

@@ -5,7 +5,7 @@ from typing import Optional
 
 from reca.models.common.patch_codec import PatchSizes
 from reca.models.janus.config import SYSTEM_PROMPT, LlamaSizes, VisionSizes
-from reca.options import HUB, config_field, count, pixels, share
+from reca.options.fields import HUB, config_field, count, pixels, share
 
 
 @dataclass

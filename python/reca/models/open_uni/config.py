@@ -7,7 +7,7 @@ from reca.models.common.patch_codec import PatchSizes
 from reca.models.common.pooled_features import PUBLISHED, EfficientNetSizes
 from reca.models.common.qwen2 import Qwen2Sizes
 from reca.models.common.vector_codebook import VectorCodebookSizes
-from reca.options import HUB, RecipeError, config_field, count, pixels
+from reca.options.fields import HUB, RecipeError, config_field, count, pixels
 
 
 @dataclass

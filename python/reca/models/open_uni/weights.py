@@ -16,7 +16,7 @@ from diffusers import AutoencoderDC, SanaTransformer2DModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from reca.files import read_json
+from reca.io.files import read_json
 from reca.models.base import in_fp32
 from reca.models.common.exporting import export_to
 from reca.models.common.hub import TOKENIZER, beside, fetch

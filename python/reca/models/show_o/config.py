@@ -5,7 +5,7 @@ from typing import Optional
 
 from reca.models.common.patch_codebook import PatchSizes
 from reca.models.common.pooled_features import PUBLISHED, EfficientNetSizes
-from reca.options import HUB, config_field, count, pixels, share
+from reca.options.fields import HUB, config_field, count, pixels, share
 
 SOURCES = ("clip", "efficientnet", "vq")  # sources of image embeddings in the prompt
 ACTIVATIONS = ("gelu_new", "gelu", "quick_gelu", "gelu_pytorch_tanh", "relu", "silu")

@@ -1,0 +1,172 @@
+"""The subcommands, except those that use a model (inference_commands.py) and those of packages.
+
+Each takes the parsed arguments and returns the exit code, or None for 0.
+"""
+
+import argparse
+import contextlib
+import os
+import runpy
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+MOST_GPUS = 2**20
+
+
+def train(options: argparse.Namespace) -> None:
+    from reca import api, distributed
+    from reca.config.recipe_files import explain, load_recipe
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    if options.explain:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(explain(recipe))
+        return
+    if options.overfit is not None:
+        _overfit(recipe, options.overfit, options.overfit_to)
+        return
+    run = api.train(recipe)
+    if not distributed.is_main_process():
+        return
+    with contextlib.suppress(OSError):  # the run has succeeded even if its output cannot be printed
+        _tell(recipe, run)
+
+
+def _tell(recipe: Any, run: Any) -> None:
+    from reca import units
+    from reca.monitoring.reconstructions import GRID
+
+    draw = f"Generate with: reca generate {shlex.quote(recipe.run_dir)} --prompt 'a yellow broccoli'"
+    if run.new_steps:
+        print(f"{units.counted(run.steps, 'step')} done. {draw}", flush=True)
+        if (grid := run.folder / GRID).is_file():
+            print(f"Images and their reconstructions before and after training: {grid}", flush=True)
+    else:
+        print(
+            f"{recipe.run_dir} already has {units.counted(run.steps, 'step')}, and train.steps={recipe.train.steps}: "
+            f"nothing to do. Give a larger train.steps or another run_dir. {draw}",
+            flush=True,
+        )
+
+
+def _overfit(recipe: Any, steps: int, target: float) -> None:
+    from reca import distributed
+    from reca.commands.overfit import NotLearning, overfit
+
+    found = overfit(recipe, steps, target)
+    if distributed.is_main_process():
+        print(*found.describe(), sep="\n")
+    distributed.shut_down()
+    if fault := found.fault():
+        raise NotLearning(f"the dry run did not learn its batch: {fault}")
+
+
+def status(options: argparse.Namespace) -> int:
+    """Print the current status of a run. Return the exit code that it ended with; 0 while it runs."""
+    from reca.runs.status import Status
+
+    status = Status.read(options.folder)
+    if options.field:
+        value = getattr(status, options.field)
+        print("" if value is None else value)
+        return 0
+    print(status.describe())
+    return status.exit_code or 0
+
+
+def check(options: argparse.Namespace) -> None:
+    from reca.config.recipe_files import load_recipe
+    from reca.estimate.check import report
+
+    if max(options.gpus, options.node) > MOST_GPUS:
+        raise ValueError(f"--gpus and --node must be at most {MOST_GPUS}, got {options.gpus} and {options.node}")
+    print(report(load_recipe(options.recipe, options.overrides), options.gpus, options.node, options.gpu_memory))
+
+
+def cache(options: argparse.Namespace) -> None:
+    from reca import distributed
+    from reca.config.recipe_files import load_recipe
+    from reca.precompute import cache_features
+
+    lines = cache_features(load_recipe(options.recipe, options.overrides))
+    if distributed.is_main_process():
+        print(*lines, sep="\n")
+
+
+def data_check(options: argparse.Namespace) -> int:
+    from reca.commands import data
+
+    return data.check(*data.open_spec(options.spec, options.task, None, options.overrides))
+
+
+def data_view(options: argparse.Namespace) -> None:
+    from reca.commands import data
+
+    opened = data.open_spec(options.spec, options.task, options.recipe, options.overrides)
+    print(*data.view(*opened, options.count, options.out), sep="\n")
+
+
+def get_weights(options: argparse.Namespace) -> None:
+    from reca.hub.downloads import get, weights_of
+
+    get(weights_of(options.name, options.overrides), options.to, options.dry_run)
+
+
+def get_data(options: argparse.Namespace) -> None:
+    from reca.hub.downloads import data_of, get
+
+    get(data_of(options.name), options.to, options.dry_run)
+
+
+def get_suite(options: argparse.Namespace) -> None:
+    from reca.eval import suite_files
+
+    suite_files.get(options.name, options.to, options.dry_run)
+
+
+def serve(options: argparse.Namespace) -> None:
+    from reca import exits
+    from reca.commands.serve import serve
+    from reca.errors import print_once
+
+    try:
+        serve(options.recipe, options.overrides, options.against, options.host, options.port, options.ema)
+    except KeyboardInterrupt:
+        print_once("reca: stopped")
+        exits.end_now(exits.STOPPED)  # a thread may still be working on a request
+
+
+def demo(options: argparse.Namespace) -> None:
+    from reca.demo.world import default_world, load_world
+    from reca.processes import workers
+
+    if not 0 < options.scale <= 1 or options.seeds < 1:
+        raise ValueError(
+            f"--scale must lie in (0, 1] and --seeds be at least 1, got {options.scale:g} and {options.seeds}"
+        )
+    world = load_world(options.world) if options.world else default_world(options.umm)
+    workers.prepare("reca.demo.experiment")
+    from reca.demo.experiment import demo
+
+    usual = Path("demo_out")
+    if (world.name, options.umm) != ("emoji", "show_o"):
+        usual = usual / world.name / options.umm
+    demo(options.umm, world, options.seeds, options.out or usual, options.scale)
+
+
+def doctor(options: argparse.Namespace) -> None:
+    from reca.commands.doctor import report
+
+    print(report())
+
+
+def bench(options: argparse.Namespace) -> int:
+    root = Path(__file__).parents[3]
+    if not (root / "benchmarks" / "__main__.py").exists():
+        raise ValueError("the benchmarks are in the source tree, not in the installed package: run `make bench` there")
+    sys.path.insert(0, str(root))
+    sys.argv = ["benchmarks", *options.arguments]
+    runpy.run_module("benchmarks", run_name="__main__")
+    return 0

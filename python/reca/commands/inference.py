@@ -1,0 +1,160 @@
+"""Commands that use a model: generate, edit, answer and export."""
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def generate(options: argparse.Namespace) -> None:
+    from reca import inference
+
+    seeds = [options.seed + i for i in range(len(options.prompt))]
+    sampling = _sampling(options, _adapter(options, "generate").generate, seeds, options.prompt)
+    model = _model(options, options.prompt)
+    _write(inference.generate(model, options.prompt, seeds, **sampling), options, seeds, options.prompt)
+
+
+def edit(options: argparse.Namespace) -> None:
+    from reca import inference
+
+    seeds, instructions = [options.seed], [options.instruction]
+    sampling = _sampling(options, _adapter(options, "edit").edit, seeds, instructions)
+    image = _read(options.image)
+    model = _model(options, instructions)
+    _write(inference.edit(model, [image], instructions, seeds, **sampling), options, seeds, instructions)
+
+
+def answer(options: argparse.Namespace) -> None:
+    from reca import inference
+
+    _adapter(options, "answer")
+    _reject_empty([options.question])
+    image = _read(options.image)
+    model = _model(options, [options.question])
+    print(inference.answer(model, [image], [options.question])[0])
+
+
+def best_of(options: argparse.Namespace) -> None:
+    """Run `reca best-of`. Under torchrun every rank takes a share of the prompts."""
+    from reca import distributed
+    from reca.api import is_run, recipe_of
+    from reca.commands import best_of
+    from reca.data.sample import digest
+    from reca.eval.targets import Target
+
+    if options.candidates < 1:
+        raise ValueError(f"--candidates must be at least 1, got {options.candidates}")
+    recipe, prompts = recipe_of(options.recipe, options.overrides), best_of.read_prompts(options.prompts)
+    choice = best_of.Choice(options.candidates, options.seed, options.question or best_of.QUESTION)
+    ends = [options.seed, choice.seeds(len(prompts) - 1)[-1]]
+    adapter = _adapter(options, "generate")
+    choice.sampling = _sampling(options, adapter.generate, ends, [*prompts, choice.question])
+    _adapter(options, "answer")
+    source = Target(str(options.recipe), recipe, is_run(options.recipe), options.out, options.ema)
+    choice.model = {
+        "umm": recipe.umm,
+        "step": source.step(),
+        "ema": options.ema,
+        "weights": digest([source.fingerprint()]),
+    }
+
+    distributed.initialize(60 * distributed.HOURS)  # each rank works on its share alone
+    records = best_of.choose(lambda: _model(options, [*prompts, choice.question]), prompts, choice, options.out)
+    if distributed.is_main_process():
+        print(*best_of.report(records, options.out), sep="\n")
+    distributed.shut_down()
+
+
+def export(options: argparse.Namespace) -> None:
+    from reca.api import recipe_of
+    from reca.comparison.sides import find_sides
+    from reca.comparison.weights import understanding
+    from reca.io.folders import ensure_writable
+    from reca.publishing import card, push
+    from reca.runs.lineage import is_run
+
+    recipe = recipe_of(options.recipe, options.overrides)
+    if not options.push and (options.public or options.update):
+        raise ValueError("--public and --update need --push OWNER/NAME")
+    ensure_writable(options.out, "--out")
+    if options.push:
+        push.check(options.push)
+    model = _model(options)
+    written = model.export(options.out)
+    if options.card or options.push:
+        name = options.push.split("/")[1] if options.push else options.out.absolute().name
+        written += card.write(options.recipe, recipe, model, options.ema, options.out, name)
+    print(f"wrote {', '.join(dict.fromkeys(name.split('/')[0] for name in written))} to {options.out}")
+    if is_run(options.recipe) and (found := understanding(*find_sides("base", str(options.recipe)))):
+        print(f"against the model before training: {found['text']}")
+    if options.push:
+        del model  # frees the GPU during the upload, which takes hours
+        print(push.push(options.out, written, options.push, options.public, options.update))
+
+
+def _adapter(options: argparse.Namespace, ability: str) -> Any:
+    """Return the adapter class of a recipe. Raises RecipeError if it lacks the ability."""
+    from reca.api import recipe_of
+    from reca.models import UMMS, umm_package
+    from reca.options.fields import RecipeError
+
+    umm = recipe_of(options.recipe, options.overrides).umm
+    adapter = umm_package(umm).Adapter
+    if ability not in adapter.abilities:
+        able = [name for name in UMMS if ability in umm_package(name).Adapter.abilities]
+        raise RecipeError(f"{umm} cannot {ability}; recipes of {' and '.join(able)} can")
+    return adapter
+
+
+def _model(options: argparse.Namespace, texts: Sequence[str] = ()) -> Any:
+    """Load the model, and warn of words in texts that it does not know."""
+    from reca.api import load
+    from reca.models.common.inference import warn_of_unknown_words
+
+    model = load(options.recipe, options.overrides, ema=options.ema)
+    warn_of_unknown_words(model.tokenizer, texts)
+    return model
+
+
+def _sampling(options: argparse.Namespace, method, seeds: list[int], texts: list[str]) -> dict:
+    """Parse --sampling into keyword arguments of `method`, and check all other arguments before anything is loaded."""
+    from reca.io.folders import ensure_writable
+    from reca.models.common.inference import check_pairs
+    from reca.options.sampling import check_sampling_options, read_pairs
+
+    _reject_empty(texts)
+    check_pairs(seeds=seeds)
+    given = check_sampling_options(method, read_pairs(options.sampling, "--sampling"))
+    ensure_writable(options.out, "--out")
+    return given
+
+
+def _reject_empty(texts: list[str]) -> None:
+    if not all(text.strip() for text in texts):
+        raise ValueError("the text is empty; write what to generate, edit or answer")
+
+
+def _read(path: Path):
+    from reca.data.pixels import read_image
+
+    return read_image(path)
+
+
+def _write(images: list, options: argparse.Namespace, seeds: list[int], texts: list[str]) -> None:
+    from reca.io.image_grid import make_grid
+
+    # Numbers continue after earlier calls, whose images of the same name may be from another model or other options.
+    taken = [int(found[1]) for path in options.out.iterdir() if (found := re.match(r"(\d+)_seed", path.name))]
+    for i, (image, seed, text) in enumerate(zip(images, seeds, texts, strict=True), max(taken, default=-1) + 1):
+        words = re.sub(r"\W+", "-", text).strip("-")[:40]
+        path = options.out / f"{i:03d}_seed{seed}_{words}.png"
+        try:
+            make_grid([image]).save(path)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            raise OSError(
+                f"{path} cannot be written ({error.strerror or error}); give another folder as --out"
+            ) from error
+        print(path)

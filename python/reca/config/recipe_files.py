@@ -1,0 +1,226 @@
+"""Recipe files: read YAML and overrides into the dataclasses of config.py, validate, explain and write them."""
+
+import copy
+import functools
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, fields, is_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from reca.config.paths import each_path, expand_home, make_absolute
+from reca.config.recipe import Recipe
+from reca.io.folders import write_atomically
+from reca.models import umm_package
+from reca.options.fields import RecipeError, check_heads, check_values, format_value
+from reca.options.values import BLANK, convert, override_text, read_override, read_yaml, write_yaml
+
+_types = functools.cache(get_type_hints)
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+OVERRIDES = "the overrides"
+
+
+class UnknownRecipe(RecipeError):
+    """There is no recipe of this name."""
+
+
+def recipe_names() -> list[str]:
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def load_recipe(name: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Recipe:
+    """Read a recipe by name (see `recipe_names`) or path.
+
+    Args:
+        overrides: Keys to change, as ["key.sub=value", ...] or {"key.sub": value, ...}.
+
+    Raises:
+        RecipeError: An unknown recipe, key or value.
+    """
+    path = folder = Path(expand_home(str(name)))
+    if path.suffix not in (".yaml", ".yml"):
+        path = RECIPES / f"{name}.yaml"
+    try:
+        written = read_yaml(path.read_bytes(), format_value(str(path))[1:-1])
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError) as error:
+        if isinstance(error, RecipeError):
+            raise
+        if os.path.isfile(of_run := folder / "recipe.yaml"):
+            raise RecipeError(f"{format_value(str(name))} is a run folder; its recipe is {of_run}") from error
+        raise UnknownRecipe(
+            f"no recipe {format_value(str(name))}: give a .yaml file, or one of {', '.join(recipe_names())}"
+        ) from error
+    except OSError as error:
+        raise RecipeError(f"recipe {format_value(str(path))} cannot be read ({error.strerror})") from error
+    source = format_value(str(path))[1:-1]
+    if not isinstance(written, dict):
+        raise RecipeError(f"{source} has no keys; a recipe is a YAML file of key: value lines")
+
+    given = _given(overrides)
+    umm = convert(written["umm"], str, "umm", source) if "umm" in written else Recipe.umm
+    for key, text in given:
+        if key == "umm":
+            umm = convert(read_override(key, text, str), str, key, OVERRIDES)
+    recipe = Recipe(umm=umm, model=umm_package(umm).Config())
+    _Layer(recipe, source).put(recipe, written)
+    layer = _Layer(recipe, OVERRIDES)
+    for key, text in given:
+        layer.override(key, text)
+    _check(recipe)
+    return recipe
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Write a recipe as YAML that `load_recipe` reads back to the same values. The file is replaced atomically."""
+    write_atomically(path, write_yaml(as_dict(recipe)))
+
+
+def as_dict(recipe: Recipe) -> dict:
+    return asdict(recipe)
+
+
+def absolute_paths(recipe: Recipe) -> Recipe:
+    """Return a copy of the recipe with relative paths made absolute.
+
+    Importable specs, URLs and hub names are unchanged.
+    """
+    recipe = copy.deepcopy(recipe)
+    for config, f, _ in walk(recipe):
+        value, kind = getattr(config, f.name), f.metadata.get("path")
+        if kind and value:
+            setattr(config, f.name, each_path(value, functools.partial(make_absolute, kind=kind)))
+    return recipe
+
+
+def walk(config: Any, prefix: str = "") -> Iterator[tuple[Any, Any, str]]:
+    """Yield (group, field, full key) for every key that is not a group."""
+    for f in fields(config):
+        value, key = getattr(config, f.name), f"{prefix}{f.name}"
+        if is_dataclass(value):
+            yield from walk(value, f"{key}.")
+        else:
+            yield config, f, key
+
+
+def by_key(recipe: Recipe) -> dict[str, Any]:
+    """Return the values of a recipe by full key, without groups."""
+    return {key: getattr(config, f.name) for config, f, key in walk(recipe)}
+
+
+def explain(recipe: Recipe) -> str:
+    """Return one line per key: the override that sets its current value, and its documentation."""
+    lines = []
+    for config, f, key in walk(recipe):
+        choices = f.metadata.get("choices")
+        among = f" [{', '.join(map(override_text, choices))}]" if choices else ""
+        lines.append((f"{key}={override_text(getattr(config, f.name))}", f"{f.metadata.get('doc', '')}{among}"))
+    width = min(48, max(len(left) for left, _ in lines))
+    return "\n".join(f"{left:<{width}}  {doc}" for left, doc in lines)
+
+
+def _given(overrides: Sequence[str] | Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return overrides as pairs of key and text of the value."""
+    if isinstance(overrides, str):
+        raise RecipeError(f"overrides={format_value(overrides)} must be a list of key=value, or a dict")
+    if not isinstance(overrides, Mapping):
+        return [_split(text) for text in overrides]
+    pairs: list[tuple[str, str]] = []
+    for key, value in overrides.items():
+        if isinstance(value, Mapping):
+            pairs += [(f"{key}.{name}", text) for name, text in _given(value)]
+        else:
+            pairs.append((key, override_text(list(value) if isinstance(value, tuple) else value)))
+    return pairs
+
+
+def _split(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"override {format_value(text)} has no {'key' if equals else repr('=')}; write key.sub=value")
+    return key, value
+
+
+class _Layer:
+    """Writes values from one source, a file or the overrides, into a recipe."""
+
+    def __init__(self, recipe: Recipe, source: str):
+        self.recipe, self.source = recipe, source
+
+    def put(self, group: Any, raw: dict, prefix: str = "") -> None:
+        for name, value in raw.items():
+            self.put_key(group, name, value, f"{prefix}{name}")
+
+    def put_key(self, group: Any, name: str, raw: Any, key: str) -> None:
+        wanted, f = self._declared(group, name, key)
+        if is_dataclass(wanted):
+            if not isinstance(raw, dict):
+                raise RecipeError(
+                    f"{format_value(key)[1:-1]} in {self.source} is a group of keys; set its keys, as {key}.sub=value"
+                )
+            self.put(getattr(group, name), raw, f"{key}.")
+            return
+        value = convert(raw, wanted, key, self.source)
+        if f.metadata.get("path") and value is not None:
+            value = each_path(value, functools.partial(self._path, key=key))
+        elif any(
+            "\ud800" <= c <= "\udfff" for item in (value if isinstance(value, list) else [value]) for c in str(item)
+        ):
+            raise RecipeError(f"{key} in {self.source} is not UTF-8 text")
+        setattr(group, name, value)
+
+    def _path(self, text: str, key: str) -> str:
+        if not text.strip(BLANK):
+            raise RecipeError(f"{key} in {self.source} is empty; write a path")
+        try:
+            return expand_home(text)
+        except RecipeError as error:
+            raise RecipeError(f"{key} in {self.source}: {error}") from error
+
+    def override(self, key: str, text: str) -> None:
+        *groups, name = key.split(".")
+        group = self.recipe
+        for part in groups:
+            wanted, _ = self._declared(group, part, key)
+            if not is_dataclass(wanted):
+                raise self._unknown(key)
+            group = getattr(group, part)
+        wanted, _ = self._declared(group, name, key)
+        self.put_key(group, name, read_override(key, text, wanted), key)
+
+    def _declared(self, group: Any, name: str, key: str) -> tuple[Any, Any]:
+        """Return the type and the field of a key; the type of a group is its dataclass."""
+        for f in fields(group):
+            if f.name == name:
+                value = getattr(group, name)
+                return (type(value), f) if is_dataclass(value) else (_types(group.__class__)[name], f)
+        raise self._unknown(key)
+
+    def _unknown(self, key: str) -> RecipeError:
+        known = [full for _, _, full in walk(self.recipe)]
+        groups = {full[: m.start()] for full in known for m in re.finditer(r"\.", full)}
+        lists = [full for full in known if re.match(rf"{re.escape(full)}[.\[]", key)]
+        if lists:
+            return RecipeError(f"{format_value(key)} in {self.source}: {lists[0]} has no sub-keys; set its whole value")
+        last, given = key.rsplit(".", 1)[-1], key[:200]
+        names = [*known, *(group for group in groups if not key.startswith(f"{group}."))]
+        namesakes = [full for full in known if full.rsplit(".", 1)[-1] == last]
+        near = get_close_matches(given, names, 1, 0.9) or get_close_matches(given, namesakes, 4, 0)
+        near = near or get_close_matches(given, names, 1)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        return RecipeError(
+            f"unknown key {format_value(key)} in {self.source}{hint} (reca train RECIPE --explain lists all keys)"
+        )
+
+
+def _check(config: Any, prefix: str = "") -> None:
+    check_values(config, prefix)
+    check_heads(config, prefix)
+    if hasattr(config, "check"):
+        config.check(prefix)
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if is_dataclass(value):
+            _check(value, f"{prefix}{f.name}.")

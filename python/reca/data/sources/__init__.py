@@ -1,0 +1,1 @@
+"""Sources of samples: folders, tars, tables, conversations, and mixtures of them, on disk and at URLs."""

@@ -1,0 +1,138 @@
+"""Columns of tables (parquet, Hugging Face datasets): choosing those of image and text, and reading their cells."""
+
+import json
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from reca.data.config import ColumnsConfig
+from reca.data.errors import BadSample, DataError, LeftOut
+from reca.data.sample import MAX_CAPTION_BYTES, MAX_IMAGE_BYTES, Sample, checked_size, decode_caption
+from reca.data.sources.chat_rows import BadRow, turns
+from reca.data.sources.remote import AnyPath, is_address, read_whole, to_path
+from reca.data.sources.skipped import Skipped
+
+IMAGE, BYTES, TEXT, LIST, OTHER = "image", "bytes", "text", "list", "other"  # forms of a column
+# Column names that are recognised if no recipe key names the column.
+IMAGE_NAMES = ("image", "img", "jpg", "png", "webp", "image_bytes", "image_path", "path", "file_name", "url")
+CAPTION_NAMES = ("caption", "text", "txt", "prompt", "llava")
+CONVERSATION_NAMES = ("conversations", "messages")
+
+
+class Columns(NamedTuple):
+    """Names of the columns that one task reads."""
+
+    image: str
+    text: str | None
+
+
+def choose(forms: Mapping[str, str], task: str, config: ColumnsConfig, where: str) -> Columns:
+    """Choose the columns of a task. forms: name -> IMAGE, BYTES, TEXT, LIST or OTHER.
+
+    Raises DataError, with the list of columns, if a named column is missing or the choice is ambiguous.
+    """
+    image = _named(forms, config.image, (IMAGE, BYTES, TEXT), "data.columns.image", where)
+    if image is None:
+        image = _only([n for n, form in forms.items() if form == IMAGE]) or _known(
+            forms, IMAGE_NAMES, (IMAGE, BYTES, TEXT), "images", "image", where
+        )
+    if task == "t2i":
+        text = _named(forms, config.caption, (TEXT,), "data.columns.caption", where)
+        text = text or _known(forms, CAPTION_NAMES, (TEXT,), "captions", "caption", where)
+    elif task == "i2t":
+        text = _named(forms, config.conversations, (LIST, TEXT), "data.columns.conversations", where)
+        text = text or _known(forms, CONVERSATION_NAMES, (LIST, TEXT), "conversations", "conversations", where)
+    else:
+        text = None
+    return Columns(image, text)
+
+
+def _only(names: list[str]) -> str | None:
+    return names[0] if len(names) == 1 else None
+
+
+def _named(forms: Mapping[str, str], name: str | None, wanted: tuple, key: str, where: str) -> str | None:
+    if name is None:
+        return None
+    if name not in forms:
+        near = get_close_matches(name, list(forms), 1)
+        hint = f"; did you mean {near[0]}?" if near else "."
+        raise DataError(f"{key}={name}: {where} has no such column{hint} Its columns are {_list(forms)}")
+    if forms[name] not in wanted:
+        raise DataError(f"{key}={name}: this column of {where} has type {forms[name]}. Its columns are {_list(forms)}")
+    return name
+
+
+def _known(forms: Mapping[str, str], names: tuple, wanted: tuple, what: str, key: str, where: str) -> str:
+    found = [name for name in names if forms.get(name) in wanted]
+    if len(found) != 1:
+        fault = f"{' and '.join(found)} may be" if found else "no column name is recognised as"
+        raise DataError(f"{where}: {fault} the {what}; name one in data.columns.{key}. Its columns are {_list(forms)}")
+    return found[0]
+
+
+def _list(forms: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} ({form})" for name, form in forms.items())
+
+
+def make_sample(key: str, image: Any, text: Any, task: str, root: AnyPath) -> Sample:
+    """Return the sample of a row's cells. root: folder that paths in cells are relative to.
+
+    image: bytes, a path or URL, or {"bytes": ..., "path": ...} as in Hugging Face datasets.
+    Raises LeftOut for a row without an image, BadSample for an invalid image, caption or conversation, and OSError.
+    """
+    data = image_bytes(image, root)
+    if task == "t2i":
+        if not isinstance(text, str):
+            raise BadSample("the caption is missing or not text")
+        checked_size(len(text), MAX_CAPTION_BYTES, "caption")
+        return Sample(key, data, decode_caption(text.encode("utf-8", "surrogatepass")))
+    return Sample(key, data, conversation(text) if task == "i2t" else None)
+
+
+def cell_of(column: Any, row: int, name: str) -> Any:
+    """Return a cell of an Arrow column as a Python object. Raises BadSample if its text is not UTF-8."""
+    try:
+        return column[row].as_py()
+    except UnicodeDecodeError as error:
+        raise BadSample(f"the column {name} is not UTF-8") from error
+
+
+def image_bytes(cell: Any, root: AnyPath) -> bytes:
+    """Return the bytes of an image cell. Raises LeftOut, BadSample and OSError like `make_sample`."""
+    if isinstance(cell, Mapping):
+        cell = cell.get("bytes") or cell.get("path")
+    if isinstance(cell, list) and len(cell) == 1:
+        return image_bytes(cell[0], root)
+    if isinstance(cell, list) and cell:
+        raise BadSample(f"the image column has {len(cell)} images in this row; expected one")
+    if not cell:
+        raise LeftOut("rows without an image")
+    if isinstance(cell, bytes):
+        checked_size(len(cell), MAX_IMAGE_BYTES, "image")
+        return cell
+    if not isinstance(cell, str) or "\0" in cell:
+        raise BadSample("the image column has neither bytes nor a path in this row")
+    try:
+        path = to_path(cell) if is_address(cell) else root / cell
+    except DataError as error:
+        raise BadSample(str(error)) from error
+    if isinstance(path, Path):
+        return read_whole(path, MAX_IMAGE_BYTES, "image")
+    data = path.read_bytes()
+    checked_size(len(data), MAX_IMAGE_BYTES, "image")
+    return data
+
+
+def conversation(cell: Any) -> list:
+    """Return the turns of a conversations cell: a list, or one encoded as JSON. Raises BadSample."""
+    if isinstance(cell, str):
+        try:
+            cell = json.loads(cell)
+        except (ValueError, RecursionError) as error:
+            raise BadSample(f"the conversation is not JSON: {error}") from error
+    try:
+        return list(turns({"conversations": cell}, 0, Skipped()))
+    except BadRow as error:
+        raise BadSample(f"the turns {error}") from error

@@ -1,0 +1,128 @@
+"""Opening of the sources that a recipe names."""
+
+import logging
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from reca.data.batch import task_rng
+from reca.data.config import ColumnsConfig, DataConfig
+from reca.data.errors import DataError
+from reca.data.sample import Source
+from reca.data.sources import hf
+from reca.data.sources.conversations import Conversations
+from reca.data.sources.folder import Folder, NoImages, list_files
+from reca.data.sources.mixture import Mixture, limit
+from reca.data.sources.parquet import Parquet, one_split
+from reca.data.sources.patterns import expand
+from reca.data.sources.remote import RemotePath, is_address, remote_path, to_path
+from reca.data.sources.remote_folder import RemoteFolder
+from reca.data.sources.scored import ScoredImages
+from reca.data.sources.skipped import Skipped, log_once
+from reca.data.sources.tars import Tars
+from reca.data.spec import call_source, parse_spec
+
+DATA_KEYS = {
+    "reca": "images",
+    "i2t": "conversations",
+    "t2i": "captions",
+    "srum": "scored",
+}  # task -> key of its samples
+TAR = re.compile(r"\.tar($|[.*?\[{])|\.(tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
+JSON = re.compile(r"\.(json|jsonl|ndjson)$", re.IGNORECASE)
+PARQUET = re.compile(r"\.(parquet|pq)($|[.*?\[{])", re.IGNORECASE)
+
+
+def open_sources(config: DataConfig, tasks: Iterable[str], seed: int = 0) -> dict[str, Source]:
+    """Open the source of each task. Raises DataError if one is missing or empty.
+
+    seed: seed of the run, which selects the samples of data.limit.
+    """
+    sources = {}
+    for task in tasks:
+        wanted = getattr(config, DATA_KEYS[task])
+        if wanted is None:
+            raise DataError(
+                f"objective.{task}.weight is above 0 but data.{DATA_KEYS[task]} is null; set it, or the weight to 0"
+            )
+        names = [wanted] if isinstance(wanted, str) else [item["source"] for item in wanted]
+        parts = [open_source(name, task, config.image_root, config.columns) for name in names]
+        source = parts[0] if isinstance(wanted, str) else Mixture(parts, [item["weight"] for item in wanted], names)
+        if config.limit is not None:
+            source = limit(source, config.limit, task_rng(seed, task, 2).seed, config.shuffle)
+        if isinstance(source, Mixture):
+            log_once(logging.INFO, f"data.{DATA_KEYS[task]}: {source.describe(names)}")
+        sources[task] = source
+    return sources
+
+
+def open_source(text: str, task: str, image_root: str | None = None, columns: ColumnsConfig | None = None) -> Source:
+    """Open the source that a recipe names: a folder, files or a pattern, a dataset of the hub, or an importable spec.
+
+    task: "t2i" requires a caption per sample, "i2t" a conversation, "srum" a file of scored images.
+    columns: columns of tables.
+    Raises DataError if there is nothing to read, or if it is ambiguous which files belong together.
+    """
+    path, columns = Path(text), columns or ColumnsConfig()
+    if text.startswith(hf.PREFIX) and not is_address(text):
+        return hf.open_hub(text, task, columns, image_root)
+    if parse_spec(text):
+        return call_source(text, task, f"data.{DATA_KEYS[task]}")
+    if "\0" in text or not text.strip():
+        raise DataError(f"{text!r} is not a path; name the data, or null for none")
+    try:
+        if task == "srum":
+            return ScoredImages(to_path(text), image_root)
+        if is_address(text):
+            return _open_address(text, task, image_root, columns)
+        if path.is_dir():
+            return _open_folder(path, task, image_root, columns)
+        if PARQUET.search(path.name):
+            return Parquet(expand(text, "parquet"), task, columns, image_root)
+        if task == "i2t":
+            return Conversations(path, image_root)
+        return Tars(expand(text), task) if TAR.search(path.name) else Folder(path, task)
+    except OSError as error:  # such as a parent folder without permission
+        raise DataError(f"{error.filename or text} cannot be read: {error.strerror or error}") from error
+
+
+def _open_folder(path: Path, task: str, image_root: str | None, columns: ColumnsConfig) -> Source:
+    """Open a folder: one saved by `datasets`, one of images, or one of parquet files if it has no images."""
+    if hf.is_saved(path):
+        return hf.open_saved(path, task, columns, image_root)
+    if task == "i2t":
+        tables = [path / name for name in list_files(path, Skipped()).get(".parquet", ())]
+        if not tables:
+            return Conversations(path, image_root)  # raises the error for a folder
+    else:
+        try:
+            return Folder(path, task)
+        except NoImages as error:
+            tables = [path / name for name in error.files.get(".parquet", ())]
+            if not tables:
+                raise
+    return Parquet(one_split(tables, path), task, columns, image_root)
+
+
+def _open_address(text: str, task: str, image_root: str | None, columns: ColumnsConfig) -> Source:
+    """Open tars, parquet files, conversations or a folder at a URL."""
+    name = text.rpartition("/")[2]
+    if PARQUET.search(name):
+        return Parquet(expand(text, "parquet"), task, columns, image_root)
+    if task == "i2t" and JSON.search(name):
+        return Conversations(remote_path(text), image_root)
+    if task != "i2t" and TAR.search(name):
+        return Tars(expand(text), task)
+    root = remote_path(text)
+    try:
+        if task != "i2t":
+            return RemoteFolder(root, task)
+        found = root.ask(root.fs.glob, f"{root.path.rstrip('/')}/**/*.parquet")
+        tables = [RemotePath(root.fs, path) for path in found]
+    except NoImages as error:
+        tables = [root.listed(path) for path in error.files.get(".parquet", ())]
+        if not tables:
+            raise
+    if not tables:
+        raise DataError(f"{text} has no parquet files; for conversations in JSON, name the .json or .jsonl file")
+    return Parquet(one_split(tables, root), task, columns, image_root)

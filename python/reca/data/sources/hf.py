@@ -1,0 +1,126 @@
+"""Hugging Face datasets, from the hub or from a folder written by `save_to_disk`."""
+
+import os
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+from urllib.parse import parse_qsl
+
+from reca.data.config import ColumnsConfig
+from reca.data.errors import DataError
+from reca.data.sample import Sample, digest
+from reca.data.sources.columns import cell_of, choose, make_sample
+from reca.data.sources.folder import total_size
+from reca.data.sources.parquet import form_of
+
+PREFIX = "hf:"
+OPTIONS = ("split", "name", "revision")
+
+
+class Hub(NamedTuple):
+    """The parts of hf:PATH?split=SPLIT&name=CONFIGURATION&revision=COMMIT."""
+
+    path: str
+    options: dict[str, str]
+
+
+class HuggingFace:
+    """Rows of a Hugging Face dataset in memory-mapped Arrow files, read one at a time.
+
+    A sample's key is SPLIT:ROW, with rows counted from 0.
+    """
+
+    def __init__(self, dataset: Any, task: str, columns: ColumnsConfig, where: str, root: Path):
+        self.task, self.root, self.split = task, root, str(dataset.split or "row")
+        self.files = [file["filename"] for file in dataset.cache_files]
+        forms = {field.name: form_of(field.type) for field in dataset.features.arrow_schema}
+        self.columns = choose(forms, task, columns, where)
+        names = [name for name in self.columns if name is not None]
+        # Stored cells, whatever format the dataset was saved with: this package decodes them.
+        self.rows = dataset.select_columns(names).with_format("arrow")
+        if not len(self.rows):
+            raise DataError(f"{where} has no rows")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        row = self.rows[index]
+        image, text = (name and cell_of(row.column(name), 0, name) for name in self.columns)
+        return make_sample(self.key(index), image, text, self.task, self.root)
+
+    def key(self, index: int) -> str:
+        return f"{self.split}:{index}"
+
+    def size(self, index: int) -> int:
+        """Return the bytes of all files of the dataset, which change when it is rewritten; -1 if one is missing."""
+        return total_size(self.files)
+
+    def identity(self) -> str:
+        sizes = [(os.path.basename(file), total_size([file])) for file in self.files]
+        return digest([len(self), tuple(self.columns), str(self.rows.features), sizes])
+
+
+def is_saved(folder: Path) -> bool:
+    """Return whether the folder was written by `save_to_disk`; False if it is not accessible."""
+    one, *both = (os.path.isfile(folder / name) for name in ("dataset_dict.json", "state.json", "dataset_info.json"))
+    return one or all(both)
+
+
+def open_saved(folder: Path, task: str, columns: ColumnsConfig, image_root: str | None) -> HuggingFace:
+    """Open a folder written by `save_to_disk`. Raises DataError."""
+    datasets = _datasets()
+    try:
+        found = datasets.load_from_disk(str(folder))
+    except Exception as error:  # of many types, if files are missing or damaged
+        raise DataError(f"{folder} cannot be opened by datasets: {type(error).__name__}: {error}") from error
+    if isinstance(found, datasets.DatasetDict):
+        found = _one(found, f"{folder} has the splits {{splits}}: name one of them, such as {folder}/{{first}}")
+    return HuggingFace(found, task, columns, str(folder), Path(image_root or folder))
+
+
+def open_hub(text: str, task: str, columns: ColumnsConfig, image_root: str | None) -> HuggingFace:
+    """Open hf:NAME?split=train; download files that are not cached. Raises DataError."""
+    hub, datasets = _parse(text), _datasets()
+    options = {key: value for key, value in hub.options.items() if key != "name"}
+    try:
+        found = datasets.load_dataset(hub.path, hub.options.get("name"), **options)
+    except Exception as error:  # from the network, the hub or files
+        raise DataError(f"{text} cannot be loaded by datasets: {type(error).__name__}: {error}") from error
+    if isinstance(found, datasets.DatasetDict):
+        found = _one(found, f"{text} has the splits {{splits}}: name one, such as {PREFIX}{hub.path}?split={{first}}")
+    return HuggingFace(found, task, columns, text, Path(image_root or "."))
+
+
+def _parse(text: str) -> Hub:
+    path, _, query = text.removeprefix(PREFIX).partition("?")
+    try:
+        options = dict(parse_qsl(query, keep_blank_values=True, strict_parsing=True)) if query else {}
+    except ValueError:
+        options = {query: ""}
+    if "streaming" in options:
+        raise DataError(
+            f"{text}: a stream has neither a length nor random access, so a run could not shuffle it, shard it over "
+            "ranks or resume. To read the same files by row groups without downloading them first, write "
+            f"hf://datasets/{path or 'OWNER/NAME'}/**/*.parquet (needs pip install 'reca[remote]')"
+        )
+    if not path or not all(key in OPTIONS and value for key, value in options.items()):
+        raise DataError(f"{text} is not valid; write {PREFIX}NAME?split=train, with name= and revision= if needed")
+    return Hub(path, options)
+
+
+def _one(splits: Any, message: str) -> Any:
+    if len(splits) != 1:
+        raise DataError(message.format(splits=", ".join(splits), first=next(iter(splits), "train")))
+    return next(iter(splits.values()))
+
+
+def _datasets() -> ModuleType:
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(
+            f"this data needs Hugging Face datasets, which cannot be imported ({error}): pip install 'reca[hf]'"
+        ) from None
+    datasets.disable_progress_bars()
+    return datasets

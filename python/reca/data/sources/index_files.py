@@ -1,0 +1,116 @@
+"""Indexes of large data files, stored in a cache folder and shared by all ranks and runs.
+
+An index is valid as long as its data file has the same path, size and times. It is written under a temporary name and
+renamed, so it is either complete or absent. One process per machine builds it while the others wait.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from reca.data.sources.remote import AnyPath, RemotePath
+from reca.data.sources.skipped import log_once
+
+LARGE = 2**24  # bytes; files of at least this size get an index file
+SETTLED = 2.0  # seconds; a file that changed more recently could change again with the same time stamp
+VERSION = 3  # of all index formats; increment when the content of an index changes
+
+
+def cache_folder() -> Path:
+    """Return the folder of index files: below RECA_CACHE or the user's cache folder."""
+    root = os.environ.get("RECA_CACHE")
+    if not root:
+        root = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "reca")
+    return Path(root) / "index"
+
+
+class IndexFile:
+    """Path of a file's index, and the stamp by which it is valid.
+
+    depends: everything else that the index depends on, JSON-serialisable.
+    """
+
+    def __init__(self, source: AnyPath, kind: str, *depends: Any):
+        self.source, self.depends = source, [VERSION, kind, *depends]
+        name = hashlib.sha256(json.dumps([_address(source), *self.depends]).encode("utf-8", "replace"))
+        self.path = cache_folder() / f"{name.hexdigest()[:32]}.{kind}"
+        self.stamp = self.now()
+        age = time.time() - max(self.stamp[2], self.stamp[3]) / 1e9
+        if 0 <= age < SETTLED:
+            time.sleep(SETTLED - age)
+            self.stamp = self.now()
+
+    def now(self) -> list:
+        """Return the current stamp: path, size and times of the file, and everything else the index depends on."""
+        if isinstance(self.source, RemotePath):
+            return [str(self.source), 0, 0, 0, *(self.source.version() or []), *self.depends]
+        found = os.stat(self.source)
+        path = os.path.abspath(self.source).encode("utf-8", "surrogateescape").hex()
+        return [path, found.st_size, found.st_mtime_ns, found.st_ctime_ns, *self.depends]
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the lock for building this index. Without a lock, as on some file systems, several processes may."""
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                lock = stack.enter_context(open(f"{self.path}.lock", "a"))
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def part(self) -> Path:
+        """Return a unique temporary path to write the index to."""
+        return self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex}.part")
+
+    def keep(self, part: Path) -> bool:
+        """Move a written index into place. Delete it and return False if the data file has changed meanwhile."""
+        if self.now() != self.stamp:
+            part.unlink(missing_ok=True)
+            return False
+        part.replace(self.path)
+        return True
+
+    def cannot_keep(self, error: OSError) -> None:
+        """Warn that the index has to be rebuilt at every start."""
+        log_once(
+            logging.WARNING,
+            f"the index of {self.source} cannot be saved in {self.path.parent} ({error.strerror or error}): every "
+            "process rebuilds it. Set RECA_CACHE to a writable folder",
+        )
+
+
+def _address(source: AnyPath) -> str:
+    return str(source) if isinstance(source, RemotePath) else os.path.abspath(source)
+
+
+def read_json(index: IndexFile) -> Any:
+    """Return the content of a JSON index; None if it is missing, stale or damaged."""
+    try:
+        digest, _, body = index.path.read_bytes().partition(b"\n")
+        if hashlib.sha256(body).hexdigest().encode() != digest:
+            return None
+        content = json.loads(body)
+        return content["content"] if content["stamp"] == index.stamp else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_json(index: IndexFile, content: Any) -> None:
+    """Save a JSON index. Log a warning if that fails."""
+    body = json.dumps({"stamp": index.stamp, "content": content}).encode()
+    part = index.part()
+    try:
+        part.write_bytes(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+        index.keep(part)
+    except OSError as error:
+        index.cannot_keep(error)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)

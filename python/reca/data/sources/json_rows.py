@@ -1,0 +1,72 @@
+"""Rows of a JSON list or a JSON lines file, local or at a URL."""
+
+import json
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+from typing import Any, NamedTuple
+
+from reca.data.errors import DataError
+from reca.data.sources.json_stream import parse_lines, read_items
+from reca.data.sources.remote import AnyPath, read_range
+from reca.data.text import decode_text
+from reca.io.files import HEAD, packed, placeholder
+
+LINES = (".jsonl", ".ndjson")  # suffixes of files with one row per line
+
+
+class Form(NamedTuple):
+    """Expected form of a file, for messages: the file ("conversations file"), the form's name, and an example row."""
+
+    file: str
+    name: str
+    row: str
+
+    def wrong(self, path: AnyPath) -> DataError:
+        return DataError(f"{path} is not {self.name}: expected a list of {self.row}")
+
+
+def holds_lines(path: AnyPath) -> bool:
+    return PurePosixPath(path.name).suffix.lower() in LINES
+
+
+def load_rows(path: AnyPath, form: Form) -> list[Any]:
+    """Read a whole file. Raises DataError if it is not JSON or not a list."""
+    try:
+        data = path.read_bytes()
+        if cause := placeholder(data[:HEAD]) or packed(data[:HEAD]):
+            raise DataError(f"{form.file} {path} {cause}")
+        text = decode_text(data)
+        items = list(parse_lines(text.split("\n"))) if holds_lines(path) else json.loads(text)
+        if not isinstance(items, list):
+            raise form.wrong(path)
+        return items
+    except OSError as error:
+        raise cannot_be_read(path, form, error) from error
+    except DataError:
+        raise
+    except (ValueError, RecursionError) as error:  # invalid JSON or invalid text
+        raise _no_json(path, error) from error
+
+
+def stream_rows(path: AnyPath, form: Form) -> Iterator[Any]:
+    """Yield the rows of a large file one by one. Raises DataError like `load_rows`, and OSError."""
+    try:
+        head = read_range(path, 0, HEAD)
+        if cause := placeholder(head) or packed(head):
+            raise DataError(f"{form.file} {path} {cause}")
+        yield from read_items(path, holds_lines(path))
+    except TypeError as error:
+        raise DataError(f"{path} is {error} and not {form.name}: expected a list of {form.row}") from error
+    except DataError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise _no_json(path, error) from error
+
+
+def cannot_be_read(path: AnyPath, form: Form, error: OSError) -> DataError:
+    return DataError(f"{form.file} {path} cannot be read: {error.strerror or error}")
+
+
+def _no_json(path: AnyPath, error: Exception) -> DataError:
+    hint = "; rename it to .jsonl if it has one row per line" if "Extra data" in str(error) else ""
+    return DataError(f"{path} is not JSON: {error}{hint}")

@@ -1,0 +1,220 @@
+"""Parquet files with columns of images, captions and conversations, as published on Hugging Face."""
+
+import functools
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from reca import units
+from reca.data.config import ColumnsConfig
+from reca.data.errors import BadSample, DataError
+from reca.data.order import WINDOW, Block
+from reca.data.sample import Sample, digest
+from reca.data.sources.columns import BYTES, IMAGE, LIST, OTHER, TEXT, cell_of, choose, make_sample
+from reca.data.sources.patterns import relative_names, some
+from reca.data.sources.remote import AnyPath, RemotePath, to_path
+from reca.data.sources.row_groups import RecentlyUsed
+from reca.data.sources.skipped import log_once
+from reca.io.files import HEAD, packed, placeholder
+
+LARGE = 2**29  # bytes; a warning is logged for larger row groups
+MAGIC = b"PAR1"
+SPLIT = re.compile(r"(train|test|validation|valid|val|dev)(?![A-Za-z])")
+
+
+class Group(NamedTuple):
+    """A row group: index of its file, its number there, first row in the file, number of rows, bytes of its columns."""
+
+    file: int
+    number: int
+    first: int
+    rows: int
+    bytes: int
+
+
+class Parquet:
+    """Rows of parquet files. A row is read together with its row group, and recently used groups stay in memory.
+
+    The index lists row groups, not rows, so opening a file reads only its footer.
+    A sample's key is FILE:ROW, with rows counted from 0.
+    """
+
+    def __init__(self, paths: Sequence[AnyPath], task: str, columns: ColumnsConfig, image_root: str | None = None):
+        self.paths, self.task = list(paths), task
+        self.names = relative_names(paths)
+        self.root = to_path(image_root) if image_root else None
+        self.footers: list[str] = []
+        self.groups: list[Group] = []
+        self.columns: Any = None  # Columns, once the first file is open
+        for file, path in enumerate(self.paths):
+            self._open(file, path, columns)
+        if not self.groups:
+            raise DataError(f"{some(self.paths)}: the parquet files have no rows")
+        self.starts = np.cumsum([0, *(group.rows for group in self.groups)])
+        self.blocks = [Block(group.rows, group.bytes) for group in self.groups]
+        self.metadata = functools.lru_cache(maxsize=64)(self._metadata)
+        self.tables = RecentlyUsed(self._load, lambda number: self.groups[number].bytes, 2 * WINDOW)
+        self._warn_of_large_groups()
+
+    def _open(self, file: int, path: AnyPath, config: ColumnsConfig) -> None:
+        metadata, footer = read_footer(path)
+        self.footers.append(footer)
+        schema = metadata.schema.to_arrow_schema()
+        columns = choose({field.name: form_of(field.type) for field in schema}, self.task, config, str(path))
+        if twice := [name for name in columns if name is not None and schema.names.count(name) > 1]:
+            raise DataError(f"{path} has {schema.names.count(twice[0])} columns named {twice[0]!r}: rename one of them")
+        if self.columns not in (None, columns):
+            raise DataError(
+                f"{path} has the columns {columns.image} and {columns.text}, {self.paths[0]} {self.columns.image} and "
+                f"{self.columns.text}: name the columns in data.columns.image, .caption and .conversations"
+            )
+        self.columns, first = columns, 0
+        leaves = [
+            leaf
+            for leaf in range(metadata.num_columns)
+            if f"{metadata.schema.column(leaf).path}.".startswith(tuple(f"{name}." for name in columns if name))
+        ]
+        for number in range(metadata.num_row_groups):
+            group = metadata.row_group(number)
+            size = sum(group.column(leaf).total_uncompressed_size for leaf in leaves)
+            if group.num_rows:
+                self.groups.append(Group(file, number, first, group.num_rows, size))
+            first += group.num_rows
+
+    def _warn_of_large_groups(self) -> None:
+        largest = max(self.groups, key=lambda group: group.bytes)
+        if largest.bytes > LARGE:
+            log_once(
+                logging.WARNING,
+                f"{self.paths[largest.file]}: a row group has {units.size(largest.bytes)}, and reading a row reads "
+                "its whole group. Rewrite the files with smaller groups (row_group_size=100 of pyarrow's "
+                "write_table)",
+            )
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, index: int) -> Sample:
+        number, row = self._place(index)
+        group, table = self.groups[number], self.tables(number)
+        image, text = (name and cell_of(table.column(name), row, name) for name in self.columns)
+        root = self.root or self.paths[group.file].parent
+        return make_sample(self.key(index), image, text, self.task, root)
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """Return the group of a sample and its row in that group."""
+        number = int(np.searchsorted(self.starts, index, "right")) - 1
+        return number, index - int(self.starts[number])
+
+    def _metadata(self, file: int) -> Any:
+        return read_footer(self.paths[file])[0]
+
+    def _load(self, number: int) -> Any:
+        """Read a row group's columns. Raises BadSample if its bytes are damaged."""
+        from pyarrow.parquet import ParquetFile
+
+        group = self.groups[number]
+        columns = [column for column in self.columns if column is not None]
+        try:
+            path = self.paths[group.file]
+            source = path.open("rb") if isinstance(path, RemotePath) else path
+            with ParquetFile(source, metadata=self.metadata(group.file)) as file:
+                return file.read_row_group(group.number, columns=columns, use_threads=False)
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            raise BadSample(f"row group {group.number} cannot be read: {error}") from error
+        except (ValueError, DataError) as error:  # pyarrow's ArrowInvalid is a ValueError
+            raise BadSample(f"row group {group.number} cannot be read: {error}") from error
+
+    def key(self, index: int) -> str:
+        number, row = self._place(index)
+        group = self.groups[number]
+        return f"{self.names[group.file]}:{group.first + row}"
+
+    def size(self, index: int) -> int:
+        """Return the bytes of the row's file, which change when the file is rewritten; -1 if it is missing."""
+        try:
+            return self.paths[self.groups[self._place(index)[0]].file].stat().st_size
+        except OSError:
+            return -1
+
+    def identity(self) -> str:
+        return digest([tuple(self.columns), *zip(self.names, self.footers, strict=True)])
+
+
+def form_of(kind: Any) -> str:
+    """Return the form of a column with an Arrow type: IMAGE, BYTES, TEXT, LIST or OTHER."""
+    import pyarrow.types as types
+
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    if types.is_struct(kind):
+        parts = {kind.field(i).name: form_of(kind.field(i).type) for i in range(kind.num_fields)}
+        return IMAGE if parts.get("bytes") == BYTES else OTHER
+    if any(
+        test(kind)
+        for test in (types.is_binary, types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary)
+    ):
+        return BYTES
+    if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
+        return TEXT
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return IMAGE if form_of(kind.value_type) == IMAGE else LIST
+    return OTHER
+
+
+def read_footer(path: AnyPath) -> tuple[Any, str]:
+    """Return the metadata of a parquet file, and a digest of its size and footer, which locates all columns.
+
+    Raises DataError if the file is not parquet or is truncated.
+    """
+    from pyarrow.parquet import read_metadata
+
+    try:
+        with path.open("rb") as file:
+            head = file.read(HEAD)
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 8))
+            tail = file.read(8)
+            if head[:4] != MAGIC or tail[4:] != MAGIC or size < 12:
+                cause = placeholder(head) or packed(head)
+                cut = "is cut off: it has no footer; fetch it again" if head[:4] == MAGIC else "is not a parquet file"
+                raise DataError(f"{path} {cause or cut}")
+            length = int.from_bytes(tail[:4], "little")
+            file.seek(max(0, size - 8 - length))
+            footer = hashlib.sha256(b"%d " % size + file.read(length)).hexdigest()
+            file.seek(0)
+            return read_metadata(file), footer
+    except DataError:
+        raise
+    except (OSError, ValueError) as error:  # for damaged bytes pyarrow raises either, OSError without errno
+        if isinstance(error, OSError) and error.errno is not None:
+            raise DataError(f"{path} cannot be read: {error.strerror}") from error
+        raise DataError(f"{path} is not a readable parquet file: {error}; fetch it again") from error
+
+
+def one_split(paths: Sequence[AnyPath], folder: AnyPath) -> list[AnyPath]:
+    """Return the sorted files of a folder. Raises DataError if they are of several splits, such as train and test."""
+    splits = {split: path for path in sorted(paths, reverse=True) if (split := _split(path, folder))}
+    if len(splits) > 1:
+        names = " and ".join(sorted(splits))
+        split, path = max(splits.items())
+        one = f"'{folder}/**/{split}-*.parquet'" if path.name.startswith(split) else path.parent
+        raise DataError(f"{folder} has parquet files of the splits {names}: name those of one, such as {one}")
+    return sorted(paths)
+
+
+def _split(path: AnyPath, folder: AnyPath) -> str | None:
+    """Return the split that a file's name, or the nearest folder below `folder`, begins with; None if there is none.
+
+    Examples: train-00.parquet, train/00.parquet and split=train/00.parquet.
+    """
+    names = str(path).removeprefix(str(folder)).split("/")
+    found = (SPLIT.match(name.removeprefix("split=")) for name in reversed(names))
+    return next((match[1] for match in found if match), None)

@@ -1,0 +1,87 @@
+"""Expansion of file patterns: a path, a glob, or a numbered range that must be complete."""
+
+import glob
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from reca.data.errors import DataError
+from reca.data.sources import remote
+from reca.data.sources.remote import AnyPath, RemotePath
+
+MAX_SHARDS = 1_000_000
+RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+
+
+def expand(spec: str, kind: str = "tar") -> list[AnyPath]:
+    """Return the paths that a path, a glob or {000..009} ranges stand for. Raises DataError if one is missing.
+
+    kind: file type, for messages.
+    """
+    if remote.is_address(spec):
+        return _all_there(spec, kind, *remote.find(_ranges(spec)))
+    paths: dict[Path, None] = {}  # in order, each once
+    missing = []
+    for name in [spec] if os.path.exists(spec) else _ranges(spec):
+        found = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
+        paths |= dict.fromkeys(map(Path, found))
+        if not found:
+            missing.append(name)
+    return _all_there(spec, kind, list(paths), missing)
+
+
+def _all_there(spec: str, kind: str, paths: Sequence[AnyPath], missing: list[str]) -> list[AnyPath]:
+    """Return the paths. Raises DataError if there are none, some are missing, or one is not a file."""
+    if not paths:
+        hint = ""
+        if remote.lists_by_links(spec) and glob.has_magic(spec):
+            hint = (
+                ": globs need a page of links to the files, and this web server has none there. Write a range, "
+                f"such as {{000..099}}.{kind}, or a single URL"
+            )
+        elif "," in spec or "::" in spec or spec.startswith("pipe:"):
+            hint = (
+                ": brace alternatives, names joined by commas or ::, and pipe: commands are not supported. Write "
+                f"several files as a list of sources, '[{{source: a.{kind}}}, {{source: b.{kind}}}]'"
+            )
+        raise DataError(f"no {kind} file matches {spec!r}{hint}")
+    if missing:
+        raise DataError(
+            f"{spec}: {len(missing)} of the range are missing: {some(missing)}. Download them, or name a range of "
+            "existing files"
+        )
+    for path in paths:
+        if not path.is_file():
+            raise DataError(f"{path} is not a file; expected {spec!r} to name {kind} files")
+    return list(paths)
+
+
+def relative_names(paths: Sequence[AnyPath]) -> list[str]:
+    """Return the names of files relative to their deepest common folder."""
+    full = [path.path if isinstance(path, RemotePath) else os.path.abspath(path) for path in paths]
+    common = os.path.commonpath([os.path.dirname(name) for name in full])
+    return [os.path.relpath(name, common) if common else name for name in full]
+
+
+def _ranges(spec: str) -> list[str]:
+    """Return the names that the ranges in `spec` expand to."""
+    names = [""]
+    end = 0
+    for match in RANGE.finditer(spec):
+        first, last = match.groups()
+        numbers = range(int(first), int(last) + 1)
+        if not numbers:
+            raise DataError(f"{spec}: the range {match[0]} is empty; write the smaller number first")
+        if len(names) * len(numbers) > MAX_SHARDS:
+            raise DataError(f"{spec}: {match[0]} expands to more than {MAX_SHARDS} names")
+        between = spec[end : match.start()]
+        names = [f"{name}{between}{str(n).zfill(len(first))}" for name in names for n in numbers]
+        end = match.end()
+    return [name + spec[end:] for name in names]
+
+
+def some(paths: Sequence[AnyPath | str]) -> str:
+    """Return the first five names, and the total number if there are more."""
+    shown = ", ".join(map(str, paths[:5]))
+    return shown if len(paths) <= 5 else f"{shown}, … ({len(paths)})"

@@ -1,0 +1,268 @@
+"""Remote files: s3://, gs://, http(s):// and other URLs that fsspec reads."""
+
+import contextlib
+import glob
+import io
+import os
+import posixpath
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, BinaryIO, cast
+from urllib.parse import quote
+
+from reca.data.errors import DataError
+from reca.data.sample import checked_size
+
+ATTEMPTS = 3  # per request
+PAUSE = 0.5  # seconds before the second attempt; doubles with each further one
+BLOCK = 2**20  # bytes per read of a file that is read sequentially
+NO_RANGES = "the server does not support partial requests (HTTP Range)"
+# Metadata that identify a version of a file.
+CHANGES = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created", "md5Hash", "blob_id")
+
+
+class RemotePath:
+    """The subset of pathlib.Path that sources use, for a file at a URL."""
+
+    def __init__(self, fs: Any, path: str):
+        self.fs, self.path = fs, path
+
+    def __str__(self) -> str:
+        return self.fs.unstrip_protocol(self.path)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RemotePath) and str(self) == str(other)
+
+    def __hash__(self) -> int:
+        return hash(str(self))
+
+    def __lt__(self, other: "RemotePath") -> bool:
+        return str(self) < str(other)
+
+    def __truediv__(self, name: str) -> "RemotePath":
+        """Return the file of that name, with URL syntax in the name escaped."""
+        return self.listed(quote(name) if lists_by_links(self.path) else name)
+
+    def listed(self, name: str) -> "RemotePath":
+        """Return the file of a name listed by the file system. A web server lists names that are already escaped."""
+        return RemotePath(self.fs, posixpath.join(self.path, name))
+
+    @property
+    def name(self) -> str:
+        return posixpath.basename(self.path)
+
+    @property
+    def parent(self) -> "RemotePath":
+        return RemotePath(self.fs, posixpath.dirname(self.path))
+
+    def exists(self) -> bool:
+        return self._type() is not None
+
+    def is_file(self) -> bool:
+        return self._type() == "file"
+
+    def _type(self) -> str | None:
+        """Return "file", "directory", or None if missing. fsspec's `exists` and `isfile` would hide other errors."""
+        try:
+            return self.ask(self.fs.info, self.path)["type"]
+        except FileNotFoundError:
+            return None
+
+    def stat(self) -> SimpleNamespace:
+        size = self.ask(self.fs.info, self.path).get("size")
+        if size is None:
+            raise OSError(f"{self}: the server does not report the size of the file")
+        return SimpleNamespace(st_size=size)
+
+    def version(self) -> list[str] | None:
+        """Return values that identify this version of the file; None if the server reports none."""
+        found = self.ask(self.fs.info, self.path)
+        tags = [f"{name}={found[name]}" for name in CHANGES if found.get(name)]
+        return [str(found.get("size")), *tags] if tags else None
+
+    def open(self, mode: str = "rb") -> BinaryIO:
+        file = self.ask(self.fs.open, self.path, mode, block_size=BLOCK)
+        if not file.seekable():
+            raise OSError(f"{self}: {NO_RANGES}")
+        return cast(BinaryIO, _File(self, file))
+
+    def read_range(self, offset: int, size: int) -> bytes:
+        data = self.ask(self.fs.cat_file, self.path, start=offset, end=offset + size)
+        if offset and len(data) > size:
+            raise OSError(f"{self}: {NO_RANGES}")
+        return data[:size]
+
+    def read_bytes(self) -> bytes:
+        return self.ask(self.fs.cat_file, self.path)
+
+    def ask(self, function: Any, *arguments: Any, **options: Any) -> Any:
+        """Call a function of the file system, with retries if the network fails."""
+        for attempt in range(ATTEMPTS):
+            try:
+                with _as_oserror(self):
+                    return function(*arguments, **options)
+            except (FileNotFoundError, PermissionError):
+                raise
+            except OSError:
+                if attempt == ATTEMPTS - 1:
+                    raise
+                time.sleep(PAUSE * 2**attempt)
+        raise AssertionError("unreachable")
+
+
+AnyPath = Path | RemotePath
+
+
+@contextlib.contextmanager
+def _as_oserror(path: RemotePath) -> Iterator[None]:
+    """Convert exceptions of network libraries to OSError."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        kind = PermissionError if getattr(error, "status", None) in (401, 403) else OSError
+        raise kind(f"{path}: {type(error).__name__}: {error}") from error
+
+
+def is_address(text: str) -> bool:
+    return "://" in text
+
+
+def lists_by_links(text: str) -> bool:
+    """Return whether the server of a URL lists files, if at all, as a page of links."""
+    return text.startswith(("http://", "https://"))
+
+
+def to_path(text: str) -> AnyPath:
+    """Return the path of a local file or a URL. Raises DataError like `remote_path`."""
+    return remote_path(text) if is_address(text) else Path(text)
+
+
+def remote_path(text: str) -> RemotePath:
+    """Return the path of a file at a URL. Raises DataError if fsspec cannot open such URLs."""
+    try:
+        import fsspec
+
+        if lists_by_links(text):
+            from reca.data.sources.web import WebFiles
+
+            return RemotePath(WebFiles(), text)
+        return RemotePath(*fsspec.core.url_to_fs(text))
+    except ImportError as error:
+        raise DataError(f"{text} needs a package that is not installed: {error}: pip install 'reca[remote]'") from None
+    except Exception as error:  # an unknown protocol, missing credentials and more
+        raise DataError(f"{text} cannot be opened: {type(error).__name__}: {error}") from error
+
+
+def read_range(path: AnyPath, offset: int, size: int) -> bytes:
+    """Read a range of bytes of a file; fewer if the file ends earlier."""
+    if isinstance(path, RemotePath):
+        return path.read_range(offset, size)
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.read(size)
+
+
+def read_whole(path: AnyPath, limit: int, what: str) -> bytes:
+    """Read a file of at most `limit` bytes. Raises BadSample for a larger one. what: it is, for the message."""
+    if isinstance(path, RemotePath):
+        data = path.read_range(0, limit + 1)
+        checked_size(len(data), limit, what)
+        return data
+    with path.open("rb") as file:
+        checked_size(os.fstat(file.fileno()).st_size, limit, what)
+        return file.read(limit)
+
+
+class _File(io.RawIOBase):
+    """Open file at a URL, whose reads are retried if the network fails."""
+
+    def __init__(self, path: RemotePath, file: BinaryIO):
+        self.path, self.file = path, file
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self.file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.path.ask(self._read, self.tell(), len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def _read(self, place: int, size: int) -> bytes:
+        self.file.seek(place)
+        return self.file.read(size)
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+
+class _Ranges(io.RawIOBase):
+    """Stream of a file at a URL. Each read is a separate range request, retried if the network fails."""
+
+    def __init__(self, path: RemotePath):
+        self.path, self.place, self.size = path, 0, path.stat().st_size
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.place, io.SEEK_END: self.size}[whence]
+        return self.place
+
+    def tell(self) -> int:
+        return self.place
+
+    def readinto(self, buffer: Any) -> int:
+        data = b"" if self.place >= self.size else self.path.read_range(self.place, len(buffer))
+        if not data and self.place < self.size:
+            raise OSError(f"{self.path} ends at byte {self.place}; expected {self.size} bytes")
+        if len(data) > min(len(buffer), self.size - self.place):
+            raise OSError(f"{self.path}: {NO_RANGES}")
+        buffer[: len(data)] = data
+        self.place += len(data)
+        return len(data)
+
+
+def open_stream(path: AnyPath) -> BinaryIO:
+    """Open a file for sequential reading."""
+    if isinstance(path, RemotePath):
+        return cast(BinaryIO, io.BufferedReader(_Ranges(path), BLOCK))
+    return path.open("rb")
+
+
+def find(names: list[str]) -> tuple[list[RemotePath], list[str]]:
+    """Return the files that match URLs or URL patterns, and the names without a match."""
+    paths = [remote_path(name) for name in names]
+
+    def found(pair: tuple[str, RemotePath]) -> list[RemotePath]:
+        name, path = pair
+        if not glob.has_magic(name):
+            return [path] if path.exists() else []
+        try:
+            return [RemotePath(path.fs, match) for match in sorted(path.ask(path.fs.glob, path.path))]
+        except PermissionError:
+            if not lists_by_links(name):
+                raise
+            return []
+
+    with ThreadPoolExecutor(16) as pool:
+        matches = list(pool.map(found, zip(names, paths, strict=True)))
+    missing = [name for name, match in zip(names, matches, strict=True) if not match]
+    return list(dict.fromkeys(path for match in matches for path in match)), missing

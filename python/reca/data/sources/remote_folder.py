@@ -1,0 +1,42 @@
+"""Images below a folder at a URL, such as s3://bucket/photos."""
+
+import posixpath
+from collections import defaultdict
+from collections.abc import Sequence
+
+from reca.data.errors import DataError
+from reca.data.sample import IMAGE_SUFFIXES, checked_size, hidden
+from reca.data.sources.folder import ImageFolder
+from reca.data.sources.remote import RemotePath, read_range, read_whole
+from reca.data.sources.skipped import Skipped
+
+
+class RemoteFolder(ImageFolder):
+    """A folder at a URL, listed once when it is opened. Sizes that the server does not list count as 0."""
+
+    def __init__(self, root: RemotePath, task: str):
+        self.root = root
+        try:
+            found = root.ask(root.fs.find, root.path, detail=True)
+        except OSError as error:
+            raise DataError(f"data folder {root} cannot be listed: {error}") from error
+        if not found:
+            raise DataError(f"data folder {root} does not exist, or is empty")
+        start = root.path.rstrip("/") + "/"
+        self.sizes = {name.removeprefix(start): info.get("size") for name, info in found.items()}
+        files, skipped = defaultdict(list), Skipped()
+        for name in self.sizes:
+            suffix = posixpath.splitext(name)[1].lower()
+            if not any(map(hidden, name.split("/"))):
+                files[suffix].append(name)
+            elif suffix in IMAGE_SUFFIXES:
+                skipped.add("hidden files and folders", name)
+        super().__init__(root, task, files, skipped)
+
+    def read(self, name: str, limit: int, what: str) -> bytes:
+        if (size := self.sizes[name]) is not None:
+            return read_range(self.root.listed(name), 0, checked_size(size, limit, what))
+        return read_whole(self.root.listed(name), limit, what)
+
+    def total_size(self, names: Sequence[str]) -> int:
+        return sum(self.sizes[name] or 0 for name in names)

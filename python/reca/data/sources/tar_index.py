@@ -1,0 +1,185 @@
+"""Index of a tar's members, which accounts for every byte of the file.
+
+The standard library parses the headers, but treats a file truncated after a member, and a damaged header in the middle,
+as the end of the archive. So the end is checked here.
+
+wids (of webdataset) also gives random access to tars, but its reader verifies no checksums, supports neither long names
+nor links, keeps the last of two members with the same name, and accepts truncated files.
+"""
+
+import posixpath
+import tarfile
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from reca.data.errors import DataError
+from reca.data.sample import IMAGE_SUFFIXES, hidden
+from reca.data.sources import index_files
+from reca.data.sources.remote import AnyPath, RemotePath
+from reca.data.sources.skipped import Skipped
+from reca.io.files import HEAD, packed, placeholder
+
+MAX_PADDING = 2**20  # zeros after the archive: writers pad to a record, interrupted downloads to the whole file
+MAX_LINKS = 10
+
+
+class Stored(NamedTuple):
+    """Location of a member's bytes. pieces: of a sparse file, (offset in it, length) of the stored parts, in order."""
+
+    offset: int
+    size: int
+    pieces: tuple[tuple[int, int], ...] = ()
+
+
+class Member(NamedTuple):
+    name: str  # without a leading "./"
+    stored: Stored
+
+
+def kept_index(path: AnyPath, skipped: Skipped) -> list[Member]:
+    """Return the result of `read_index`; for a large tar from its index file, which is built if missing."""
+    try:
+        unversioned = isinstance(path, RemotePath) and path.version() is None
+        if unversioned or path.stat().st_size < index_files.LARGE:
+            return read_index(path, skipped)
+        index = index_files.IndexFile(path, "tar")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+    content = index_files.read_json(index)
+    if content is None:
+        with index.locked():
+            content = index_files.read_json(index)
+            if content is None:
+                own = Skipped()
+                members = read_index(path, own)
+                content = [[[name, *stored] for name, stored in members], own.counts, own.first]
+                index_files.write_json(index, content)
+    members, counts, first = content
+    skipped.merge(counts, first)
+    return [Member(name, Stored(offset, size, tuple(map(tuple, pieces)))) for name, offset, size, pieces in members]
+
+
+def read_index(path: AnyPath, skipped: Skipped) -> list[Member]:
+    """Return all files of a tar in order, with links resolved. Raises DataError if the tar is damaged or truncated."""
+    infos = list(_headers(path))
+    files: dict[str, Stored] = {}
+    members = []
+    targets = {_clean(info.name): info for info in infos}  # of repeated names, the last
+    for info in infos:
+        name = _clean(info.name)
+        if info.isdir():
+            continue
+        image = posixpath.splitext(name)[1].lower() in IMAGE_SUFFIXES
+        if any(hidden(part) for part in name.split("/") if part not in (".", "..")):
+            if image:
+                skipped.add("hidden files", f"{path}: {name}")
+            continue
+        if info.isreg():
+            stored: Stored | None = _stored(info)
+        elif info.islnk():  # usually to an earlier file
+            stored = files.get(_clean(info.linkname)) or _follow(info, targets)
+        else:
+            stored = _follow(info, targets) if info.issym() else None
+        if stored:
+            files[name] = stored
+            members.append(Member(name, stored))
+        elif image:
+            skipped.add("image members that are not files, or broken links", f"{path}: {name}")
+    return members
+
+
+def _headers(path: AnyPath) -> Iterator[tarfile.TarInfo]:
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            yield from _walk(path, file, size)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _walk(path: AnyPath, file, size: int) -> Iterator[tarfile.TarInfo]:
+    try:
+        tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 (the file is closed by its owner)
+    except OSError:
+        raise
+    except Exception as error:  # tarfile raises many types for other files
+        raise DataError(f"{path} is not an uncompressed tar: {_what(file, error)}") from error
+    place, last = 0, "its beginning"
+    infos = iter(tar)  # not tar.next(), which fails on an empty tar in Python 3.10
+    while True:
+        try:
+            info = next(infos, None)
+        except OSError:
+            raise
+        except Exception as error:
+            raise DataError(_damage(path, size, place, last, str(error))) from error
+        if info is None:
+            break
+        sparse: Any = info.sparse  # pairs of offset and length, unlike in typeshed
+        stored = info.size if sparse is None else sum(length for _, length in sparse)
+        if info.isreg() and info.offset_data + stored > size:
+            raise DataError(f"{path} is cut off at byte {size}, inside {info.name}: fetch or pack it again")
+        if info.size < 0 or tar.offset <= info.offset or any(at < 0 or n < 0 for at, n in sparse or ()):
+            raise DataError(_damage(path, size, info.offset, last, "a negative size"))
+        place, last = tar.offset, info.name
+        yield info
+    _check_end(path, file, size, tar.offset, last)
+
+
+def _check_end(path: AnyPath, file, size: int, place: int, last: str) -> None:
+    """Raise DataError unless the archive ends with a block of zeros, followed by nothing but zeros."""
+    file.seek(place)
+    block = file.read(tarfile.BLOCKSIZE)
+    if len(block) < tarfile.BLOCKSIZE:
+        raise DataError(
+            f"{path} is cut off at byte {size}, after {last}: it has no end-of-archive block. Fetch or pack it again"
+        )
+    if block.strip(b"\0"):
+        raise DataError(_damage(path, size, place, last, "a bad header"))
+    if size - place > MAX_PADDING:
+        raise DataError(
+            f"{path} ends at byte {place}, after {last}, but the file has {size} bytes, like an interrupted download "
+            "or several concatenated tars: fetch or pack it again"
+        )
+    rest = file.read().lstrip(b"\0")
+    if rest:
+        raise DataError(
+            f"{path} ends at byte {place}, after {last}, but {len(rest)} bytes follow. Tars cannot be concatenated by "
+            "cat: name them one by one, or pack them again"
+        )
+
+
+def _damage(path: AnyPath, size: int, place: int, last: str, reason: str) -> str:
+    if place >= size:
+        return f"{path} is cut off at byte {size}, after {last}: fetch or pack it again"
+    return f"{path} is damaged at byte {place}, after {last} ({reason}): fetch or pack it again"
+
+
+def _what(file, error: Exception) -> str:
+    file.seek(0)
+    head = file.read(HEAD)
+    return f"it {cause}" if (cause := placeholder(head) or packed(head)) else str(error)
+
+
+def _stored(info: tarfile.TarInfo) -> Stored:
+    sparse: Any = info.sparse
+    return Stored(info.offset_data, info.size, tuple(sparse or ()))
+
+
+def _follow(info: tarfile.TarInfo, targets: dict[str, tarfile.TarInfo]) -> Stored | None:
+    """Resolve a link within the tar. Return None if it does not lead to a file."""
+    for _ in range(MAX_LINKS):
+        name = info.linkname
+        if info.issym():
+            name = posixpath.join(posixpath.dirname(_clean(info.name)), name)
+        target = targets.get(_clean(name))
+        if target is None or target.isdir():
+            return None
+        info = target
+        if info.isreg():
+            return _stored(info)
+    return None
+
+
+def _clean(name: str) -> str:
+    return posixpath.normpath(name).lstrip("/")

@@ -1,0 +1,186 @@
+"""Images in webdataset tars: how members are grouped into samples and read."""
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from reca.data.errors import BadSample, DataError
+from reca.data.sample import (
+    IMAGE_SUFFIXES,
+    MAX_CAPTION_BYTES,
+    MAX_IMAGE_BYTES,
+    OTHER_IMAGE_SUFFIXES,
+    Sample,
+    checked_size,
+    decode_caption,
+    digest,
+)
+from reca.data.sources.patterns import relative_names, some
+from reca.data.sources.remote import AnyPath, read_range
+from reca.data.sources.skipped import Skipped, log_once
+from reca.data.sources.tar_index import Member, Stored, kept_index
+
+
+class Entry(NamedTuple):
+    """Location of a sample's image and caption."""
+
+    path: AnyPath
+    key: str
+    image: Stored
+    text: Stored | None
+
+
+class Tars:
+    """Samples of webdataset tars, read by the offsets of their members.
+
+    The members of a sample are consecutive and share a key: the name up to the first dot after the last slash. The
+    image is the member whose whole suffix is that of an image (a.jpg); other members of the key (a.seg.png, a.json)
+    are not read. If a key has no such member, but images with dots in their names (v1.5_a.jpg, v1.5_b.jpg), each of
+    them is a sample, whose key is the name up to the last dot. A repeated key, a repeated member and a second image of
+    a sample are errors. Unused image members are counted.
+    """
+
+    def __init__(self, paths: Sequence[AnyPath], task: str):
+        self.task, self.skipped = task, Skipped()
+        self.entries: list[Entry] = []
+        for path, shard in zip(paths, relative_names(paths), strict=True):
+            for sample in _samples(path, self.skipped):
+                if task == "t2i" and sample.text is None:
+                    raise DataError(f"{path}: {sample.image.name} has no .txt caption, which t2i needs")
+                text = sample.text.stored if sample.text and task == "t2i" else None
+                self.entries.append(Entry(path, f"{shard}/{sample.image.name}", sample.image.stored, text))
+        if not self.entries:
+            why = f": skipped {self.skipped}" if self.skipped else ""
+            raise DataError(f"no images in {some(paths)}{why}")
+        self.skipped.warn(some(paths))
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> Sample:
+        entry = self.entries[index]
+        text = entry.text and decode_caption(_read(entry.path, entry.text, MAX_CAPTION_BYTES, "caption"))
+        return Sample(entry.key, _read(entry.path, entry.image, MAX_IMAGE_BYTES, "image"), text)
+
+    def key(self, index: int) -> str:
+        return self.entries[index].key
+
+    def size(self, index: int) -> int:
+        entry = self.entries[index]
+        return entry.image.size + (entry.text.size if entry.text else 0)
+
+    def identity(self) -> str:
+        return digest((self.key(index), self.size(index)) for index in range(len(self)))
+
+
+class _Sample(NamedTuple):
+    key: str
+    image: Member
+    text: Member | None
+
+
+def _samples(path: AnyPath, skipped: Skipped) -> list[_Sample]:
+    """Return the samples of one tar. Raises DataError if the grouping of its members is ambiguous."""
+    samples: list[_Sample] = []
+    seen: dict[str, str] = {}  # key -> its first member; likewise dotted and plain
+    dotted: dict[str, str] = {}
+    plain: dict[str, str] = {}
+    for key, members in _groups(path, kept_index(path, skipped)):
+        parts = _split(path, key, members)
+        for name, group in parts.items():
+            if name in seen:
+                again = next(iter(group.values())).name
+                raise DataError(
+                    f"{path}: {again} does not follow {seen[name]}, which has the same key {name!r}. The files of "
+                    "a sample must be consecutive, and every sample needs a unique name: pack the tar again "
+                    "(tar --sort=name)"
+                )
+            seen[name] = next(iter(group.values())).name
+            image = _image(path, name, group)
+            for member in group.values():
+                suffix = _last_suffix(member.name)
+                if member is not image and suffix in IMAGE_SUFFIXES | OTHER_IMAGE_SUFFIXES:
+                    why = "further images of a sample" if image else "images in unsupported formats"
+                    skipped.add(why, f"{path}: {member.name}")
+            if image:
+                samples.append(_Sample(name, image, group.get(".txt")))
+                (plain if name == key else dotted).setdefault(key, image.name)
+    for key, name in dotted.items():
+        if key in plain:
+            raise DataError(
+                f"{path}: {name} does not follow {plain[key]}. It is ambiguous whether it is a part of sample "
+                f"{key!r} or another image: pack the tar again with the parts together, or without the dot"
+            )
+    if dotted:
+        first = next(iter(dotted.values()))
+        log_once(logging.INFO, f"{path}: images with dots in their names are separate samples (the first: {first})")
+    return samples
+
+
+def _groups(path: AnyPath, members: Iterable[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
+    """Group consecutive members by key, the name up to the first dot. Yield (key, suffix -> member)."""
+    key = ""
+    group: dict[str, Member] = {}
+    for member in members:
+        folder, _, base = member.name.rpartition("/")
+        stem, dot, suffix = base.partition(".")
+        if not dot:
+            continue  # not part of a sample, as in webdataset
+        this = f"{folder}/{stem}" if folder else stem
+        if this != key:
+            if group:
+                yield key, group
+            key, group = this, {}
+        suffix = f".{suffix.lower()}"
+        if suffix in group:
+            raise DataError(
+                f"{path}: {group[suffix].name} and {member.name} are both the {suffix} of sample {key!r}. Pack the "
+                "tar again with only one of them, or with different names"
+            )
+        group[suffix] = member
+    if group:
+        yield key, group
+
+
+def _split(path: AnyPath, key: str, group: dict[str, Member]) -> dict[str, dict[str, Member]]:
+    """Return key -> suffix -> member: the group as it is, or split at the last dot if no image is named KEY.SUFFIX."""
+    if any(suffix in IMAGE_SUFFIXES for suffix in group) or not any(
+        _last_suffix(member.name) in IMAGE_SUFFIXES for member in group.values()
+    ):
+        return {key: group}
+    parts: dict[str, dict[str, Member]] = {}
+    for member in group.values():
+        stem = member.name[: -len(_last_suffix(member.name))]
+        parts.setdefault(stem, {})[_last_suffix(member.name)] = member
+    return parts
+
+
+def _image(path: AnyPath, key: str, group: dict[str, Member]) -> Member | None:
+    images = [member for suffix, member in group.items() if suffix in IMAGE_SUFFIXES]
+    if len(images) > 1:
+        raise DataError(
+            f"{path}: {images[0].name} and {images[1].name} are both the image of sample {key!r}. Pack the tar again "
+            "with only one of them, or with different names"
+        )
+    return images[0] if images else None
+
+
+def _last_suffix(name: str) -> str:
+    _, dot, suffix = name.rpartition("/")[2].rpartition(".")
+    return (dot + suffix).lower()
+
+
+def _read(path: AnyPath, stored: Stored, limit: int, what: str) -> bytes:
+    checked_size(stored.size, limit, what)
+    if not stored.pieces:
+        data = read_range(path, stored.offset, stored.size)
+    else:  # a sparse file: gaps between the pieces are zeros
+        packed = read_range(path, stored.offset, sum(length for _, length in stored.pieces))
+        whole, taken = bytearray(stored.size), 0
+        for place, length in stored.pieces:
+            whole[place : place + length] = packed[taken : taken + length]
+            taken += length
+        data = bytes(whole)
+    if len(data) != stored.size:
+        raise BadSample(f"{path} is shorter than when the run began")
+    return data

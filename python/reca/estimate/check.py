@@ -1,0 +1,231 @@
+"""Parameters, FLOPs and memory of a recipe, from a model without weights: nothing is downloaded."""
+
+import math
+import textwrap
+from collections import Counter
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from reca import units
+from reca.config.recipe import Recipe
+from reca.config.recipe_files import by_key
+from reca.data import decode_speed
+from reca.data.batch import Batch
+from reca.data.micro_batches import describe_split, size_warning
+from reca.estimate import cards, memory
+from reca.estimate.held import host_memory, host_moments
+from reca.estimate.meta_model import build_meta
+from reca.hardware.peaks import known_peak
+from reca.models.base import ROLES, Adapter
+from reca.models.common.on_cpu import as_gpu
+from reca.rng import CounterRNG
+from reca.training.parallelize import predicted_shard_size
+from reca.training.recompute import checkpoint_activations
+from reca_kernels import dispatch
+
+IMAGES = 8  # at most; masks and dropped text are random, so FLOPs are averaged over several images
+TEXT = "Describe the image in detail."
+ASSUMED_GPU, ASSUMED_SHARE = "NVIDIA H100", 0.5  # GPU and fraction of its peak that a step's time is estimated with
+SPARE = 1.25  # safety factor for decoding threads, because images differ
+MOST_THREADS = 256  # largest recommendation; a model that needs more is too small to be limited by the GPU
+
+
+class Parameters(NamedTuple):
+    total: int
+    trained: int
+
+
+class Flops(NamedTuple):
+    """FLOPs per image of a RECA step. A multiply-add counts as two; attention counts every pair of tokens."""
+
+    encode: float  # frozen encoders; with a feature cache they run only once
+    forward: float
+    backward: float  # including the recomputation of activation checkpointing
+
+
+def parameters(adapter: Adapter) -> dict[str, Parameters]:
+    """Count the parameters by role, in the order of ROLES."""
+    total: Counter[str] = Counter()
+    trained: Counter[str] = Counter()
+    role_of = adapter.roles()
+    for name, parameter in adapter.named_parameters():
+        total[role_of[name]] += parameter.numel()
+        trained[role_of[name]] += parameter.numel() * parameter.requires_grad
+    return {role: Parameters(total[role], trained[role]) for role in ROLES if role in total}
+
+
+def flops(adapter: Adapter, fake: FakeTensorMode, images: int) -> Flops:
+    """Count the FLOPs per image of a RECA step on a GPU, averaged over `images` images of the views' sizes."""
+    views = adapter.views("reca")
+
+    def blank(view) -> list[Tensor] | None:
+        return view and [torch.empty(3, view.size, view.size, dtype=torch.uint8) for _ in range(images)]
+
+    with fake:
+        gen, und = blank(views.gen), blank(views.und)
+    return batch_flops(adapter, Batch("reca", torch.arange(images), [TEXT] * images, gen, und), CounterRNG(0))
+
+
+def without_memory(batch: Batch, fake: FakeTensorMode) -> Batch:
+    """Return a batch of the same samples with fake pixels or features of the same shapes."""
+
+    def blank(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return torch.empty(value.shape, dtype=value.dtype)
+        return [blank(item) for item in value] if isinstance(value, list) else value
+
+    with fake:
+        gen, und = blank(batch.gen), blank(batch.und)
+        features = batch.features and {key: blank(value) for key, value in batch.features.items()}
+    return Batch(batch.task, batch.host_ids, batch.text, gen, und, features)
+
+
+def batch_flops(adapter: Adapter, batch: Batch, rng: CounterRNG) -> Flops:
+    """Count the FLOPs per sample on a GPU by running a batch's loss on fake tensors.
+
+    Only ids, masks and random numbers are real. A batch that has features is not encoded.
+    rng: the task's generator in the run; it draws the masks, and the number of masked tokens determines a head's work.
+    """
+    counter = FlopCounterMode(display=False, custom_mapping=CONVOLUTIONS)
+    with dispatch.use("reference"), as_gpu(), sdpa_kernel(SDPBackend.MATH), counter:
+        made = adapter.encode(batch) if batch.features is None else batch.features
+        features = {key: _indices(value) for key, value in made.items()}
+        encoded = counter.get_total_flops()
+        loss = adapter(replace(batch, features=features), rng).sum
+        forward = counter.get_total_flops()
+        loss.backward()
+        backward = counter.get_total_flops()
+    adapter.zero_grad(set_to_none=True)
+    return Flops(*(n / len(batch) for n in (encoded, forward - encoded, backward - forward)))
+
+
+def _convolution_backward(grad, x, weight, *others, **_) -> int:  # the op's arguments, with shapes for tensors
+    """Count the FLOPs of a convolution's backward pass with groups, which torch ignores: SANA's are depthwise."""
+    transposed, wanted = others[4], others[7]
+    return 2 * math.prod(x if transposed else grad) * math.prod(weight[1:]) * (wanted[0] + wanted[1])
+
+
+CONVOLUTIONS = {torch.ops.aten.convolution_backward: _convolution_backward}
+
+
+def _indices(feature: Tensor | list) -> Tensor | list:
+    """Replace integer features by real zeros: they are codes, which losses use as indices."""
+    if not isinstance(feature, Tensor) or feature.is_floating_point():
+        return feature
+    return torch.zeros(feature.shape, dtype=feature.dtype)
+
+
+def report(recipe: Recipe, gpus: int = 1, node: int = 8, card: int | None = None) -> str:
+    """Return the report as text.
+
+    card: memory of a GPU in bytes; with it, also report which settings fit.
+    Raises ValueError for a recipe that `reca train` would reject on this number of GPUs.
+    """
+    if gpus < 1 or node < 1:
+        raise ValueError(f"--gpus and --node must be at least 1, got {gpus} and {node}")
+    adapter, fake = build_meta(recipe)
+    room = memory.own_card() if card is None else card
+    checkpoint_activations(adapter, recipe.train)
+    count, rows = parameters(adapter), adapter.sequence()
+    work = flops(adapter, fake, min(IMAGES, recipe.objective.reca.micro_batch))
+    every = Parameters(*(sum(numbers) for numbers in zip(*count.values(), strict=True)))
+    lines = [f"{'parameters':<24}{'total':>18}{'trained':>18}"]
+    lines += [f"  {role:<22}{n.total:>18,}{n.trained:>18,}" for role, n in (*count.items(), ("all", every))]
+    lines += ["", "one image of a RECA step, attention counted as dense"]
+    lines += [f"  {name + ' tokens':<22}{n:>18,}" for name, n in rows.items()]
+    steps = {"encoders": work.encode, "forward": work.forward, "backward": work.backward, "all": sum(work)}
+    if recipe.objective.reca.weight:
+        images = recipe.objective.reca.batch_size
+        steps[f"step of {images} images"] = images * sum(work)
+    lines += [_line(name, n, units.FLOPS) for name, n in steps.items()]
+    lines += ["", f"samples per step on {units.counted(gpus, 'GPU')}"]
+    for task in recipe.active_tasks():
+        config = getattr(recipe.objective, task)
+        split = describe_split(config, gpus)
+        if config.max_tokens is not None:
+            most = memory.largest_sample(adapter, recipe, task, fake)
+            split += f"; the largest sample has {most}" + ", a micro-batch by itself" * (most > config.max_tokens)
+        lines.append(f"  {task:<22}{config.batch_size:>18}   {split}")
+    if text := size_warning(recipe.objective, recipe.active_tasks(), gpus):
+        lines += textwrap.wrap(text, 100, initial_indent="  ", subsequent_indent="  ")
+    lines += ["", f"predicted peak memory per GPU in a step, {units.counted(gpus, 'GPU')}"]
+    if gpus > 1:
+        shard = predicted_shard_size(adapter, recipe, gpus, node, room)
+        held = "all weights (ddp)" if shard == 1 else f"1/{shard} of the weights"
+        lines.append(f"  each GPU of {units.size(room)} holds {held}")
+    peak = memory.predict(recipe, gpus, node, room)
+    lines += [_line(name, n, units.BYTES) for name, n in (*peak._asdict().items(), ("all", peak.total))]
+    lines += [_line("with a reserve", memory.needed(peak.total), units.BYTES) + f" for {memory.NOT_COUNTED}"]
+    values = by_key(recipe)
+    if drawing := [key for key in ("eval.every", "log.sample_every", "log.reconstructions") if values[key]]:
+        lines.append(f"  not predicted: generation and evaluation between steps ({', '.join(drawing)})")
+    loading = host_memory(adapter, recipe, gpus, node, room)
+    lines += [_line("host memory", loading, units.BYTES) + " per node, while weights are loaded"]
+    if moments := host_moments(adapter, recipe, gpus, node, room):
+        lines += [_line("moments on the host", moments, units.BYTES) + " per node, during the whole run"]
+    lines += _decoding(recipe, adapter, sum(work))
+    if card is not None:
+        lines += ["", f"GPUs of {units.size(card)}", *cards.describe(recipe, peak, gpus, node, card)]
+    return "\n".join(lines)
+
+
+class Decoding(NamedTuple):
+    """Time to decode a step's images on the CPU, and time of the step on a GPU."""
+
+    gpu: str
+    cpu_seconds: float  # of one core of this machine, for all images of a step
+    step: float  # seconds, estimated from FLOPs
+
+    @property
+    def threads(self) -> int:
+        """Return the number of threads that decode as fast as the GPU computes, times SPARE."""
+        return max(1, math.ceil(SPARE * self.cpu_seconds / self.step))
+
+
+def decoding(recipe: Recipe, adapter: Adapter, flops_of_image: float) -> Decoding:
+    """Measure decoding on one core, and estimate the time of a step on this GPU, or on ASSUMED_GPU without one."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ASSUMED_GPU
+    step = recipe.objective.reca.batch_size * flops_of_image / (ASSUMED_SHARE * _peak(name))
+    decoded = sum(
+        getattr(recipe.objective, task).batch_size * decode_speed.seconds(adapter.views(task))
+        for task in recipe.active_tasks()
+    )
+    return Decoding(name, decoded, step)
+
+
+def _peak(gpu: str) -> float:
+    peak = known_peak(gpu) or known_peak(ASSUMED_GPU)
+    assert peak is not None
+    return peak
+
+
+def _decoding(recipe: Recipe, adapter: Adapter, flops_of_image: float) -> list[str]:
+    """Report how many CPU threads are needed so that no step waits for its images."""
+    if not recipe.objective.reca.weight:
+        return []
+    found = decoding(recipe, adapter, flops_of_image)
+    threads = found.threads
+    few = ": TOO FEW, steps will wait" if recipe.data.workers < threads else ""
+    asked = f"{threads:>18} per GPU, with a margin of {SPARE - 1:.0%}; the recipe has {recipe.data.workers}{few}"
+    if threads > MOST_THREADS:
+        asked = f"{'any':>18}: a model this small waits for images on such a GPU; data.cache decodes each only once"
+    return [
+        "",
+        "CPU threads that decode the images of a step while a GPU computes",
+        f"  {'decoding, measured':<22}{1e3 * found.cpu_seconds:>18.1f} ms of one core of this machine, JPEGs of "
+        f"{decode_speed.SIDE} x {decode_speed.SIDE}",
+        f"  {'computing, assumed':<22}{1e3 * found.step:>18.1f} ms: FLOPs of the RECA images at {ASSUMED_SHARE:.0%} "
+        f"of one {found.gpu}'s {_peak(found.gpu) / 1e12:.4g} TFLOP/s",
+        f"  {'data.workers':<22}{asked}",
+    ]
+
+
+def _line(name: str, amount: float, table: tuple[tuple[float, str], ...]) -> str:
+    unit, word = units.largest(amount, table)
+    return f"  {name:<22}{amount / unit:>18.2f} {word}"

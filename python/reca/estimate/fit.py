@@ -1,0 +1,400 @@
+"""Settings that make a recipe fit a GPU (train.fit): micro-batch, recomputation, sharding and optimizer moments.
+
+train.micro_batch=auto chooses only the micro-batch, by the same predictions.
+
+Among the settings whose predicted peak fits, those with the shortest estimated step are chosen. batch_size and all
+results stay the same, unless train.fit_allow lists what may change.
+"""
+
+import bisect
+import copy
+import functools
+import itertools
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatchcase
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from reca import distributed, units
+from reca.config.recipe import Recipe
+from reca.config.recipe_files import by_key
+from reca.estimate import memory
+from reca.estimate.held import held
+from reca.estimate.memory import Memory
+from reca.estimate.meta_model import build_meta
+from reca.io.folders import write_atomically
+from reca.models.base import Adapter
+from reca.options.fields import RecipeError
+from reca.options.values import override_text
+from reca.training.parallelize import replicas_fit
+
+log = logging.getLogger("reca")
+
+CHECKPOINTING, CAST_ONCE = "train.activation_checkpointing", "train.cast_once"
+FILE = "fit.json"  # in the run folder: what was chosen, for what, and why
+# Overheads in rows (tokens): a pass of PASS rows runs at half of a GPU's throughput. Heuristics to rank settings.
+PASS, GATHER, CAST = 1024, 1024, 512
+# With fp32 moments of all weights on the host, 16 bytes per parameter cross PCIe in a step, to the GPU and back in one
+# stream; a row costs 6 FLOPs per parameter. By data sheets that is 26,400 rows on an A100 (312 TFLOP/s, 31.5 GB/s each
+# way) and 41,900 on an H100 (989, 63). It is divided by the number of shards.
+OFFLOAD = 32768
+RECOMPUTED = (False, "selective", True)  # candidates for train.activation_checkpointing, besides the recipe's value
+SELECTIVE = 1.05  # relative work of a step with selective recomputation
+DEPENDS_ON = (  # keys that a choice depends on
+    "umm", "model.*", "objective.*", "lora.*", "parallel.shard", "parallel.strategy",
+    "parallel.reduce_every_micro_batch",
+    "ema.half_life", "optim.name", "optim.moments", "optim.offload", "optim.fused_backward", "train.train",
+    "train.frozen", "train.precision", CAST_ONCE, "train.fit", "train.fit_allow", "train.micro_batch", CHECKPOINTING,
+)  # fmt: skip
+
+
+class Choice(NamedTuple):
+    """Settings of a recipe by key, with the peak memory predicted for them and the estimated time of a step."""
+
+    keys: dict[str, Any]
+    memory: Memory
+    time: float  # in rows (tokens) that run forward and backward through the model
+
+
+class DoesNotFit(RecipeError):
+    """No allowed settings make the recipe fit."""
+
+
+def asked_by(recipe: Recipe) -> str:
+    """Return the key by which a recipe asks for a choice; empty if it asks for none."""
+    if recipe.train.fit is not None:
+        return "train.fit"
+    return "train.micro_batch" if recipe.train.micro_batch == "auto" else ""
+
+
+def with_keys(recipe: Recipe, keys: dict[str, Any]) -> Recipe:
+    """Return a copy of the recipe with other values of some keys."""
+    recipe = copy.deepcopy(recipe)
+    for key, value in keys.items():
+        group, _, name = key.rpartition(".")
+        setattr(attrgetter(group)(recipe), name, value)
+    return recipe
+
+
+def value_of(recipe: Recipe, key: str) -> Any:
+    return attrgetter(key)(recipe)
+
+
+class Predictions:
+    """Predicted peak memory of a recipe with other settings, numbers and sizes of GPUs. Predictions are cached."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self._found: dict[tuple, Memory] = {}
+
+    @functools.cached_property
+    def adapter(self) -> Adapter:
+        return build_meta(self.recipe)[0]
+
+    def __call__(
+        self, keys: dict[str, Any], gpus: int, node: int, card: int, tasks: Sequence[str] | None = None
+    ) -> Memory:
+        recipe, tasks = with_keys(self.recipe, keys), tuple(tasks or self.recipe.active_tasks())
+        # The size of a GPU only decides, by parallel.strategy=auto, whether each holds all weights.
+        replicas = gpus > 1 and replicas_fit(self.adapter, card)
+        key = tasks, gpus, node, replicas, str(by_key(recipe))
+        if key not in self._found:
+            self._found[key] = memory.peak_of(recipe, list(tasks), gpus, node, card)
+        return self._found[key]
+
+    def at_least(self, keys: dict[str, Any], gpus: int, node: int, card: int) -> int:
+        """Return a lower bound in bytes of the peak with these settings, without running a step."""
+        recipe = with_keys(self.recipe, keys)
+        parts = held(self.adapter, recipe, gpus, node, card)
+        uncertain = gpus > 1 or recipe.optim.fused_backward  # gradients are sharded, or freed in the backward pass
+        return parts.weights + parts.moments + parts.ema + (0 if uncertain else parts.gradients)
+
+
+def choose(recipe: Recipe, gpus: int, node: int, card: int, predict: Predictions | None = None) -> Choice:
+    """Choose the settings with which a recipe fits `gpus` GPUs of `card` bytes.
+
+    predict: predictions for this recipe, to reuse its cache.
+
+    Raises:
+        DoesNotFit: With the smallest need that was found, and what would help.
+        RecipeError, ValueError: For a recipe that `reca train` would reject.
+    """
+    predict = predict or Predictions(recipe)
+    rows, cards = sum(predict.adapter.sequence().values()), (gpus, node, card)
+    smallest = {
+        f"objective.{task}.micro_batch": _sizes(recipe, task, gpus)[0]
+        for task in recipe.active_tasks()
+        if getattr(recipe.objective, task).max_tokens is None
+    }
+    best: Choice | None = None
+    least: tuple[int, dict[str, Any]] | None = None
+    settings = [
+        (_time(recipe, setting | _largest_sizes(recipe, gpus), gpus, rows), setting)
+        for setting in _settings(recipe, gpus, node, copies=not predict.adapter.repeats_blocks())
+    ]
+    for fastest, setting in sorted(settings, key=lambda pair: (pair[0], _changes(recipe, pair[1]))):
+        if best is not None and fastest >= best.time:
+            break
+        if (need := memory.needed(predict.at_least(setting, *cards))) > card:
+            least = min(filter(None, (least, (need, setting | smallest))), key=lambda pair: pair[0])
+            continue
+        keys = dict(setting)
+        for task in recipe.active_tasks():
+            name = f"objective.{task}.micro_batch"
+
+            def peak(size: int, name: str = name, task: str = task, setting: dict = setting) -> int:
+                return memory.needed(predict(setting | {name: size}, *cards, [task]).total)
+
+            largest, sizes = setting | _largest_sizes(recipe, gpus) | keys, _sizes(recipe, task, gpus)
+            if best is not None:  # smaller micro-batches would not make a faster step
+                sizes = [size for size in sizes if _time(recipe, largest | {name: size}, gpus, rows) < best.time]
+            found = largest_fitting(sizes, peak, card) if sizes else None
+            if found is None:
+                if best is not None:
+                    break
+                least = min(filter(None, (least, (peak(sizes[0]), setting | smallest))), key=lambda pair: pair[0])
+                break
+            keys[name] = found
+        else:
+            peaks = (
+                predict(setting | {(name := f"objective.{t}.micro_batch"): keys[name]}, *cards, [t])
+                for t in recipe.active_tasks()
+            )
+            time = _time(recipe, keys, gpus, rows)
+            if best is None or time < best.time:
+                used = {key: value for key, value in keys.items() if key in setting or key in smallest}
+                best = Choice(used, max(peaks, key=lambda found: found.total), time)
+    if best is None:
+        assert least is not None
+        raise DoesNotFit(_refusal(recipe, gpus, node, card, *least))
+    return best
+
+
+def largest_fitting(sizes: Sequence[int], peak: Callable[[int], int], room: int) -> int | None:
+    """Return the largest of `sizes`, which ascend, whose peak is at most `room`; None if none is.
+
+    Few peaks are computed, and none far beyond what fits. The peak is a maximum of a few linear functions of the size,
+    hence convex: above the line through two smaller sizes, and below that between a size that fits and one that does
+    not.
+    """
+    if peak(sizes[0]) > room:
+        return None
+    if len(sizes) == 1 or peak(sizes[1]) > room:
+        return sizes[0]
+    low, high = 1, _below(sizes, room, 0, 1, peak)
+    if high <= low or peak(sizes[high]) <= room:
+        return sizes[max(low, high)]
+    while high - low > 1:
+        middle = min(max(_below(sizes, room, low, high, peak), low + 1), high - 1)
+        if peak(sizes[middle]) <= room:
+            low = middle
+        else:
+            high = middle
+    return sizes[low]
+
+
+def _below(sizes: Sequence[int], room: int, a: int, b: int, peak: Callable[[int], int]) -> int:
+    """Return the index of the last size at which the line through the peaks of sizes a and b is at most `room`."""
+    rise = max(peak(sizes[b]) - peak(sizes[a]), 1) / (sizes[b] - sizes[a])
+    return bisect.bisect_right(sizes, sizes[a] + (room - peak(sizes[a])) / rise) - 1
+
+
+def _settings(recipe: Recipe, gpus: int, node: int, copies: bool) -> Iterator[dict[str, Any]]:
+    """Yield candidates for all settings but micro-batches. copies: try cast_once=false with recomputed blocks."""
+    if asked_by(recipe) == "train.micro_batch":
+        yield {key: value_of(recipe, key) for key in (CHECKPOINTING, "optim.offload")}
+        return
+    optimizer: list[dict[str, Any]] = [{"optim.offload": recipe.optim.offload}]
+    if not recipe.optim.offload and recipe.optim.name != "apex":
+        optimizer.append({"optim.offload": True})
+    if "moments" in recipe.train.fit_allow and (recipe.optim.name, recipe.optim.moments) == ("adamw", "fp32"):
+        optimizer += [one | {"optim.moments": "bf16"} for one in optimizer] + [{"optim.name": "adamw_8bit"}]
+    recomputing = dict.fromkeys((*RECOMPUTED, recipe.train.activation_checkpointing))
+    for shards, recomputed, moments in itertools.product(_shards(recipe, gpus, node), recomputing, optimizer):
+        setting = ({"parallel.shard": shards} if gpus > 1 else {}) | {CHECKPOINTING: recomputed} | moments
+        yield setting
+        if copies and recomputed and shards == 1 and recipe.train.cast_once and recipe.train.precision == "bf16":
+            yield setting | {CAST_ONCE: False}
+
+
+def _shards(recipe: Recipe, gpus: int, node: int) -> list[int]:
+    """List the candidate numbers of ranks that share one copy of the weights. A value in the recipe is kept."""
+    if recipe.parallel.shard is not None:
+        return [recipe.parallel.shard]
+    shared = sorted({size for size in (min(node, gpus), gpus) if gpus % size == 0})
+    return {"ddp": [1], "fsdp": shared}.get(recipe.parallel.strategy, sorted({1, *shared}))
+
+
+def _sizes(recipe: Recipe, task: str, gpus: int) -> list[int]:
+    """List a task's candidate micro-batches, in ascending order: one for each number of passes.
+
+    With objective.mean=micro_batch another size changes the loss, which must be allowed. max_tokens is kept.
+    optim.fused_backward needs one pass per step.
+    """
+    config = getattr(recipe.objective, task)
+    if config.max_tokens is not None or (
+        recipe.objective.mean == "micro_batch" and not _may_change_micro_batch(recipe)
+    ):
+        return [config.micro_batch]
+    most = -(-config.batch_size // gpus)
+    most_passes = 1 if recipe.optim.fused_backward else most
+    return sorted({-(-most // passes) for passes in range(1, most_passes + 1)})
+
+
+def _may_change_micro_batch(recipe: Recipe) -> bool:
+    return "micro_batch" in recipe.train.fit_allow or recipe.train.micro_batch == "auto"
+
+
+def _largest_sizes(recipe: Recipe, gpus: int) -> dict[str, int]:
+    return {f"objective.{task}.micro_batch": _sizes(recipe, task, gpus)[-1] for task in recipe.active_tasks()}
+
+
+def _time(recipe: Recipe, keys: dict[str, Any], gpus: int, rows: int) -> float:
+    """Estimate a step's time in rows (tokens): its rows, times the work of recomputation, and the passes' overhead."""
+    recomputed = keys[CHECKPOINTING]
+    work = SELECTIVE if recomputed == "selective" else 1 + (1 / (3 * recomputed) if recomputed else 0)
+    time = OFFLOAD / keys.get("parallel.shard", 1) if keys.get("optim.offload") else 0.0
+    overhead = PASS + (GATHER if keys.get("parallel.shard", 1) > 1 else 0) + (0 if keys.get(CAST_ONCE, True) else CAST)
+    for task in recipe.active_tasks():
+        most = -(-getattr(recipe.objective, task).batch_size // gpus)
+        passes = -(-most // keys[f"objective.{task}.micro_batch"])
+        time += most * rows * work + passes * overhead
+    return time
+
+
+def _changes(recipe: Recipe, keys: dict[str, Any]) -> int:
+    return sum(value_of(recipe, key) != value for key, value in keys.items())
+
+
+def _refusal(recipe: Recipe, gpus: int, node: int, card: int, need: int, keys: dict[str, Any]) -> str:
+    helps = [f"more GPUs (there are {gpus})", "a smaller part of the model (train.train, train.frozen) or LoRA"]
+    if "moments" not in recipe.train.fit_allow:
+        helps.append("train.fit_allow=[moments]: AdamW's moments in bf16 or 8 bits, which changes how they are rounded")
+    if recipe.objective.mean == "micro_batch" and not _may_change_micro_batch(recipe):
+        helps.append(
+            "train.fit_allow=[micro_batch]: smaller micro-batches, which change the average of "
+            "objective.mean=micro_batch"
+        )
+    for task in recipe.active_tasks():
+        if (most := getattr(recipe.objective, task).max_tokens) is not None:
+            helps.append(f"a smaller objective.{task}.max_tokens than {most}")
+    if recipe.optim.fused_backward:
+        helps.append("optim.fused_backward=false, which allows several smaller passes per step")
+    if asked_by(recipe) == "train.micro_batch":
+        helps.insert(0, "train.fit=auto, which may also choose recomputation, sharding and optim.offload")
+    return (
+        f"{asked_by(recipe) or 'train.fit'}: this recipe does not fit {units.counted(gpus, 'GPU')} of "
+        f"{units.size(card)}. The smallest need found is at least {units.size(need)} with its reserve, with "
+        f"{describe(keys)}. What would help: {'; '.join(helps)}"
+    )
+
+
+def describe(keys: dict[str, Any]) -> str:
+    """Format settings as overrides."""
+    return " ".join(f"{key}={override_text(value)}" for key, value in keys.items())
+
+
+# ---- a run ----
+
+
+def fit_on_ranks(recipe: Recipe, own_model: bool, write: Callable[[Path, bytes], object]) -> Recipe:
+    """Return the recipe with what train.fit or train.micro_batch chooses, on rank 0 for all ranks.
+
+    own_model: the run trains the recipe's model, not one that the caller passed. write: as in `fit_run`.
+    Raises RecipeError.
+    """
+    if not (asker := asked_by(recipe)):
+        return recipe
+    fitted = None
+    with distributed.fail_together():
+        if distributed.rank() == 0:
+            if not own_model:
+                raise RecipeError(
+                    f"{asker} needs the recipe's own model, and train was called with another: set it to null"
+                )
+            ranks, node = distributed.world_size(), distributed.local_world_size()
+            fitted = fit_run(recipe, ranks, node, memory.in_own_process, write)
+    return distributed.all_gather(fitted)[0]
+
+
+def fit_run(
+    recipe: Recipe,
+    gpus: int,
+    node: int,
+    call: Callable[..., Any],
+    write: Callable[[Path, bytes], object] = write_atomically,
+) -> Recipe:
+    """Return the recipe with the settings that train.fit chooses, and record them in the run folder.
+
+    A run that resumes on as many equal GPUs keeps its settings. call: runs `choose`, such as memory.in_own_process.
+    write: writes the record, at once or as soon as the start of the run is accepted.
+    Raises RecipeError.
+    """
+    file = Path(recipe.run_dir) / FILE
+    if (before := _read(file)) is not None:
+        # The run's recipe.yaml contains the chosen values: restore the original ones before comparing and choosing.
+        recipe = with_keys(recipe, before["instead_of"])
+    asked = _asked(recipe, gpus, node)
+    if before is not None:
+        changed = sorted(key for key in asked | before["asked"] if before["asked"].get(key) != asked.get(key))
+        if not changed:
+            log.info("%s: unchanged since the run began, %s", asked_by(recipe), describe(before["keys"]))
+            return with_keys(recipe, before["keys"])
+        differences = ", ".join(f"{key} {before['asked'].get(key)} -> {asked.get(key)}" for key in changed)
+        if recipe.objective.mean == "micro_batch":  # micro-batches are part of the loss, so the run keeps them
+            kept = {key: value for key, value in before["keys"].items() if key.endswith(".micro_batch")}
+            if recipe.train.fit is None:
+                log.info("%s: objective.mean=micro_batch keeps %s", asked_by(recipe), describe(kept))
+                return with_keys(recipe, kept)
+            recipe = with_keys(recipe, kept | {"train.micro_batch": None})
+            recipe.train.fit_allow = [change for change in recipe.train.fit_allow if change != "micro_batch"]
+        log.info("%s chooses again, because of changes: %s", asked_by(recipe), differences)
+    choice = call(choose, recipe, gpus, node, asked["card"])
+    why = (
+        f"{units.size(choice.memory.total)} predicted, {units.size(memory.needed(choice.memory.total))} with a reserve "
+        f"for {memory.NOT_COUNTED}, of {units.size(asked['card'])}"
+    )
+    log.info("%s chose %s: %s", asked_by(recipe), describe(choice.keys), why)
+    instead_of = {key: value_of(recipe, key) for key in choice.keys}
+    written = {
+        "asked": asked,
+        "keys": choice.keys,
+        "instead_of": instead_of,
+        "memory": choice.memory._asdict(),
+        "why": why,
+    }
+    write(file, json.dumps(written, indent=1).encode())
+    return with_keys(recipe, choice.keys)
+
+
+def recorded(recipe: Recipe) -> Recipe:
+    """Return the recipe with the settings that were chosen for this run; unchanged if none were chosen yet."""
+    before = _read(Path(recipe.run_dir) / FILE) if asked_by(recipe) else None
+    return recipe if before is None else with_keys(recipe, before["keys"])
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def _asked(recipe: Recipe, gpus: int, node: int) -> dict[str, Any]:
+    """Return everything that a choice depends on."""
+    if recipe.train.fit not in (None, "auto"):
+        card = units.parse_size(recipe.train.fit)
+    elif torch.cuda.is_available():
+        card = torch.cuda.get_device_properties(0).total_memory
+    else:
+        raise RecipeError(
+            f"{asked_by(recipe)}=auto needs a GPU's memory size, and torch finds no GPU: give it, as in train.fit=80GiB"
+        )
+    values = by_key(recipe)
+    relevant = {key: values[key] for key in values if any(fnmatchcase(key, pattern) for pattern in DEPENDS_ON)}
+    return {"card": card, "gpus": gpus, "node": node, **json.loads(json.dumps(relevant))}

@@ -1,0 +1,25 @@
+"""A recipe's model on fake tensors: shapes, dtypes, roles and layers as in training, without weights or memory."""
+
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from reca.config.recipe import Recipe
+from reca.models import umm_package
+from reca.models.base import Adapter
+from reca.training.lora import choose_trained
+
+
+def build_meta(recipe: Recipe) -> tuple[Adapter, FakeTensorMode]:
+    """Build the recipe's model on fake tensors, frozen as in training. Return it with its FakeTensorMode.
+
+    Raises ValueError for roles and patterns that match nothing in the model.
+    """
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake:
+        adapter = umm_package(recipe.umm).Adapter.build_meta(recipe.model)
+    choose_trained(adapter, recipe)
+    for module in adapter.modules():  # LoRA parameters are real tensors
+        for name, p in module._parameters.items():
+            if p is not None and not isinstance(p, FakeTensor):
+                module._parameters[name] = nn.Parameter(fake.from_tensor(p.detach()), requires_grad=p.requires_grad)
+    return adapter, fake

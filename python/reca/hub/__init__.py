@@ -1,0 +1,1 @@
+"""Published weights and datasets of the Hugging Face hub."""

@@ -1,0 +1,1 @@
+"""Reading and writing files: folders, file signatures, JSON lines, HTML pages, image grids."""

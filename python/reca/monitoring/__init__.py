@@ -1,0 +1,1 @@
+"""Metrics, logs, progress, warnings and evaluations of a run."""

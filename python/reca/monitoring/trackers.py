@@ -1,0 +1,134 @@
+"""Optional experiment trackers that receive a run's log: TensorBoard and Weights & Biases."""
+
+import logging
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from reca.errors import first_line
+from reca.io.image_grid import make_grid
+
+log = logging.getLogger("reca")
+
+WANDB_ID = "wandb_id.txt"  # in the run folder: a resumed run continues the same W&B run
+LONGEST_TAG = 80  # characters of a prompt
+
+
+class Tracker(Protocol):
+    """Interface of a tracker. Its errors never reach the run."""
+
+    name: str
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def images(self, step: int, group: str, images: Sequence[Tensor], captions: Sequence[str]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Event files in run_dir/tensorboard. Images are tagged with their prompts, which TensorBoard shows above them."""
+
+    name = "TensorBoard"
+
+    def __init__(self, run_dir: Path, done: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=done + 1 if done else 0)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def images(self, step: int, group: str, images: Sequence[Tensor], captions: Sequence[str]) -> None:
+        for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
+            self.writer.add_image(f"{group}/{i} {caption[:LONGEST_TAG]}", image.cpu(), step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WandB:
+    """A run of Weights & Biases, whose id is stored in the run folder. WANDB_MODE=offline writes files only."""
+
+    name = "Weights & Biases"
+
+    def __init__(self, run_dir: Path, project: str, recipe: Mapping[str, Any]):
+        import wandb
+
+        self.wandb = wandb
+        path = run_dir / WANDB_ID
+        if not path.exists():
+            path.write_text(secrets.token_hex(4) + "\n")
+        self.run = wandb.init(
+            project=project,
+            id=path.read_text().strip(),
+            resume="allow",
+            name=run_dir.name,
+            dir=str(run_dir),
+            config=dict(recipe),
+            settings=wandb.Settings(console="off"),
+        )
+        # A resumed run repeats the steps since its checkpoint, and W&B's history cannot be truncated: steps that were
+        # sent before are not sent again. Offline, the summary of the previous run is not available.
+        self.sent = self.run.summary.get("step", -1)
+        self.run.define_metric("step")
+        self.run.define_metric("*", step_metric="step")
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self._log(step, values)
+
+    def images(self, step: int, group: str, images: Sequence[Tensor], captions: Sequence[str]) -> None:
+        pairs = zip(images, captions, strict=True)
+        shown = [self.wandb.Image(make_grid([image]), caption=caption) for image, caption in pairs]
+        self._log(step, {group: shown})
+
+    def _log(self, step: int, values: Mapping[str, Any]) -> None:
+        if step > self.sent:
+            self.run.log({"step": step, **values})
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class Trackers:
+    """The trackers that a recipe requests. One that fails is disabled with one line in the log."""
+
+    def __init__(self, run_dir: Path, done: int, tensorboard: bool, project: str | None, recipe: Mapping[str, Any]):
+        self.open: list[Tracker] = []
+        if tensorboard:
+            self._add(TensorBoard, "tensorboard", run_dir, done)
+        if project is not None:
+            self._add(WandB, "wandb", run_dir, project, recipe)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self._each("scalars", step, values)
+
+    def images(self, step: int, group: str, images: Sequence[Tensor], captions: Sequence[str]) -> None:
+        self._each("images", step, group, images, captions)
+
+    def close(self) -> None:
+        self._each("close")
+        self.open = []
+
+    def _add(self, kind: Any, package: str, *arguments: Any) -> None:
+        try:
+            self.open.append(kind(*arguments))
+        except ImportError as error:
+            said = f"{package} is not installed (pip install 'reca[log]')"
+            if error.name not in (package, None):
+                said = f"{kind.name} cannot be used ({error})"
+            log.info("%s: logging to log.jsonl without it", said)
+        except Exception as error:  # full disk, no network, no login
+            log.warning("%s cannot be used (%s): logging to log.jsonl without it", kind.name, first_line(error))
+
+    def _each(self, method: str, *arguments: Any) -> None:
+        for tracker in list(self.open):
+            try:
+                getattr(tracker, method)(*arguments)
+            except Exception as error:
+                log.warning("%s cannot be written (%s): it is disabled", tracker.name, first_line(error))
+                self.open.remove(tracker)

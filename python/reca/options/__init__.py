@@ -1,0 +1,1 @@
+"""Typed options: fields with bounds, conversion from and to text, options of samplers."""

@@ -1,0 +1,1 @@
+"""The run folder: lineage, lock and status."""

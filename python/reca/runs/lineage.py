@@ -1,0 +1,333 @@
+"""Lineage of runs: what may change on resume, which run a run starts from, and loading of trained weights."""
+
+import contextlib
+import hashlib
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reca import checkpoint, distributed, exits
+from reca.config.recipe import Recipe
+from reca.config.recipe_files import UnknownRecipe, as_dict, by_key, load_recipe, walk
+from reca.data.sources.factory import DATA_KEYS
+from reca.models import umm_package
+from reca.models.base import Adapter
+from reca.options.fields import RecipeError
+from reca.runs.folder import RunFolder
+from reca.runs.status import Status
+from reca.training import lora
+from reca.training.finite_weights import check_finite
+
+# Keys that do not change the result, or only the rounding of sums.
+RESULT_NEUTRAL_KEYS = (
+    "run_dir", "log.*", "eval.*", "checkpoint.*", "ema.*", "parallel.*",
+    "train.steps", "train.threads", "train.compile", "train.activation_checkpointing", "train.cast_once",
+    "train.max_skips", "train.deterministic", "train.fit", "train.fit_allow", "train.micro_batch",
+    "optim.offload", "optim.fused_backward",
+    "data.workers", "data.decoder", "data.prefetch", "data.max_bad_fraction", "data.cache",
+)  # fmt: skip
+# Keys that name files, which may have moved: `fingerprint` compares their contents instead.
+COMPARED_BY_CONTENT = (
+    "data.images",
+    "data.conversations",
+    "data.captions",
+    "data.image_root",
+    "data.columns.*",
+    "data.template*",
+    "train.init_from",
+)
+HELD_OUT_KEYS = ("eval.holdout", "eval.holdout_from", "eval.seed")  # they determine the remaining training images
+OF_A_MACHINE = {"train.threads", "data.workers"}  # keys that may differ between the ranks of a run
+PIECES, PIECE = 16, 1 << 16  # number and bytes of the excerpts that identify a weight file
+
+
+def fingerprint(
+    recipe: Recipe, sources: Mapping[str, Any], templates: list[str], state: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Identify the inputs of a run (data, templates, model files, parent run) by content, not by path.
+
+    The result is JSON-able and is saved with every checkpoint. sources: data sources of every active task. state: state
+    of the checkpoint to resume from. If it names the same train.init_from, its digest is reused: the parent run may
+    have continued since.
+    """
+    found: dict[str, Any] = {
+        f"data.{DATA_KEYS[task]}": [len(sources[task]), sources[task].identity()] for task in recipe.active_tasks()
+    }
+    if "reca" in recipe.active_tasks():
+        found["data.templates"] = _digest("\n".join(templates).encode())
+    found |= {f"model.{name}": _file_fingerprint(value) for name, value in published_files(recipe).items()}
+    if recipe.train.init_from is not None:
+        if state is not None and state["recipe"]["train"]["init_from"] == recipe.train.init_from:
+            found["train.init_from"] = state["fingerprint"].get("train.init_from")
+        else:
+            found["train.init_from"] = parent_digest(recipe)
+    return found
+
+
+def parent_digest(recipe: Recipe) -> str | None:
+    """Return a digest of the newest checkpoint of the run `train.init_from`; None if there is none."""
+    folder = recipe.train.init_from and checkpoint.latest(Path(recipe.train.init_from))
+    return _digest((folder / checkpoint.MARKER).read_bytes()) if folder else None
+
+
+def reject_changed(recipe: Recipe, run_dir: Path, state: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise RecipeError if a run would be resumed with keys or contents that change its result.
+
+    state: state of the checkpoint to resume from, with its recipe and fingerprint. now: fingerprint of this start.
+    The message names every such key with both values.
+    """
+    before, new = state["fingerprint"], _flat(as_dict(recipe))
+    # Keys that the version that wrote the checkpoint did not have count as having their default.
+    old = _flat(as_dict(Recipe(umm=recipe.umm, model=type(recipe.model)()))) | _flat(state["recipe"])
+    free = [*RESULT_NEUTRAL_KEYS, *COMPARED_BY_CONTENT, *before, *now, "optim.decay_steps"]
+    for task in DATA_KEYS:
+        if not old.get(f"objective.{task}.weight") and not new[f"objective.{task}.weight"]:
+            free.append(f"objective.{task}.*")
+    if new["objective.mean"] == "batch":
+        free += ["objective.*.micro_batch", "objective.*.max_tokens"]
+    changed = [key for key in new if old.get(key) != new[key] and not any(fnmatchcase(key, f) for f in free)]
+    if "umm" in changed:
+        changed = ["umm"]  # no other key can be compared
+    changes = [f"{key} {old.get(key)!r} -> {new[key]!r}" for key in changed]
+    for key in sorted(before.keys() | now.keys()):
+        if key.startswith("data.") and (key in before) != (key in now):
+            continue  # its task was added or removed, which the key of its weight reports
+        if before.get(key) != now.get(key) and "umm" not in changed:
+            changes.append(f"{_content(key, old, new)} has other contents{_counts(before.get(key), now.get(key))}")
+    if changes:
+        raise RecipeError(
+            f"{run_dir} contains a run of another recipe ({'; '.join(changes)}). Set another run_dir or undo the change"
+        )
+
+
+def reject_other_ranks(recipe: Recipe) -> None:
+    """Raise RecipeError on ranks whose recipe differs from rank 0's, and PeerFailed on the others.
+
+    Paths and keys in OF_A_MACHINE may differ. All ranks must call it.
+    """
+    paths = {key for _, f, key in walk(recipe) if f.metadata.get("path")}
+    own = {key: value for key, value in by_key(recipe).items() if key not in paths | OF_A_MACHINE}
+    first = distributed.all_gather(own)[0]
+    with distributed.fail_together():
+        if differing := sorted(key for key in first | own if first.get(key) != own.get(key)):
+            changes = ", ".join(f"{key} {first.get(key)!r} -> {own.get(key)!r}" for key in differing)
+            raise RecipeError(
+                f"rank {distributed.rank()} on {socket.gethostname()} has a different recipe than rank 0 "
+                f"({changes}): start every machine with the same command"
+            )
+
+
+def finished_steps(recipe: Recipe) -> int | None:
+    """Return the number of steps of a completed run and mark its status as finished; None if it is not complete.
+
+    The checkpoint is validated by file sizes only, which is fast.
+    Raises RecipeError as `reject_changed`, RunInUse if another process uses the folder.
+    """
+    run_dir = Path(recipe.run_dir)
+    newest = checkpoint.latest(run_dir)
+    if newest is None or int(newest.name) < recipe.train.steps or checkpoint.find_damage(newest, contents=False):
+        return None
+    state = checkpoint.read_state(newest)
+    reject_changed(recipe, run_dir, state, state["fingerprint"])
+    if distributed.is_main_process():
+        with contextlib.suppress(ValueError):
+            if Status.read(run_dir).state == "finished":
+                return state["step"]
+        with contextlib.suppress(OSError), RunFolder(run_dir, recipe.train.steps) as folder:
+            checkpoint.remove_partial(run_dir)
+            folder.record_checkpoint(newest)
+            folder.write_status("finished", exits.DONE)
+            folder.close()
+    return state["step"]
+
+
+def schedule_end(recipe: Recipe, state: Mapping[str, Any] | None) -> int:
+    """Return the step at which the learning-rate schedule ends.
+
+    A resumed run keeps its original end even if train.steps has changed, unless optim.decay_steps is set.
+    """
+    if recipe.optim.decay_steps is not None:
+        return recipe.optim.decay_steps
+    return recipe.train.steps if state is None else state["schedule_end"]
+
+
+def resume_warnings(recipe: Recipe, state: Mapping[str, Any], ranks: int) -> list[str]:
+    """List permitted changes since the checkpoint that affect the rest of the run.
+
+    state: state of the checkpoint. ranks: world size of this start.
+    """
+    found, end, before = [], schedule_end(recipe, state), state["schedule_end"]
+    if recipe.optim.schedule != "constant" and end != before:
+        found.append(f"the learning-rate schedule now ends at step {end}; before it was step {before}")
+    elif recipe.optim.schedule != "constant" and end < recipe.train.steps:
+        found.append(
+            f"train.steps={recipe.train.steps} goes beyond the learning-rate schedule, which still ends at step {end}; "
+            f"optim.decay_steps={recipe.train.steps} extends it"
+        )
+    if recipe.objective.mean == "micro_batch" and ranks != state["ranks"]:
+        found.append(
+            "objective.mean=micro_batch depends on the split of a step into micro-batches, and the number of processes "
+            f"changed from {state['ranks']} to {ranks}"
+        )
+    average = state.get("ema")
+    if recipe.ema.half_life and (not average or average["half_life"] != recipe.ema.half_life):
+        before = f"with ema.half_life={average['half_life']:g}" if average else "without an EMA"
+        found.append(
+            f"the run was trained {before} so far: a new EMA starts, which averages only the steps from here on"
+        )
+    return found
+
+
+def is_run(source: str | Path) -> bool:
+    """Tell whether `source` is a run folder, by its recipe.yaml."""
+    return (Path(source) / "recipe.yaml").is_file()
+
+
+def recipe_of(source: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Recipe:
+    """Read a recipe by name or path, or the recipe of a run folder."""
+    try:
+        return load_recipe(Path(source) / "recipe.yaml" if is_run(source) else source, overrides)
+    except UnknownRecipe as error:
+        run = next((str(folder) for folder in Path(source).parents if is_run(folder)), None)
+        if run is not None and Path(source).exists():
+            raise RecipeError(f"{str(source)!r} is inside the run folder {run!r}: pass that folder") from error
+        raise RecipeError(f"{str(source)!r} is not a run folder, and there is {error}") from error
+
+
+def load_trained(run_dir: Path, recipe: Recipe, device: torch.device | str = "cpu", ema: bool = False) -> Adapter:
+    """Load the trained model of a run: the published weights, overwritten by its newest checkpoint.
+
+    ema: load the exponential moving average of the trained parameters instead of their last values.
+    """
+    adapter = umm_package(recipe.umm).Adapter.load(recipe.model, device)
+    if recipe.lora.rank:
+        # bf16 base weights need a bf16 autocast throughout, which only training has.
+        lora.choose_trained(adapter, replace(recipe, lora=replace(recipe.lora, base_dtype=None)))
+    adapter.inherited = checkpoint.load_weights(run_dir, adapter, ema)
+    check_finite(adapter)
+    return adapter.eval()
+
+
+def load_start(recipe: Recipe, device: torch.device | str = "cpu") -> Adapter:
+    """Load the model that a run of this recipe starts from: the published weights, or those of `train.init_from`."""
+    adapter = umm_package(recipe.umm).Adapter.load(recipe.model, device)
+    load_parent(adapter, recipe)
+    check_finite(adapter)
+    return adapter.eval()
+
+
+def load_parent(adapter: Adapter, recipe: Recipe) -> None:
+    """Load the newest checkpoint of the run `train.init_from` over the published weights, if it is set.
+
+    The parent's LoRA is merged into the weights unless this run continues it.
+    adapter: the model with the LoRA that the recipe requests.
+    """
+    if recipe.train.init_from is None:
+        return
+    folder = Path(recipe.train.init_from)
+    before = load_recipe(folder / "recipe.yaml")
+    if before.lora.rank and not lora.continues(before, recipe):
+        adapter.inherited = checkpoint.load_lora(folder, adapter, before.lora)
+    else:
+        adapter.inherited = checkpoint.load_weights(folder, adapter)
+    if recipe.lora.rank and not lora.continues(before, recipe):
+        lora.reset(adapter, recipe.train.seed)  # DoRA magnitudes must match the loaded weights
+
+
+def check_parent(recipe: Recipe, model: Adapter) -> None:
+    """Check that this run can start from `train.init_from`, if it is set.
+
+    model: the recipe's model, with or without weights.
+    Raises RecipeError if it is not a run or uses other published files; CheckpointError if it has no complete
+    checkpoint or its checkpoint does not fit the model.
+    """
+    if recipe.train.init_from is None:
+        return
+    folder = Path(recipe.train.init_from)
+    if not is_run(folder):
+        raise RecipeError(f"train.init_from={folder} is not a run folder: it has no recipe.yaml")
+    before = load_recipe(folder / "recipe.yaml")
+    ours, theirs = ({"umm": r.umm} | published_files(r) for r in (recipe, before))
+    if ours != theirs and {k: _file_fingerprint(v) for k, v in ours.items()} != {
+        k: _file_fingerprint(v) for k, v in theirs.items()
+    }:
+        differences = ", ".join(
+            f"{k} {theirs.get(k)!r} -> {ours.get(k)!r}" for k in ours | theirs if ours.get(k) != theirs.get(k)
+        )
+        raise RecipeError(
+            f"train.init_from={folder} is a run with other published files than this recipe ({differences}); both must "
+            "use the same umm and the same files"
+        )
+    newest = checkpoint.latest(folder)
+    if newest is None:
+        raise checkpoint.CheckpointError(
+            f"train.init_from={folder} has no complete checkpoint; wait until the run has saved one"
+        )
+    if not checkpoint.find_damage(newest, contents=False):
+        checkpoint.check_fit(newest, model, mergeable=not lora.continues(before, recipe))
+
+
+def published_files(recipe: Recipe) -> dict[str, str]:
+    """Return the files, folders and hub ids that a model is loaded from, by key."""
+    values = {f.name: getattr(recipe.model, f.name) for f in fields(recipe.model) if f.metadata.get("path")}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def published_fingerprints(recipe: Recipe) -> dict[str, str]:
+    """Return fingerprints of the files that a model is loaded from, by key."""
+    return {name: _file_fingerprint(value) for name, value in published_files(recipe).items()}
+
+
+def _file_fingerprint(source: str) -> str:
+    """Hash excerpts of a file, or of all files in a folder. Return a hub id unchanged."""
+    path = Path(source)
+    if path.is_file():
+        return _digest(_excerpt(path))
+    if path.is_dir():
+        inside = sorted(
+            p for p in path.rglob("*") if p.is_file() and not p.relative_to(path).as_posix().startswith(".")
+        )
+        return _digest(b"".join(b"%r %s" % (p.relative_to(path).as_posix(), _excerpt(p)) for p in inside))
+    return source
+
+
+def _excerpt(path: Path) -> bytes:
+    """Return the size and evenly spaced excerpts of a file, including its first and last bytes."""
+    size = path.stat().st_size
+    pieces = [b"%d" % size]
+    with path.open("rb") as file:
+        for i in range(PIECES):
+            file.seek(max(0, size - PIECE) * i // (PIECES - 1))
+            pieces.append(file.read(PIECE))
+    return b"".join(pieces)
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _flat(config: Mapping, prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _content(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """Return the keys whose contents changed, with old and new values if these differ."""
+    keys = {"data.templates": [key, "data.template_count"], "data.images": [key, *HELD_OUT_KEYS]}.get(key, [key])
+    differing = [f"{k} {old.get(k)!r} -> {new.get(k)!r}" for k in keys if old.get(k) != new.get(k)]
+    return " and ".join(differing) or f"{key}={new.get(key)!r}"
+
+
+def _counts(before: Any, now: Any) -> str:
+    if not (isinstance(before, list) and isinstance(now, list)):
+        return ""
+    if before[0] == now[0]:
+        return f" ({now[0]} samples as before, but other ones: renamed, replaced or repaired files count as changed)"
+    return f" ({before[0]} samples, now {now[0]})"

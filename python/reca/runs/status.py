@@ -1,0 +1,91 @@
+"""Status of a run in run_dir/status.json, for users and batch scripts.
+
+{"state": "interrupted", "step": 125, "steps": 200, "checkpoint": "checkpoints/000125", "exit_code": 75, ...}
+"""
+
+import json
+import socket
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from reca import exits
+from reca.runs.folder_lock import is_alive, is_locked
+
+FILE = "status.json"
+
+
+@dataclass
+class Status:
+    """The contents of status.json.
+
+    state       running, interrupted (saved: the same command resumes it), failed, or finished
+    step        step of the latest checkpoint
+    steps       train.steps
+    checkpoint  latest complete checkpoint, relative to the run folder; null if there is none
+    exit_code   exit code of the process; null while it runs
+    reason      reason of a failure; null otherwise
+    alarm       active alarms of the last evaluation (eval.every); null if there are none
+    """
+
+    state: str = "running"
+    step: int = 0
+    steps: int = 0
+    checkpoint: str | None = None
+    exit_code: int | None = None
+    reason: str | None = None
+    alarm: str | None = None
+    host: str = ""
+    pid: int = 0
+    ranks: int = 1
+    time: str = ""  # time of the last change
+
+    @classmethod
+    def read(cls, run_dir: Path) -> "Status":
+        """Read the current status of a run. If its process died without writing a final state, it counts as failed.
+
+        Raises ValueError if the folder has no readable status.
+        """
+        status = cls.written(run_dir)
+        if status.state != "running" or _is_running(run_dir, status):
+            return status
+        status = cls.written(run_dir)  # read again: the run may have ended and released the folder in between
+        if status.state == "running":
+            status.state, status.exit_code = "failed", exits.INTERRUPTED
+            status.reason = (
+                f"process {status.pid} on {status.host} died without reporting an error (it was killed, or the machine "
+                f"went down); the same command resumes from step {status.step}"
+            )
+        return status
+
+    @classmethod
+    def written(cls, run_dir: Path) -> "Status":
+        """Read the status file as written, even if its process has died since. Raises ValueError as `read`."""
+        path = run_dir / FILE
+        try:
+            found = json.loads(path.read_text())
+            found.setdefault("alarm", None)  # missing in files of earlier versions
+            return cls(**{f.name: found[f.name] for f in fields(cls)})
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise ValueError(f"{run_dir} is not a run folder: it has no {FILE}") from error
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f"{path} cannot be read ({type(error).__name__}: {error}); the next start replaces it"
+            ) from error
+
+    def describe(self) -> str:
+        """Return one line for each field that is set."""
+        return "\n".join(f"{name:<11} {value}" for name, value in asdict(self).items() if value is not None)
+
+
+FIELDS = tuple(f.name for f in fields(Status))
+
+
+def _is_running(run_dir: Path, status: Status) -> bool:
+    """Tell whether a run with status running has a live process.
+
+    Without file locks this is known only on the run's own machine; elsewhere it counts as alive.
+    """
+    in_use = is_locked(run_dir)
+    if in_use is not None or status.host != socket.gethostname():
+        return in_use is not False
+    return is_alive(status.pid)
