@@ -20,7 +20,7 @@ def main(name: str = "show_o_tiny", steps: int = 10) -> list[float]:
     """Train and return the loss of every step."""
     recipe = load_recipe(name)
     model = reca.load(name)
-    roles = freeze(model, recipe.train.train, recipe.train.frozen)
+    roles = freeze(model, recipe.train.roles, recipe.train.frozen)
     print(f"training {', '.join(roles)}; the encoders that compute h_v stay frozen")
 
     # Unlabeled images as the model's views of them, and template sentences.

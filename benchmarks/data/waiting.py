@@ -85,7 +85,7 @@ def recipe(folder: Path, workers: int, steps: int) -> Recipe:
             "objective.reca.batch_size": IMAGES,
             "objective.reca.micro_batch": PASS,
             "objective.i2t.weight": 0,
-            "train.train": None,
+            "train.roles": None,
             "train.frozen": [],
             "train.steps": FIRST + steps,
             "log.every": 1,

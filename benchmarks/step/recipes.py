@@ -35,7 +35,7 @@ IMAGES, SIDE = 8, 1024  # number and side of the JPEG files that replace the dat
 
 # Overrides of the toy recipes to match the published ones.
 TINY = {
-    "show_o": {"model.parity": True, "train.train": None, "train.frozen": []},
+    "show_o": {"model.parity": True, "train.roles": None, "train.frozen": []},
     "harmon": {"model.parity": True, "train.frozen": []},
     "open_uni": {"model.parity": True},
     "bagel": {"model.parity": True},

@@ -155,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     takes_recipe(check)
     check.add_argument("--gpus", type=int, default=1, help="number of GPUs (default: %(default)s)")
     check.add_argument(
-        "--node",
+        "--gpus-per-node",
         type=int,
         default=8,
         help="GPUs per node; with fsdp they share one copy of the weights by default (default: %(default)s)",

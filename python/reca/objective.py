@@ -143,7 +143,7 @@ def _check_reach(adapter: Adapter, task: str, term: LossTerm) -> None:
             trained.add(roles[name])
     raise RecipeError(
         f"the {task} loss of {adapter.name} depends on no trained parameter (trained roles: "
-        f"{', '.join(sorted(trained))}): set objective.{task}.weight=0, or add another role to train.train (roles of "
+        f"{', '.join(sorted(trained))}): set objective.{task}.weight=0, or add another role to train.roles (roles of "
         f"this model: {', '.join(sorted(set(roles.values())))})"
     )
 

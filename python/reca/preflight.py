@@ -135,7 +135,7 @@ def _memory(recipe: Recipe, adapter: Adapter, ranks: int, node: int) -> None:
     if need * each + (0 if torch.cuda.is_available() else moments) > have:
         raise RecipeError(
             f"training needs at least {units.size(need)} per process ({ranks} in total), without activations, but "
-            f"{where} has {units.size(have / each)}. Use more GPUs, or train less of the model (train.train, "
+            f"{where} has {units.size(have / each)}. Use more GPUs, or train less of the model (train.roles, "
             "train.frozen); `reca check` shows what uses the memory"
         )
 

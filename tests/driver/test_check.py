@@ -131,7 +131,7 @@ def test_flops_are_those_of_a_real_step(name):
     recipe = load_recipe(name)
     without_memory = check.flops(*build_meta(recipe), 4)
     adapter = umm_package(recipe.umm).Adapter.load(recipe.model).eval()
-    freeze(adapter, recipe.train.train, recipe.train.frozen)
+    freeze(adapter, recipe.train.roles, recipe.train.frozen)
     assert check.flops(adapter, contextlib.nullcontext(), 4) == without_memory
     assert 0 < without_memory.forward < without_memory.backward
 
@@ -169,7 +169,7 @@ def test_memory_of_a_real_step(name):
     recipe = load_recipe(name, overrides)
     need = held(build_meta(recipe)[0], recipe, 1, 8)
     adapter = umm_package(recipe.umm).Adapter.load(recipe.model)
-    freeze(adapter, recipe.train.train, recipe.train.frozen)
+    freeze(adapter, recipe.train.roles, recipe.train.frozen)
     optimizer, view = make_optimizer(adapter, recipe.optim), adapter.views("reca").gen
     images = [torch.zeros(3, view.size, view.size, dtype=torch.uint8)] * 2
     adapter(Batch("reca", torch.arange(2), [check.TEXT] * 2, images), CounterRNG(0)).sum.backward()
@@ -237,13 +237,13 @@ def test_bf16_weights_and_copies():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["show_o_tiny", "--gpus", "0"], "--gpus and --node must be at least 1"),
+        (["show_o_tiny", "--gpus", "0"], "--gpus and --gpus-per-node must be at least 1"),
         (
             ["show_o_tiny", "parallel.shard=2", "--gpus", "3"],
             "does not divide the 3 ranks of this run: set it to one of 1, 3",
         ),
         (["show_o_512", "parallel.shard=2", "--gpus", "5"], "parallel.shard=2 does not divide the 5 ranks"),
-        (["show_o_tiny", "train.train=[gen_lm]"], "has no parameters of role 'gen_lm'"),
+        (["show_o_tiny", "train.roles=[gen_lm]"], "has no parameters of role 'gen_lm'"),
         (["show_o_tiny", "train.frozen=[nothing]"], "no parameter matches 'nothing'"),
         (["show_o_tiny", "model.image_size=21"], "image_size"),
         (["no_such_recipe"], "no recipe 'no_such_recipe'"),

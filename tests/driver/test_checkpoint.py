@@ -72,7 +72,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(change, recipe, caplo
     assert checkpoint.latest(again.run_dir).name == "000006"
 
 
-@pytest.mark.parametrize("refused", ["optim.lr=0.5", "data.images=/nowhere", "train.train=[nothing]", "unreadable"])
+@pytest.mark.parametrize("refused", ["optim.lr=0.5", "data.images=/nowhere", "train.roles=[nothing]", "unreadable"])
 def test_a_start_that_is_refused_renames_no_damaged_checkpoint(refused, recipe, monkeypatch):
     """Recipe, data and model refuse a start before it is accepted; a disk that fails, behind that."""
     _, newest = damaged(DAMAGE["a bit of the weights"], recipe)

@@ -83,10 +83,10 @@ def test_what_a_model_cannot_do_is_said_before_it_is_built(name, capsys, tmp_pat
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["show_o_tiny", "--gpus", "1", "train.precision=bf16", "--node", "2", "train.steps=7"],
-        ["--gpus", "1", "show_o_tiny", "train.precision=bf16", "train.steps=7", "--node", "2"],
-        ["show_o_tiny", "train.precision=bf16", "--node", "2", "--gpus", "1", "train.steps=7"],
-        ["--node", "2", "--gpus", "1", "show_o_tiny", "train.precision=bf16", "train.steps=7"],
+        ["show_o_tiny", "--gpus", "1", "train.precision=bf16", "--gpus-per-node", "2", "train.steps=7"],
+        ["--gpus", "1", "show_o_tiny", "train.precision=bf16", "train.steps=7", "--gpus-per-node", "2"],
+        ["show_o_tiny", "train.precision=bf16", "--gpus-per-node", "2", "--gpus", "1", "train.steps=7"],
+        ["--gpus-per-node", "2", "--gpus", "1", "show_o_tiny", "train.precision=bf16", "train.steps=7"],
     ],
 )
 def test_overrides_stand_on_either_side_of_options(arguments, monkeypatch, capsys):
@@ -150,7 +150,7 @@ def test_a_loss_that_trains_nothing_is_exit_3(name, capsys, tmp_path):
     assert main(["train", f"{name}_tiny", "objective.i2t.weight=1", *small, f"run_dir={tmp_path}/run"]) == 3
     error = capsys.readouterr().err
     assert f"the i2t loss of {name} depends on no trained parameter" in error
-    assert "set objective.i2t.weight=0, or add another role to train.train" in error
+    assert "set objective.i2t.weight=0, or add another role to train.roles" in error
 
 
 def test_a_run_that_trains_nothing_is_exit_3(capsys, tmp_path):

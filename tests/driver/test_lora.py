@@ -98,7 +98,7 @@ def test_targets_and_frozen_choose_layers(recipe):
             ["lora.targets=['q_proj']"],
             "lora.targets: no trained linear layer matches 'q_proj'; names look like 'layers.0'",
         ),
-        (["train.train=[und_encoder]"], "toy trains no linear layer inside its blocks"),
+        (["train.roles=[und_encoder]"], "toy trains no linear layer inside its blocks"),
     ],
 )
 def test_layers_that_are_not_there_are_refused(overrides, message, recipe):

@@ -56,7 +56,7 @@ CASES = {
 
 def model_of(recipe, device="cpu", ranks=1):
     adapter = umm_package(recipe.umm).Adapter.load(recipe.model, device)
-    freeze(adapter, recipe.train.train, recipe.train.frozen)
+    freeze(adapter, recipe.train.roles, recipe.train.frozen)
     checkpoint_activations(adapter, recipe.train)
     if ranks > 1:
         shard(adapter, ranks, torch.device(device), recipe.train.precision)

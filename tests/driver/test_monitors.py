@@ -80,7 +80,7 @@ def test_hazards_of_a_recipe(recipe, roles, i2t, words):
 
 
 def test_weight_decay_of_nothing_is_said(recipe):
-    model, asked = ToyAdapter(), recipe("optim.weight_decay=0.1", "train.train=[gen_head]")
+    model, asked = ToyAdapter(), recipe("optim.weight_decay=0.1", "train.roles=[gen_head]")
     assert monitors.config_warnings(asked, model, ["gen_head"]) == []
     model.decays = lambda *_: False
     assert "weight_decay=0.1 has no effect" in monitors.config_warnings(asked, model, ["gen_head"])[0]

@@ -270,7 +270,7 @@ def test_resume_is_exact_where_a_parameter_never_gets_a_gradient(config, recipe,
 @pytest.mark.parametrize(
     ("name", "given"),
     [
-        ("bagel_tiny", ["train.train=[und_lm,gen_lm,gen_head]", "objective.i2t.weight=0"]),
+        ("bagel_tiny", ["train.roles=[und_lm,gen_lm,gen_head]", "objective.i2t.weight=0"]),
         ("janus_tiny", ["objective.reca.weight=0", "objective.i2t={weight: 1, batch_size: 2, micro_batch: 2}"]),
     ],
 )

@@ -123,7 +123,7 @@ def test_a_change_that_is_not_of_training_alone(run, tmp_path):
 def test_keys_of_a_card_can_be_given_again():
     recipe = load_recipe("show_o_tiny", ["optim.max_grad_norm=null"])
     keys = card._keys(recipe)
-    assert {"optim.max_grad_norm=null", "train.train=[shared_lm, embed]", 'model.system_prompt=""'} <= set(keys)
+    assert {"optim.max_grad_norm=null", "train.roles=[shared_lm, embed]", 'model.system_prompt=""'} <= set(keys)
     assert load_recipe("show_o_tiny", keys) == recipe
 
 

@@ -107,8 +107,8 @@ def test_lists_of_the_command_line(written, meant):
 
 @pytest.mark.parametrize("word", ["null", "Null", "NULL", "None", "~"])
 def test_null_is_null_everywhere(word, tmp_path):
-    recipe = show_o(f"data.cache={word}", f"optim.max_grad_norm={word}", f"train.threads={word}", f"train.train={word}")
-    assert (recipe.data.cache, recipe.optim.max_grad_norm, recipe.train.threads, recipe.train.train) == (None,) * 4
+    recipe = show_o(f"data.cache={word}", f"optim.max_grad_norm={word}", f"train.threads={word}", f"train.roles={word}")
+    assert (recipe.data.cache, recipe.optim.max_grad_norm, recipe.train.threads, recipe.train.roles) == (None,) * 4
     assert show_o(f"model.prompt_gradient={word}", f"model.hv_source={word}").model.hv_source is None
     assert in_file(tmp_path, f"optim: {{max_grad_norm: {word}}}").optim.max_grad_norm is None
     assert in_file(tmp_path, f'model: {{system_prompt: "{word}"}}').model.system_prompt == word

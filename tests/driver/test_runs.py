@@ -347,7 +347,7 @@ def test_a_finished_run_says_so(recipe, capsys, tmp_path):
         (["data.images=null"], "data.images is null"),
         (["data.templates=/nowhere.txt"], "template file /nowhere.txt"),
         (["model.weights=/nowhere/model.safetensors"], "model.weights=/nowhere/model.safetensors does not exist"),
-        (["train.train=[und_lm, everything]"], "'everything', which is not a role"),
+        (["train.roles=[und_lm, everything]"], "'everything', which is not a role"),
         (["train.frozen=[nothing.*]"], "no parameter matches 'nothing.*'"),
         (["train.init_from=/nowhere"], "train.init_from=/nowhere is not a run folder"),
     ],

@@ -282,7 +282,7 @@ def test_kind_the_model_lacks(recipe):
 
 def test_unknown_role(recipe):
     with pytest.raises(ValueError, match="'everything', which is not a role"):
-        Trainer(recipe("train.train=[everything]"), ToyAdapter())
+        Trainer(recipe("train.roles=[everything]"), ToyAdapter())
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2])

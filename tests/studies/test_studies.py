@@ -431,8 +431,11 @@ def test_a_start_that_is_not_there_is_refused(start, recipe, tmp_path):
         (["main", "--task", "7/RECA"], "no task 7/RECA; --task is SEED/VARIANT of seed 0 and start, RECA, before"),
         (["main", "--seeds", "3,5,", "--task", "4/RECA"], "SEED/VARIANT of seeds 3, 5 and start, RECA, before"),
         (["main", "--seeds", "5,", "--task", "4/RECA"], "SEED/VARIANT of seed 5 and start, RECA, before"),
-        (["main", "--draws", "0"], "--draws must be at least 1"),
-        (["main", "--recipe", "x", "--suite", "geneval", "--draws", "2"], "--draws is for toy datasets"),
+        (["main", "--images-per-prompt", "0"], "--images-per-prompt must be at least 1"),
+        (
+            ["main", "--recipe", "x", "--suite", "geneval", "--images-per-prompt", "2"],
+            "--images-per-prompt is for toy datasets",
+        ),
         (["blur", "--umm", "bagel"], "the study blur does not support bagel, only show_o"),
         (["limits"], "the toy dataset 'shapes': choose --world emoji|emoji-places|emoji-varied"),
         (["main", "--world", "sea"], "there is no toy dataset 'sea'"),
@@ -472,7 +475,7 @@ def test_every_prompt_is_drawn_as_often_as_asked_and_shown_once():
     "override, said",
     [
         ('SFT:train.frozen=["*nothing*"]', "variant SFT: train.frozen: no parameter matches '*nothing*'"),
-        ('SFT-RECA:train.train=["lora"]', "variant SFT-RECA: train.train names 'lora', which is no role"),
+        ('SFT-RECA:train.roles=["lora"]', "variant SFT-RECA: train.roles names 'lora', which is no role"),
         ("RECA:objective.srum.weight=1", "variant RECA: show_o has no srum loss"),
         ("RECA:lora.rank=2 lora.targets=[nothing]", "variant RECA: lora.targets: no trained linear layer matches"),
         (
@@ -637,7 +640,7 @@ def test_whatever_an_arm_freezes_would_be_trained_without_it(recipe, tmp_path):
     model = build_meta(load_recipe(recipe))[0]
     for keys in frozen:
         made = load_recipe(recipe, keys)
-        freeze(model, made.train.train)
+        freeze(model, made.train.roles)
         trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         for pattern in made.train.frozen:
             assert any(fnmatch(name, pattern) for name in trained), pattern

@@ -21,7 +21,7 @@ def recipe_changes(model: str) -> dict[str, Any]:
     """Return the overrides for this form: it has its own checkpointing, and BAGEL has more trained parameters."""
     changes: dict[str, Any] = {"train.activation_checkpointing": False, "train.compile": False}
     if model == "bagel":  # the understanding expert is frozen by detaching activations but stays in the optimizer
-        changes["train.train"] = ["gen_lm", "gen_head", "und_lm", "embed"]
+        changes["train.roles"] = ["gen_lm", "gen_head", "und_lm", "embed"]
     return changes
 
 

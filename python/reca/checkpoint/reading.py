@@ -43,7 +43,7 @@ def load(folder: Path, adapter: Adapter, optimizer: torch.optim.Optimizer | None
         differ = sorted(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
         raise CheckpointError(
             f"{folder} does not fit the parameters this run trains: {len(differ)} differ, the first {differ[:5]}. "
-            "Was model or train.train changed? Start in another run_dir, or restore the recipe"
+            "Was model or train.roles changed? Start in another run_dir, or restore the recipe"
         )
     _read(folder / "weights", weights)
     if optimizer is not None:

@@ -80,9 +80,13 @@ def check(options: argparse.Namespace) -> None:
     from reca.config.recipe_files import load_recipe
     from reca.estimate.check import report
 
-    if max(options.gpus, options.node) > MOST_GPUS:
-        raise ValueError(f"--gpus and --node must be at most {MOST_GPUS}, got {options.gpus} and {options.node}")
-    print(report(load_recipe(options.recipe, options.overrides), options.gpus, options.node, options.gpu_memory))
+    if max(options.gpus, options.gpus_per_node) > MOST_GPUS:
+        raise ValueError(
+            f"--gpus and --gpus-per-node must be at most {MOST_GPUS}, got {options.gpus} and {options.gpus_per_node}"
+        )
+    print(
+        report(load_recipe(options.recipe, options.overrides), options.gpus, options.gpus_per_node, options.gpu_memory)
+    )
 
 
 def cache(options: argparse.Namespace) -> None:

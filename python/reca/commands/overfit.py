@@ -112,7 +112,7 @@ class DryRun:
             )
         if abs(1 - self.share) < FLAT:
             return (
-                "the loss is constant although weights change: it hardly depends on what is trained (train.train, "
+                "the loss is constant although weights change: it hardly depends on what is trained (train.roles, "
                 "train.frozen), or the inputs are wrong. Train more roles, or look at the data (reca data view)"
             )
         more = math.ceil(MARGIN * steps * math.log(self.target) / math.log(self.share))
@@ -138,7 +138,7 @@ class DryRun:
             return []
         return [
             f"the gradient is zero in {' and '.join(zero)}: no loss depends on its trained parameters. Remove it from "
-            "train.train, or set a positive weight for a task that trains it"
+            "train.roles, or set a positive weight for a task that trains it"
         ]
 
 

@@ -134,7 +134,7 @@ class TrainConfig:
         "run folder of the same model, whose trained weights this run starts from (for example SFT, then RECA)",
         path=LOCAL,
     )
-    train: Optional[list[str]] = config_field(
+    roles: Optional[list[str]] = config_field(
         None, "parameter roles to train; null = the model's default, the paper's choice where there is one"
     )
     frozen: list[str] = config_field(

@@ -128,7 +128,7 @@ def report(recipe: Recipe, gpus: int = 1, node: int = 8, card: int | None = None
     Raises ValueError for a recipe that `reca train` would reject on this number of GPUs.
     """
     if gpus < 1 or node < 1:
-        raise ValueError(f"--gpus and --node must be at least 1, got {gpus} and {node}")
+        raise ValueError(f"--gpus and --gpus-per-node must be at least 1, got {gpus} and {node}")
     adapter, fake = build_meta(recipe)
     room = memory.own_card() if card is None else card
     checkpoint_activations(adapter, recipe.train)

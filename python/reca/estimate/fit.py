@@ -48,7 +48,7 @@ SELECTIVE = 1.05  # relative work of a step with selective recomputation
 DEPENDS_ON = (  # keys that a choice depends on
     "umm", "model.*", "objective.*", "lora.*", "parallel.shard", "parallel.strategy",
     "parallel.reduce_every_micro_batch",
-    "ema.half_life", "optim.name", "optim.moments", "optim.offload", "optim.fused_backward", "train.train",
+    "ema.half_life", "optim.name", "optim.moments", "optim.offload", "optim.fused_backward", "train.roles",
     "train.frozen", "train.precision", CAST_ONCE, "train.fit", "train.fit_allow", "train.micro_batch", CHECKPOINTING,
 )  # fmt: skip
 
@@ -272,7 +272,7 @@ def _changes(recipe: Recipe, keys: dict[str, Any]) -> int:
 
 
 def _refusal(recipe: Recipe, gpus: int, node: int, card: int, need: int, keys: dict[str, Any]) -> str:
-    helps = [f"more GPUs (there are {gpus})", "a smaller part of the model (train.train, train.frozen) or LoRA"]
+    helps = [f"more GPUs (there are {gpus})", "a smaller part of the model (train.roles, train.frozen) or LoRA"]
     if "moments" not in recipe.train.fit_allow:
         helps.append("train.fit_allow=[moments]: AdamW's moments in bf16 or 8 bits, which changes how they are rounded")
     if recipe.objective.mean == "micro_batch" and not _may_change_micro_batch(recipe):

@@ -86,7 +86,7 @@ class Alarms:
         return (
             f"replacing h_v by that of another image raises the held-out loss by only {now:.4g}, and by up to "
             f"{most:.4g} before (eval.alarm_gap={self.config.alarm_gap:g}). The model no longer uses h_v and generates "
-            "an average image: lower optim.lr, train fewer roles (train.train), or train i2t or t2i together with reca"
+            "an average image: lower optim.lr, train fewer roles (train.roles), or train i2t or t2i together with reca"
         )
 
     def _spread(self, name: str, values: Mapping[str, float]) -> str:

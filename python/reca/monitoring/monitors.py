@@ -26,7 +26,7 @@ def config_warnings(recipe: Recipe, adapter: Adapter, roles: Iterable[str]) -> l
         )
     if idle := sorted(roles & (adapter.encoder_roles or frozenset())):
         found.append(
-            f"train.train includes {' and '.join(idle)}, but the encoders run without a gradient: their weights will "
+            f"train.roles includes {' and '.join(idle)}, but the encoders run without a gradient: their weights will "
             "not change"
         )
     there = set(adapter.roles().values())
@@ -34,7 +34,7 @@ def config_warnings(recipe: Recipe, adapter: Adapter, roles: Iterable[str]) -> l
     if decoupled and roles & {"und_lm", "und_encoder"}:
         found.append(
             "understanding parameters are trained although they are separate from generation; the paper freezes them "
-            "(train.train=null)"
+            "(train.roles=null)"
         )
     trained = [(name, parameter) for name, parameter in adapter.named_parameters() if parameter.requires_grad]
     if recipe.optim.weight_decay and not any(adapter.decays(name, parameter) for name, parameter in trained):

@@ -18,7 +18,7 @@ def freeze(adapter: Adapter, roles: list[str] | None, frozen: Sequence[str] = ()
     present = set(role_of.values())
     for role in wanted:
         if role not in ROLES:
-            raise ValueError(f"train.train names {role!r}, which is not a role; roles are {', '.join(ROLES)}")
+            raise ValueError(f"train.roles names {role!r}, which is not a role; roles are {', '.join(ROLES)}")
         if roles is not None and role not in present:
             raise ValueError(f"{adapter.name} has no parameters of role {role!r}; it has {', '.join(sorted(present))}")
     for pattern in frozen:
@@ -27,5 +27,5 @@ def freeze(adapter: Adapter, roles: list[str] | None, frozen: Sequence[str] = ()
     for name, parameter in adapter.named_parameters():
         parameter.requires_grad_(role_of[name] in wanted and not any(fnmatch(name, pattern) for pattern in frozen))
     if not any(parameter.requires_grad for parameter in adapter.parameters()):
-        raise ValueError("nothing is trained: train.train names no role, or train.frozen matches all that it names")
+        raise ValueError("nothing is trained: train.roles names no role, or train.frozen matches all that it names")
     return [role for role in wanted if role in present]

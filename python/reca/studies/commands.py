@@ -42,7 +42,7 @@ def add(sub: argparse.ArgumentParser, path, takes_overrides) -> None:
     sub.add_argument("--judge-option", action="append", default=[], metavar="key=value", help="option of all judges")
     sub.add_argument("--sampling", action="append", default=[], metavar="key=value", help="sampling options")
     sub.add_argument("--limit", type=int, help="number of items of a suite (default: all)")
-    sub.add_argument("--draws", type=int, default=1, help="images per prompt of a toy dataset (default: 1)")
+    sub.add_argument("--images-per-prompt", type=int, default=1, help="images per prompt of a toy dataset (default: 1)")
     sub.add_argument("--jobs", type=int, help="variants to run in parallel (default: number of GPUs, or else cores)")
     sub.add_argument(
         "--scale",
@@ -105,10 +105,12 @@ def _asked(options: argparse.Namespace) -> Any:
         raise StudyError(
             "--suite, --sampling and --limit are for --recipe: a toy dataset has its own prompts and judge"
         )
-    if options.recipe and options.draws != 1:
-        raise StudyError("--draws is for toy datasets; with --recipe use --sampling or the options of a suite")
-    if options.draws < 1:
-        raise StudyError(f"--draws must be at least 1, got {options.draws}")
+    if options.recipe and options.images_per_prompt != 1:
+        raise StudyError(
+            "--images-per-prompt is for toy datasets; with --recipe use --sampling or the options of a suite"
+        )
+    if options.images_per_prompt < 1:
+        raise StudyError(f"--images-per-prompt must be at least 1, got {options.images_per_prompt}")
     if options.recipe and options.scale != 1:
         raise StudyError("--scale is for toy datasets; with --recipe use train.steps=N")
     common, of_arm = [], dict[str, tuple[str, ...]]()
@@ -151,7 +153,7 @@ def _evaluations(options: argparse.Namespace) -> Any:
             if suite not in options.suite or not equals:
                 raise StudyError(f"--{name} {text!r} must be SUITE=..., where SUITE is one that --suite names")
             found.setdefault(suite, {})[name] = value
-    return Evaluations(tuple(options.suite), found, options.draws)
+    return Evaluations(tuple(options.suite), found, options.images_per_prompt)
 
 
 def _slots(options: argparse.Namespace) -> Sequence[str | None]:

@@ -44,7 +44,7 @@ def choose_trained(adapter: Adapter, recipe: Recipe) -> list[str]:
             raise ValueError(f"the model has LoRA {asdict(existing)}, but the recipe asks for {asdict(recipe.lora)}")
         roles = adapter.roles()
         return sorted({roles[name] for name, p in adapter.named_parameters() if p.requires_grad})
-    trained = freeze(adapter, recipe.train.train, recipe.train.frozen)
+    trained = freeze(adapter, recipe.train.roles, recipe.train.frozen)
     if not recipe.lora.rank:
         return trained
     add(adapter, recipe.lora, recipe.train.seed)
@@ -164,7 +164,7 @@ def continues(before: Recipe, recipe: Recipe) -> bool:
 
     def form(r: Recipe) -> tuple:
         alpha = r.lora.rank if r.lora.alpha is None else r.lora.alpha
-        return r.lora.rank, alpha, r.lora.dora, r.lora.targets, r.train.train, r.train.frozen
+        return r.lora.rank, alpha, r.lora.dora, r.lora.targets, r.train.roles, r.train.frozen
 
     return form(before) == form(recipe)
 
