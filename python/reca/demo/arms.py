@@ -55,9 +55,7 @@ def starts(setup: DemoSetup) -> list[Start]:
     made = [Start(BEFORE, "the pre-trained model that the others start from", setup.overrides)]
     if setup.random_encoder:
         overrides = (*setup.overrides, *setup.random_encoder)
-        made.append(
-            Start(BEFORE_RANDOM, "pre-trained in the same way, but with a randomly initialised encoder", overrides)
-        )
+        made.append(Start(BEFORE_RANDOM, "pre-trained in the same way with a randomly initialised encoder", overrides))
     return made
 
 

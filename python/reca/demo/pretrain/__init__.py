@@ -1,7 +1,7 @@
-"""Pre-training of the demo: per model, a tiny one that understands more than it can generate.
+"""Pre-training for the demo: tiny models that understand more than they can generate, one module per model.
 
-What the demo knows of a model lies in its file here: SETUPS by the name of a world, each with a function
-`pretrain(recipe, seed, folder, scale, progress) -> Adapter`, which saves in `folder` what `init_override` names.
+Each module has SETUPS, a mapping from toy datasets to `DemoSetup`, each with a function
+`pretrain(recipe, seed, folder, scale, progress) -> Adapter`, which saves in `folder` what `init_override` loads.
 """
 
 from collections.abc import Callable
@@ -18,39 +18,37 @@ from reca.options.fields import RecipeError
 
 Progress = Callable[[int, float], None]  # (step, loss)
 
-# Assumptions that several models share.
+# Assumptions shared by several models.
 ALIGNED_H_V = (
-    "The understanding side, {parts}, learned first and is frozen from then on, also while the model learns to "
-    "generate. h_v is aligned with its text space: pre-training pulls every h_v token to the embedding of the word it "
-    "stands for and reads words in h_v's place; later captions are generated from there too. Large models bring such "
-    "alignment along; here it is made."
+    "The understanding side, {parts}, is trained first and frozen from then on, also while the model learns to "
+    "generate. h_v is aligned with its text space: pre-training pulls every h_v token to the embedding of a word of "
+    "the caption and reads words in place of h_v; later, images are generated from words in that place, too. Large "
+    "models already have such alignment; here it is trained explicitly."
 )
 ALIGNED_JOINTLY = (
-    "h_v is aligned with the text space: pre-training pulls every h_v token to the embedding of the word it stands "
-    "for, reads words in h_v's place, and draws captions from there. Large models bring such alignment along; here it "
-    "is made{how}."
+    "h_v is aligned with the text space: pre-training pulls every h_v token to the embedding of a word of the caption, "
+    "reads words in place of h_v, and generates images from them. Large models already have such alignment; here it "
+    "is trained explicitly{how}."
 )
-LINEAR_LATENTS = (
-    "Latents are linear in colour, so the generator may combine colours and shapes by itself, without RECA."
-)
+LINEAR_LATENTS = "Latents are linear in colour, so the generator may combine colours and shapes without RECA."
 
 
 @dataclass(frozen=True)
 class DemoSetup:
-    """What the demo needs to know of a model.
+    """The demo's settings for a model on a toy dataset.
 
-    recipe          name of the tiny recipe that post-training runs
+    recipe          name of the tiny recipe for post-training
     steps           number of pre-training steps
-    pretrain        makes the model and saves it
-    init_override   override by which a recipe starts from what `pretrain` saved in {folder}
-    sampling        sampling options for measuring
-    description     the model, in a sentence of the report
-    assumptions     what its pre-training assumes, in sentences of the report
-    generation_arm  name, description and overrides of the arm whose h_v comes from the generation side; None: no such
-    omitted_arms    arms that other models have and this one cannot have, with the reason
-    cached          keep the features of the frozen encoders on disk: the same few images come again and again
-    overrides       of the recipe, in pre-training and in all arms
-    random_encoder  overrides by which the understanding encoder is random, for a second start; none: no such
+    pretrain        trains the model and saves it
+    init_override   override that makes a recipe start from what `pretrain` saved in {folder}
+    sampling        sampling options for measurements
+    description     the model, as the beginning of a sentence in the report
+    assumptions     assumptions of pre-training, for the report
+    generation_arm  name, description and overrides of the variant with h_v from the generation side; None: missing
+    omitted_arms    variants that this model lacks, with the reason
+    cached          cache the features of frozen encoders on disk, as the few images are repeated often
+    overrides       recipe overrides for pre-training and all variants
+    random_encoder  overrides for a second start with a random understanding encoder; (): no second start
     """
 
     recipe: str
@@ -68,7 +66,7 @@ class DemoSetup:
 
 
 def demo_setup(umm: str, world: World) -> DemoSetup:
-    """Return the setup of a model's demo. Raises RecipeError for a model without one in this world."""
+    """Return the setup of a model's demo. Raises RecipeError if the toy dataset has no demo of the model."""
     if umm not in world.umms:
         raise RecipeError(
             f"there is no demo of {umm!r} on the toy dataset {world.name!r}; --umm (UMM= of make) is one of "
@@ -78,7 +76,7 @@ def demo_setup(umm: str, world: World) -> DemoSetup:
 
 
 def run_overrides(recipe: str, world: World, seed: int, scale: float) -> tuple[str, ...]:
-    """Return the overrides by which all arms of an experiment run a recipe in a world, on one thread each."""
+    """Return the overrides common to all variants: seed, number of steps, data and a single thread."""
     return (
         f"train.seed={seed}",
         f"train.steps={scaled(load_recipe(recipe).train.steps, scale)}",
@@ -91,5 +89,5 @@ def run_overrides(recipe: str, world: World, seed: int, scale: float) -> tuple[s
 
 
 def scaled(count: int, scale: float, least: int = 2) -> int:
-    """Return a share of a budget; all of it at scale 1."""
+    """Return the fraction `scale` of a count, but at least `least`."""
     return max(least, round(count * scale))

@@ -1,7 +1,7 @@
 """A tiny BAGEL that understands more than it can generate.
 
-First SigLIP and the understanding expert learn to caption every colour-shape pair, from images and from text. Then they
-are frozen, as in BAGEL, and the generation expert learns to generate from captions that lack the held-out pairs.
+First SigLIP and the understanding expert learn to caption all colour-shape pairs, from images and from text. Then they
+are frozen, as in BAGEL, and the generation expert is trained on captions without the held-out pairs.
 """
 
 import random
@@ -32,7 +32,7 @@ UNDERSTANDING_STEPS, GENERATION_STEPS = 350, 600
 
 
 class _WordsAsHv(Adapter):
-    """A BAGEL whose h_v is in the language model's space already: from the connector, or embeddings of words."""
+    """A BAGEL that takes h_v in the language model's space: outputs of the connector, or word embeddings."""
 
     def connect(self, h_v: Sequence[Tensor] | None) -> Tensor:
         table = self.language_model.model.embed_tokens.weight
@@ -46,7 +46,7 @@ def pretrain(world: str, recipe: Recipe, seed: int, folder: Path, scale: float, 
     understood, captioned = splits["understood"](seed), splits["captioned"](seed)
     recipe.model.seed = seed
     model = _WordsAsHv.load(recipe.model).train()
-    assert isinstance(model.codec, PatchMoments), "the codec of the toy world"
+    assert isinstance(model.codec, PatchMoments), "the codec of toy datasets"
     model.codec.fit(unit(first_images(understood, min(scale, 0.25))))
     torch.nn.init.normal_(model.language_model.model.embed_tokens.weight, std=0.5)
     roles = model.roles()
@@ -87,7 +87,7 @@ def pretrain(world: str, recipe: Recipe, seed: int, folder: Path, scale: float, 
 
 
 class _Slots:
-    """Captions on the tokens of h_v."""
+    """Captions as token ids in place of h_v."""
 
     def __init__(self, model: Adapter):
         self.model, self.side = model, modules.vit_size(model.config.vision)
@@ -100,13 +100,13 @@ class _Slots:
         return pad_tokens(self.ids(text), self.side**2, self.model.vocabulary.eos)
 
     def as_h_v(self, words: list[int]) -> Tensor:
-        """Embed words as h_v in the language model's space, [h, w, D]."""
+        """Embed words in place of h_v, in the language model's space, [h, w, D]."""
         table = self.model.language_model.model.embed_tokens.weight
         return table[torch.tensor(words)].unflatten(0, (self.side, self.side))
 
 
 def _caption_loss(model: Adapter, split: Split, rng: random.Random, scale: float) -> Callable[[int], Tensor]:
-    """Make the loss of an understanding step: caption images, and prompts that quote or ask for one; align h_v."""
+    """Return the loss of an understanding step: captioning of images, words and text prompts, and alignment of h_v."""
     slots, v = _Slots(model), model.vocabulary
     view = model.views("reca").und
     assert view is not None
@@ -145,7 +145,7 @@ def _caption_loss(model: Adapter, split: Split, rng: random.Random, scale: float
 def _generation_loss(
     model: Adapter, split: Split, seed: int, rng: random.Random, scale: float
 ) -> Callable[[int], Tensor]:
-    """Make the loss of a generation step."""
+    """Return the loss of a generation step: from text prompts, and from words in place of h_v."""
     slots, noise_rng = _Slots(model), CounterRNG(seed)
     moments = torch.stack(model.moments(list(first_images(split, scale))))
     noisy_image = prompt.NoisyImage(*(size // model.config.latent_patch_size for size in moments.shape[2:]))
@@ -174,14 +174,14 @@ SETUPS = {
         description="A BAGEL of 0.6 million parameters",
         assumptions=(
             ALIGNED_H_V.format(parts="SigLIP and the understanding expert"),
-            'The understanding expert can say any fact of a prompt at once ("second colour red"), from an image or '
+            'The understanding expert can state any fact of a prompt directly ("second colour red"), from an image or '
             "from text; large language models can.",
-            "Images are 20 pixels wide, and a latent is the principal components of a square of four, fitted to "
-            "images of every pair, which stands in for FLUX's autoencoder. The generation expert and its way in and"
-            " out are trained in every arm, nothing else.",
+            "Images are 20 pixels wide. Instead of FLUX's autoencoder, latents are principal components of patches of "
+            "four pixels, fitted to images of all pairs. All variants train the generation expert and its input and "
+            "output layers, nothing else.",
             LINEAR_LATENTS,
         ),
-        generation_arm=("RECA-vae", "h_v from the codec that makes the target", ("model.hv_source=vae",)),
+        generation_arm=("RECA-vae", "h_v from the codec that encodes the target", ("model.hv_source=vae",)),
     )
     for world in ("shapes", "jitter")
 }

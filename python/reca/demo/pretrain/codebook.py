@@ -1,4 +1,4 @@
-"""Models that draw codes: a codebook of pixel patches fitted to images, in place of training an image tokenizer."""
+"""Models that generate codes: a codebook of pixel patches, fitted to images instead of a trained image tokenizer."""
 
 import random
 from typing import Any
@@ -14,9 +14,9 @@ from reca.rng import CounterRNG
 
 
 class CodebookTask:
-    """Images, codes and random numbers of one pre-training. A model's own subclass has its losses.
+    """Images, codes and random numbers of a pre-training run. Each model subclasses it with its losses.
 
-    codec: of the model, fitted here. scale: share of the images that are used.
+    codec: the model's codec, fitted here. scale: fraction of the images to use.
     """
 
     def __init__(self, model: Any, codec: Any, world: World, seed: int, scale: float):
@@ -28,8 +28,8 @@ class CodebookTask:
 
 
 def fit_codebook(codec: nn.Module, images: Tensor, rounds: int = 5) -> None:  # uint8 [n, 3, H, W]
-    """Fit the codebook by k-means over the pixel patches of images, started from patches far apart."""
-    assert isinstance(codec, PatchCodebook), "the codec of the toy world"
+    """Fit the codebook by k-means on the pixel patches of images, initialised by farthest-point sampling."""
+    assert isinstance(codec, PatchCodebook), "the codec of toy datasets"
     patches = F.unfold(unit(images), codec.factor, stride=codec.factor).transpose(1, 2).flatten(0, 1)
     centres = _far_apart(patches, codec.entries)
     for _ in range(rounds):
@@ -40,9 +40,9 @@ def fit_codebook(codec: nn.Module, images: Tensor, rounds: int = 5) -> None:  # 
 
 
 def _far_apart(patches: Tensor, count: int) -> Tensor:  # [n, d]
-    """Choose patches, each the farthest from those before: [count, d].
+    """Choose patches by farthest-point sampling: [count, d].
 
-    Those that are the same as a chosen one are dropped now and then, as they are never chosen while others are left.
+    Duplicates of chosen patches are dropped from time to time, as they are not chosen while others are left.
     """
     chosen, difference = [patches[0]], torch.empty_like(patches)
     distance = torch.full((len(patches),), torch.inf)

@@ -1,4 +1,4 @@
-"""Models that understand by a frozen EfficientNet: its features of all images, encoded once."""
+"""Models with a frozen EfficientNet as understanding encoder: its features, computed once for all images."""
 
 from typing import Any
 
@@ -9,17 +9,17 @@ from reca.demo.pretrain.optimize import unit
 from reca.models.common.efficientnet import EfficientNetLite0
 from reca.models.common.pooled_features import PooledProjector, pooled, resized
 
-AT_ONCE = 64  # images
+AT_ONCE = 64  # images per batch
 
 
 def encode_once(
     config: Any, encoder: EfficientNetLite0, projector: PooledProjector, named: Tensor, every_thing: Tensor
 ) -> Tensor:
-    """Encode the images that captions name, fp32 [n, FEATURES], and fit the projector's scale to all images.
+    """Encode the images that have captions, fp32 [n, FEATURES], and fit the projector's scale to all images.
 
-    An encoder of random weights gets its norms before.
+    The normalisation layers of a randomly initialised encoder are fitted first.
 
-    config: of a model that has these two. named, every_thing: uint8 [n, 3, H, W]
+    config: config of the model. named, every_thing: images with captions and all images, uint8 [n, 3, H, W]
     """
     sizes = config.efficientnet
     if not config.efficientnet_weights:

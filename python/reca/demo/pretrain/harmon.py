@@ -1,8 +1,8 @@
 """A tiny Harmon that understands more than it can generate.
 
-One MAR encoder and one language model do both. They first learn to caption images of every pair, and go on with that
-while learning to generate from captions without the held-out pairs. As for Show-o, h_v is aligned with words, and
-words stand in its place.
+A MAR encoder and a language model are shared by understanding and generation. They first learn to caption images of all
+pairs. Then captioning continues while they learn to generate from captions without the held-out pairs. As for Show-o,
+h_v is aligned with words, and words are read in its place.
 """
 
 import random
@@ -26,9 +26,9 @@ from reca.rng import CounterRNG, RandomStream
 from reca.toy_world.splits import captioned, understood
 from reca_kernels import IGNORE_INDEX, masked_linear_cross_entropy
 
-UNDERSTANDING_STEPS, GENERATION_STEPS = 200, 1000  # those of generation go on with captioning
-OFFSET = 3.0  # of the diffusion head's input
-UNDERSTANDING_ROLES = ("shared_encoder", "shared_lm", "embed")  # beside the way in to the language model
+UNDERSTANDING_STEPS, GENERATION_STEPS = 200, 1000  # generation steps also train captioning
+OFFSET = 3.0  # standard deviation of the input bias of the diffusion head
+UNDERSTANDING_ROLES = ("shared_encoder", "shared_lm", "embed")  # and proj_in
 
 
 class _RecordsConditions(Adapter):
@@ -48,7 +48,7 @@ class _HighNoiseRNG(CounterRNG):
         uniform = super().uniform(purpose, sample_ids, n)
         if purpose is not RandomStream.TIMESTEP:
             return uniform
-        return (1 - (1 - uniform).square()).clamp(max=1 - 2**-24)  # below 1, as the others
+        return (1 - (1 - uniform).square()).clamp(max=1 - 2**-24)  # below 1, as in CounterRNG
 
 
 def pretrain(recipe: Recipe, seed: int, folder: Path, scale: float, progress: Progress) -> Adapter:
@@ -59,7 +59,7 @@ def pretrain(recipe: Recipe, seed: int, folder: Path, scale: float, progress: Pr
     model.codec.fit(unit(first_images(understood(seed), min(scale, 0.25))))
     net = model.mar.diffloss.net
     nn.init.normal_(model.llm.model.embed_tokens.weight, std=0.3)
-    # LayerNorm removes the length of its input, which the noise to predict must keep; beside an offset it nearly stays.
+    # LayerNorm removes the norm of its input, which predicting the noise needs; a large bias nearly preserves it.
     nn.init.normal_(net.input_proj.bias, std=OFFSET)
     task = _Task(model, seed, random.Random(seed), scale)
     understanding, generation = scaled(UNDERSTANDING_STEPS, scale), scaled(GENERATION_STEPS, scale)
@@ -101,7 +101,7 @@ class _Task:
         return pad_tokens(encode(self.model.tokenizer, text), self.buffers, self.end)
 
     def with_words(self, given: Prompt, words: list[int]) -> Prompt:
-        """Put words in the place of h_v's buffers, and the end of text in the place of its tokens."""
+        """Replace h_v's buffer tokens by words, and its image tokens by the end of text."""
         ids, slot, labels = given
         h_v = [self.end] * self.tokens + words
         if labels is not None:
@@ -109,10 +109,10 @@ class _Task:
         return Prompt(ids[:slot] + h_v + ids[slot:], None, labels)
 
     def generation_loss(self, step: int) -> Tensor:
-        """Compute the loss of generating.
+        """Compute the generation loss.
 
-        A linear readout makes the head's conditions predict the latents. The diffusion loss alone does so
-        where noise has left little of a token, and there it weighs little.
+        An auxiliary linear readout trains the head's conditions to predict the latents. The diffusion loss does so only
+        at high noise, where its weight is small.
         """
         model, rng, latents = self.model, self.rng, self.generation_latents
         index, sample_ids, phrases, texts = draw_batch(self.generation_split, len(latents), step, rng)
@@ -126,7 +126,7 @@ class _Task:
         return term.sum / term.weight + error.square().mean()
 
     def caption_loss(self) -> Tensor:
-        """Compute the loss of captioning images, of captioning words in h_v's place, and of aligning h_v with words."""
+        """Compute the losses of captioning images and words in place of h_v, and of aligning h_v with words."""
         model, index = self.model, torch.randint(len(self.caption_latents), (CAPTION_BATCH,))
         conversations = [
             prompt.conversation(
@@ -150,7 +150,7 @@ class _Task:
         )
 
     def answer_loss(self, conversations: list[Prompt], h_v: Tensor | None = None) -> Tensor:
-        """Compute the mean cross-entropy of the answers."""
+        """Compute the mean cross-entropy of answer tokens."""
         model = self.model
         width = model.config.language.hidden_size
         layout = prompt.layout(conversations, self.buffers, 0 if h_v is None else self.tokens)
@@ -164,21 +164,21 @@ SETUPS = {
         steps=UNDERSTANDING_STEPS + GENERATION_STEPS,
         pretrain=pretrain,
         init_override="train.init_from={folder}",
-        # Clipped at 8 standard deviations: the first of few diffusion steps multiply the head's errors by thousands.
+        # Clipped at 8 standard deviations: with few diffusion steps the first ones amplify errors by thousands.
         sampling={"steps": 12, "guidance": 1.0, "diffusion_steps": 100, "clip_sample_range": 64.0, "batch": 300},
         description="A Harmon of 0.4 million parameters",
         assumptions=(
             "h_v is aligned with the text space: pre-training pulls h_v's buffer tokens to the embeddings of the "
-            "words of a caption and its image tokens to one that says nothing, reads words in h_v's place, and draws "
-            "captions from there. Large models bring such alignment along; here it is made.",
-            "Drawing is pre-trained with two helps, which post-training has not: a readout, thrown away afterwards, "
-            "that makes the diffusion head's conditions linear in the tokens, and timesteps of much noise more often.",
-            "Images are 20 pixels wide, and a latent is the principal components of a square of four, fitted to "
-            "images of every pair, which stands in for KL-16.",
+            "words of a caption and its image tokens to that of the end of text, reads words in place of h_v, and "
+            "generates images from them. Large models already have such alignment; here it is trained explicitly.",
+            "Pre-training of generation has two aids that post-training lacks: a linear readout of latents from the "
+            "diffusion head's conditions, discarded afterwards, and more frequent high-noise timesteps.",
+            "Images are 20 pixels wide. Instead of KL-16, latents are principal components of patches of four pixels, "
+            "fitted to images of all pairs.",
             LINEAR_LATENTS,
         ),
         omitted_arms={
-            "RECA with h_v from the generation side": "which Harmon has not: its one encoder serves both sides"
+            "RECA with h_v from the generation side": "Harmon has a single encoder for understanding and generation"
         },
     )
 }

@@ -1,8 +1,8 @@
 """A tiny Janus-Pro that understands more than it can generate.
 
-Its understanding side is trained on every colour-shape pair; its captions lack the held-out ones. Beside Janus' own
-losses, three terms stand for what a large model brings along: h_v aligned with the word embeddings of its image (slot
-by slot), questions answered about words in h_v's place, and images generated from captions in h_v's place.
+Its understanding side is trained on all colour-shape pairs; its captions lack the held-out ones. In addition to Janus'
+own losses, three terms provide what large models already have: alignment of h_v with the words of a caption (slot by
+slot), answers about words in place of h_v, and images generated from words in place of h_v.
 """
 
 from pathlib import Path
@@ -61,12 +61,12 @@ SETUPS = {
         description="A Janus-Pro of half a million parameters",
         assumptions=(
             ALIGNED_JOINTLY.format(how=""),
-            "Images are 20 pixels wide and their tokens come from a codebook of pixel patches, which stands in for "
-            "VQ-16. Token embeddings stay frozen in every arm.",
+            "Images are 20 pixels wide. Instead of VQ-16, image tokens come from a codebook of pixel patches. Token "
+            "embeddings are frozen in all variants.",
         ),
         omitted_arms={
             "RECA with h_v from the generation side": (
-                "which Janus-Pro would copy: the codes that it reads in drawing are those that it is to draw"
+                "Janus-Pro would copy it, as the codes that it reads are those that it has to generate"
             )
         },
     )

@@ -1,8 +1,8 @@
 """A tiny JanusFlow that understands more than it can generate.
 
-Its understanding side is trained on every colour-shape pair; its captions lack the held-out ones. Beside its own losses
-three terms stand for what a large model brings along (`shared_llama`): h_v aligned with the embeddings of its image's
-words (slot by slot), questions answered about words in h_v's place, and images generated from captions there.
+Its understanding side is trained on all colour-shape pairs; its captions lack the held-out ones. In addition to its own
+losses, three terms provide what large models already have (`shared_llama`): alignment of h_v with the words of a
+caption (slot by slot), answers about words in place of h_v, and images generated from words in place of h_v.
 """
 
 import random
@@ -47,7 +47,7 @@ class _Task(SharedLlamaTask):
         self.model, self.rng, self.noise_rng = model, random.Random(seed), CounterRNG(seed)
         self.generation_split, self.caption_split = captioned(seed), understood(seed)
         to_generate, self.images = (first_images(split, scale) for split in (self.generation_split, self.caption_split))
-        assert isinstance(model.codec, PatchMoments), "the codec of the toy world"
+        assert isinstance(model.codec, PatchMoments), "the codec of toy datasets"
         model.codec.fit(unit(self.images[: max(64, len(self.images) // 4)]))
         self.moments = torch.cat([model.codec.encode(unit(part)) for part in to_generate.split(500)])
         self.drawn = len(self.moments)
@@ -70,13 +70,13 @@ SETUPS = {
         description="A JanusFlow of half a million parameters",
         assumptions=(
             ALIGNED_JOINTLY.format(how=""),
-            "Images are 20 pixels wide, and a latent is the principal components of a square of two, fitted to images "
-            "of every pair, which stands in for SDXL's autoencoder. Token embeddings stay frozen in every arm.",
+            "Images are 20 pixels wide. Instead of SDXL's autoencoder, latents are principal components of patches of "
+            "two pixels, fitted to images of all pairs. Token embeddings are frozen in all variants.",
             LINEAR_LATENTS,
         ),
         omitted_arms={
             "RECA with h_v from the generation side": (
-                "which JanusFlow would copy: the latents that it reads in drawing are those that it is to draw"
+                "JanusFlow would copy it, as the latents that it reads are those that it has to generate"
             )
         },
     )

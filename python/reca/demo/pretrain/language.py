@@ -1,7 +1,8 @@
-"""What a frozen language model must know beforehand: to caption a prompt, and to state any single fact of it at once.
+"""Targets for training a language model that is frozen later: captions of a prompt, and single facts about it.
 
-A caption is read word by word, every word found by the one before. A generator's conditions come out of one pass, so
-the model has to find facts without that help: "second colour red". Large language models can; a tiny one is taught.
+A caption is generated word by word, each conditioned on the previous ones. The conditions of an image generator are
+computed in one pass, so the model must state any fact directly, such as "second colour red". Large language models can;
+a tiny one has to be trained to.
 """
 
 import random
@@ -13,11 +14,11 @@ from reca_kernels import IGNORE_INDEX
 
 PROMPTS = tuple(dict.fromkeys(QUESTIONS + TEMPLATES))
 FACTS = 0.5  # probability of a reply that states facts instead of a caption
-WORDS = ("first", "second", "colour", "shape", "relation", "nothing")  # of facts, beside the captions'
+WORDS = ("first", "second", "colour", "shape", "relation", "nothing")  # words of facts that captions lack
 
 
 def draw_reply(scene: Scene, rng: random.Random, encode: Callable[[str], list[int]]) -> tuple[list[int], list[int]]:
-    """Draw a reply about a scene: its token ids and its labels, which are IGNORE_INDEX where nothing is learned."""
+    """Draw a reply about a scene. Returns token ids and labels, which are IGNORE_INDEX for the names of facts."""
     ids: list[int] = []
     labels: list[int] = []
     for text, learned in _draw_parts(scene, rng):
@@ -27,7 +28,7 @@ def draw_reply(scene: Scene, rng: random.Random, encode: Callable[[str], list[in
 
 
 def _draw_parts(scene: Scene, rng: random.Random) -> list[tuple[str, bool]]:
-    """Draw a caption, or all facts in random order, whose names are given and whose values are learned."""
+    """Draw a caption, or all facts in random order. Returns pairs of text and whether it is a training target."""
     if rng.random() >= FACTS:
         return [(caption(scene), True)]
     facts = [("relation", scene.relation or "nothing")]

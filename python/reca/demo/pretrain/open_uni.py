@@ -1,8 +1,8 @@
 """A tiny OpenUni that understands more than it can generate.
 
-First InternVL3's wiring learns to caption images, and text: every pair in the world of shapes; in that of emoji, where
-a frozen EfficientNet stands in InternViT's place, the pairs that captions name. Then it is frozen, as in OpenUni, and
-queries, connector and SANA learn to draw captions that lack the held-out pairs.
+First the multimodal language model (InternVL3 architecture) learns to caption images and text: all pairs on `shapes`;
+on `emoji`, where a frozen EfficientNet replaces InternViT, the pairs that captions name. Then it is frozen, as in
+OpenUni, and queries, connector and SANA learn to generate from captions without the held-out pairs.
 """
 
 import random
@@ -32,12 +32,13 @@ from reca.models.open_uni.loss import flow_loss, sample_prompts
 from reca.rng import CounterRNG
 from reca_kernels import IGNORE_INDEX, attention_plan, masked_linear_cross_entropy, template_concat
 
-STEPS = {"shapes": (350, 600), "emoji": (350, 900)}  # of understanding, of generation
-CODEC_SHARE = {"shapes": 0.25, "emoji": 1.0}  # of the images that the world's codec is fitted to
-# On the states that a reply is read from, over their root mean square. It keeps those of different words apart: the
-# generator reads them, too, and without noise one start that named red and blue rightly drew one for the other.
+STEPS = {"shapes": (350, 600), "emoji": (350, 900)}  # (understanding, generation)
+CODEC_SHARE = {"shapes": 0.25, "emoji": 1.0}  # fraction of the codec split that the codec is fitted to
+# Noise on the hidden states that replies are predicted from, relative to their RMS. It separates the states of
+# different words, which the generator reads, too: without it one start named red and blue correctly but confused them
+# in images.
 NOISE = {"shapes": 0.0, "emoji": 1.0}
-HV = Callable[[Tensor], Tensor]  # places of images among the understood -> h_v, with a graph
+HV = Callable[[Tensor], Tensor]  # indices of the understood images -> h_v, with gradient
 
 
 def pretrain(world: str, recipe: Recipe, seed: int, folder: Path, scale: float, progress: Progress) -> Adapter:
@@ -76,7 +77,7 @@ def pretrain(world: str, recipe: Recipe, seed: int, folder: Path, scale: float, 
 
 
 class _Slots:
-    """Captions as token ids in the place of h_v."""
+    """Captions as token ids in place of h_v."""
 
     def __init__(self, model: Adapter):
         self.model, self.count = model, modules.hv_tokens(model.config)
@@ -89,16 +90,16 @@ class _Slots:
         return pad_tokens(self.ids(text), self.count, self.end)
 
     def with_words(self, given: prompt.Prompt, words: list[int]) -> prompt.Prompt:
-        """Put words in the place of a prompt's image."""
+        """Replace a prompt's image by words."""
         return prompt.Prompt(given.ids[: given.slot] + words + given.ids[given.slot :])
 
 
 def _caption_loss(
     model: Adapter, split: Split, count: int, h_v: HV, rng: random.Random, noise: float
 ) -> Callable[[int], Tensor]:
-    """Make the loss of an understanding step: caption images, and prompts that quote or ask for one; align h_v.
+    """Return the loss of an understanding step: captioning of images, words and text prompts, and alignment of h_v.
 
-    count: of the split's images, which are used. noise: see NOISE.
+    count: number of the split's images to use. noise: see NOISE.
     """
     slots = _Slots(model)
     words = [slots.words(caption(split.scene(i))) for i in range(count)]
@@ -132,7 +133,7 @@ def _trained_h_v(model: Adapter, images: Tensor, index: Tensor) -> Tensor:
 
 
 def _frozen_h_v(model: Adapter, images: Tensor, every_thing: Tensor) -> HV:
-    """Encode images once by EfficientNet; the projector behind it is trained."""
+    """Encode images once with the frozen EfficientNet. The projector after it stays trainable."""
     encoder, project = model.mllm.model.vision_tower, model.mllm.model.multi_modal_projector
     encoder.requires_grad_(False)
     features = encode_once(model.config, encoder, project, images, every_thing)
@@ -140,14 +141,14 @@ def _frozen_h_v(model: Adapter, images: Tensor, every_thing: Tensor) -> HV:
 
 
 def encode_h_v(model: Adapter, pixels: Tensor) -> Tensor:  # [B, 3, S, S] in [-1, 1]
-    """Encode h_v with a graph, which the adapter itself does not need."""
+    """Compute h_v with gradient, unlike the adapter."""
     return model.mllm.model.get_image_features(
         model.vit_pixels(pixels), vision_feature_layer=-1, vision_feature_select_strategy="default"
     ).pooler_output
 
 
 def answer_loss(model: Adapter, rows: list[prompt.Prompt], h_v: Tensor, noise: float) -> Tensor:
-    """Compute the mean cross-entropy of the labels, with a graph to embeddings and h_v. noise: see NOISE."""
+    """Compute the mean cross-entropy of the labels, with gradient to embeddings and h_v. noise: see NOISE."""
     layout = prompt.layout(rows, modules.hv_tokens(model.config), "right")
     embeddings = template_concat(model.mllm.get_input_embeddings().weight, h_v.flatten(0, 1), layout.src)
     hidden = model.mllm.model.language_model(
@@ -166,7 +167,7 @@ def answer_loss(model: Adapter, rows: list[prompt.Prompt], h_v: Tensor, noise: f
 def _generation_loss(
     model: Adapter, split: Split, seed: int, rng: random.Random, scale: float
 ) -> Callable[[int], Tensor]:
-    """Make the loss of a generation step."""
+    """Return the loss of a generation step: from text prompts, and from words in place of h_v."""
     slots, noise_rng = _Slots(model), CounterRNG(seed)
     latents = torch.cat([model.latents(unit(part)) for part in first_images(split, scale).split(500)])
 
@@ -182,13 +183,13 @@ def _generation_loss(
 
 
 FACTS_AT_ONCE = (
-    'The language model can say any fact of a prompt at once ("second colour red"), from an image or from text. The '
-    "queries in front of the generator need that; large language models can."
+    'The language model can state any fact of a prompt directly ("second colour red"), from an image or from text. The '
+    "queries of the generator need that; large language models can do it."
 )
 
 
 def _setup(world: str, **own: Any) -> DemoSetup:
-    """Make the setup of a world from what all of them share."""
+    """Return the setup for a toy dataset, with the settings that all share."""
     return DemoSetup(
         steps=sum(STEPS[world]),
         pretrain=partial(pretrain, world),
@@ -196,7 +197,7 @@ def _setup(world: str, **own: Any) -> DemoSetup:
         sampling={"steps": 20, "guidance": 1.0},
         omitted_arms={
             "RECA with h_v from the generation side": (
-                "which OpenUni has no way to read: its language model sees one tower only"
+                "OpenUni cannot read it, as its language model has one vision tower only"
             )
         },
         **own,
@@ -211,24 +212,23 @@ SETUPS = {
         assumptions=(
             ALIGNED_H_V.format(parts="a vision tower and a language model"),
             FACTS_AT_ONCE,
-            "Images are 20 pixels wide, and a latent is the principal components of a square of four, fitted to "
-            "images of every pair, which stands in for DC-AE. Everything that generates is trained in every arm, "
-            "nothing else.",
+            "Images are 20 pixels wide. Instead of DC-AE, latents are principal components of patches of four pixels, "
+            "fitted to images of all pairs. All variants train the whole generation side, nothing else.",
             LINEAR_LATENTS,
         ),
     ),
     "emoji": _setup(
         "emoji",
         recipe="open_uni_emoji_tiny",
-        description="An OpenUni of 1.5 million parameters, with an EfficientNet-Lite0 in InternViT's place,",
+        description="An OpenUni of 1.5 million parameters, with an EfficientNet-Lite0 instead of InternViT,",
         assumptions=(
-            ALIGNED_H_V.format(parts="a projector behind EfficientNet and a language model")
-            + " In this world it learns on images of the pairs that captions name.",
-            FACTS_AT_ONCE + " Noise on the states that its replies are read from keeps words apart for the queries.",
-            "Images are 64 pixels wide. A latent is 16 random numbers that stand for a piece of 16 pixels, one of "
-            "2048; this stands in for DC-AE. What two latents have in common says nothing of their pieces, so nothing "
-            "is drawn that was not trained. With latents that are linear in colour (principal components of pieces) "
-            "the generator combined colours and emoji by itself, and little was left for RECA to do.",
+            ALIGNED_H_V.format(parts="a projector after EfficientNet and a language model")
+            + " On this toy dataset it is trained on images of the pairs that captions name.",
+            FACTS_AT_ONCE + " Noise on the hidden states that predict its replies separates words for the queries.",
+            "Images are 64 pixels wide. Instead of DC-AE, latents are 16 random numbers assigned to each of 2048 "
+            "patches of 16 pixels. Similar latents do not mean similar patches, so the generator cannot generalise to "
+            "patches that it was not trained on. With latents linear in colour (principal components of patches) it "
+            "combined colours and emoji without RECA, which left little to improve.",
         ),
         random_encoder=("model.efficientnet_weights=null",),
     ),

@@ -1,4 +1,4 @@
-"""Optimisation that all pre-training shares: Muon on the matrices of the layers, AdamW on the rest."""
+"""Optimisation shared by all pre-training: Muon for the matrices of layers, AdamW for all other parameters."""
 
 import random
 from collections.abc import Callable, Iterable
@@ -17,8 +17,8 @@ from reca.hardware.host_memory import FreedMemory
 from reca.models.base import Adapter
 
 WARMUP_STEPS, STABLE_FRACTION, MIN_LR_RATIO = 60, 0.6, 0.05
-GENERATION_BATCH, CAPTION_BATCH = 64, 32  # images in one step
-COLOUR_PROBABILITY = 0.8  # of a caption to name the colour of a thing
+GENERATION_BATCH, CAPTION_BATCH = 64, 32  # images per step
+COLOUR_PROBABILITY = 0.8  # probability that a caption names the colour of a thing
 
 
 def optimize(
@@ -29,7 +29,7 @@ def optimize(
     progress: Progress,
     done: int = 0,
 ) -> None:
-    """Minimise loss(step). muon: those of `parameters` that Muon takes. done: steps made before, for progress."""
+    """Minimise loss(step). muon: the `parameters` that Muon optimises. done: number of earlier steps, for progress."""
     freed = FreedMemory()
     freed.keep()
     parameters, muon = list(parameters), list(muon)
@@ -54,12 +54,12 @@ def optimize(
 
 
 def matrices(*parts: nn.Module) -> list[nn.Parameter]:
-    """List all matrices of these layers."""
+    """List all matrices in these modules."""
     return [p for part in parts for p in part.parameters() if p.ndim == 2]
 
 
 def save_as_run(model: Adapter, recipe: Recipe, folder: Path, steps: int) -> None:
-    """Save all parameters as the checkpoint of a run, which `train.init_from` can name."""
+    """Save all parameters as the checkpoint of a run, for `train.init_from`."""
     folder.mkdir(parents=True, exist_ok=True)
     save_recipe(absolute_paths(recipe), folder / "recipe.yaml")
     model.requires_grad_(True)
@@ -70,15 +70,16 @@ def save_as_run(model: Adapter, recipe: Recipe, folder: Path, steps: int) -> Non
 
 
 def first_images(split: Split, scale: float) -> Tensor:
-    """Stack the first images of a split, at least 64 if it has so many, all of them at scale 1: uint8 [n, 3, H, W]."""
+    """Stack the first images of a split: the fraction `scale`, at least 64 if it has as many: uint8 [n, 3, H, W]."""
     count = min(len(split), scaled(len(split), scale, least=64))
     return torch.stack([split.image(i) for i in range(count)])
 
 
 def draw_batch(split: Split, images: int, step: int, rng: random.Random) -> tuple[Tensor, Tensor, list[str], list[str]]:
-    """Draw what a step generates from captions: half of them text prompts, half in h_v's place.
+    """Draw the batch of a generation step: one half from text prompts, the other from captions in place of h_v.
 
-    images: of the split, which are used. Returns their places and sample ids [B], phrases, and captions of the others.
+    images: number of the split's images to use. Returns image indices [B], sample ids [B], the text prompts of the
+    first half and the captions of the second.
     """
     index, half = torch.randint(images, (GENERATION_BATCH,)), GENERATION_BATCH // 2
     texts = [caption(split.scene(i), None, rng, COLOUR_PROBABILITY) for i in index.tolist()]

@@ -1,4 +1,4 @@
-"""The Janus models: understanding and generation learn together, in one language model."""
+"""The Janus models: joint training of understanding and generation in a shared language model."""
 
 import random
 from typing import Any
@@ -16,23 +16,23 @@ from reca.rng import CounterRNG
 
 
 class SharedLlamaTask:
-    """Losses of one pre-training step. A model's own subclass has its splits and images, and says what is drawn."""
+    """Losses of a pre-training step. Each model subclasses it with its splits, images and generation targets."""
 
     model: Any
     rng: random.Random
     noise_rng: CounterRNG
     generation_split: Split
     caption_split: Split
-    drawn: int  # images of the generation split to draw
+    drawn: int  # number of images in the generation split to use
     images: Tensor  # of the caption split, uint8 [n, 3, H, W]
-    words: Tensor  # their captions on the slots of h_v, int64 [n, tokens of h_v]
+    words: Tensor  # their captions as token ids in place of h_v, int64 [n, tokens of h_v]
 
     def targets(self, index: Tensor) -> dict[str, Tensor]:
-        """Return the features of images to generate."""
+        """Return the features of the images to generate."""
         raise NotImplementedError
 
     def see(self, pixels: Tensor) -> Tensor:  # [B, 3, S, S] in [-1, 1]
-        """Encode h_v with a graph, which the adapter itself does not need."""
+        """Compute h_v with gradient, unlike the adapter."""
         raise NotImplementedError
 
     def slots(self, texts: list[str]) -> Tensor:
@@ -42,11 +42,11 @@ class SharedLlamaTask:
         return torch.tensor(rows)
 
     def embedded(self, words: Tensor) -> Tensor:
-        """Embed words to stand in h_v's place, with a graph."""
+        """Embed words in place of h_v, with gradient."""
         return self.model.language_model.model.embed_tokens(words)
 
     def generation_loss(self, step: int) -> Tensor:
-        """Compute the loss of generating."""
+        """Compute the generation loss, from text prompts and from words in place of h_v."""
         index, ids, phrases, texts = draw_batch(self.generation_split, self.drawn, step, self.rng)
         half, templates = len(phrases), [self.rng.choice(TEMPLATES) for _ in texts]
         from_text = Batch("t2i", ids[:half], phrases, features=self.targets(index[:half]))
@@ -55,7 +55,7 @@ class SharedLlamaTask:
         return 0.5 * self.mean(from_text) + 0.5 * self.mean(from_slots)
 
     def caption_loss(self) -> Tensor:
-        """Compute the loss of captioning images, of captioning words in h_v's place, and of aligning h_v with words."""
+        """Compute the losses of captioning images and words in place of h_v, and of aligning h_v with words."""
         model, index = self.model, torch.randint(len(self.images), (CAPTION_BATCH,))
         view = model.views("i2t").und
         assert view is not None

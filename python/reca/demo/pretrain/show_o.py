@@ -1,9 +1,9 @@
 """A tiny Show-o that understands more than it can generate.
 
-In the world of shapes its understanding side, a CLIP tower, is trained on every pair; in that of emoji a frozen
-EfficientNet brings understanding along, and no held-out pair is named to it. Captions lack those in both. Beside
-Show-o's own losses, three terms stand for what a large model brings along: h_v aligned with the word embeddings of its
-image (slot by slot), questions answered about words in h_v's place, and images generated from captions in h_v's place.
+On `shapes` its understanding side, a CLIP tower, is trained on all pairs; on `emoji` it is a frozen EfficientNet, and
+held-out pairs are never named. Captions lack these in both. In addition to Show-o's own losses, three terms provide
+what large models already have: alignment of h_v with the words of a caption (slot by slot), answers about words in
+place of h_v, and images generated from words in place of h_v.
 """
 
 from dataclasses import replace
@@ -32,7 +32,7 @@ from reca_kernels import IGNORE_INDEX
 
 STEPS = {"shapes": 800, "jitter": 800}
 STEPS |= {"emoji": 500, "emoji-shared": 500, "emoji-shared-few": 500, "emoji-places": 1200, "emoji-varied": 2000}
-SLOTS = (20, 36)  # lengths of the prompt when captions stand in h_v's place
+SLOTS = (20, 36)  # range of prompt lengths when captions replace h_v
 
 
 def pretrain(world: str, recipe: Recipe, seed: int, folder: Path, scale: float, progress: Progress) -> Adapter:
@@ -63,7 +63,7 @@ class _Task(CodebookTask):
         return torch.tensor(pad_tokens(self.model.tokens(text), self.tower.tokens(), self.model.vocabulary.eos))
 
     def generation_loss(self, step: int) -> Tensor:
-        """Compute the loss of generating."""
+        """Compute the generation loss, from text prompts and from words in place of h_v."""
         model, v = self.model, self.model.vocabulary
         index, ids, phrases, texts = draw_batch(self.generation_split, len(self.codes), step, self.rng)
         half = len(phrases)
@@ -77,7 +77,7 @@ class _Task(CodebookTask):
         return 0.5 * from_text + 0.5 * from_words
 
     def caption_loss(self) -> Tensor:
-        """Compute the loss of captioning images, of captioning words in h_v's place, and of aligning h_v with words."""
+        """Compute the losses of captioning images and words in place of h_v, and of aligning h_v with words."""
         model, index = self.model, torch.randint(len(self.images), (CAPTION_BATCH,))
         features, words = self.features(index), self.words[index]
         turns = [[Turn(self.rng.choice(QUESTIONS), caption(self.caption_split.scene(i)))] for i in index.tolist()]
@@ -90,11 +90,11 @@ class _Task(CodebookTask):
         return of_images + of_words + alignment(model.visual(features), words, table)
 
     def features(self, index: Tensor) -> Tensor:
-        """Encode images, with a graph."""
+        """Encode images, with gradient."""
         return self.tower.encode_reca(unit(self.images[index]))
 
     def cross_entropies(self, layout: prompt.Layout, first: int, h_v: Tensor | None = None) -> list[Tensor]:
-        """Compute the mean cross-entropies of the labelled rows of the `first` samples, and of those of the others."""
+        """Compute the mean cross-entropy over labelled rows, for the `first` samples and for the others."""
         read = layout.labels != IGNORE_INDEX
         counts = [int(read[:first].sum()), int(read[first:].sum())]
         hidden = self.model.hidden(layout, h_v, read=read, read_rows=sum(counts))
@@ -103,13 +103,13 @@ class _Task(CodebookTask):
 
 
 def with_words(layout: prompt.Layout, words: Tensor, behind: int = 0) -> prompt.Layout:  # int64 [B, n]
-    """Put token ids where tokens of h_v stood, but for the first `behind`."""
+    """Replace tokens of h_v, except the first `behind`, by token ids."""
     row = -1 - layout.src.long() - behind
     return replace(layout, src=torch.where(row < 0, layout.src, words.flatten()[row.clamp(min=0)].int()))
 
 
 class _FrozenTowerTask(_Task):
-    """The same on a tower that is frozen, so that every image is encoded once."""
+    """The same with a frozen tower: every image is encoded only once."""
 
     def __init__(self, model: Adapter, world: World, seed: int, scale: float):
         super().__init__(model, world, seed, scale)
@@ -132,8 +132,8 @@ SHAPES = {
         description="A Show-o of half a million parameters",
         assumptions=(
             ALIGNED_JOINTLY.format(how=""),
-            "Images are 20 pixels wide and their tokens come from a codebook of pixel patches, which stands in for "
-            "MAGVITv2. Token embeddings and projector stay frozen in every arm.",
+            "Images are 20 pixels wide. Instead of MAGVITv2, image tokens come from a codebook of pixel patches. Token "
+            "embeddings and projector are frozen in all variants.",
         ),
         generation_arm=(
             "RECA-codebook",
@@ -145,7 +145,7 @@ SHAPES = {
 }
 
 
-def _of_emoji(world: str, *overrides: str, codebook: str = "2048 pieces of 16 pixels") -> DemoSetup:
+def _of_emoji(world: str, *overrides: str, codebook: str = "2048 patches of 16 pixels") -> DemoSetup:
     return DemoSetup(
         recipe="show_o_emoji_tiny",
         steps=STEPS[world],
@@ -153,12 +153,12 @@ def _of_emoji(world: str, *overrides: str, codebook: str = "2048 pieces of 16 pi
         init_override="model.weights={folder}",
         cached=True,
         sampling=SAMPLING,
-        description="A Show-o of 0.9 million parameters, with an EfficientNet-Lite0 in CLIP's place,",
+        description="A Show-o of 0.9 million parameters, with an EfficientNet-Lite0 instead of CLIP,",
         assumptions=(
             ALIGNED_JOINTLY.format(how=", on images of the pairs that captions name"),
-            f"Images are 64 pixels wide and their tokens come from a codebook of {codebook}, which stands in for "
-            "MAGVITv2. Token embeddings, projector and attention stay frozen in every arm, and all arms have "
-            "the learning rate that was picked by what RECA drew on another seed; SFT had no search of its own.",
+            f"Images are 64 pixels wide. Instead of MAGVITv2, image tokens come from a codebook of {codebook}. Token "
+            "embeddings, projector and attention are frozen in all variants, and all use the learning rate that "
+            "was chosen by RECA's results on another seed; there was no separate search for SFT.",
         ),
         random_encoder=("model.efficientnet_weights=null",),
         overrides=overrides,
@@ -167,7 +167,7 @@ def _of_emoji(world: str, *overrides: str, codebook: str = "2048 pieces of 16 pi
 
 def _of_shared_codes(world: str) -> DemoSetup:
     overrides = "model.patches.size=8", "model.patches.entries=1024"
-    return _of_emoji(world, *overrides, codebook="1024 pieces of eight pixels")
+    return _of_emoji(world, *overrides, codebook="1024 patches of eight pixels")
 
 
 SETUPS = SHAPES | {
@@ -175,5 +175,5 @@ SETUPS = SHAPES | {
     "emoji-shared": _of_shared_codes("emoji-shared"),
     "emoji-shared-few": _of_shared_codes("emoji-shared-few"),
     "emoji-places": _of_emoji("emoji-places"),
-    "emoji-varied": _of_emoji("emoji-varied", "model.patches.entries=6144", codebook="6144 pieces of 16 pixels"),
+    "emoji-varied": _of_emoji("emoji-varied", "model.patches.entries=6144", codebook="6144 patches of 16 pixels"),
 }
