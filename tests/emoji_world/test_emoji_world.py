@@ -214,7 +214,7 @@ def test_the_recipe_knows_every_word():
 
 def test_without_the_artwork_the_package_is_named(monkeypatch):
     monkeypatch.setattr(artwork, "FONT", "openmoji/font/nothing.ttf")
-    with pytest.raises(DataError, match=r"OpenMoji, which is not installed: pip install 'reca\[emoji\]'"):
+    with pytest.raises(DataError, match=r"OpenMoji artwork, which is not installed: pip install 'reca\[emoji\]'"):
         artwork.font_path()
     with pytest.raises(DataError, match="caption_detail=some of the emoji world must be one of"):
         open_source("reca.emoji_world:unlabeled?caption_detail=some", "t2i")
