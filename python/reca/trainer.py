@@ -138,8 +138,7 @@ class Trainer:
         if newest is not None and state is not None:
             checkpoint.load(newest, self.adapter, self.optimizer)
             self.skipped.load_state(state["skipped"])
-            if "monitor" in state:  # missing in checkpoints of earlier versions
-                self.monitor.load_state(state["monitor"])
+            self.monitor.load_state(state["monitor"])
             if distributed.rank() == 0:
                 log.info("resuming %s from step %d", self.run_dir, self.step)
                 for difference in lineage.resume_warnings(recipe, state, distributed.world_size()):

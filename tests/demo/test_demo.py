@@ -27,6 +27,7 @@ from reca.models.common.efficientnet import imagenet_weights
 from reca.models.common.weight_files import read_tensors
 from reca.processes import side_by_side
 from reca.processes.side_by_side import Failure
+from reca.runs import folder_lock
 from reca.toy_world.scenes import SIDE, all_pairs, held_out_pairs
 from tests.emoji_world.artwork import needs_artwork, needs_weights
 
@@ -207,7 +208,7 @@ def test_pages_of_an_earlier_call_do_not_stand_beside_the_runs_of_one_that_faile
     monkeypatch.setattr(experiment, "run", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         experiment.demo("show_o", SHAPES, 1, tmp_path, SCALE)
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == [folder_lock.FILE]
 
 
 def test_a_second_demo_leaves_the_folder_of_the_first_alone(tmp_path, capsys):

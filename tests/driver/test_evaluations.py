@@ -238,10 +238,3 @@ def test_an_alarm_can_end_the_run(recipe):
     assert (status.state, status.exit_code, status.step) == ("failed", exits.NOT_LEARNING, 4)
     r.eval.stop_on_alarm = False
     assert run_toy(r).step == 6
-
-
-def test_a_status_of_a_version_before(recipe):
-    trainer = run_toy(recipe())
-    path = trainer.run_dir / "status.json"
-    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "alarm"}))
-    assert Status.read(trainer.run_dir).alarm is None

@@ -88,7 +88,7 @@ def test_training_in_a_thread(recipe):
 START = """
 import sys, time
 from pathlib import Path
-from reca import folder_lock
+from reca.runs import folder_lock
 from reca.runs.folder import RunFolder, RunInUse
 folder_lock.TIMEOUT = 0.2
 sys.stdin.read()

@@ -37,7 +37,6 @@ def load(folder: Path, adapter: Adapter, optimizer: torch.optim.Optimizer | None
     weights = changed_parameters(adapter)
     with distributed.fail_together():
         saved, state = _saved(folder / "weights"), read_state(folder)
-        stored = _saved(folder / "optimizer") if optimizer is not None else {}
     wanted = {name: tuple(value.shape) for name, value in weights.items()}
     if saved != wanted:
         differ = sorted(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
@@ -48,9 +47,7 @@ def load(folder: Path, adapter: Adapter, optimizer: torch.optim.Optimizer | None
     _read(folder / "weights", weights)
     if optimizer is not None:
         moments = get_optimizer_state_dict(adapter, optimizer, options=FLAT)
-        begun = {name.rpartition(".")[0] for name in stored}  # older ones lack parameters that never had a gradient
-        known = {name: x for name, x in tensors(moments).items() if name.rpartition(".")[0] in begun}
-        _read(folder / "optimizer", known)
+        _read(folder / "optimizer", tensors(moments))
         set_optimizer_state_dict(adapter, optimizer, moments, options=FLAT)
         for group, step in zip(optimizer.param_groups, state["group_steps"], strict=True):
             if step is not None:

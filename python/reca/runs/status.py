@@ -63,7 +63,6 @@ class Status:
         path = run_dir / FILE
         try:
             found = json.loads(path.read_text())
-            found.setdefault("alarm", None)  # missing in files of earlier versions
             return cls(**{f.name: found[f.name] for f in fields(cls)})
         except (FileNotFoundError, NotADirectoryError) as error:
             raise ValueError(f"{run_dir} is not a run folder: it has no {FILE}") from error
