@@ -38,7 +38,7 @@ def test_the_grid_has_images_before_and_after(keys, tmp_path, capsys):
         *(f"{key}={value}" for key, value in (("data.workers", 0), ("log.reconstructions", 2))),
     ]
     assert cli.main(["train", str(tmp_path / "run/recipe.yaml"), *overrides]) == 0  # goes on: what was before stays
-    assert f"before and after: {tmp_path}/run/{GRID}" in capsys.readouterr().out
+    assert f"before and after training: {tmp_path}/run/{GRID}" in capsys.readouterr().out
     assert {path.name: path.read_bytes() for path in (tmp_path / "run" / BEFORE).iterdir()} == first
     assert (tmp_path / "run" / GRID).read_bytes() != grid
     base, trained = reca.load("show_o_tiny"), reca.load(tmp_path / "run")

@@ -191,7 +191,7 @@ def test_images_of_two_runs_do_not_mix(tmp_path, monkeypatch, capsys):
         folder.mkdir(parents=True)
         (folder / checkpoint.MARKER).write_text(weights)
         save_recipe(load_recipe("show_o_tiny", {"run_dir": str(tmp_path / "run")}), tmp_path / name / "recipe.yaml")
-    monkeypatch.setattr(inference, "_model", lambda options: Model())
+    monkeypatch.setattr(inference, "_model", lambda *_: Model())
     monkeypatch.setattr(Model, "tokenizer", None, raising=False)
     monkeypatch.setattr("reca.models.common.inference.warn_of_unknown_words", lambda *_: None)
     monkeypatch.setattr("reca.inference.generate", lambda model, texts, seeds, **_: model.generate(texts, seeds))

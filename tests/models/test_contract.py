@@ -223,7 +223,7 @@ def test_an_encoder_cannot_be_trained_and_that_is_said(name):
                 term.sum.backward()
         assert all(p.grad is None for n, p in model.named_parameters() if roles[n] == role)
         said = [text for text in config_warnings(recipe, model, trained) if "will not change" in text]
-        assert len(said) == 1 and f"names {role}, " in said[0]
+        assert len(said) == 1 and f"includes {role}, " in said[0]
     assert not any("will not change" in text for text in config_warnings(recipe, model, freeze(model, None)))
 
 

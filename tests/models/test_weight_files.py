@@ -281,7 +281,7 @@ def test_shards_that_are_not_there(tmp_path):
         (b"<html>", "web page"),
         (b"", "is empty"),
         (b"version https://git-lfs.github.com/spec/v1\n", "LFS"),
-        (b"{", "no JSON"),
+        (b"{", "not JSON"),
         (b"[1]", "a JSON list"),
         (b"{}", "no weight_map"),
         (b'{"weight_map": {}}', "no weight_map"),

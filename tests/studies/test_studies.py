@@ -475,12 +475,12 @@ def test_every_prompt_is_drawn_as_often_as_asked_and_shown_once():
     "override, said",
     [
         ('SFT:train.frozen=["*nothing*"]', "variant SFT: train.frozen: no parameter matches '*nothing*'"),
-        ('SFT-RECA:train.roles=["lora"]', "variant SFT-RECA: train.roles names 'lora', which is no role"),
+        ('SFT-RECA:train.roles=["lora"]', "variant SFT-RECA: train.roles names 'lora', which is not a role"),
         ("RECA:objective.srum.weight=1", "variant RECA: show_o has no srum loss"),
         ("RECA:lora.rank=2 lora.targets=[nothing]", "variant RECA: lora.targets: no trained linear layer matches"),
         (
             "SFT:optim.fused_backward=true SFT:optim.max_grad_norm=null SFT:objective.t2i.micro_batch=1",
-            "variant SFT: optim.fused_backward=true needs one backward pass a step",
+            "variant SFT: optim.fused_backward=true needs one backward pass per step",
         ),
         ("SFT:train.activation_checkpointing=99", "variant SFT: train.activation_checkpointing=99 recomputes"),
         ("SFT:data.template_count=1000", "variant SFT: data.template_count=1000, but there are 8 templates"),

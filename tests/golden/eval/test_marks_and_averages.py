@@ -103,7 +103,7 @@ def test_geneval2_without_data_and_with_foreign_data():
     assert analysis.per_skill == {"object": 100, "attribute": None, "count": 0, "position": None, "verb": None}
     assert analysis.per_atom_count[3] == (1, 0.0) and analysis.per_atom_count[4] == (0, None)
     for row in ((2, ["object"], [1.0]), (3, ["smell"], [1.0])):
-        with pytest.raises(ValueError, match="none of GenEval 2's"):
+        with pytest.raises(ValueError, match="is not of GenEval 2"):
             geneval2.analyse([row])
 
 
