@@ -1,4 +1,4 @@
-"""The subcommands, except those that use a model (inference_commands.py) and those of packages.
+"""The subcommands, except those that use a model (inference.py) and those of packages.
 
 Each takes the parsed arguments and returns the exit code, or None for 0.
 """

@@ -14,7 +14,7 @@ _FILES = re.compile(r"\.(tar|parquet|pq)", re.IGNORECASE)  # in names that are p
 
 
 def make_absolute(text: str, kind: str) -> str:
-    """Make a relative path absolute. kind: kind of path key (reca/options.py).
+    """Make a relative path absolute. kind: kind of path key (reca/options/fields.py).
 
     Importable specs, URLs and hub names are returned unchanged.
     """

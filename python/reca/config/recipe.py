@@ -1,4 +1,4 @@
-"""The keys of a recipe: documented dataclasses that name their bounds (options.py). recipe_files.py reads them."""
+"""The keys of a recipe, as documented dataclasses with bounds (reca/options/fields.py). recipe_files.py reads them."""
 
 import re
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Recipe files: read YAML and overrides into the dataclasses of config.py, validate, explain and write them."""
+"""Recipe files: read YAML and overrides into the dataclasses of recipe.py, validate, explain and write them."""
 
 import copy
 import functools

@@ -142,7 +142,7 @@ class Adapter(nn.Module):
     has_whole_replicas: bool = False  # FSDP2 keeps all parameters on every rank
     inherited: frozenset[str] = frozenset()  # parameters that earlier runs have changed (train.init_from)
     state: Any = None  # counters of the checkpoint that the weights were loaded from; None: no checkpoint
-    lora: Any = None  # LoraConfig of its LoRA layers (lora.py); None: no LoRA
+    lora: Any = None  # LoraConfig of its LoRA layers (reca/training/lora.py); None: no LoRA
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

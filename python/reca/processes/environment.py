@@ -1,4 +1,4 @@
-"""Environment variables that are set for a while."""
+"""Temporary environment variables."""
 
 import os
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def environment(**variables: str) -> Iterator[None]:
-    """Set environment variables inside of this context, for processes that start there, too."""
+    """Set environment variables inside the context, also for processes that start in it, and restore them after."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
