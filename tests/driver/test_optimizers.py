@@ -284,21 +284,6 @@ def test_a_model_resumes_exactly_without_some_gradients(name, given, tmp_path):
     assert {state["step"].item() for state in done["parts"].optimizer.state.values()} == {0, 2}
 
 
-def test_a_checkpoint_may_lack_states_of_parameters_without_a_gradient(recipe, monkeypatch, tmp_path):
-    """As older ones do."""
-    find = contents.tensors
-    for folder, steps in (("whole", 2), ("parts", 1), ("parts", 2)):
-        done = Trainer(recipe(f"run_dir={tmp_path / folder}", f"train.steps={steps}"), Partly())
-        with monkeypatch.context() as patch:
-            patch.setattr(
-                contents, "tensors", lambda state: {n: t for n, t in find(state).items() if "unused" not in n}
-            )
-            done.run()
-        if folder == "whole":
-            whole = done
-    assert_same_run(whole, done)
-
-
 def test_a_checkpoint_that_lacks_part_of_a_state_is_refused(recipe, monkeypatch):
     find = contents.tensors
     with monkeypatch.context() as patch:
