@@ -3,11 +3,9 @@
 The experiment is the same for every model; model-specific code is in reca.demo.pretrain.
 """
 
-import contextlib
 import os
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +21,7 @@ from reca.io import jsonl
 from reca.models.base import Adapter
 from reca.processes import side_by_side
 from reca.processes.side_by_side import Failure, Job
-from reca.runs import folder_lock
-from reca.runs.folder import RunInUse
+from reca.runs.folder import lock_alone
 from reca.runs.lineage import load_start
 from reca.trainer import Trainer
 
@@ -64,23 +61,12 @@ def demo(umm: str, world: World, seeds: int, out: Path, scale: float = 1.0) -> R
     The report lists jobs that failed; the first of their errors is raised at the end.
     Raises RunInUse while another demo uses the folder.
     """
-    with _alone(out):
-        return _demo(umm, world, seeds, out, scale)
-
-
-@contextlib.contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Lock the folder of a demo, as every demo first deletes the previous results there."""
     out.mkdir(parents=True, exist_ok=True)
-    handle = os.open(out / folder_lock.FILE, os.O_RDWR | os.O_CREAT, 0o666)
+    lock = lock_alone(out, "choose another --out")  # a demo first deletes the previous results there
     try:
-        if not folder_lock.acquire(handle, 0, 0):
-            owner = folder_lock.owner(handle) or "another process"
-            raise RunInUse(f"{out} is in use by {owner}. Wait for it, stop it, or choose another --out")
-        folder_lock.write_owner(handle)
-        yield
+        return _demo(umm, world, seeds, out, scale)
     finally:
-        os.close(handle)
+        os.close(lock)
 
 
 def _demo(umm: str, world: World, seeds: int, out: Path, scale: float) -> Results:

@@ -90,12 +90,11 @@ class RunFolder:
         """
         if self.lock is None:
             return
-        own, old = os.fstat(self.lock), self.path
+        old = self.path
         with contextlib.suppress(FileNotFoundError):
-            there = os.stat(old / folder_lock.FILE)
-            if (there.st_dev, there.st_ino) == (own.st_dev, own.st_ino):
+            if folder_lock.key(old / folder_lock.FILE) == folder_lock.key(self.lock):
                 return
-        if not own.st_nlink:
+        if not os.fstat(self.lock).st_nlink:
             return  # the lock file was deleted
         place = "where it was moved to"
         with contextlib.suppress(OSError):
@@ -163,12 +162,7 @@ def _lock(run_dir: Path) -> int:
     with distributed.fail_together():
         _release_earlier_run(run_dir)
         if distributed.rank() == 0:
-            handle = os.open(run_dir / folder_lock.FILE, os.O_RDWR | os.O_CREAT, 0o666)
-            if not folder_lock.acquire(handle, 0, 0):
-                owner = folder_lock.owner(handle) or "another process"
-                os.close(handle)
-                raise RunInUse(f"{run_dir} is in use by {owner}. Wait for it, stop it, or set another run_dir")
-            folder_lock.write_owner(handle)
+            handle = lock_alone(run_dir, "set another run_dir")
             with contextlib.suppress(OSError):  # on a file system without locks there is none to release
                 fcntl.lockf(handle, fcntl.LOCK_UN, 0, 1)
     with distributed.fail_together():
@@ -179,6 +173,20 @@ def _lock(run_dir: Path) -> int:
     with distributed.fail_together():
         if owners[0] != owners[distributed.rank()]:
             raise OSError(_not_shared(run_dir))
+    return handle
+
+
+def lock_alone(folder: Path, instead: str) -> int:
+    """Lock a folder for this process alone and return the handle of its lock file.
+
+    instead: what the user can do to use another folder. Raises RunInUse if another process has locked it.
+    """
+    handle = os.open(folder / folder_lock.FILE, os.O_RDWR | os.O_CREAT, 0o666)
+    if not folder_lock.acquire(handle, 0, 0):
+        owner = folder_lock.owner(handle) or "another process"
+        os.close(handle)
+        raise RunInUse(f"{folder} is in use by {owner}. Wait for it, stop it, or {instead}")
+    folder_lock.write_owner(handle)
     return handle
 
 
