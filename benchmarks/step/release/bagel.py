@@ -32,7 +32,7 @@ from reca_kernels import philox_normal
 class Prepared(ours.Prepared):
     """Prepared samples with the layout of the packed sequence.
 
-    text_ids, text_at       int64: token ids and their rows; vit_at, gen_at: the rows of h_v and latents
+    text_ids, text_at       int64: token ids and their positions; vit_at, gen_at: positions of h_v and latents
     vit_places, gen_places  int64: their indices in the position embedding tables
     positions               int64 [T]: rotary positions
     sizes                   the splits of each sample, (length, causal)
