@@ -127,6 +127,33 @@ def test_conversations(tmp_path, cell):
     assert opened(tmp_path, "i2t")[0].text == [("Q", "A")]
 
 
+@pytest.mark.parametrize("name", ["t.parquet", "saved"])
+def test_the_system_column_begins_the_first_question(tmp_path, name):
+    """As the "system" key of a JSON row does."""
+    columns = {
+        "image": [image_bytes()] * 4,
+        "conversations": [json.dumps(TALK)] * 3 + [json.dumps([*said("system", "Be kind."), *TALK])],
+        "system": ["Be terse.", None, "", "Be terse."],
+    }
+    table(tmp_path / "t.parquet", columns)
+    if name == "saved":
+        pytest.importorskip("datasets").Dataset.from_dict(columns).save_to_disk(tmp_path / name)
+    source = opened(tmp_path / name, "i2t")
+    assert [source[i].text for i in range(3)] == [[("Be terse.\nQ", "A")], [("Q", "A")], [("Q", "A")]]
+    with pytest.raises(BadSample, match='both "system" and a system turn, which differ'):
+        source[3]
+    assert opened(tmp_path / name)[0].text is None
+
+
+def test_a_system_column_of_some_files_only(tmp_path):
+    columns = {"image": [image_bytes()], "conversations": [json.dumps(TALK)]}
+    table(tmp_path / "0.parquet", columns)
+    table(tmp_path / "1.parquet", columns | {"system": ["Be terse."]})
+    with pytest.raises(DataError, match=r"image, conversations, system, .*0.parquet image, conversations: name"):
+        opened(tmp_path, "i2t")
+    assert len(opened(tmp_path)) == 2
+
+
 @pytest.mark.parametrize("task", ["reca", "i2t"])
 def test_a_folder_is_listed_alike_for_every_task(tmp_path, task):
     table(tmp_path / "real" / "T.PARQUET", {"image": [image_bytes()], "conversations": [TALK]})

@@ -18,13 +18,20 @@ IMAGE, BYTES, TEXT, LIST, OTHER = "image", "bytes", "text", "list", "other"  # f
 IMAGE_NAMES = ("image", "img", "jpg", "png", "webp", "image_bytes", "image_path", "path", "file_name", "url")
 CAPTION_NAMES = ("caption", "text", "txt", "prompt", "llava")
 CONVERSATION_NAMES = ("conversations", "messages")
+SYSTEM = "system"  # column of the system prompts of conversations, as the key of a JSON row
 
 
 class Columns(NamedTuple):
     """Names of the columns that one task reads."""
 
     image: str
-    text: str | None
+    text: str | None = None
+    system: str | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """Return the names of the columns that exist."""
+        return [name for name in self if name is not None]
 
 
 def choose(forms: Mapping[str, str], task: str, config: ColumnsConfig, where: str) -> Columns:
@@ -39,13 +46,12 @@ def choose(forms: Mapping[str, str], task: str, config: ColumnsConfig, where: st
         )
     if task == "t2i":
         text = _named(forms, config.caption, (TEXT,), "data.columns.caption", where)
-        text = text or _known(forms, CAPTION_NAMES, (TEXT,), "captions", "caption", where)
-    elif task == "i2t":
+        return Columns(image, text or _known(forms, CAPTION_NAMES, (TEXT,), "captions", "caption", where))
+    if task == "i2t":
         text = _named(forms, config.conversations, (LIST, TEXT), "data.columns.conversations", where)
         text = text or _known(forms, CONVERSATION_NAMES, (LIST, TEXT), "conversations", "conversations", where)
-    else:
-        text = None
-    return Columns(image, text)
+        return Columns(image, text, SYSTEM if SYSTEM in forms else None)
+    return Columns(image)
 
 
 def _only(names: list[str]) -> str | None:
@@ -76,19 +82,20 @@ def _list(forms: Mapping[str, str]) -> str:
     return ", ".join(f"{name} ({form})" for name, form in forms.items())
 
 
-def make_sample(key: str, image: Any, text: Any, task: str, root: AnyPath) -> Sample:
-    """Return the sample of a row's cells. root: folder that paths in cells are relative to.
+def make_sample(key: str, table: Any, row: int, columns: Columns, task: str, root: AnyPath) -> Sample:
+    """Return the sample of a row of an Arrow table. root: folder that paths in cells are relative to.
 
-    image: bytes, a path or URL, or {"bytes": ..., "path": ...} as in Hugging Face datasets.
+    An image is bytes, a path or URL, or {"bytes": ..., "path": ...} as in Hugging Face datasets.
     Raises LeftOut for a row without an image, BadSample for an invalid image, caption or conversation, and OSError.
     """
+    image, text, system = (name and cell_of(table.column(name), row, name) for name in columns)
     data = image_bytes(image, root)
     if task == "t2i":
         if not isinstance(text, str):
             raise BadSample("the caption is missing or not text")
         checked_size(len(text), MAX_CAPTION_BYTES, "caption")
         return Sample(key, data, decode_caption(text.encode("utf-8", "surrogatepass")))
-    return Sample(key, data, conversation(text) if task == "i2t" else None)
+    return Sample(key, data, conversation(text, system) if task == "i2t" else None)
 
 
 def cell_of(column: Any, row: int, name: str) -> Any:
@@ -125,14 +132,17 @@ def image_bytes(cell: Any, root: AnyPath) -> bytes:
     return data
 
 
-def conversation(cell: Any) -> list:
-    """Return the turns of a conversations cell: a list, or one encoded as JSON. Raises BadSample."""
+def conversation(cell: Any, system: Any) -> list:
+    """Return the turns of a conversations cell: a list, or one encoded as JSON. Raises BadSample.
+
+    system: system prompt of the row, or None.
+    """
     if isinstance(cell, str):
         try:
             cell = json.loads(cell)
         except (ValueError, RecursionError) as error:
             raise BadSample(f"the conversation is not JSON: {error}") from error
     try:
-        return list(turns({"conversations": cell}, 0, Skipped()))
+        return list(turns({"conversations": cell, "system": system}, 0, Skipped()))
     except BadRow as error:
         raise BadSample(f"the turns {error}") from error

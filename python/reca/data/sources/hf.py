@@ -9,7 +9,7 @@ from urllib.parse import parse_qsl
 from reca.data.config import ColumnsConfig
 from reca.data.errors import DataError
 from reca.data.sample import Sample, digest
-from reca.data.sources.columns import cell_of, choose, make_sample
+from reca.data.sources.columns import choose, make_sample
 from reca.data.sources.folder import total_size
 from reca.data.sources.parquet import form_of
 
@@ -35,9 +35,8 @@ class HuggingFace:
         self.files = [file["filename"] for file in dataset.cache_files]
         forms = {field.name: form_of(field.type) for field in dataset.features.arrow_schema}
         self.columns = choose(forms, task, columns, where)
-        names = [name for name in self.columns if name is not None]
         # Stored cells, whatever format the dataset was saved with: this package decodes them.
-        self.rows = dataset.select_columns(names).with_format("arrow")
+        self.rows = dataset.select_columns(self.columns.names).with_format("arrow")
         if not len(self.rows):
             raise DataError(f"{where} has no rows")
 
@@ -45,9 +44,7 @@ class HuggingFace:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Sample:
-        row = self.rows[index]
-        image, text = (name and cell_of(row.column(name), 0, name) for name in self.columns)
-        return make_sample(self.key(index), image, text, self.task, self.root)
+        return make_sample(self.key(index), self.rows[index], 0, self.columns, self.task, self.root)
 
     def key(self, index: int) -> str:
         return f"{self.split}:{index}"

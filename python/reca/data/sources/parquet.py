@@ -15,7 +15,7 @@ from reca.data.config import ColumnsConfig
 from reca.data.errors import BadSample, DataError
 from reca.data.order import WINDOW, Block
 from reca.data.sample import Sample, digest
-from reca.data.sources.columns import BYTES, IMAGE, LIST, OTHER, TEXT, cell_of, choose, make_sample
+from reca.data.sources.columns import BYTES, IMAGE, LIST, OTHER, TEXT, choose, make_sample
 from reca.data.sources.patterns import relative_names, some
 from reca.data.sources.remote import AnyPath, RemotePath, to_path
 from reca.data.sources.row_groups import RecentlyUsed
@@ -66,18 +66,18 @@ class Parquet:
         self.footers.append(footer)
         schema = metadata.schema.to_arrow_schema()
         columns = choose({field.name: form_of(field.type) for field in schema}, self.task, config, str(path))
-        if twice := [name for name in columns if name is not None and schema.names.count(name) > 1]:
+        if twice := [name for name in columns.names if schema.names.count(name) > 1]:
             raise DataError(f"{path} has {schema.names.count(twice[0])} columns named {twice[0]!r}: rename one of them")
         if self.columns not in (None, columns):
             raise DataError(
-                f"{path} has the columns {columns.image} and {columns.text}, {self.paths[0]} {self.columns.image} and "
-                f"{self.columns.text}: name the columns in data.columns.image, .caption and .conversations"
+                f"{path} has the columns {', '.join(columns.names)}, {self.paths[0]} {', '.join(self.columns.names)}: "
+                "name the columns in data.columns.image, .caption and .conversations, or the files as two sources"
             )
         self.columns, first = columns, 0
         leaves = [
             leaf
             for leaf in range(metadata.num_columns)
-            if f"{metadata.schema.column(leaf).path}.".startswith(tuple(f"{name}." for name in columns if name))
+            if f"{metadata.schema.column(leaf).path}.".startswith(tuple(f"{name}." for name in columns.names))
         ]
         for number in range(metadata.num_row_groups):
             group = metadata.row_group(number)
@@ -102,9 +102,8 @@ class Parquet:
     def __getitem__(self, index: int) -> Sample:
         number, row = self._place(index)
         group, table = self.groups[number], self.tables(number)
-        image, text = (name and cell_of(table.column(name), row, name) for name in self.columns)
         root = self.root or self.paths[group.file].parent
-        return make_sample(self.key(index), image, text, self.task, root)
+        return make_sample(self.key(index), table, row, self.columns, self.task, root)
 
     def _place(self, index: int) -> tuple[int, int]:
         """Return the group of a sample and its row in that group."""
@@ -119,12 +118,11 @@ class Parquet:
         from pyarrow.parquet import ParquetFile
 
         group = self.groups[number]
-        columns = [column for column in self.columns if column is not None]
         try:
             path = self.paths[group.file]
             source = path.open("rb") if isinstance(path, RemotePath) else path
             with ParquetFile(source, metadata=self.metadata(group.file)) as file:
-                return file.read_row_group(group.number, columns=columns, use_threads=False)
+                return file.read_row_group(group.number, columns=self.columns.names, use_threads=False)
         except OSError as error:
             if error.errno is not None:
                 raise
