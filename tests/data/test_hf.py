@@ -57,6 +57,23 @@ def test_a_saved_folder(tmp_path):
     assert opened(tmp_path / "saved", "t2i", caption="llava").identity() != identity
 
 
+@pytest.mark.parametrize("talks", [False, True])
+def test_identity_is_of_the_length_of_every_cell(tmp_path, talks):
+    """Arrow pads its buffers: neither a longer text nor another order of the rows changes the size of the file."""
+
+    def saved(name, *texts):
+        cells = {"conversations": [said("human", "Q", "gpt", text) for text in texts]} if talks else {"caption": texts}
+        datasets.Dataset.from_dict({"image": [image_bytes()] * len(texts), **cells}).save_to_disk(tmp_path / name)
+        source = opened(tmp_path / name, "i2t" if talks else "t2i")
+        return source.identity(), source.size(0)
+
+    first, size = saved("first", "a red cat", "two")
+    assert saved("again", "a red cat", "two") == (first, size)
+    for name, texts in {"longer": ("a green cat", "two"), "order": ("two", "a red cat")}.items():
+        other, other_size = saved(name, *texts)
+        assert other_size == size and other != first
+
+
 def test_splits_are_chosen(tmp_path):
     datasets.DatasetDict({"train": rows(4), "test": rows(2)}).save_to_disk(tmp_path / "two")
     with pytest.raises(DataError, match=r"has the splits train, test: name one of them, such as .*/two/train"):

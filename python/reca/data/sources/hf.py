@@ -1,6 +1,7 @@
 """Hugging Face datasets, from the hub or from a folder written by `save_to_disk`."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -55,7 +56,26 @@ class HuggingFace:
 
     def identity(self) -> str:
         sizes = [(os.path.basename(file), total_size([file])) for file in self.files]
-        return digest([len(self), tuple(self.columns), str(self.rows.features), sizes])
+        columns = [self.rows.data.column(name) for name in self.columns.names]
+        # Arrow pads its buffers, so files of other rows may have the same size.
+        lengths = (part for column in columns for chunk in column.chunks for part in _lengths(chunk))
+        return digest([len(self), tuple(self.columns), str(self.rows.features), sizes, *lengths])
+
+
+def _lengths(array: Any) -> Iterator[bytes]:
+    """Yield the lengths of the texts, bytes and lists in an Arrow array, which are stored apart from their contents."""
+    import pyarrow.compute as compute
+    from pyarrow import types
+
+    kind = array.type
+    if types.is_struct(kind):
+        for part in array.flatten():
+            yield from _lengths(part)
+    elif types.is_list(kind) or types.is_large_list(kind):
+        yield compute.list_value_length(array).fill_null(-1).to_numpy().tobytes()
+        yield from _lengths(array.flatten())
+    elif any(test(kind) for test in (types.is_binary, types.is_string, types.is_large_binary, types.is_large_string)):
+        yield compute.binary_length(array).fill_null(-1).to_numpy().tobytes()
 
 
 def is_saved(folder: Path) -> bool:
