@@ -1,6 +1,7 @@
 """Features made ahead of time: packed, exact, resumed, and used in training."""
 
 import itertools
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from reca import distributed, precompute
 from reca.cli import main
 from reca.config.recipe_files import load_recipe
-from reca.data import feature_shards
+from reca.data import cache, feature_shards
+from reca.data.cache import FeatureCache, content
 from reca.data.config import DataConfig
 from reca.data.feature_shards import FeatureShards, ShardWriter, fill
 from reca.data.loader import open_loader
@@ -180,6 +182,44 @@ def test_the_command_prints_what_was_done(recipe, capsys):
     overrides = [f"data.images={recipe.data.images}", f"data.cache={recipe.data.cache}", "objective.i2t.weight=0"]
     assert main(["cache", "show_o_tiny", "data.max_bad_fraction=0.5", *overrides]) == 0
     assert capsys.readouterr().out.startswith("reca: 11 images encoded")
+
+
+# ---- features of a run ----
+
+
+def test_a_batch_is_kept_without_waiting_for_the_disk(tmp_path, monkeypatch):
+    disk, written = threading.Event(), []
+
+    def write(path, data, sync):
+        assert disk.wait(10)
+        written.append(path.stem)
+
+    monkeypatch.setattr(cache, "write_atomically", write)
+    found = FeatureCache(tmp_path, VIEWS, "identity")
+    batches = [content(bytes([n])) for n in range(cache.WAITING + 1)]
+    hidden = torch.ones(1, 3)
+    for address in batches[:-1]:
+        found.put([address], {"h": hidden})
+    hidden += 1  # what is kept is a copy
+    assert written == [] and found.get(batches[0])["h"].tolist() == [1.0] * 3
+    late = threading.Thread(target=found.put, args=([batches[-1]], {"h": hidden}))
+    late.start()
+    assert late.is_alive() and written == []  # no more batches wait in memory than that
+    disk.set()
+    found.flush()
+    late.join()
+    found.flush()
+    assert written == batches and found.get(batches[0]) is None
+
+
+def test_a_loader_that_is_closed_has_written_its_features(tmp_path):
+    root = files(tmp_path / "photos", {f"{n}.png": image_bytes((n, 0, 0)) for n in range(4)})
+    config = DataConfig(images=str(root), cache=str(tmp_path / "cache"), decoder="pillow")
+    stream = open_loader(config, "reca", VIEWS, seed=0, micro_batch=4, identity="identity")
+    batch = next(iter(stream))
+    batch.on_encoded({"h": torch.ones(4, 3)})
+    stream.close()
+    assert len(list(stream.cache.folder.glob("*/*.safetensors"))) == 4
 
 
 # ---- the loader's speed ----

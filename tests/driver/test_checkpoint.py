@@ -236,6 +236,7 @@ def test_features_that_were_read_once_are_kept_up_to_a_size(tmp_path, monkeypatc
     cache = FeatureCache(tmp_path / "cache", Views(gen=View(4), und=None), "identity")
     addresses = [content(bytes([i])) for i in range(2)]
     cache.put(addresses, {"h_v": torch.stack([row, row + 1])})
+    cache.flush()
     assert [cache.get(address)["h_v"].tolist() for address in addresses] == [row.tolist(), (row + 1).tolist()]
     for address in addresses:
         cache.path(address).unlink()

@@ -4,7 +4,9 @@ import hashlib
 import json
 import logging
 import shutil
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from reca.io.folders import ensure_writable, write_atomically
 log = logging.getLogger("reca")
 
 KEPT_BYTES = 2**25  # of features that stay in memory
+WAITING = 2  # most batches that wait to be written
 VERSION = 2  # of all features; increment when the same views or encoders compute different ones
 
 
@@ -34,7 +37,7 @@ class FeatureCache:
     """Features on disk: precomputed shards, and one safetensors file per image encoded during training.
 
     They are in a subfolder whose name is a hash of everything else that they depend on. The first features that are
-    read stay in memory, up to KEPT_BYTES.
+    read stay in memory, up to KEPT_BYTES. A thread writes, so that a step does not wait for the disk.
 
     identity: JSON-serialisable identity of the encoders. Features of other identities in the same folder are ignored. A
     checkpoint that changes under the same name is not detected: remove the folder in that case.
@@ -53,13 +56,16 @@ class FeatureCache:
         self.shards = FeatureShards(self.folder)
         self.kept: dict[str, dict[str, Tensor]] = {}
         self.room = KEPT_BYTES
+        self.waiting: dict[str, dict[str, Tensor]] = {}  # not on disk yet
+        self.jobs: deque[Future[None]] = deque()
+        self.pool = ThreadPoolExecutor(1)
 
     def path(self, address: str) -> Path:
         return self.folder / address[:2] / f"{address}.safetensors"
 
     def get(self, address: str) -> dict[str, Tensor] | None:
         """Return an image's features; None if they are missing or unreadable, so that they are computed again."""
-        found = self.kept.get(address)
+        found = self.kept.get(address) or self.waiting.get(address)
         if found is None and (found := self._read(address)) is not None:
             self.room -= sum(tensor.nbytes for tensor in found.values())
             if self.room >= 0:
@@ -82,12 +88,25 @@ class FeatureCache:
         """
         if self.full:
             return
-        for number, address in enumerate(addresses):
+        rows = {address: features_of(features, number) for number, address in enumerate(addresses)}
+        self.waiting |= rows
+        self.jobs.append(self.pool.submit(self._write, rows))
+        while len(self.jobs) > WAITING:
+            self.jobs.popleft().result()
+
+    def flush(self) -> None:
+        """Wait until everything is written."""
+        while self.jobs:
+            self.jobs.popleft().result()
+
+    def _write(self, rows: dict[str, dict[str, Tensor]]) -> None:
+        for address, features in rows.items():
             path = self.path(address)
             try:
-                path.parent.mkdir(exist_ok=True)
-                # Not save_file: its mode 0600 would exclude other users.
-                write_atomically(path, save(features_of(features, number)), sync=False)
+                if not self.full:
+                    path.parent.mkdir(exist_ok=True)
+                    # Not save_file: its mode 0600 would exclude other users.
+                    write_atomically(path, save(features), sync=False)
             except OSError as error:
                 self.full = True
                 log.warning(
@@ -95,7 +114,7 @@ class FeatureCache:
                     "Free some space, or set data.cache=null",
                     *(self.folder, error, _free(self.folder)),
                 )
-                return
+            self.waiting.pop(address, None)
 
 
 def _free(folder: Path) -> str:

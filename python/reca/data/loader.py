@@ -207,6 +207,8 @@ class Loader:
     def close(self) -> None:
         if self.pool:
             self.pool.shutdown(cancel_futures=True)
+        if self.cache:
+            self.cache.flush()
 
     def _submit(self, function: Callable, *arguments: Any) -> Future:
         if self.pool:
