@@ -103,3 +103,11 @@ def test_learning_rate_is_stable_before_its_decay(recipe, schedule, middle):
     last = 1.0 if schedule == "constant" else 0.1
     assert [lr_at(u, 20, config) for u in (0, 3, 4, 9, 12)] == [0.25, 1, 1, 1, 1]
     assert [lr_at(u, 20, config) for u in (16, 20, 30)] == pytest.approx([middle, last, last])
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize(("keys", "peak"), [("warmup_steps=4", 3), ("warmup_steps=6", 5), ("stable_fraction=1", 3)])
+def test_learning_rate_is_at_its_minimum_after_a_schedule_without_decay(recipe, schedule, keys, peak):
+    """The schedule ends at step 4, and the warm-up or the stable part lasts as long or longer."""
+    config = recipe(f"optim.schedule={schedule}", "optim.lr=1", "optim.min_lr_ratio=0.1", f"optim.{keys}").optim
+    assert [lr_at(u, 4, config) for u in range(peak, peak + 3)] == pytest.approx([1, 0.1, 0.1])

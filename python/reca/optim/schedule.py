@@ -11,10 +11,10 @@ def lr_at(step: int, end: int, config: OptimConfig) -> float:
     """Compute the learning rate of step `step`, counted from 0, for a schedule that ends at step `end`."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
-    if config.schedule == "constant":
-        return config.lr
     start = max(config.warmup_steps, int(config.stable_fraction * end))
-    done = min(1.0, max(0.0, (step - start) / max(1, end - start)))
+    if config.schedule == "constant" or step < start:
+        return config.lr
+    done = (step - start) / (end - start) if step < end else 1.0
     shape = 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * shape)
 
