@@ -189,7 +189,8 @@ def evaluate(
         RecipeError: The recipe cannot be read, or its model lacks the ability.
     """
     from reca.eval.errors import EvaluationError
-    from reca.eval.evaluation import evaluate, open_settings
+    from reca.eval.evaluation import evaluate
+    from reca.eval.settings import open_settings
 
     if isinstance(steps, str):
         raise EvaluationError(f"steps={steps!r} must be a list; write steps=[{steps!r}]")

@@ -9,7 +9,7 @@ from PIL import ExifTags, Image
 
 import reca
 from reca.comparison import curves, page
-from reca.eval import evaluation, records, report
+from reca.eval import records, report
 from reca.eval.errors import EvaluationError
 from reca.eval.files import write
 from reca.eval.judges.base import JudgeError
@@ -18,6 +18,7 @@ from reca.eval.judges.local_vlm import _rgb
 from reca.eval.judges.mask2former import read_rgb
 from reca.eval.judges.world import WorldJudge
 from reca.eval.scoring import score
+from reca.eval.settings import Settings
 from reca.eval.suites import Item, open_suite
 from reca.eval.suites.base import check_items
 from tests.emoji_world.artwork import needs_artwork
@@ -53,7 +54,7 @@ def test_a_file_that_is_none_of_the_benchmark(tmp_path, suite, name, content):
     path.write_bytes(content)
     if suite == "mme":
         Image.new("RGB", (4, 4)).save(path.with_suffix(".png"))
-    settings = evaluation.Settings(open_suite(suite, tmp_path))
+    settings = Settings(open_suite(suite, tmp_path))
     with pytest.raises(EvaluationError, match=f"{path.stem}|{tmp_path}"):
         settings.items()
 
@@ -67,7 +68,7 @@ def test_a_table_without_a_column(tmp_path):
 def test_ids_and_prompts_that_cannot_be_used(tmp_path):
     suite = open_suite("wise", wise(tmp_path, [prompt(1), prompt(2), prompt(1, "other")]))
     with pytest.raises(EvaluationError, match="wise: item '1' occurs twice"):
-        evaluation.Settings(suite).items()
+        Settings(suite).items()
     suite = open_suite("imgedit")
     for name in ("../../x", "/x", "a\0b", "x" * 300, HALF):
         with pytest.raises(EvaluationError, match="has no valid file name in the folder of images"):

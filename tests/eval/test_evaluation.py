@@ -13,6 +13,7 @@ from reca.eval import evaluation, files, generate, judge, records, report, targe
 from reca.eval.errors import EvaluationError
 from reca.eval.judges.base import Judge
 from reca.eval.judges.world import WorldJudge
+from reca.eval.settings import open_settings
 from reca.eval.suites import open_suite
 from reca.eval.suites.geneval import GenEval
 from reca.models import UMMS
@@ -174,7 +175,7 @@ def test_the_model_gets_the_sampling_options_that_its_results_name(painter, monk
 
 def test_an_image_depends_on_its_item_alone(painter, monkeypatch, tmp_path):
     """Neither on ranks, nor on the batch, nor on what was there before."""
-    suite = evaluation.open_settings("world", None, limit=LIMIT).suite
+    suite = open_settings("world", None, limit=LIMIT).suite
     items = suite.items()[:LIMIT]
     folders = [tmp_path / name for name in ("one", "ranks", "again")]
     for folder in folders:
@@ -345,7 +346,7 @@ def test_what_is_generated_is_what_is_judged(painter, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "open_judge", lambda *_: Blind())
     reca.evaluate("geneval", painter, limit=3, images_per_item=2, steps=["generate"])
     found = reca.evaluate("geneval", painter, limit=5, judge="owlv2:x", images_per_item=1)
-    wanted = [item.id for item in evaluation.open_settings("geneval", None, limit=5).items()]
+    wanted = [item.id for item in open_settings("geneval", None, limit=5).items()]
     assert [row["item"] for row in found["items"]] == wanted and found["counts"]["images"] == 5
     images, given = painter / "eval/geneval/images", {"judge": "owlv2:x", "partial": True}
     monkeypatch.setattr(GenEval, "images_per_item", 1)

@@ -8,15 +8,17 @@ import torch
 from PIL import Image
 
 import reca
-from reca.eval import evaluation, generate, records
+from reca.eval import evaluation, generate, records, report
+from reca.eval.checks import check
 from reca.eval.errors import EvaluationError
-from reca.eval.evaluation import check, judge_and_score, open_settings
+from reca.eval.evaluation import judge_and_score
 from reca.eval.judges import detectors
 from reca.eval.judges.base import Judge
 from reca.eval.judges.detectors import Owlv2Judge
 from reca.eval.judges.endpoint import EndpointJudge
 from reca.eval.judges.local_vlm import LocalVlmJudge
 from reca.eval.records import Record
+from reca.eval.settings import open_settings
 from reca.eval.suites import Item, open_suite
 from reca.eval.targets import Target, read_generation
 from tests.eval.world import Painter
@@ -93,8 +95,48 @@ def test_another_protocol_is_refused(painter):
 def test_evaluations_of_other_prompts_are_not_compared(painter):
     other = painter / "other"
     reca.evaluate("world?seed=1", painter, limit=42, out=other)
-    with pytest.raises(EvaluationError, match=r"other has different prompts .* under \d+ ids, such as 000\d\d"):
+    with pytest.raises(EvaluationError, match=r"other has different prompts, .* under \d+ ids, such as 000\d\d"):
         reca.evaluate("world", painter, limit=42, against=other)
+
+
+def test_evaluations_of_other_sources_or_questions_are_not_compared(tmp_path):
+    """Their edits and marks differ for another reason than the model."""
+    for name, colour in (("a", "red"), ("b", "blue")):
+        Image.new("RGB", (4, 4), colour).save(tmp_path / f"{name}.png")
+    suite, by = open_suite("imgedit"), {"name": "x"}
+
+    def results(source, question="q"):
+        items = [Item(str(n), "add", "p", tmp_path / source, {"question": question}) for n in range(3)]
+        return report.results(suite, items, {}, [Record(i.id, 0, None, by, "A: 4") for i in items], by, {})
+
+    first, lost = results("a.png"), results("none.png")
+    for same in (results("a.png"), lost, json.loads(json.dumps(first))):
+        assert report.compare(first, same, tmp_path)["against"]["items"] == 3
+    for other in (results("b.png"), results("a.png", "another")):
+        with pytest.raises(EvaluationError, match="different prompts, sources or questions .* under 3 ids, such as 0;"):
+            report.compare(first, other, tmp_path)
+    for row in lost["items"]:
+        del row["digest"]  # as in results of earlier releases
+    assert report.compare(first, lost, tmp_path)["against"]["items"] == 3
+    with pytest.raises(EvaluationError, match="has no prompts of this evaluation"):
+        report.compare(first, lost | {"items": [row | {"item": "9"} for row in lost["items"]]}, tmp_path)
+
+
+def test_an_evaluation_to_compare_with_is_checked_before_anything_is_drawn(painter, tmp_path):
+    """Whether it has results, or images that are still to be judged."""
+    other, given = tmp_path / "other", {"limit": 5, "against": tmp_path / "other", "out": tmp_path / "out"}
+    reca.evaluate("world?seed=1", painter, limit=5, out=other)
+    Painter.made = 0
+    with pytest.raises(EvaluationError, match="other has different prompts"):
+        reca.evaluate("world", painter, **given)
+    shutil.rmtree(other)
+    reca.evaluate("world", painter, limit=5, out=other, steps=["generate"])
+    (other / "images/00000").rename(tmp_path / "kept")
+    Painter.made = 0
+    with pytest.raises(EvaluationError, match="images of world are missing: 00000"):
+        reca.evaluate("world", painter, **given)
+    assert Painter.made == 0
+    assert reca.evaluate("world", painter, partial=True, **given)["against"]["items"] == 4 and Painter.made == 5
 
 
 def test_a_digest_is_of_all_that_decides(tmp_path):

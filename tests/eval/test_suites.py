@@ -582,7 +582,7 @@ def test_the_rule_of_pope():
 
 
 def test_edits_depend_on_their_item_and_lie_beside_their_source(tmp_path, painter, monkeypatch):
-    from reca.eval import evaluation, targets
+    from reca.eval import checks, evaluation, targets
 
     class Editor(Painter):
         abilities, strengths = frozenset({"edit"}), []
@@ -599,7 +599,8 @@ def test_edits_depend_on_their_item_and_lie_beside_their_source(tmp_path, painte
     with (tmp_path / "items.jsonl").open("a") as file:
         file.write(json.dumps(row | {"key": "k2", "source": "images/b.png"}) + "\n")
     monkeypatch.setattr(targets.Target, "load", lambda *_: Editor())
-    monkeypatch.setattr(evaluation, "umm_package", lambda _: type("package", (), {"Adapter": Editor}))
+    for module in (checks, evaluation):
+        monkeypatch.setattr(module, "umm_package", lambda _: type("package", (), {"Adapter": Editor}))
     reca.evaluate("gedit", painter, data=tmp_path, steps=["generate"], sampling={"strength": 0.5})
     made = {path.name: path for path in (painter / "eval/gedit/images").rglob("*.png")}
     assert sorted(made) == ["k0.png", "k0_SRCIMG.png", "k2.png", "k2_SRCIMG.png"] and Editor.strengths == [0.5]

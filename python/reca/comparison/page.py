@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from reca.comparison.sides import RESULTS
 from reca.data.errors import BadSample
 from reca.data.pixels import open_rgb
 from reca.eval import figures, report
@@ -72,7 +71,7 @@ def _images(side: dict[str, Any], of: dict[str, Any] | None = None) -> dict[str,
     """
     if of is not None:
         try:
-            side = report.read(Path(side["folder"]) / RESULTS)
+            side = report.read(Path(side["folder"]) / report.RESULTS)
         except EvaluationError:
             return {}
     folder = side.get("images")

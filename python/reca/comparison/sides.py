@@ -8,10 +8,9 @@ from reca import checkpoint
 from reca.config.recipe import Recipe
 from reca.eval import report
 from reca.eval.errors import EvaluationError
+from reca.eval.report import RESULTS
 from reca.eval.targets import BASE
 from reca.runs.lineage import is_run, recipe_of
-
-RESULTS = "results.json"
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from torch import Tensor
 from reca.comparison import build, triplets
 from reca.data.pixels import encode_png
 from reca.demo.arms import Outcome
-from reca.eval.evaluation import Settings, evaluate
+from reca.eval.evaluation import evaluate
+from reca.eval.settings import Settings
 from reca.eval.suites import Suite, open_suite
 from reca.models import umm_package
 from reca.options.sampling import defaults

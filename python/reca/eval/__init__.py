@@ -36,7 +36,8 @@ results.json:
                       differences and intervals are in this unit; differences of percent are percentage points
     tags              {tag: {"value", "interval", "items", "images"}}
     metrics           all metrics that the benchmark's own scripts print, by name
-    items             [{"item", "tag", "prompt", "value", "images": [{"k", "path", "value", "reason"}]}]
+    items             [{"item", "tag", "prompt", "digest", "value", "images": [{"k", "path", "value", "reason"}]}];
+                      digest is null if the source is unknown
     failed            [{"item", "k", "error"}]
     power             [{"images_per_item", "difference", "power"}]; null without a comparison or without variance
     against           null, or {"folder", "model", "items", "overall", "tags", "identical_settings", "differs",

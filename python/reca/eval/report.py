@@ -11,8 +11,9 @@ from reca.eval.errors import EvaluationError
 from reca.eval.records import Record
 from reca.eval.statistics import Interval
 from reca.eval.suites import Item, Key, Score, Suite
+from reca.eval.suites.base import agree
 
-FORMAT = 1
+RESULTS, FORMAT = "results.json", 1
 TOP = {"fraction": 1.0, "percent": 100.0}  # upper bound of values, by unit; points have none in common
 SETTINGS = ("sampling", "images_per_item", "judge")  # should be equal in two evaluations
 NEEDED = {*SETTINGS, "suite", "protocol", "model", "counts", "overall", "weights", "tags", "items", "against", "power"}
@@ -63,8 +64,7 @@ def results(
         },
         "metrics": score.metrics,
         "items": [
-            {"item": name, "tag": known[name].tag, "prompt": known[name].prompt,
-             "value": math.fsum(i["value"] for i in images) / len(images), "images": images}
+            {**identity(known[name]), "value": math.fsum(i["value"] for i in images) / len(images), "images": images}
             for name, images in by_item.items()
         ],
         "failed": [{"item": key[0], "k": key[1], "error": error} for key, error in failed],
@@ -73,30 +73,49 @@ def results(
     }  # fmt: skip
 
 
-def compare(after: dict[str, Any], before: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Return results with the comparison, `against` and `power`, added. folder: that of `before`.
+def identity(item: Item) -> dict[str, Any]:
+    """Return the part of an item's results that must be equal in two evaluations that are compared."""
+    return {"item": item.id, "tag": item.tag, "prompt": item.prompt, "digest": item.judged}
 
-    Raises EvaluationError if suites differ, if prompts differ under the same ids, or if there is no common prompt.
+
+def check_comparable(after: Mapping[str, Any], before: Mapping[str, Any], folder: Path) -> None:
+    """Raise EvaluationError if suites differ, if items differ under the same ids, or if there is no common item.
+
+    after: results, of which only suite, protocol and items are read. folder: that of `before`.
     """
     if (after["suite"], after["protocol"]) != (before["suite"], before["protocol"]):
         raise EvaluationError(
             f"{before['protocol']} ({folder}) and {after['protocol']} are different suites; their scores cannot be "
             "compared"
         )
-    prompts = {row["item"]: row["prompt"] for row in before["items"]}
-    others = [row["item"] for row in after["items"] if prompts.get(row["item"], row["prompt"]) != row["prompt"]]
+    known = {row["item"]: row for row in before["items"]}
+    common = [(row, known[row["item"]]) for row in after["items"] if row["item"] in known]
+    others = [row["item"] for row, old in common if not _same_item(row, old)]
     if others:
         raise EvaluationError(
-            f"{folder} has different prompts from this evaluation under {len(others)} ids, such as {others[0]}; their "
-            "scores cannot be compared: evaluate both with the same options and files of the suite"
+            f"{folder} has different prompts, sources or questions from this evaluation under {len(others)} ids, such "
+            f"as {others[0]}; their scores cannot be compared: evaluate both with the same options and files of the "
+            "suite"
         )
+    if not common:
+        raise EvaluationError(f"{folder} has no prompts of this evaluation, or no images of them")
+
+
+def _same_item(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    same = all(row[name] == other[name] for name in ("tag", "prompt"))
+    return same and agree(row.get("digest"), other.get("digest"))
+
+
+def compare(after: dict[str, Any], before: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return results with the comparison, `against` and `power`, added. folder: that of `before`.
+
+    Raises EvaluationError if they cannot be compared; see `check_comparable`.
+    """
+    check_comparable(after, before, folder)
     sides, unit = [_rows_of_results(side) for side in (after, before)], after["overall"]["unit"]
     differs = {name: [before[name], after[name]] for name in SETTINGS if before[name] != after[name]}
-    try:
-        top = TOP.get(unit) if differs or not _same_model(after, before) else None
-        change = statistics.difference(sides[0], sides[1], after["weights"], top)
-    except ValueError as error:
-        raise EvaluationError(f"{folder} has no prompts of this evaluation, or no images of them") from error
+    top = TOP.get(unit) if differs or not _same_model(after, before) else None
+    change = statistics.difference(sides[0], sides[1], after["weights"], top)
     shared = {row["item"] for row in after["items"]} & {row["item"] for row in before["items"]}
     old = statistics.estimate([row for row in sides[1] if row[1] in shared], after["weights"], TOP.get(unit))
     scale = TOP.get(unit) or abs(after["overall"]["value"]) or 1.0

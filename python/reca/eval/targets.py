@@ -80,7 +80,7 @@ def opponent(name: str | Path, mine: Target, overrides: Sequence[str] | Mapping[
             raise EvaluationError(f"--against base needs a run; {mine.source} is a base model itself")
         return Target(f"base of {mine.source}", mine.recipe, False, Path(mine.source) / "eval" / BASE / suite)
     folder = Path(name)
-    if any((folder / file).is_file() for file in (GENERATION, "records.jsonl", "results.json")):
+    if any((folder / file).is_file() for file in (GENERATION, "records.jsonl", report.RESULTS)):
         return Target(str(name), None, False, folder)
     return target(name, overrides, suite, None)
 
@@ -121,7 +121,7 @@ def check_prompts(folder: Path, items: Sequence[Item]) -> None:
 
     Folders of earlier releases, without digests, are compared by the prompts in their results.
     """
-    before, results = read_generation(folder), folder / "results.json"
+    before, results = read_generation(folder), folder / report.RESULTS
     if "items" in before:
         others = [item.id for item in items if not agree(before["items"].get(item.id), item.given)]
     elif before and results.is_file():

@@ -14,9 +14,11 @@ from reca import distributed
 from reca.config.recipe import Recipe
 from reca.data.pixels import read_image
 from reca.eval import report
+from reca.eval.checks import check
 from reca.eval.errors import EvaluationError
-from reca.eval.evaluation import Settings, check, judge_and_score, open_settings, sampling_of, save
+from reca.eval.evaluation import judge_and_score, sampling_of, save
 from reca.eval.generate import generate_images
+from reca.eval.settings import Settings, open_settings
 from reca.eval.targets import Target, write_generation
 from reca.models.base import Adapter
 from reca.models.common.inference import eval_mode
@@ -106,8 +108,8 @@ class TrainingSuite:
             raise EvaluationError(str(error) or type(error).__name__) from error
         assert found is not None
         base = self._side(0).folder
-        if side.folder != base and (base / "results.json").is_file():
-            found = report.compare(found, report.read(base / "results.json"), base)
+        if side.folder != base and (base / report.RESULTS).is_file():
+            found = report.compare(found, report.read(base / report.RESULTS), base)
         save(self.settings, side.folder, found)
         images = self.settings.suite.find(side.folder / "images", self.settings.items())
         return Scored(found, [read_image(path) for path in images.values()])

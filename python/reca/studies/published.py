@@ -6,8 +6,8 @@ from typing import Any
 
 from reca import api
 from reca.eval import figures
-from reca.eval.evaluation import check as check_evaluation
-from reca.eval.evaluation import open_settings
+from reca.eval.checks import check as check_evaluation
+from reca.eval.settings import open_settings
 from reca.eval.targets import target
 from reca.studies.study import BEFORE
 from reca.studies.task import Asked, Evaluations, Task, digest

@@ -1,0 +1,92 @@
+"""Checks of an evaluation's settings and inputs before anything is loaded."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from reca.eval import records as recorded
+from reca.eval import report
+from reca.eval.errors import EvaluationError
+from reca.eval.generate import generate_answers
+from reca.eval.inputs import find, images_of, some
+from reca.eval.judges import check_judge
+from reca.eval.settings import Settings
+from reca.eval.suites import Item, Suite
+from reca.eval.targets import Target
+from reca.models import UMMS, umm_package
+from reca.options.fields import RecipeError
+from reca.options.sampling import check_sampling_options
+
+
+def check(
+    settings: Settings, sides: Sequence[Target], images: Path | None, records: Path | None
+) -> recorded.Imported | None:
+    """Raise on errors in the settings or inputs before anything is loaded. Returns the contents of `records`."""
+    suite = settings.suite
+    if images is not None and not images.is_dir():
+        raise EvaluationError(f"--images {images} is not a folder; expected a folder of images as {suite.layout()}")
+    if "generate" in settings.steps and not (images or records):
+        for side in sides:
+            if side.recipe is not None:
+                adapter = umm_package(side.recipe.umm).Adapter
+                if suite.ability not in adapter.abilities:
+                    able = [name for name in UMMS if suite.ability in umm_package(name).Adapter.abilities]
+                    raise RecipeError(
+                        f"{suite.name} needs a model that can {suite.ability}: {side.recipe.umm} cannot; use a recipe "
+                        f"of {' or '.join(able)}"
+                    )
+                method = generate_answers if suite.ability == "answer" else getattr(adapter, suite.ability)
+                check_sampling_options(method, settings.sampling)
+    if suite.judge_kind != "rule" and records is None and (settings.judge or "judge" in settings.steps):
+        check_judge(settings.judge, settings.judge_options, suite)
+    items = settings.items(images)
+    given = None if records is None else recorded.Imported(records, recorded.import_answers(records, suite, items))
+    if settings.count > 1 and suite.path(items[0], 0) == suite.path(items[0], 1):
+        what = "answer" if suite.ability == "answer" else "image"
+        raise EvaluationError(f"--images-per-item {settings.count}: {suite.name} has one {what} per item; set 1")
+    if suite.ability != "generate" and not records and {"generate", "judge"} & set(settings.steps):
+        check_sources(suite, items)
+    name, _, path = (settings.judge or "").partition(":")
+    if name == "recorded" and suite.judge_kind != "rule" and given is None and "judge" in settings.steps:
+        check_recorded(settings, items, images, Path(path).expanduser())
+    for side in sides[1:]:
+        if side.recipe is None and {"generate", "judge"} & set(settings.steps):
+            check_evaluation(settings, side, items)
+    return given
+
+
+def check_evaluation(settings: Settings, side: Target, items: Sequence[Item]) -> None:
+    """Raise EvaluationError if the folder to compare with has neither comparable results nor all images to judge."""
+    suite, done = settings.suite, side.folder / report.RESULTS
+    if done.is_file():
+        mine = {"suite": suite.name, "protocol": suite.protocol, "items": [report.identity(item) for item in items]}
+        report.check_comparable(mine, report.read(done), side.folder)
+    elif {"judge", "score"} & set(settings.steps):
+        images_of(settings, side, None, None)
+
+
+def check_recorded(settings: Settings, items: Sequence[Item], images: Path | None, path: Path) -> None:
+    """Raise EvaluationError if recorded answers do not cover all images, existing or still to be generated."""
+    known = recorded.import_answers(path, settings.suite, items)
+    if images is not None:
+        wanted = list(find(settings, items, images, settings.images_per_item, None))
+    elif "generate" in settings.steps:
+        wanted = [(item.id, k) for item in items for k in range(settings.count)]
+    else:
+        return
+    missing = [f"{item} ({k})" for item, k in wanted if (item, k) not in known]
+    if missing and not settings.partial:
+        raise EvaluationError(
+            f"--judge recorded:{path} has no answer about {len(missing)} of the {len(wanted)} images of "
+            f"{settings.suite.name}: {some(missing)}. Set --partial to score the others"
+        )
+
+
+def check_sources(suite: Suite, items: Sequence[Item]) -> None:
+    """Raise EvaluationError if an image to edit or to ask about does not exist."""
+    sources = list(dict.fromkeys(item.source for item in items))
+    missing = [str(path) for path in sources if path is None or not path.is_file()]
+    if missing:
+        raise EvaluationError(
+            f"{len(missing)} of the {len(sources)} input images of {suite.name} do not exist: {some(missing)}."
+            f" {suite.data_help or ''}"
+        )
