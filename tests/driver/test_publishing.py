@@ -11,8 +11,10 @@ from huggingface_hub import HfApi, constants
 
 import reca
 from reca import catalog, cli
+from reca.comparison import build
 from reca.comparison.sides import find_sides
 from reca.config.recipe_files import load_recipe
+from reca.eval.errors import EvaluationError
 from reca.eval.targets import describe, target
 from reca.publishing import card, push
 from tests.driver.hub_server import TOKEN, Hub, Repository, point_to, serve
@@ -99,10 +101,10 @@ def test_a_score_is_of_the_weights_beside_it(run, tmp_path):
         (copy / "eval" / name).mkdir()
         (copy / "eval" / name / "results.json").write_text(json.dumps(other))
     sides = find_sides("base", str(copy))
-    (score,), left_out = card._scores(*sides, own["model"]["weights_sha256"])
+    (score,), _, left_out = card._scores(*sides, own["model"]["weights_sha256"])
     assert score["overall"] == own["overall"] and score["against"]["overall"] == own["against"]["overall"]
     assert left_out == [own["protocol"]]
-    (score,), _ = card._scores(*sides, "0" * 64)
+    (score,), *_ = card._scores(*sides, "0" * 64)
     assert score["overall"]["value"] == 0.25
 
 
@@ -116,8 +118,27 @@ def test_a_change_that_is_not_of_training_alone(run, tmp_path):
     path.write_text(json.dumps(found))
     weights = json.loads((run / "eval/world/results.json").read_text())["model"]["weights_sha256"]
     for source, said in ((run, False), (copy, True)):
-        (score,), _ = card._scores(*find_sides("base", str(source)), weights)
+        (score,), *_ = card._scores(*find_sides("base", str(source)), weights)
         assert card._row(score)["change"].endswith("], with different sampling") == said
+
+
+def test_scores_of_other_prompts_are_shown_without_a_change(run, tmp_path, capsys):
+    """Those of `reca eval --limit` with two numbers can have no prompt in common."""
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    path = copy / "eval/base/world/results.json"
+    found = json.loads(path.read_text())
+    for row in found["items"]:
+        row["item"] += "0"
+    path.write_text(json.dumps(found))
+    assert cli.main(["export", str(copy), "--out", str(tmp_path / "out"), "--card"]) == 0
+    text = (tmp_path / "out/README.md").read_text()
+    assert "was evaluated with other prompts, so these scores are not compared: toy world.\n" in text
+    assert re.search(r"\| toy world \|  \| [\d.]+ % \[.*\] \|  \| 2 prompts", text) and str(copy) not in text
+    assert cli.main(["compare", "base", str(copy), "--out", str(tmp_path / "page"), "--reconstructions", "0"]) == 0
+    assert "eval/world is not compared, because " in capsys.readouterr().out
+    with pytest.raises(EvaluationError, match="no results to compare: .*has no prompts of this evaluation"):
+        build.compare(str(copy / "eval/base/world"), str(copy / "eval/world"))
 
 
 def test_keys_of_a_card_can_be_given_again():

@@ -18,5 +18,5 @@ comparison.json:
     reconstructions {"pictures": "held-out", "training" or "given", "source", "rows": [{"name", "input", "before",
                     "after"}]} with paths relative to this file; `source` is the value of --images; null without
                     reconstructions
-    notes           sentences about missing results
+    notes           sentences about results that are missing or not compared
 """

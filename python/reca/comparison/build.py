@@ -21,13 +21,13 @@ def compare(before: str, after: str) -> dict[str, Any]:
     """Compare two models. Return the contents of comparison.json, described in reca.comparison.
 
     before, after: a run folder or an evaluation folder; one of them may be "base".
-    Raises EvaluationError if a name is neither, if results are damaged, or if two evaluations have no suite in common;
+    Raises EvaluationError if a name is neither, if results are damaged, or if two evaluations cannot be compared;
     CheckpointError if weights cannot be read.
     """
     sides = find_sides(before, after)
     suites, notes = _suites(*sides)
     if not suites and all(side.kind == "evaluation" for side in sides):
-        raise EvaluationError(f"{before} and {after} are evaluations of different suites and cannot be compared")
+        raise EvaluationError(f"{before} and {after} have no results to compare: {'; '.join(notes)}")
     return {
         "before": sides[0].describe(),
         "after": sides[1].describe(),
@@ -41,15 +41,17 @@ def compare(before: str, after: str) -> dict[str, Any]:
 
 
 def _suites(before: Side, after: Side) -> tuple[list[dict[str, Any]], list[str]]:
-    """Compare the suites that both sides have results of. Return these, and notes on missing and ignored results."""
+    """Compare the suites that both sides have results of. Return these, and notes on the other results."""
     results = [side.results() for side in (before, after)]
     chosen = [one_of_each(side) for side in results]
-    suites = [
-        report.compare(results[1][folder], results[0][chosen[0][key]], chosen[0][key])
-        for key, folder in chosen[1].items()
-        if key in chosen[0]
-    ]
-    notes = [
+    suites, notes = [], []
+    for key, folder in chosen[1].items():
+        if key in chosen[0]:
+            try:
+                suites.append(report.compare(results[1][folder], results[0][chosen[0][key]], chosen[0][key]))
+            except EvaluationError as error:
+                notes.append(f"{folder} is not compared, because {error}")
+    notes += [
         f"{key[0]} was evaluated for {side.source} only; run reca eval {key[0]} for the other model to compare it"
         for mine, other, side in ((chosen[0], chosen[1], before), (chosen[1], chosen[0], after))
         for key in mine

@@ -6,7 +6,7 @@ It contains no paths and no names of datasets.
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import EvalResult, ModelCardData
 
@@ -18,6 +18,7 @@ from reca.config.recipe import Recipe
 from reca.config.recipe_files import walk
 from reca.data.sources.factory import DATA_KEYS
 from reca.eval import figures, report
+from reca.eval.errors import EvaluationError
 from reca.eval.generate import weights_hash
 from reca.eval.suites import SUITES
 from reca.io import html
@@ -49,7 +50,7 @@ def write(source: str | Path, recipe: Recipe, model: Adapter, ema: bool, folder:
         return [CARD, *sorted(path.relative_to(folder).as_posix() for path in (folder / IMAGES).glob("*.png"))]
     run = Path(source) if is_run(source) else None
     sides = find_sides("base", str(run)) if run else None
-    scores, left_out = _scores(*sides, weights_hash(model)) if sides else ([], [])
+    scores = _scores(*sides, weights_hash(model)) if sides else Scores([], [], [])
     state = model.state if run else None
     images = _images(run, state["step"], recipe, folder) if run and state else []
     base = base_model(recipe)
@@ -62,15 +63,16 @@ def write(source: str | Path, recipe: Recipe, model: Adapter, ema: bool, folder:
         "licence": catalog.facts_of(*base).licence if base else None,
         "step": state and state["step"],
         "ema": ema,
-        "scores": [_row(score) for score in scores],
-        "left_out": left_out,
+        "scores": [_row(score) for score in scores.results],
+        "not_compared": scores.not_compared,
+        "left_out": scores.left_out,
         "images": images,
         "training": _training(state, recipe) if state else {},
         "keys": _keys(recipe) if run else [],
         "understanding": ((sides and understanding(*sides)) or {}).get("text"),
         "loading": umm_package(recipe.umm).weights.loading(recipe.model),
     }
-    header = _metadata(name, recipe, base, scores)
+    header = _metadata(name, recipe, base, scores.results)
     write_atomically(
         card, f"---\n{header.to_yaml()}\n---\n{html.render(Path(__file__).with_name('card.md'), **values)}"
     )
@@ -123,22 +125,36 @@ def _metadata(name: str, recipe: Recipe, base: tuple[str, str] | None, scores: l
     )
 
 
-def _scores(base: Side, run: Side, weights: str) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return the run's results for these weights, one per suite, and the protocols of results that are left out.
+class Scores(NamedTuple):
+    """Results of a run for the weights of the card, one per suite, compared with the base model where possible.
 
-    A result is compared with the base model if that was evaluated on the same suite.
+    not_compared  protocols of results that the base model has for other prompts only
+    left_out      protocols of results of the run for other weights or settings
     """
+
+    results: list[dict[str, Any]]
+    not_compared: list[str]
+    left_out: list[str]
+
+
+def _scores(base: Side, run: Side, weights: str) -> Scores:
+    """Read the results of a run and of its base model. weights: hash of the exported weights."""
     results, before = run.results(), base.results()
     same = {
         folder: score for folder, score in results.items() if (score["model"] or {}).get("weights_sha256") == weights
     }
     chosen, against = one_of_each(same), one_of_each(before)
-    found = []
+    found, not_compared = [], []
     for suite, folder in sorted(chosen.items()):
-        old = against.get(suite)
-        found.append(report.compare(same[folder], before[old], old) if old else same[folder] | {"against": None})
+        score, old = same[folder] | {"against": None}, against.get(suite)
+        if old:
+            try:
+                score = report.compare(score, before[old], old)
+            except EvaluationError:  # of other prompts
+                not_compared.append(score["protocol"])
+        found.append(score)
     left_out = [score["protocol"] for folder, score in results.items() if chosen.get(suite_of(score)) != folder]
-    return found, sorted(set(left_out))
+    return Scores(found, not_compared, sorted(set(left_out)))
 
 
 def _row(score: Mapping[str, Any]) -> dict[str, str]:
