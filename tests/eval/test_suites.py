@@ -23,6 +23,7 @@ from reca.eval.suites.geneval_rules import judge
 from reca.eval.suites.pope import measures, read_answer
 from tests.eval.world import Painter
 
+TORN = "\u00e9".encode()[:1]  # what a script that was killed while it wrote a character leaves at the end of a file
 ROWS = [
     {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"},
     {"tag": "colors", "include": [{"class": "cow", "count": 1, "color": "red"}], "prompt": "a photo of a red cow"},
@@ -154,6 +155,8 @@ def test_geneval_scores_the_public_scripts_results(geneval, tmp_path):
     ]  # fmt: skip
     results = tmp_path / "results.jsonl"
     results.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"filename": "x/im')
+    with results.open("ab") as file:
+        file.write(TORN)
     arguments = {"suite": "geneval", "source": "show_o_tiny", "data": geneval, "out": tmp_path / "out"}
     found = reca.evaluate(**arguments, records=results)
     assert found["overall"]["value"] == pytest.approx(0.625) and found["metrics"]["prompts"] == 1
@@ -237,7 +240,7 @@ def test_dpg(tmp_path):
     cells = ["(0, 0, 4, 4)", "(4, 0, 8, 4)"]
     lines = [f"out, a/p1.png, {cell}, question {n}?, {'no' if n == 2 else 'yes'}" for n in (1, 2) for cell in cells]
     lines += ["out, a/p2.png, (0, 0, 4, 4), question 1?, yes", "out, a"]
-    (tmp_path / "r_detail.txt").write_text("\n".join(lines))
+    (tmp_path / "r_detail.txt").write_bytes("\n".join(lines).encode() + TORN)
     imported = suite.import_answers(tmp_path / "r_detail.txt", [item])
     assert imported == {("p1", 0): [{"1": "yes", "2": "no"}] * 2}
     assert suite.score(imported, [item]).values[0].value == 50
@@ -390,7 +393,7 @@ def test_wise_protocols_are_two_suites(tmp_path):
         [v.value for v in score.values] == [1] and score.failed[0][0] == ("1", 0) and score.metrics["overall"] is None
     )
     lines = tmp_path / "scores.jsonl"
-    lines.write_text('{"prompt_id": 560, "score": 0}\n{"prompt_id": 1, "sc')
+    lines.write_bytes(b'{"prompt_id": 560, "score": 0}\n{"prompt_id": 1, "sc' + TORN)
     assert verified.import_answers(lines, verified.items()) == {("560", 0): {"prompt_id": 560, "score": 0}}
 
 
@@ -416,7 +419,8 @@ def test_imgedit(tmp_path):
     (tmp_path / "result.json").write_text(json.dumps({"7": answer, "8": {"error": "x"}}))
     assert suite.import_answers(tmp_path / "result.json", [item]) == {("7", 0): answer}
     lines = tmp_path / "result.jsonl"  # of the release: made again after a stop, and half-written at the end
-    lines.write_text("".join(json.dumps({"key": "7", "result": r}) + "\n" for r in ("x", answer)) + '{"k')
+    made = "".join(json.dumps({"key": "7", "result": r}) + "\n" for r in ("x", answer)) + '{"k'
+    lines.write_bytes(made.encode() + TORN)
     assert suite.import_answers(lines, [item]) == {("7", 0): answer}
 
 
@@ -449,9 +453,9 @@ def test_gedit(tmp_path):
     assert "about quality contains no marks: 'very good'" in failed[0][1]
     path = tmp_path / "theirs/m_ps_human_gpt_score.csv"
     path.parent.mkdir()
-    path.write_text(
-        "source_image,edited_image,instruction,sementics_score,quality_score,intersection_exist,instruction_language\n"
-        "s,/x/k0.png,smile,9,4,True,en\n"
+    path.write_bytes(
+        b"source_image,edited_image,instruction,sementics_score,quality_score,intersection_exist,instruction_language\n"
+        b"s,/x/k0.png,smile,9,4,True,en\ns,/x/k0.png,smile" + TORN
     )
     imported = suite.import_answers(path.parent, [item])
     assert suite.score(imported, [item]).values[0].value == 6
@@ -534,7 +538,7 @@ def test_mme_reads_the_files_of_its_script_and_of_the_release(tmp_path, behind):
     (tmp_path / "theirs").mkdir()
     rows = [("Is it red? Or blue?", "No", "no"), ("Is it red?", "Yes", "yes\tit is"), ("Is it green?", "Yes", "yes")]
     lines = [f"0.jpg\t{question}{behind}\t{truth}\t{reply}\n" for question, truth, reply in rows]
-    (tmp_path / "theirs/color.txt").write_text("".join(lines) + "0.jpg\tIs it")
+    (tmp_path / "theirs/color.txt").write_bytes("".join(lines).encode() + b"0.jpg\tIs it" + TORN)
     found = suite.import_answers(tmp_path / "theirs", suite.items())
     assert found == {("color/0/1", 0): "no", ("color/0/0", 0): "yes\tit is"}
 
@@ -549,7 +553,7 @@ def test_pope_reads_the_answers_of_its_script_and_of_llavas(names, tmp_path):
     theirs.parent.mkdir()
     lines = [json.dumps(dict(zip(names, (f"{text}\nAnswer in a word.", reply), strict=True))) + "\n"
              for text, reply in zip(asked, ("No.", "yes\u2028no", ""), strict=True)]  # fmt: skip
-    theirs.write_text("".join([lines[0], lines[1][:20] + "\n", lines[2]]))
+    theirs.write_bytes("".join([lines[0], lines[1][:20] + "\n", lines[2]]).encode() + lines[1][:20].encode() + TORN)
     found = {("random/0", 0): "No.", ("random/2", 0): ""}
     for path in (theirs, theirs.parent):
         assert suite.import_answers(path, suite.items()) == found

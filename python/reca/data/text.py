@@ -12,10 +12,10 @@ SIGNATURES = (
 )
 
 
-def decode_text(data: bytes) -> str:
+def decode_text(data: bytes, errors: str = "strict") -> str:
     """Decode UTF-8, or the encoding of a byte order mark. Remove the mark and convert line ends to \\n.
 
-    Raises ValueError with the reason.
+    errors: as in bytes.decode. Raises ValueError with the reason.
     """
     encoding = "utf-8"
     for mark, name in SIGNATURES:
@@ -23,7 +23,7 @@ def decode_text(data: bytes) -> str:
             data, encoding = data[len(mark) :], name
             break
     try:
-        text = data.decode(encoding)
+        text = data.decode(encoding, errors)
     except UnicodeDecodeError as error:
         found = f"byte 0x{data[error.start]:02x} at {error.start}"
         raise ValueError(f"the text is not {encoding.upper()} ({found}): save it as UTF-8") from error

@@ -8,19 +8,23 @@ from reca.data.text import decode_text
 from reca.eval.errors import EvaluationError
 
 
-def read_text(path: Path, hint: str | None = "") -> str:
-    """Read a text file, with line ends as \\n. hint: appended to errors. Raises EvaluationError on failure."""
+def read_text(path: Path, hint: str | None = "", errors: str = "strict") -> str:
+    """Read a text file, with line ends as \\n. Raises EvaluationError on failure.
+
+    hint: appended to messages. errors: as in bytes.decode; "replace" for result files, which an interrupted script can
+    leave cut within a character.
+    """
     try:
-        return decode_text(path.read_bytes())
+        return decode_text(path.read_bytes(), errors)
     except OSError as error:
         raise EvaluationError(f"{path} cannot be read ({error.strerror or error}). {hint or ''}".rstrip()) from error
     except ValueError as error:
         raise EvaluationError(f"{path}: {error}. {hint or ''}".rstrip()) from error
 
 
-def read_lines(path: Path, hint: str | None = "") -> list[str]:
+def read_lines(path: Path, hint: str | None = "", errors: str = "strict") -> list[str]:
     """Read the lines of a file. Split at line feeds only, since JSON can contain other line separators unescaped."""
-    return read_text(path, hint).removesuffix("\n").split("\n")
+    return read_text(path, hint, errors).removesuffix("\n").split("\n")
 
 
 def read_json(path: Path, hint: str | None = "") -> Any:

@@ -166,7 +166,7 @@ class GEdit(Suite):
             return None
         keys, found = {item.id for item in items}, {}
         for file in sorted(path.rglob("*_gpt_score.csv")):
-            reader = csv.DictReader(io.StringIO(files.read_text(file)))
+            reader = csv.DictReader(io.StringIO(files.read_text(file, errors="replace")))
             for row in reader:
                 try:
                     key = Path(row["edited_image"]).stem

@@ -105,7 +105,7 @@ class GenEval(Suite):
         """Read the public script's result file."""
         known = {int(item.id): item for item in items}
         found: dict[Key, Any] = {}
-        for number, line in enumerate(files.read_lines(path)):
+        for number, line in enumerate(files.read_lines(path, errors="replace")):
             try:
                 row = json.loads(line)
                 file, metadata = Path(row["filename"].replace("\\", "/")), json.loads(row["metadata"])

@@ -103,7 +103,7 @@ class ImgEdit(Suite):
         """Read result.json (key -> reply), or the RECA release's result.jsonl with lines {"key", "result"}."""
         keys = {item.id for item in items}
         if path.suffix == ".jsonl":
-            lines = [row for row in map(_parsed, files.read_lines(path)) if isinstance(row, dict)]
+            lines = [row for row in map(_parsed, files.read_lines(path, errors="replace")) if isinstance(row, dict)]
             rows = {str(row["key"]): row["result"] for row in lines if row.keys() >= {"key", "result"}}
         else:
             rows = _parsed(files.read_text(path))

@@ -142,7 +142,7 @@ class Mme(Suite):
             known.setdefault((item.tag, item.metadata["image"]), []).append(item)
         found: dict[Key, Any] = {}
         for file in sorted(path.glob("*.txt")):
-            for line in files.read_lines(file):
+            for line in files.read_lines(file, errors="replace"):
                 cells = line.split("\t")
                 image = known.get((file.stem, cells[0]), ()) if len(cells) >= 4 else ()
                 if asked := [item for item in image if cells[1].startswith(item.prompt)]:

@@ -90,7 +90,7 @@ class Pope(Suite):
             if len(named) > 1:
                 names = ", ".join(file.name for file in named)
                 raise EvaluationError(f"{path} contains {names}; keep only the one to be read")
-            for number, line in enumerate(files.read_lines(named[0]) if named else ()):
+            for number, line in enumerate(files.read_lines(named[0], errors="replace") if named else ()):
                 try:
                     row = json.loads(line)
                     asked, reply = (row["question"], row["answer"]) if "answer" in row else (row["prompt"], row["text"])

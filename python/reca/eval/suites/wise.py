@@ -97,7 +97,7 @@ class Wise(Suite):
         """Read the rows of WISE's result files, which have a prompt_id. Invalid lines are omitted."""
         found: dict[Key, Any] = {}
         for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path]:
-            for line in files.read_lines(file):
+            for line in files.read_lines(file, errors="replace"):
                 try:
                     row = json.loads(line)
                 except (ValueError, RecursionError):
