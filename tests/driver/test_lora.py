@@ -191,6 +191,17 @@ def test_an_export_is_the_run_under_published_names(tiny, tmp_path):
     assert apart[0] < 2 < apart[1]
 
 
+def test_an_export_that_fails_in_its_lora_keeps_the_export_before(tiny, tmp_path):
+    trainer = tiny
+    model = load_trained(trainer.run_dir, trainer.recipe)
+    written = umm_package(trainer.recipe.umm).Adapter.load(trainer.recipe.model).export(tmp_path)
+    (tmp_path / "lora").touch()
+    before = {name: (tmp_path / name).read_bytes() for name in written}
+    with pytest.raises(OSError, match="lora cannot be written"):
+        model.export(tmp_path)
+    assert {name: (tmp_path / name).read_bytes() for name in written} == before
+
+
 def test_peft_loads_the_adapters(tiny, tmp_path):
     trainer = tiny
     model = load_trained(trainer.run_dir, trainer.recipe)

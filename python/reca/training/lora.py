@@ -235,12 +235,12 @@ def _export(adapter: Adapter, export: Callable[..., list[str]], wanted: Any, fol
     own = peft.get_peft_model_state_dict(holder, adapter_name=NAME)
     described = {key: sorted(value) if isinstance(value, set) else value for key, value in wanted.to_dict().items()}
     described |= {"inference_mode": True, "base_model_name_or_path": getattr(adapter.config, "weights", None)}
-    with merged(adapter):
-        written = export(folder, *given, **options)
     with export_to(folder) as out:
+        with merged(adapter):
+            export(out.new, *given, **options)
         out.tensors(f"{FOLDER}/adapter_model.safetensors", {f"{PREFIX}{name}": tensor for name, tensor in own.items()})
         out.json(f"{FOLDER}/adapter_config.json", described)
-        return sorted([*written, *out.done()])
+        return out.done()
 
 
 def _roles(adapter: Adapter, roles: Callable[[], dict[str, str]]) -> dict[str, str]:

@@ -2,11 +2,12 @@
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from reca import units
+from reca.io.folders import sync_to_disk
 
+ASIDE = ".export-"  # beginning of the name of a folder of temporary files
+LOCK = "lock"  # file in it that is locked while the export is being written
 _FULL = ("no space left", "os error 28", "disk quota", "file too large", "errno 28", "os error 27")
 
 
@@ -27,8 +31,9 @@ class Export:
     existing files unchanged. `done` moves them. They get the mode set by the umask, whichever library wrote them.
     """
 
-    def __init__(self, folder: Path, aside: Path):
-        self.folder, self.aside = folder, aside
+    def __init__(self, folder: Path, aside: Path, mode: int):
+        self.folder, self.new, self.replaced, self.mode = folder, aside / "new", aside / "replaced", mode
+        self.new.mkdir()
 
     def tensors(self, name: str, state: Mapping[str, Tensor]) -> None:
         """Write a safetensors file."""
@@ -49,32 +54,42 @@ class Export:
         self._write(name, 0, tokenizer.save_pretrained)
 
     def done(self) -> list[str]:
-        """Move the files into the folder and return their sorted names, relative to it."""
-        plain = self.aside / "mode"
-        plain.touch()
-        mode = plain.stat().st_mode & 0o777
-        plain.unlink()
-        files = sorted(path for path in self.aside.rglob("*") if path.is_file())
+        """Move the files into the folder and return their sorted names, relative to it.
+
+        The files that they replace are moved away first and deleted last. An error moves them back. A process killed
+        in between leaves a folder that lacks files, never one with files of two exports.
+        """
+        files = sorted(path for path in self.new.rglob("*") if path.is_file())
         for path in files:
-            path.chmod(mode)
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        names = [path.relative_to(self.aside) for path in files]
-        for name in names:
-            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(self.aside / name, self.folder / name)
+            path.chmod(self.mode)
+            sync_to_disk(path)
+        names = [path.relative_to(self.new) for path in files]
+        if folders := [name for name in names if (self.folder / name).is_dir()]:
+            raise _failed(self.folder / folders[0], "a folder has its name")
+        there = [name for name in names if os.path.lexists(self.folder / name)]
+        moved: list[tuple[Path, Path]] = []
+        try:
+            _move(there, self.folder, self.replaced, moved)
+            _move(names, self.new, self.folder, moved)
+        except BaseException as error:
+            for source, target in reversed(moved):
+                target.rename(source)
+            if isinstance(error, OSError):
+                path = Path(error.filename2 or error.filename or self.folder)
+                raise _failed(path, error.strerror or str(error)) from error
+            raise
         return [name.as_posix() for name in names]
 
     def _write(self, name: str, size: int, write: Callable[[Path], object]) -> None:
-        free = shutil.disk_usage(self.aside).free
+        free = shutil.disk_usage(self.new).free
         if size > free:
             raise _failed(self.folder / name, f"it needs {units.size(size)} and {units.size(free)} are free")
-        path = self.aside / name
+        path = self.new / name
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write(path)
         except Exception as error:  # torch, safetensors and tokenizers each raise their own types
-            text, free = str(error).lower(), shutil.disk_usage(self.aside).free
+            text, free = str(error).lower(), shutil.disk_usage(self.new).free
             full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
             # torch's writer reports a full disk only as an unexpected position.
             if full or any(sign in text for sign in _FULL) or "pytorchstreamwriter" in text or "unexpected pos" in text:
@@ -83,6 +98,18 @@ class Export:
             if isinstance(error, OSError):
                 raise _failed(self.folder / name, error.strerror or str(error)) from error
             raise
+
+
+def _move(names: Iterable[Path], source: Path, target: Path, moved: list[tuple[Path, Path]]) -> None:
+    """Move files between two folders of a file system, on disk when it returns, and append them to `moved`."""
+    parents = set()
+    for name in names:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).rename(target / name)
+        moved.append((source / name, target / name))
+        parents |= {(source / name).parent, (target / name).parent}
+    for parent in parents:
+        sync_to_disk(parent)
 
 
 def _failed(path: Path, reason: str) -> OSError:
@@ -94,13 +121,20 @@ def _failed(path: Path, reason: str) -> OSError:
 def export_to(folder: Path | str) -> Iterator[Export]:
     """Yield an Export that writes all files or, after an error, none.
 
-    Raises OSError when files cannot be written.
+    Temporary files of killed exports are removed. Raises OSError when files cannot be written.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=".export-", dir=folder))
+    for left in folder.glob(f"{ASIDE}*/{LOCK}"):
+        with contextlib.suppress(OSError), left.open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left.parent, ignore_errors=True)
+    aside = Path(tempfile.mkdtemp(prefix=ASIDE, dir=folder))
     try:
-        yield Export(folder, aside)
+        with (aside / LOCK).open("w") as lock:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield Export(folder, aside, os.fstat(lock.fileno()).st_mode & 0o777)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
