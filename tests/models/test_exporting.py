@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 
 from reca.models.common.exporting import export_to
 from tests.driver.forks import exit_codes, fork_ranks
@@ -109,3 +110,16 @@ def test_two_exports_into_one_folder_keep_each_others_files(tmp_path):
         write(tmp_path, 2)
         assert first.done() == ["a.json"]
     assert contents(tmp_path) == [1, 2, 2]
+
+
+@pytest.mark.parametrize("foreign", ["model.safetensors.index.json", "pytorch_model.bin", "sub/old.pth"])
+def test_weights_that_an_export_would_leave_beside_its_own_are_refused(foreign, tmp_path):
+    """Such files would be loaded in place of the export's, or mixed with them."""
+    write(tmp_path, 1)
+    (tmp_path / foreign).touch()
+    with pytest.raises(OSError, match=foreign), export_to(tmp_path) as out:
+        for name in NAMES:
+            out.json(name, {"export": 2})
+        out.tensors("model.safetensors", {"w": torch.zeros(2)})
+        out.done()
+    assert contents(tmp_path) == [1, 1, 1] and files(tmp_path) == sorted([*NAMES, foreign])

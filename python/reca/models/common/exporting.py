@@ -18,9 +18,11 @@ from transformers import PreTrainedTokenizerBase
 
 from reca import units
 from reca.io.folders import sync_to_disk
+from reca.models.common.weight_files import INDEX, SUFFIXES
 
 ASIDE = ".export-"  # beginning of the name of a folder of temporary files
 LOCK = "lock"  # file in it that is locked while the export is being written
+WEIGHTS = (*SUFFIXES, INDEX)  # ends of the names of weight files
 _FULL = ("no space left", "os error 28", "disk quota", "file too large", "errno 28", "os error 27")
 
 
@@ -66,6 +68,15 @@ class Export:
         names = [path.relative_to(self.new) for path in files]
         if folders := [name for name in names if (self.folder / name).is_dir()]:
             raise _failed(self.folder / folders[0], "a folder has its name")
+        beside = (path for parent in {name.parent for name in names} for path in (self.folder / parent).glob("*"))
+        foreign = [
+            path for path in beside if path.name.endswith(WEIGHTS) and path.relative_to(self.folder) not in names
+        ]
+        if foreign:
+            raise OSError(
+                f"{self.folder} contains {foreign[0].relative_to(self.folder)}, which this export does not replace: "
+                "it might be loaded in place of the exported weights. Remove it, or choose another folder"
+            )
         there = [name for name in names if os.path.lexists(self.folder / name)]
         moved: list[tuple[Path, Path]] = []
         try:
