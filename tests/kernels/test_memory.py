@@ -34,7 +34,7 @@ from reca_kernels import (
     philox_normal,
     template_concat,
 )
-from reca_kernels.attention import implementations
+from reca_kernels.attention import flex
 
 pytestmark = [
     pytest.mark.skipif(native.module is None, reason=str(native.missing)),
@@ -458,7 +458,7 @@ def test_tensors_that_are_kept_are_real():
         attention(leaf, leaf, leaf, plan, impl="dense").sum().backward()
     assert_close(attention(q, q, q, plan, impl="dense"), out)
     with torch.inference_mode(), torch.device("meta"):
-        implementations._blocks(plan)
-    queries, keys, blocks = implementations._blocks(plan)
+        flex._blocks(plan)
+    queries, keys, blocks = flex._blocks(plan)
     for kept in (queries, keys, blocks.kv_num_blocks):
         assert kept.is_cpu and not kept.is_inference()

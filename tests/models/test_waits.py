@@ -28,7 +28,7 @@ from reca.rng import CounterRNG
 from reca.toy_world import understood
 from reca_kernels import AttentionSpan as Span
 from reca_kernels import attention_plan
-from reca_kernels.attention import implementations
+from reca_kernels.attention import dense, flex
 from reca_kernels.attention import plan as attention_plans
 from reca_kernels.host import on_device
 from tests.models.fake_gpu import GPU, Waited, gpu, modules_of
@@ -199,8 +199,8 @@ def test_no_plan_waits(impl, monkeypatch):
     ]
     make = {
         "calls": attention_plans._calls,
-        "dense": implementations._mask_of.__wrapped__,
-        "flex": implementations._blocks_of.__wrapped__,
+        "dense": dense._mask_of.__wrapped__,
+        "flex": flex._blocks_of.__wrapped__,
     }
     monkeypatch.setattr("torch.nn.attention.flex_attention.create_block_mask", lambda *a, **b: None)
     with gpu(monkeypatch) as waits, waits:
