@@ -1,7 +1,7 @@
 """Decoding with NVIDIA DALI: nvJPEG decodes a whole batch on the GPU, where its views are computed and stay.
 
 DALI only decodes. This package's kernel resizes, bit-identical to Pillow: DALI's bicubic and bilinear resizing differ
-from Pillow's by up to 13 grey levels (docs/log.md). Pillow decodes the files that DALI decodes differently (everything
+from Pillow's by up to 13 grey levels (docs/log). Pillow decodes the files that DALI decodes differently (everything
 but plain JPEG: alpha, palettes, 16 bits, CMYK, GIF, …) and those that DALI fails on, so Pillow alone decides whether an
 image is bad.
 """
