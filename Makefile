@@ -46,7 +46,7 @@ doctor: $(READY)
 
 # The site in build/site. It is made from the sources in a small environment of its own, without torch.
 docs: build/docs-env/.ready
-	NO_MKDOCS_2_WARNING=1 build/docs-env/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 build/docs-env/bin/mkdocs build --strict
 	@echo "open build/site/index.html"
 
 build/docs-env/.ready: pyproject.toml

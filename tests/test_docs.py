@@ -61,6 +61,25 @@ def test_each_feature_has_a_command_or_keys():
             load_recipe("show_o_tiny", words)
 
 
+def headings(page: Path) -> set[str]:
+    """The anchors of a page: its headings in lower case, without punctuation, with hyphens for spaces."""
+    lines = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", line).strip().lower()) for line in lines}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings(page):
+    """Pages that other pages include are read from two folders, so they have no relative links."""
+    text = page.read_text(encoding="utf-8")
+    for name in re.findall(r'^--8<-- "([^":]+)', text, re.MULTILINE):
+        assert not re.findall(r"\]\((?!https?:)([^)]+)\)", (ROOT / name).read_text(encoding="utf-8")), name
+    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in headings(target), link
+
+
 def test_a_wrong_command_is_noticed(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("    reca check show_o_512 --no-such\n    reca train RECIPE\n    reca train show_o_512 ...\n")
