@@ -205,3 +205,16 @@ def test_a_request_that_fails_is_made_again(memory, monkeypatch):
     with pytest.raises(OSError, match="a.png: ZeroDivisionError"):
         source[0]
     assert len(calls) == 6
+
+
+def test_an_error_that_quotes_what_a_server_sent_is_one_short_line(memory, monkeypatch):
+    memory.pipe("/data/a.png", image_bytes())
+    source = open_source("memory://data", "reca")
+
+    def refuse(self, *args, **options):
+        raise RuntimeError("Bad status line:\n\n" + "\n<html>" * 10_000)
+
+    monkeypatch.setattr(type(memory), "cat_file", refuse)
+    with pytest.raises(OSError, match="a.png: RuntimeError: Bad status line: <html> <html>") as error:
+        source[0]
+    assert len(str(error.value)) < 500 and "\n" not in str(error.value)

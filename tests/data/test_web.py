@@ -91,12 +91,26 @@ def test_tars_and_parquet_over_http(serve, tmp_path):
     handler.list_directory = lambda self, path: self.send_error(404)
     with pytest.raises(DataError, match=r"no tar file matches .*page of links .* has none there. Write a r"):
         open_source(f"{address}/*.tar", "reca")
-    handler.ranges, handler.accepts = False, "none"
-    with pytest.raises(DataError, match=r"0.tar"):
-        open_source(f"{address}/0.tar", "reca")
-    handler.accepts = None  # Python's own server says nothing
+    handler.ranges, handler.accepts = False, None  # Python's own server says nothing
     with pytest.raises(OSError, match=r"0.tar: the server does not support partial requests"):
         open_source(f"{address}/0.tar", "reca")[0]
+
+
+@pytest.mark.parametrize("name", ["a.tar", "b.parquet"])
+def test_a_server_that_sends_whole_files_only(serve, tmp_path, name):
+    pytest.importorskip("pyarrow")
+    from tests.data.test_parquet import midjourney
+
+    address, handler = serve
+    tar(tmp_path / "www" / "a.tar", ("0.png", image_bytes()))
+    midjourney(tmp_path / "www" / "b.parquet", 0, 1)
+    handler.ranges, handler.accepts = False, "none"
+    with pytest.raises(DataError, match=f"{name}.* does not support partial requests"):
+        open_source(f"{address}/{name}", "reca")
+    send_header = handler.send_header
+    handler.send_header = lambda self, key, value: key == "Content-Length" or send_header(self, key, value)
+    with pytest.raises(DataError, match=f"{name}.* does not report the size of the file"):
+        open_source(f"{address}/{name}", "reca")
 
 
 def test_files_whose_requests_fail_are_read_on(serve, tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ from reca.data.sample import checked_size
 ATTEMPTS = 3  # per request
 PAUSE = 0.5  # seconds before the second attempt; doubles with each further one
 BLOCK = 2**20  # bytes per read of a file that is read sequentially
+LONGEST = 300  # characters of an error: those of HTTP parsers quote what they received
 NO_RANGES = "the server does not support partial requests (HTTP Range)"
 # Metadata that identify a version of a file.
 CHANGES = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created", "md5Hash", "blob_id")
@@ -85,8 +86,13 @@ class RemotePath:
 
     def open(self, mode: str = "rb") -> BinaryIO:
         file = self.ask(self.fs.open, self.path, mode, block_size=BLOCK)
-        if not file.seekable():
-            raise OSError(f"{self}: {NO_RANGES}")
+        try:
+            file.seek(0, io.SEEK_END)
+            file.seek(0)
+        except ValueError as error:  # a stream, although it reports that it is seekable
+            file.close()
+            self.stat()
+            raise OSError(f"{self}: {NO_RANGES}") from error
         return cast(BinaryIO, _File(self, file))
 
     def read_range(self, offset: int, size: int) -> bytes:
@@ -125,7 +131,8 @@ def _as_oserror(path: RemotePath) -> Iterator[None]:
         raise
     except Exception as error:
         kind = PermissionError if getattr(error, "status", None) in (401, 403) else OSError
-        raise kind(f"{path}: {type(error).__name__}: {error}") from error
+        reason = " ".join(str(error).split())[:LONGEST]
+        raise kind(f"{path}: {type(error).__name__}: {reason}") from error
 
 
 def is_address(text: str) -> bool:
