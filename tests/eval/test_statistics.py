@@ -85,6 +85,34 @@ def test_two_prompts_of_graded_scores_have_intervals_as_wide_as_two_values_ask()
     assert inside / RUNS == pytest.approx(0.95, abs=0.03)
 
 
+def test_two_prompts_of_a_larger_spread_than_that_of_others():
+    """Half of their variance is that of the others, and half that of two values, which say little of it."""
+    rng, inside = np.random.default_rng(0), 0
+    for _ in range(RUNS):
+        values = [
+            (tag, str(i), x) for tag, n, s in (("a", 2, 2), ("b", 60, 1)) for i, x in enumerate(rng.normal(0, s, n))
+        ]
+        found = statistics.estimate(values).tags["a"]
+        inside += found.low <= 0 <= found.high
+    assert inside / RUNS > 0.83, inside / RUNS
+
+
+@pytest.mark.parametrize("count", [4, 12])
+def test_coverage_of_graded_scores_near_their_bound(count):
+    """Nearly all are close to 1, so the few that are far below, and the changes that are large, are often not seen."""
+    rng, inside = np.random.default_rng(0), np.zeros(2)
+    for _ in range(RUNS):
+        before = rng.beta(1.9, 0.1, count)
+        after = before + (1 - before) * rng.random(count)
+        rows = [[("a", str(i), value) for i, value in enumerate(side)] for side in (before, after)]
+        score, change = (
+            statistics.estimate(rows[0], top=1.0).overall,
+            statistics.difference(*rows[::-1], top=1.0).overall,
+        )
+        inside += score.low <= 0.95 <= score.high, change.low <= 0.025 <= change.high
+    assert np.all(inside / RUNS > 0.93), inside / RUNS
+
+
 def test_a_few_prompts_of_little_weight_cost_little_certainty():
     """As where a benchmark weighs its categories: the spread of three prompts is hardly known, and hardly counts."""
     rng, inside = np.random.default_rng(0), 0

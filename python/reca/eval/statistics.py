@@ -6,12 +6,13 @@ overall value is a weighted sum over tags.
 Values with an upper bound, such as proportions, have score intervals (reca.eval.score_interval). A tag enters with its
 effective number of prompts: the number of single-image prompts whose mean would have the same variance (Korn and
 Graubard, Survey Methodology 24, 1998), adjusted for Student's t in place of the normal quantile, and at least the
-actual number. The degrees of freedom are Satterthwaite's. A difference is the proportion of gains minus that of losses,
-to which each prompt contributes the change of its mean. With few prompts per tag, or nearly all of them equal, coverage
-stays close to 95 %; that of bootstrap and normal intervals does not.
+actual number. A few prompts can agree by chance, so the variance is averaged with that of a proportion, the largest
+possible, as if one more prompt had shown it. The degrees of freedom are Satterthwaite's. A difference is the proportion
+of gains minus that of losses, to which each prompt contributes the change of its mean. With few prompts per tag, or
+nearly all of them equal, coverage stays close to 95 %; that of bootstrap and normal intervals does not.
 
-Other values have Student's intervals. Each tag's variance is shrunk towards the pooled variance of all tags, since a
-few prompts can agree by chance.
+Other values have Student's intervals. Each tag's variance is averaged with the pooled variance of all tags, likewise as
+if one more prompt had shown it.
 """
 
 import functools
@@ -150,7 +151,7 @@ def _estimate(
     pooled = _ratio(sum(spread * freedom for spread, freedom in zip(spreads, freedoms, strict=True)), sum(freedoms))
     reach: Callable[[Sequence[Group], np.ndarray], tuple[float, float]]
     if top:
-        reach = functools.partial(_shares, pooled, len(sides) > 1, top)
+        reach = functools.partial(_shares, len(sides) > 1, top)
     else:
         reach = functools.partial(_values, pooled, sum(freedoms))
     tags = {}
@@ -193,18 +194,13 @@ def _freedom(parts: np.ndarray, freedoms: np.ndarray) -> float:
     return _ratio(float(parts.sum()) ** 2, float((parts**2 / np.maximum(freedoms, 1)).sum()))
 
 
-def _shares(
-    pooled: float, paired: bool, top: float, groups: Sequence[Group], weights: np.ndarray
-) -> tuple[float, float]:
-    """Return the distances from a weighted sum of proportions to the lower and upper bounds of its interval.
-
-    pooled: variance pooled over all tags. It can raise the variance of a tag of few prompts, never lower it.
-    """
+def _shares(paired: bool, top: float, groups: Sequence[Group], weights: np.ndarray) -> tuple[float, float]:
+    """Return the distances from a weighted sum of proportions to the lower and upper bounds of its interval."""
     prompts = np.array([len(group.means) for group in groups])
     gains, losses = (np.array([_part(sign * group.means / top) for group in groups]) for sign in (1, -1))
     whole = gains + losses - (gains - losses) ** 2  # the variance if every prompt's value were -1, 0 or 1
-    spreads = np.array([group.spread for group in groups])
-    variances = np.maximum(spreads, ((prompts - 1) * spreads + pooled) / prompts) / prompts / top**2
+    spreads = np.array([group.spread for group in groups]) / top**2
+    variances = ((prompts - 1) * spreads + whole) / prompts**2
     variances[spreads == 0] = 0.0  # without spread, use the actual number of prompts
     t = t_quantile(_freedom(weights**2 * variances, prompts - 1)) if variances.any() else Z
     sizes = (Z / t) ** 2 * whole / np.where(variances > 0, variances, np.inf)
@@ -220,7 +216,8 @@ def _part(values: np.ndarray) -> float:
 def _values(pooled: float, freedom: int, groups: Sequence[Group], weights: np.ndarray) -> tuple[float, float]:
     """Return the distances from a weighted sum to the lower and upper bounds of Student's interval, which are equal.
 
-    pooled, freedom: variance pooled over all tags, and its degrees of freedom, which tags of one or two prompts use.
+    pooled, freedom: variance pooled over all tags, and its degrees of freedom. A tag of one prompt has these, a tag of
+    two those of the mean of both variances, by Satterthwaite.
     """
     if not freedom:
         return math.inf, math.inf
@@ -229,7 +226,7 @@ def _values(pooled: float, freedom: int, groups: Sequence[Group], weights: np.nd
     variances = weights**2 * ((prompts - 1) * spreads + pooled) / prompts**2
     if not variances.any():
         return 0.0, 0.0
-    freedoms = np.where(prompts > 2, prompts - 1, freedom)
+    freedoms = np.where(prompts > 2, prompts - 1, np.where(prompts == 2, 4 * freedom / (freedom + 3), freedom))
     reach = t_quantile(_freedom(variances, freedoms)) * math.sqrt(variances.sum())
     return reach, reach
 
