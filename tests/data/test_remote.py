@@ -5,8 +5,8 @@ import json
 import pytest
 
 from reca.data.errors import BadSample, DataError
+from reca.data.sources import columns, index_files, remote, tar_index
 from reca.data.sources import conversations as conversations_module
-from reca.data.sources import index_files, remote, tar_index
 from reca.data.sources.factory import open_source
 from tests.data.files import conversations, fill, image_bytes, row, said, tar
 
@@ -89,7 +89,7 @@ def test_the_index_of_a_tar_is_one_of_its_version(memory, tmp_path, monkeypatch)
     assert len(scans) == 4
 
 
-def test_parquet_is_what_it_is_here(memory, tmp_path):
+def test_parquet_is_what_it_is_here(memory, tmp_path, monkeypatch):
     pytest.importorskip("pyarrow")
     from tests.data.test_parquet import midjourney, table
 
@@ -112,6 +112,9 @@ def test_parquet_is_what_it_is_here(memory, tmp_path):
     assert source[0].image == image_bytes()
     with pytest.raises(FileNotFoundError):
         source[1]
+    monkeypatch.setattr(columns, "MAX_IMAGE_BYTES", 10)
+    with pytest.raises(BadSample, match="has 11 bytes; at most 10 are read"):  # of a file of unknown size
+        source[0]
 
 
 def test_conversations_are_what_they_are_here(memory, tmp_path, monkeypatch):

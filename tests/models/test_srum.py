@@ -73,6 +73,7 @@ def test_boxes_are_in_pixels_of_the_image_as_it_is_shown(tmp_path):
         ({"image": "a.png", "caption": "a", "boxes": [[1, 2, 3, 4]]}, 'have a box that is not {"box": '),
         (scored((1, 2, 3), 1), "have a box that is not four numbers"),
         (scored((1, 2, "3", 4), 1), "have a box that is not four numbers"),
+        (scored((0, 0, 10**400, 4), 1), "have a box that is not four numbers"),
         (scored((5, 2, 5, 4), 1), "have a box whose right is not greater than its left"),
         (scored((1, 2, 3, 4), 1.5), "have a score of a box that is not a number from -1 to 1"),
         (scored((1, 2, 3, 4), True), "have a score of a box that is not a number from -1 to 1"),

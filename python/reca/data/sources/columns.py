@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from reca.data.config import ColumnsConfig
@@ -125,11 +124,7 @@ def image_bytes(cell: Any, root: AnyPath) -> bytes:
         path = to_path(cell) if is_address(cell) else root / cell
     except DataError as error:
         raise BadSample(str(error)) from error
-    if isinstance(path, Path):
-        return read_whole(path, MAX_IMAGE_BYTES, "image")
-    data = path.read_bytes()
-    checked_size(len(data), MAX_IMAGE_BYTES, "image")
-    return data
+    return read_whole(path, MAX_IMAGE_BYTES, "image")
 
 
 def conversation(cell: Any, system: Any) -> list:

@@ -1,6 +1,6 @@
 """Generated images with scores of their regions, the training data of SRUM."""
 
-import math
+import sys
 from typing import Any, NamedTuple
 
 from reca.data.errors import BadSample, DataError
@@ -14,6 +14,7 @@ from reca.data.sources.skipped import Skipped
 from reca.data.tasks import Scored, ScoredBox
 from reca.data.text import encodable
 
+LARGEST = sys.float_info.max
 FORM = Form(
     "file of scored images",
     "of scored images",
@@ -124,7 +125,7 @@ def _score(value: Any, name: str) -> float:
 def _edges(box: dict[str, Any]) -> tuple[float, float, float, float]:
     edges = box.get("box")
     numbers = edges if isinstance(edges, list) else []
-    if len(numbers) != 4 or not all(type(x) in (int, float) and math.isfinite(x) for x in numbers):
+    if len(numbers) != 4 or not all(type(x) in (int, float) and abs(x) <= LARGEST for x in numbers):
         raise BadRow("have a box that is not four numbers")
     left, top, right, bottom = map(float, numbers)
     if left >= right or top >= bottom:

@@ -24,10 +24,6 @@ class Skipped:
             self.counts[reason] = self.counts.get(reason, 0) + count
             self.first.setdefault(reason, first[reason])
 
-    @property
-    def total(self) -> int:
-        return sum(self.counts.values())
-
     def __bool__(self) -> bool:
         return bool(self.counts)
 
