@@ -136,13 +136,15 @@ def _rows(logits: Tensor) -> Tensor:
     return logits if logits.stride(1) == 1 else logits.contiguous()
 
 
-def _in_step(logits: Tensor) -> Tensor | None:
+def _in_step(logits: Tensor, backend: str) -> Tensor | None:
     """Allocate a gradient with the alignment and the row stride of the logits, for equal vector accesses to both.
 
-    Return None if no particular layout is needed.
+    Return None if no particular layout is needed, as on a CPU. There oneDNN's bf16 matmuls with AMX read padding behind
+    the rows and multiply it by 0, so it must not contain NaN.
     """
     pitch, along = logits.stride()
-    if along != 1 or not 0 <= pitch - logits.shape[1] <= 1024:  # with a larger stride, logits are a slice
+    is_slice = not 0 <= pitch - logits.shape[1] <= 1024
+    if backend == "cpu" or along != 1 or is_slice:
         return None
     lead = logits.data_ptr() % 16 // logits.element_size()
     if lead == 0 or logits.numel() == 0:
@@ -169,7 +171,7 @@ def _backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor]:
     arguments = (grad, scale, logits, labels, stats, *ctx.options, ctx.backend)
     if not plain(grad, logits, labels):
         return (_gradient(False, *arguments),)
-    gradient = _gradient(True, *arguments, logits.detach() if ctx.inplace else _in_step(logits))
+    gradient = _gradient(True, *arguments, logits.detach() if ctx.inplace else _in_step(logits, ctx.backend))
     if ctx.inplace:
         ctx.spent = True
         torch.autograd.graph.increment_version(logits)

@@ -94,6 +94,8 @@ def forward(
         bias = torch.nn.functional.pad(bias, (0, cut.pitch - classes))
 
     x_buffer, logits_buffer = empty(cut.rows, width), empty(cut.rows, cut.pitch)
+    if not on.is_gpu:
+        logits_buffer[:, classes:] = 0  # oneDNN's bf16 matmuls with AMX read padding and multiply it by 0
     for begin in range(0, most, cut.rows):
         chunk = slice(begin, min(begin + cut.rows, most))
         n = chunk.stop - begin

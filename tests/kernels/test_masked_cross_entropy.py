@@ -14,6 +14,8 @@ from tests.kernels.rounding import same_numbers, ties
 OP = "masked_cross_entropy"
 EVERYWHERE = pytest.mark.parametrize(("backend", "device"), targets(OP))
 KERNELS = pytest.mark.parametrize(("backend", "device"), targets(OP, reference=False))
+ON_GPUS = pytest.mark.parametrize(("backend", "device"), targets(OP, reference=False, skip=("cpu",)))
+ON_CPUS = pytest.mark.parametrize(("backend", "device"), targets(OP, reference=False, skip=("triton", "cuda")))
 
 
 @pytest.mark.parametrize(("options", "reduction"), CASES)
@@ -208,7 +210,7 @@ def test_layouts(backend, device, layout, dtype):
 
 
 @pytest.mark.parametrize(("beside", "kept"), [(51, 128), (2000, 77)], ids=["padding", "a slice"])
-@KERNELS
+@ON_GPUS
 def test_gradient_has_the_pitch_of_padded_logits(backend, device, beside, kept):
     leaves, labels = problem(device=device)
     logits = torch.nn.functional.pad(logits_of(leaves).detach(), (0, beside))[:, :77].requires_grad_()
@@ -216,9 +218,18 @@ def test_gradient_has_the_pitch_of_padded_logits(backend, device, beside, kept):
     assert gradient.stride() == (kept, 1)
 
 
+@ON_CPUS
+def test_gradient_has_no_padding(backend, device):
+    """Torch's bf16 matmul with AMX reads it."""
+    leaves, labels = problem(dtype=torch.bfloat16, device=device)
+    logits = torch.nn.functional.pad(logits_of(leaves).detach(), (0, 51))[:, :77].requires_grad_()
+    (gradient,) = torch.autograd.grad(masked_cross_entropy(logits, labels, backend=backend), logits)
+    assert gradient.is_contiguous()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("cut", [(slice(1, None), slice(None)), (slice(None), slice(1, None))], ids=["rows", "columns"])
-@KERNELS
+@ON_GPUS
 def test_gradient_of_a_slice_begins_where_its_logits_do(backend, device, cut, dtype):
     """As far from a 16-byte boundary, so that both are read in equal steps of 16 bytes."""
     leaves, labels = problem(rows=7, classes=78, dtype=dtype, device=device)

@@ -111,6 +111,21 @@ def test_layouts(backend, device):
     torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("backend", "device"), targets(OP, skip=("triton", "cuda")))
+def test_memory_before_the_call_reaches_nothing(backend, device, dtype, monkeypatch):
+    """Torch fills new memory with NaN under deterministic algorithms."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    leaves, labels = problem(rows=32, classes=333, width=64, dtype=dtype, device=device)
+    torch.use_deterministic_algorithms(True)
+    try:
+        loss = masked_linear_cross_entropy(*leaves[:2], labels, leaves[2], backend=backend)
+        found = gradients(loss, leaves)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(x.isfinite().all() for x in (loss, *found))
+
+
 @pytest.mark.parametrize("most", [None, 6, 9])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @EVERYWHERE
