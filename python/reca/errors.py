@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 from collections import Counter
@@ -102,11 +103,14 @@ def _key(what: str, message: str) -> str:
 
 
 def _store():
+    """Connect to the launcher's store. Raises OSError if it does not answer."""
     import torch.distributed as dist
 
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    socket.create_connection((host, port), HEAD_START).close()  # TCPStore tries twice, and prints C++ frames
     return dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
+        host,
+        port,
         is_master=False,
         timeout=timedelta(seconds=HEAD_START),
         wait_for_workers=False,
