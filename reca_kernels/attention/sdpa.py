@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from reca_kernels.attention.plan import AttentionPlan, QueryGroup, QueryPiece
+from reca_kernels.attention.sdpa_on_cpu import on_cpu, usable
 
 HALVES = (torch.bfloat16, torch.float16)
 WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -15,7 +16,7 @@ WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDP
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, deterministic: bool) -> Tensor:
     if not q.is_cuda:
-        return _by_groups(q, k, v, plan, scale)
+        return on_cpu(q, k, v, plan, scale) if usable(q, k, v) else _by_groups(q, k, v, plan, scale)
     with sdpa_kernel(WITHOUT_PLANS):
         return _by_groups(q, k, v, plan, scale)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from reca_kernels import AttentionSpan as Span
@@ -247,6 +248,36 @@ def test_every_impl_is_the_definition(impl, name, padded):
         pytest.skip("nobody sees anything; see test_nobody_sees_anything")
     want = with_gradients(reference.attention(*qkv, plan), qkv, upstream)
     same(with_gradients(run(impl, plan, qkv), qkv, upstream), want)
+
+
+@pytest.mark.parametrize("name,padded", CASES)
+def test_sdpa_where_the_cpu_kernel_is_not_called_directly(name, padded):
+    """As on GPUs and under transforms: by scaled_dot_product_attention and autograd."""
+    plan, qkv, upstream = problem({**LAYOUTS, **RANDOM}[name], padded)
+    if not any(plan.groups):
+        pytest.skip("nobody sees anything; see test_nobody_sees_anything")
+    want = with_gradients(reference.attention(*qkv, plan), qkv, upstream)
+    with sdpa_kernel(SDPBackend.MATH):
+        same(with_gradients(run("sdpa", plan, qkv), qkv, upstream), want)
+    out, pull = torch.func.vjp(lambda *qkv: run("sdpa", plan, qkv), *(x.detach() for x in qkv))
+    same([out, *pull(upstream)], want)
+
+
+@pytest.mark.parametrize(
+    "name,padded", [("show_o_reca_clip", True), ("show_o_reca_clip", False), ("bagel_reca", False)]
+)
+def test_cpu_keeps_nothing_but_its_arguments_its_output_and_log_sums(name, padded):
+    plan, qkv, _ = problem(LAYOUTS[name], padded, dtype=torch.float32)
+    kept = {}
+
+    def keep(x):
+        kept[x.untyped_storage().data_ptr()] = x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        out = run("sdpa", plan, qkv)
+    others = [x for at, x in kept.items() if at not in {y.untyped_storage().data_ptr() for y in (*qkv, out)}]
+    assert sum(x.untyped_storage().nbytes() for x in others) <= out.nbytes // out.shape[-1]
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
