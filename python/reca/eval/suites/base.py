@@ -229,6 +229,14 @@ def _is_name(part: str) -> bool:
     return encodable(part) and "\0" not in part and len(part.encode()) <= LONGEST_NAME
 
 
+def keys_by_item(answers: Iterable[Key]) -> dict[str, list[Key]]:
+    """Group keys by item; those of an item in order."""
+    groups: dict[str, list[Key]] = {}
+    for key in sorted(answers):
+        groups.setdefault(key[0], []).append(key)
+    return groups
+
+
 def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 

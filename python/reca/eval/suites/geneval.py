@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from reca.eval.errors import EvaluationError
 from reca.eval.suites import files
-from reca.eval.suites.base import PROMPTS, Item, Key, Score, Suite, Value, find_samples, tag_means
+from reca.eval.suites.base import PROMPTS, Item, Key, Score, Suite, Value, find_samples, keys_by_item, tag_means
 from reca.eval.suites.geneval_rules import TAGS, judge, summarize, threshold_of
 
 
@@ -81,9 +81,9 @@ class GenEval(Suite):
 
     def score(self, answers: Mapping[Key, Any], items: Sequence[Item]) -> Score:
         """Apply GenEval's rules to detections. Imported verdicts of the public script are used as they are."""
-        values, rows = [], []
+        values, rows, keys = [], [], keys_by_item(answers)
         for item in items:
-            for key in sorted(key for key in answers if key[0] == item.id):
+            for key in keys.get(item.id, ()):
                 answer = answers[key]
                 if "correct" in answer:
                     correct, reason = bool(answer["correct"]), str(answer.get("reason", ""))

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from reca.eval.errors import EvaluationError
 from reca.eval.suites import files
-from reca.eval.suites.base import PROMPTS, Item, Key, Score, Suite, Value, tag_means
+from reca.eval.suites.base import PROMPTS, Item, Key, Score, Suite, Value, keys_by_item, tag_means
 from reca.eval.suites.geneval2 import YES
 
 COMBINED = "annotation_3_in_1"  # folder with the result of "complex", an average of the other folders' results
@@ -81,9 +81,9 @@ class T2ICompBench(Suite):
         return judge.first_token_probability(text, [image], list(YES))
 
     def score(self, answers: Mapping[Key, Any], items: Sequence[Item]) -> Score:
-        values, failed = [], []
+        values, failed, keys = [], [], keys_by_item(answers)
         for item in items:
-            for key in sorted(key for key in answers if key[0] == item.id):
+            for key in keys.get(item.id, ()):
                 try:
                     values.append(Value(*key, item.tag, float(answers[key])))
                 except (TypeError, ValueError):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from reca.demo.world import Asked, load_world
-from reca.eval.suites.base import Item, Key, Score, Suite, Value, find_samples, mean, tag_means
+from reca.eval.suites.base import Item, Key, Score, Suite, Value, find_samples, keys_by_item, mean, tag_means
 
 
 class World(Suite):
@@ -49,8 +49,9 @@ class World(Suite):
     def score(self, answers: Mapping[Key, Any], items: Sequence[Item]) -> Score:
         values: list[Value] = []
         pairs: dict[str, list[float]] = {}
+        keys = keys_by_item(answers)
         for item in items:
-            for key in sorted(key for key in answers if key[0] == item.id):
+            for key in keys.get(item.id, ()):
                 hit = float(answers[key]["correct"])
                 values.append(Value(*key, item.tag, hit, answers[key].get("seen", "")))
                 if item.tag in ("colour", "attribution"):
