@@ -13,7 +13,7 @@ import pytest
 from reca.data.config import DataConfig
 from reca.data.errors import BadSample, DataError
 from reca.data.loader import open_loader
-from reca.data.sources import remote
+from reca.data.sources import remote, web
 from reca.data.sources.factory import open_source
 from reca.data.views import View, Views
 from tests.data.files import conversations, fill, image_bytes, row, tar
@@ -111,6 +111,20 @@ def test_a_server_that_sends_whole_files_only(serve, tmp_path, name):
     handler.send_header = lambda self, key, value: key == "Content-Length" or send_header(self, key, value)
     with pytest.raises(DataError, match=f"{name}.* does not report the size of the file"):
         open_source(f"{address}/{name}", "reca")
+
+
+def test_a_request_ends_when_nothing_more_arrives_and_not_before(serve, tmp_path, monkeypatch):
+    """A row group may take longer than the five minutes that aiohttp gives to a request."""
+    monkeypatch.setattr(web, "STALLED", 1.0)
+    address, handler = serve
+    fill(tmp_path / "www", {"a.png": image_bytes()})
+    source, ended = open_source(address, "reca"), threading.Event()
+    assert source.root.fs.client_kwargs["timeout"].total is None
+    monkeypatch.setattr(remote, "ATTEMPTS", 1)
+    monkeypatch.setattr(handler, "copyfile", lambda self, file, out: (out.write(file.read(9)), ended.wait(30)))
+    with pytest.raises(OSError, match=r"a.png: the server stopped answering"):
+        source[0]
+    ended.set()
 
 
 def test_files_whose_requests_fail_are_read_on(serve, tmp_path, monkeypatch):

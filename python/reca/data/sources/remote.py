@@ -1,5 +1,6 @@
 """Remote files: s3://, gs://, http(s):// and other URLs that fsspec reads."""
 
+import asyncio
 import contextlib
 import glob
 import io
@@ -127,6 +128,8 @@ def _as_oserror(path: RemotePath) -> Iterator[None]:
     """Convert exceptions of network libraries to OSError."""
     try:
         yield
+    except (TimeoutError, asyncio.TimeoutError) as error:  # without a message
+        raise OSError(f"{path}: the server stopped answering ({type(error).__name__})") from error
     except OSError:
         raise
     except Exception as error:
@@ -155,9 +158,9 @@ def remote_path(text: str) -> RemotePath:
         import fsspec
 
         if lists_by_links(text):
-            from reca.data.sources.web import WebFiles
+            from reca.data.sources.web import web_files
 
-            return RemotePath(WebFiles(), text)
+            return RemotePath(web_files(), text)
         return RemotePath(*fsspec.core.url_to_fs(text))
     except ImportError as error:
         raise DataError(f"{text} needs a package that is not installed: {error}: pip install 'reca[remote]'") from None

@@ -2,9 +2,11 @@
 
 from typing import Any
 
+from aiohttp import ClientTimeout
 from fsspec.implementations.http import HTTPFileSystem
 
 MISSING = (404, 410)  # HTTP status codes of a missing file
+STALLED = 60.0  # seconds without a byte after which a request has failed
 
 
 class WebFiles(HTTPFileSystem):
@@ -25,3 +27,8 @@ class WebFiles(HTTPFileSystem):
             raise
         except OSError as error:  # fsspec's walk would treat it as an empty folder
             raise RuntimeError(f"{type(error).__name__}: {error}") from error
+
+
+def web_files() -> WebFiles:
+    """Return the file system. A request may take any time, such as one for a row group, as long as data arrive."""
+    return WebFiles(client_kwargs={"timeout": ClientTimeout(total=None, sock_connect=STALLED, sock_read=STALLED)})
