@@ -1,5 +1,6 @@
 """Hugging Face datasets, from the hub or from a folder written by `save_to_disk`."""
 
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,7 +60,7 @@ class HuggingFace:
         columns = [self.rows.data.column(name) for name in self.columns.names]
         # Arrow pads its buffers, so files of other rows may have the same size.
         lengths = (part for column in columns for chunk in column.chunks for part in _lengths(chunk))
-        return digest([len(self), tuple(self.columns), str(self.rows.features), sizes, *lengths])
+        return digest(itertools.chain([len(self), tuple(self.columns), str(self.rows.features), sizes], lengths))
 
 
 def _lengths(array: Any) -> Iterator[bytes]:
