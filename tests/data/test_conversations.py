@@ -154,6 +154,11 @@ def test_names_of_images_start_from_the_root(tmp_path):
     assert source[0].key == str(tmp_path / "a.png")[1:] and source[0].image == image_bytes()
 
 
+def test_a_root_that_is_missing_is_no_list_of_bad_samples(tmp_path):
+    with pytest.raises(DataError, match="data.image_root .*nowhere is not a folder"):
+        opened(tmp_path, GOOD, image_root=tmp_path / "nowhere")
+
+
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
 def test_byte_order_marks(tmp_path, encoding):
     path = conversations(tmp_path)

@@ -52,6 +52,16 @@ def test_a_line_that_is_a_list_is_named_with_blank_lines_counted(tmp_path):
         list(read_items(path, lines=True))
 
 
+def test_an_item_without_an_end_does_not_fill_the_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(json_stream, "CHUNK", 8)
+    monkeypatch.setattr(json_stream, "LONGEST", 64)
+    (tmp_path / "a.json").write_text('[{"a": 1}, "' + "x" * 1000)
+    items = read_items(tmp_path / "a.json", lines=False)
+    assert next(items) == {"a": 1}
+    with pytest.raises(ValueError, match="an item of more than 64 characters, at character 11"):
+        next(items)
+
+
 @pytest.mark.parametrize("chunk", [1, 5, 10**6])
 @pytest.mark.parametrize("text", ["[]", " [ ] ", "[1]", "[1, 2]", '["é"]', "[{}, {}]"])
 def test_short_lists(tmp_path, monkeypatch, text, chunk):

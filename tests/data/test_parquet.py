@@ -231,6 +231,15 @@ def test_a_row_group_is_read_once_while_it_is_used(tmp_path, monkeypatch):
     assert sorted(set(loads)) == list(range(10)) and len(loads) == 10
 
 
+def test_large_row_groups_are_warned_of(tmp_path, monkeypatch, caplog):
+    path = table(tmp_path / "t.parquet", {"image": [image_bytes()] * 6}, rows=3)
+    size = max(group.bytes for group in opened(path).groups)
+    for largest, warned in ((size, False), (size - 1, True)):
+        monkeypatch.setattr(parquet, "LARGE", largest)
+        opened(path)
+        assert ("reading a row reads its whole group" in caplog.text) == warned
+
+
 def test_bytes_that_are_damaged_are_bad_samples(tmp_path):
     path = midjourney(tmp_path / "a.parquet", 0, 20)
     whole = pq.read_metadata(path)
