@@ -1,6 +1,7 @@
 """Harmon's files: published names and sizes, everything that can be loaded, export, and files that do not fit."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -211,6 +212,16 @@ def test_every_form_of_file(model, folder, tmp_path, form, vae):
     WRITERS[form](tmp_path, state)
     apart = {} if vae else {"codec_weights": str(folder / "kl16.ckpt")}
     same(model, loaded(weights=str(tmp_path), tokenizer=str(folder / "tokenizer"), **apart))
+
+
+def test_shards_beside_the_autoencoder(model, folder, tmp_path):
+    """Without an index, the autoencoder's file is the only one that is no shard."""
+    state = list(torch.load(folder / "harmon.pth").items())
+    for part in range(2):
+        torch.save(dict(state[part::2]), tmp_path / f"harmon-{part + 1}-of-2.pth")
+    shutil.copy(folder / "kl16.ckpt", tmp_path)
+    codec = {"codec_weights": str(folder / "kl16.ckpt"), "tokenizer": str(folder / "tokenizer")}
+    same(model, loaded(weights=str(tmp_path), **codec))
 
 
 def test_files_in_bf16_become_fp32(model, folder, tmp_path):

@@ -305,6 +305,14 @@ def test_a_random_model_exports_and_loads(model, tmp_path):
             assert torch.equal(again.state_dict()[name], tensor), name
 
 
+def test_an_export_without_its_file_says_so(model, tmp_path):
+    """The frozen parts beside it are not OpenUni's file."""
+    model.export(tmp_path)
+    (tmp_path / "open_uni.pth").rename(tmp_path / "open_uni.pth.incomplete")
+    with pytest.raises(ValueError, match="contains no weight file"):
+        Adapter.load(config(weights=str(tmp_path)))
+
+
 @pytest.mark.parametrize(("key", "size", "unit"), [("image_size", 33, 2), ("understanding_size", 57, 8)])
 def test_sizes_that_are_not_whole_tokens(key, size, unit):
     with pytest.raises(ValueError, match=f"model.{key} is {size} pixels; it must be a positive multiple of {unit}"):

@@ -97,6 +97,15 @@ def damage(path: Path) -> str | None:
     return cause and f"({size_of(path)}) {cause}"
 
 
+def lost_links(folder: Path) -> str:
+    """Describe the links of a folder whose targets are missing, as the end of a message; empty if there is none.
+
+    A folder of the hub's cache that was copied without its blobs has only such links.
+    """
+    lost = sorted(path.name for path in folder.iterdir() if not path.exists())
+    return f"; the targets of its links are missing ({', '.join(lost[:3])}): copy it with `cp -rL`" if lost else ""
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file. Raises ValueError with file, size and cause if there is none."""
     try:

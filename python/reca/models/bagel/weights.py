@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from reca.io.files import read_json
+from reca.io.files import lost_links, read_json
 from reca.models.bagel import prompt
 from reca.models.bagel.config import BagelConfig
 from reca.models.bagel.modules import Network, PositionTable, role
@@ -151,7 +151,7 @@ def read(source: Path) -> dict[str, Tensor]:
     found += [name for name in indices if not set(found) & set(weight_map(source / name).values())]
     if len(found) != 1:
         known = ", ".join((*SINGLE, *INDICES))
-        what = f"{' and '.join(found)}; name the file to read" if found else f"none of {known}"
+        what = f"{' and '.join(found)}; name the file to read" if found else f"none of {known}{lost_links(source)}"
         raise ValueError(f"{source} contains {what}")
     return read_tensors(source / found[0])
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from reca.errors import first_line
-from reca.io.files import AGAIN, HEAD, damage, is_safetensors, read_json, size_of
+from reca.io.files import AGAIN, HEAD, damage, is_safetensors, lost_links, read_json, size_of
 from reca.models.common import deferred_weights
 
 log = logging.getLogger("reca")
@@ -31,15 +31,18 @@ WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 _SHARD = re.compile(r"(.+?)[-_.](\d+)-of-(\d+)\.(safetensors|pth|pt|bin|ckpt)")
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path, ignore: Container[str] = ()) -> dict[str, Tensor]:
     """Read all tensors of a weight file, of an index and its shards, or of a folder; memory-mapped if possible.
 
     Accepts .safetensors, .pth, .pt, .bin and .ckpt; code in them is never run. Wrapper keys such as "state_dict" or
     "model", and wrapper prefixes such as module.x or _orig_mod.x, are removed. If a file has EMA weights only, these
-    are returned and a log message says so. Raises ValueError with file, size, cause and remedy.
+    are returned and a log message says so. ignore: names of files in a folder that are not read.
+    Raises ValueError with file, size, cause and remedy.
     """
-    read = _folder if path.is_dir() else _index if path.name.endswith(INDEX) else _file
-    return _bare(read(path), path)
+    if path.is_dir():
+        found = weight_file(path, ignore)
+        return _bare(_shards(path), path) if found == path else read_tensors(found)
+    return _bare(_index(path) if path.name.endswith(INDEX) else _file(path), path)
 
 
 def weight_file(folder: Path, ignore: Container[str] = ()) -> Path:
@@ -57,7 +60,8 @@ def weight_file(folder: Path, ignore: Container[str] = ()) -> Path:
             raise ValueError(f"{folder} contains several weight files ({', '.join(found)}); name the one to read")
         if found or files:
             return folder / found[0] if found else folder
-    raise ValueError(f"{folder} contains no weight file ({', '.join(SUFFIXES)} or *{INDEX}); name it or another folder")
+    raise ValueError(f"{folder} contains no weight file ({', '.join(SUFFIXES)} or *{INDEX}); name it or another "
+                     f"folder{lost_links(folder)}")  # fmt: skip
 
 
 def _is_variant(name: str, names: Sequence[str]) -> bool:
@@ -214,11 +218,8 @@ def _bare(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     return {bare: tensors[name] for bare, name in found.items()}
 
 
-def _folder(folder: Path) -> dict[str, Tensor]:
-    """Read all tensors of a folder: those of its index, of its only weight file, or of its numbered shards."""
-    found = weight_file(folder)
-    if found != folder:
-        return read_tensors(found)
+def _shards(folder: Path) -> dict[str, Tensor]:
+    """Read all tensors of the numbered shards of a folder."""
     shards: dict[tuple[str, str], dict[int, Path]] = {}
     counts = {}
     for path in folder.iterdir():

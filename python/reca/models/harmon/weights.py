@@ -16,7 +16,7 @@ from reca.models.common.hub import TOKENIZER, beside, fetch
 from reca.models.common.ldm_autoencoder import to_diffusers, to_ldm
 from reca.models.common.text import check_tokenizer, read_tokenizer
 from reca.models.common.tiny_tokenizer import word_tokenizer
-from reca.models.common.weight_files import assign_state_dict, init_on_meta, init_random, read_tensors, weight_file
+from reca.models.common.weight_files import assign_state_dict, init_on_meta, init_random, read_tensors
 from reca.models.harmon import prompt
 from reca.models.harmon.config import HarmonConfig
 from reca.models.harmon.modules import Network
@@ -125,7 +125,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
     Raises ValueError for a folder without exactly one weight file of the model.
     """
-    state = read_tensors(weight_file(path, ignore=(CODEC_FILE,)) if path.is_dir() else path)
+    state = read_tensors(path, ignore=(CODEC_FILE,))
     codec = {n.removeprefix(CODEC): t for n, t in state.items() if n.startswith(CODEC)}
     return {n: t for n, t in state.items() if not n.startswith(CODEC)}, codec
 

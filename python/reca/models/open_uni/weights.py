@@ -233,7 +233,7 @@ def read_parts(path: Path) -> dict[str, Tensor]:
 
     vae.* is ignored. Raises ValueError for any other tensor.
     """
-    state = read_tensors(path / FILE if (path / FILE).is_file() else path)
+    state = read_tensors(path / FILE if (path / FILE).is_file() else path, ignore=(FROZEN,))
     unknown = sorted(n for n in state if not n.startswith((*TRAINED, MLLM, "vae.")))
     if unknown:
         raise ValueError(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from reca.io.files import read_json
+from reca.io.files import lost_links, read_json
 from reca.models.common.exporting import export_to
 from reca.models.common.hub import TOKENIZER, beside, fetch
 from reca.models.common.pooled_features import assign_weights
@@ -172,7 +172,8 @@ def read(folder: Path) -> dict[str, Tensor]:
                 return read_tensors(inner / name)
             if (inner / f"{name}.index.json").is_file():
                 return read_tensors(inner / f"{name}.index.json")
-    raise ValueError(f"{folder} contains none of {', '.join(FILES)}; pass the folder of a published checkpoint")
+    raise ValueError(f"{folder} contains none of {', '.join(FILES)}; pass the folder of a published checkpoint"
+                     f"{lost_links(folder)}")  # fmt: skip
 
 
 def read_config(folder: Path) -> dict:
