@@ -72,6 +72,13 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(change, recipe, caplo
     assert checkpoint.latest(again.run_dir).name == "000006"
 
 
+def test_a_check_of_sizes_reads_no_contents(recipe):
+    newest = damaged(lambda folder: flip(weight_file(folder)), recipe)[1]
+    assert not checkpoint.find_damage(newest, contents=False) and checkpoint.find_damage(newest)
+    cut(weight_file(newest))
+    assert checkpoint.find_damage(newest, contents=False)
+
+
 @pytest.mark.parametrize("refused", ["optim.lr=0.5", "data.images=/nowhere", "train.roles=[nothing]", "unreadable"])
 def test_a_start_that_is_refused_renames_no_damaged_checkpoint(refused, recipe, monkeypatch):
     """Recipe, data and model refuse a start before it is accepted; a disk that fails, behind that."""

@@ -84,9 +84,7 @@ def load_weights(run_dir: Path, adapter: Adapter, ema: bool = False) -> frozense
     ema: load the averages of trained parameters instead of their last values.
     Raises CheckpointError if that run has no valid checkpoint, no averages, or parameters that this model lacks.
     """
-    folder = latest_valid(run_dir)
-    if folder is None:
-        raise CheckpointError(f"{run_dir} has no complete checkpoint; did the run save one?")
+    folder = _newest(run_dir)
     with distributed.fail_together():
         names, adapter.state = check_fit(folder, adapter), read_state(folder)
     own = {name: p.detach() for name, p in named_parameters(adapter).items() if name in names and not p.is_meta}
@@ -123,9 +121,7 @@ def load_lora(run_dir: Path, adapter: Adapter, config: LoraConfig) -> frozenset[
     device are not read.
     Raises CheckpointError like `load_weights`.
     """
-    folder = latest_valid(run_dir)
-    if folder is None:
-        raise CheckpointError(f"{run_dir} has no complete checkpoint; did the run save one?")
+    folder = _newest(run_dir)
     with distributed.fail_together():
         names, shapes = check_fit(folder, adapter, mergeable=True), _saved(folder / "weights")
     own = {name: p.detach() for name, p in named_parameters(adapter).items() if not p.is_meta}
@@ -149,6 +145,13 @@ def read_weight(folder: Path, name: str) -> Tensor:
     tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
     _read(weights, {name: tensor})
     return tensor
+
+
+def _newest(run_dir: Path) -> Path:
+    """Find the latest valid checkpoint of another run. Raises CheckpointError if there is none."""
+    if (folder := latest_valid(run_dir)) is None:
+        raise CheckpointError(f"{run_dir} has no complete checkpoint; did the run save one?")
+    return folder
 
 
 def _saved(folder: Path) -> dict[str, tuple[int, ...]]:
