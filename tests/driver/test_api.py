@@ -15,6 +15,7 @@ import reca
 from reca import api, cli
 from reca.config.recipe_files import load_recipe, save_recipe
 from reca.options.fields import RecipeError
+from reca.runs.lineage import recipe_of
 from tests.driver.toy import ToyAdapter, ToyConfig, write_images, write_recipe
 
 SMALL = ["data.workers=0", "objective.i2t.weight=0", "objective.reca.batch_size=4", "log.tensorboard=false"]
@@ -164,3 +165,13 @@ def test_the_command_line_has_no_second_way(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(api, "evaluate", lambda *given, **options: calls.append((given, options["limit"])))
     assert cli.main(["eval", "world", "show_o_tiny", "model.seed=1", "--limit", "3"]) == 0
     assert calls[-1] == (("world", "show_o_tiny", ["model.seed=1"]), 3)
+
+
+def test_a_checkpoint_that_is_gone_names_its_run(tmp_path, monkeypatch):
+    save_recipe(load_recipe("show_o_tiny"), tmp_path / "recipe.yaml")
+    monkeypatch.chdir(tmp_path)
+    for source in (tmp_path / "checkpoints" / "000002", "checkpoints/000002"):
+        with pytest.raises(RecipeError, match="is inside the run folder .*: pass that folder"):
+            recipe_of(source)
+    with pytest.raises(RecipeError, match="there is no recipe 'show_o_tyny'"):
+        recipe_of("show_o_tyny")

@@ -194,7 +194,8 @@ def recipe_of(source: str | Path, overrides: Sequence[str] | Mapping[str, Any] =
         return load_recipe(Path(source) / "recipe.yaml" if is_run(source) else source, overrides)
     except UnknownRecipe as error:
         run = next((str(folder) for folder in Path(source).parents if is_run(folder)), None)
-        if run is not None and Path(source).exists():
+        bare = Path(source).name == str(source)  # possibly a misspelt recipe, with a run as working directory
+        if run is not None and (Path(source).exists() or not bare):
             raise RecipeError(f"{str(source)!r} is inside the run folder {run!r}: pass that folder") from error
         raise RecipeError(f"{str(source)!r} is not a run folder, and there is {error}") from error
 
