@@ -190,19 +190,15 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     return value
 
 
-def max_over_ranks(numbers: list[int], device: torch.device) -> list[int]:
-    """Return the elementwise maximum over all ranks. Synchronises with the device."""
+def max_over_ranks(numbers: list[int]) -> list[int]:
+    """Return the elementwise maximum over all ranks. Does not synchronise with the device."""
     if not dist.is_initialized():
         return numbers
-    found = torch.tensor(numbers, device=device)
-    dist.all_reduce(found, dist.ReduceOp.MAX)
+    found = torch.tensor(numbers)
+    dist.all_reduce(found, dist.ReduceOp.MAX, group=_groups.get((dist.group.WORLD, "host")))
     return found.tolist()
 
 
 def any_rank(flag: bool) -> bool:
     """Tell whether the flag is set on any rank. Does not synchronise with the device."""
-    if not dist.is_initialized():
-        return flag
-    raised = torch.tensor(float(flag))
-    dist.all_reduce(raised, group=_groups.get((dist.group.WORLD, "host")))
-    return bool(raised)
+    return bool(max_over_ranks([int(flag)])[0])

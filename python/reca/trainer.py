@@ -275,7 +275,7 @@ class Trainer:
         """Take the micro-batches of a step from every task's stream: the same number on all ranks, for FSDP2."""
         batches = {task: [batch.to(self.device) for batch in next(streams[task])] for task in self.tasks}
         if any(self._task(task).max_tokens is not None for task in self.tasks):
-            counts = distributed.max_over_ranks([len(batches[task]) for task in self.tasks], self.device)
+            counts = distributed.max_over_ranks([len(batches[task]) for task in self.tasks])
             for task, count in zip(self.tasks, counts, strict=True):
                 batches[task] += [batches[task][-1].uncounted()] * (count - len(batches[task]))
         return batches

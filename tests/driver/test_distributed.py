@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -294,6 +295,20 @@ def test_collectives_may_take_less_time_after_the_first_step(alone):
     assert [minutes(alone, group) for group in (None, shards, other)] == [5, 5, before]
     distributed.shut_down()
     distributed.set_timeout(5, alone)  # without a group, nothing
+
+
+def test_numbers_of_the_host_do_not_pass_the_gpu(alone, monkeypatch):
+    """Training on GPUs has a group for them, whose collectives do not wait for kernels."""
+    host, reduce, groups = distributed._gloo("host", timedelta(minutes=1)), dist.all_reduce, []
+
+    def recorded(value, *options, group=None):
+        groups.append((value.device.type, group))
+        return reduce(value, *options, group=group)
+
+    monkeypatch.setattr(dist, "all_reduce", recorded)
+    assert distributed.max_over_ranks([3, 1]) == [3, 1]
+    assert distributed.any_rank(True) and not distributed.any_rank(False)
+    assert groups == [("cpu", host)] * 3
 
 
 def test_ranks_wait_for_a_judge_longer_than_for_a_step(alone, tmp_path, monkeypatch):
