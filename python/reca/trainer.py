@@ -116,12 +116,14 @@ class Trainer:
         self.sources, self.fingerprint = preflight.check_on_ranks(recipe, [*self.tasks, *drift], adapter, state)
 
         self.own_model = adapter is None
-        self.adapter, deferred = (adapter, False) if adapter else load(recipe, self.device)
-        cast(self.adapter, recipe.train.precision)
-        self.roles = choose_trained(self.adapter, recipe)
+        with distributed.fail_together():  # a node may lack a file, and rank 0 alone may have values
+            self.adapter, deferred = (adapter, False) if adapter else load(recipe, self.device)
+            cast(self.adapter, recipe.train.precision)
+            self.roles = choose_trained(self.adapter, recipe)
         parallelize(self.adapter, recipe, self.device, deferred)
         if deferred and recipe.lora.rank:
-            lora.reset(self.adapter, recipe.train.seed)
+            with distributed.fail_together():  # each rank checks its own rows
+                lora.reset(self.adapter, recipe.train.seed)
         if state is None:
             lineage.load_parent(self.adapter, recipe)
         else:

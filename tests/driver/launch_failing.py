@@ -15,6 +15,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from reca import checkpoint, distributed, exits
+from reca import trainer as driver
 from reca.checkpoint import reading, writing
 from reca.config.recipe_files import load_recipe
 from reca.models import umm_package
@@ -134,6 +135,12 @@ def killed_at_the_end(name: str) -> None:
 
 def no_data(name: str) -> None:
     trainer(name, "data.images=/nowhere")
+
+
+def no_weights(name: str) -> None:
+    """Rank 1 cannot read the model."""
+    driver.choose_trained = failing(driver.choose_trained, lambda *_: True)
+    trainer(name)
 
 
 def damaged(name: str) -> None:
@@ -272,6 +279,7 @@ CASES = (
     full_at_the_end,
     killed_at_the_end,
     no_data,
+    no_weights,
     damaged,
     interrupted,
     killed_reading,
