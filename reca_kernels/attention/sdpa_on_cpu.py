@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from reca_kernels.attention.plan import AttentionPlan, Interval, QueryGroup, total
 from reca_kernels.memory import plain
@@ -63,7 +62,6 @@ class _Groups(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, *logs = ctx.saved_tensors
         by_query, by_key, by_value = [], None, None

@@ -263,6 +263,14 @@ def test_sdpa_where_the_cpu_kernel_is_not_called_directly(name, padded):
     same([out, *pull(upstream)], want)
 
 
+@pytest.mark.parametrize("name", ["bagel_reca", "show_o_reca_clip"])
+def test_second_derivative_of_sdpa_is_an_error(name):
+    plan, qkv, upstream = problem(LAYOUTS[name], False)
+    first = torch.autograd.grad(run("sdpa", plan, qkv), qkv, upstream, create_graph=True)
+    with pytest.raises(RuntimeError, match="not implemented"):
+        torch.autograd.grad(sum(x.square().sum() for x in first), qkv, allow_unused=True)
+
+
 @pytest.mark.parametrize(
     "name,padded", [("show_o_reca_clip", True), ("show_o_reca_clip", False), ("bagel_reca", False)]
 )
