@@ -6,14 +6,17 @@ not stop the others; the exit status is then 1. No network is needed. The output
 (default $OUT, else build/gpu_run); its last lines are shown. Result files are copied there after every step, so an
 interrupted call loses only its current step.
 
---call N runs one of 8 groups of steps, each sized for about ten minutes, for GPUs with a time limit. If the CUDA
-kernels are not built yet, it builds them first. The first tests are those of one op with CUDA_LAUNCH_BLOCKING: after an
-invalid memory access all later tests of the process fail, and without blocking the wrong kernel is reported.
+--call N runs one of 8 groups of steps within ten minutes, for GPUs with a time limit: a step gets at most the time that
+earlier ones left. The groups are in order of importance: 1 correctness, 2 speed of the ops with the largest share of a
+step, 3 whole training steps. If the CUDA kernels are not built yet, a call builds them first. The first tests are those
+of one op with CUDA_LAUNCH_BLOCKING: after an invalid memory access all later tests of the process fail, and without
+blocking the wrong kernel is reported.
 """
 
 import argparse
 import contextlib
 import importlib.util
+import math
 import os
 import shutil
 import signal
@@ -21,7 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +41,8 @@ ROOT = Path(__file__).parents[1]
 PYTHON = sys.executable
 GRACE = 15  # seconds between SIGINT, after which pytest and the benchmarks report what they have, and SIGKILL
 SHOWN = 40  # last lines of a step's log that are printed
+CALL_SECONDS = 585  # of a call, so that its last results are copied before ten minutes are over
+SHORTEST = 20  # a step with fewer seconds left is not started
 
 
 @dataclass
@@ -52,7 +57,7 @@ class Step:
 
 class Done(NamedTuple):
     name: str
-    rc: int  # 124: timed out
+    rc: int  # 124: timed out, or not started for lack of time
     seconds: float
 
 
@@ -80,7 +85,8 @@ SMALL_WORKSPACES = {"CUBLAS_WORKSPACE_CONFIG": ":16:8", "CUBLASLT_WORKSPACE_SIZE
 REPORT = "import subprocess, reca_kernels; subprocess.run('nvidia-smi'); print(reca_kernels.backend_report())"
 # Sanitizer tests start a process each, and tests with more than 2^31 elements need most of the memory.
 LARGE, SANITIZED = "more_than_2_31", "sanitizer"
-BUILD = Step("build", 180, [PYTHON, "setup.py", "build_ext", "--inplace"])
+# ON: without a compiler, CMake or nvcc the build fails, instead of making a module without CUDA.
+BUILD = Step("build", 180, [PYTHON, "setup.py", "build_ext", "--inplace"], {"RECA_NATIVE": "ON", "RECA_CUDA": "ON"})
 CALLS = [
     [
         BUILD,
@@ -91,32 +97,35 @@ CALLS = [
             _tests("-x", "tests/kernels/test_masked_cross_entropy.py", "-k", "cuda-cuda"),
             {"CUDA_LAUNCH_BLOCKING": "1"},
         ),
-        Step("sdp_kernels", 90, [PYTHON, "-m", "benchmarks.sdp_kernels"]),
-        _benchmark("philox", 90),
-    ],
-    [
         Step("test", 480, _tests(*KERNEL_TESTS, "-k", f"not {LARGE} and not {SANITIZED}", processes=8)),
-        Step("test_large", 110, _tests(*KERNEL_TESTS, "-k", LARGE)),
     ],
-    [_benchmark("masked_linear_cross_entropy", 300), _benchmark("attention", 290)],
     [
+        _benchmark("masked_linear_cross_entropy", 300),
         _benchmark("template_concat", 150),
         _benchmark("masked_cross_entropy", 150),
-        _benchmark("flow_matching", 130),
-        _benchmark("diffusion_loss", 110),
-        _benchmark("row_gradients", 50),
-    ],
-    [
-        Step("sanitizers", 400, _tests("tests/kernels", "-k", SANITIZED, processes=6)),
-        Step("test_models", 130, _tests(*DRIVER_TESTS, processes=4), SMALL_WORKSPACES),
-        Step("dispatch", 25, [PYTHON, "-m", "benchmarks.dispatch"]),
-        Step("docs", 25, [PYTHON, "-m", "benchmarks.docs"]),
     ],
     [
         _training("show_o", 220),
         # With 42 images per micro-batch ours is predicted to need 115 GiB, and the released form keeps all prompt rows.
         _training("open_uni", 230, "--set", "objective.reca.micro_batch=28"),
         _training("janus", 140),
+    ],
+    [
+        _benchmark("attention", 290),
+        _benchmark("flow_matching", 130),
+        _benchmark("diffusion_loss", 110),
+        _benchmark("philox", 60),
+    ],
+    [
+        Step("test_large", 110, _tests(*KERNEL_TESTS, "-k", LARGE)),
+        Step("test_models", 130, _tests(*DRIVER_TESTS, processes=4), SMALL_WORKSPACES),
+        Step("sdp_kernels", 90, [PYTHON, "-m", "benchmarks.sdp_kernels"]),
+        _benchmark("row_gradients", 50),
+    ],
+    [
+        Step("sanitizers", 400, _tests("tests/kernels", "-k", SANITIZED, processes=6)),
+        Step("dispatch", 25, [PYTHON, "-m", "benchmarks.dispatch"]),
+        Step("docs", 25, [PYTHON, "-m", "benchmarks.docs"]),
     ],
     [
         # bf16 moments: with fp32 moments the trained half of BAGEL alone needs 105 GB.
@@ -132,13 +141,22 @@ CALLS = [
 STEPS = [step for call in CALLS for step in call]
 
 
-def run(steps: list[Step], out: Path) -> list[Done]:
-    """Run the steps one after another, each within its time limit. The output of a step goes to out/NAME.log."""
+def run(steps: list[Step], out: Path, seconds: float = math.inf) -> list[Done]:
+    """Run the steps one after another, each within its time limit. The output of a step goes to out/NAME.log.
+
+    seconds: for all steps together.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    done, start = [], time.time()
+    done, start, ends = [], time.time(), time.monotonic() + seconds
     for step in steps:
-        print(f"==== {step.name}: {' '.join(step.command)}", flush=True)
         began, log = time.monotonic(), out / f"{step.name}.log"
+        left = ends - began
+        if left < min(SHORTEST, step.seconds):
+            print(f"==== {step.name}: not started, {left:.0f} s are left", flush=True)
+            done.append(Done(step.name, 124, 0))
+            continue
+        step = replace(step, seconds=min(step.seconds, left))
+        print(f"==== {step.name}, up to {step.seconds:.0f} s: {' '.join(step.command)}", flush=True)
         rc = _run(step, log)
         done.append(Done(step.name, rc, time.monotonic() - began))
         _copy_results(out, start)
@@ -204,7 +222,7 @@ def main(arguments: list[str]) -> int:
     names = [step.name for step in STEPS]
     parser.add_argument("steps", nargs="*", metavar="STEP", help=f"some of {', '.join(names)} (default: all)")
     parser.add_argument(
-        "--call", type=int, metavar="N", help=f"run one of {len(CALLS)} groups of steps, of about ten minutes each"
+        "--call", type=int, metavar="N", help=f"run one of {len(CALLS)} groups of steps, in up to ten minutes"
     )
     parser.add_argument(
         "--out",
@@ -225,7 +243,7 @@ def main(arguments: list[str]) -> int:
             chosen = [BUILD, *chosen]
     if not importlib.util.find_spec("xdist"):
         print("pytest-xdist is not installed: the tests run in one process and may exceed their time limit")
-    done = run(chosen, options.out)
+    done = run(chosen, options.out, CALL_SECONDS if options.call else math.inf)
     print(summary())
     print(verdicts.table("cuda"))
     print(table(done))
