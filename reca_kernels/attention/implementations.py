@@ -9,7 +9,7 @@ gradient must be deterministic; it returns the attention output of q's rows. All
     varlen   the one inside torch (torch.nn.attention.varlen)
     sdpa     torch's scaled_dot_product_attention, group by group; any device and dtype. On GPUs cuDNN is excluded: it
              makes a plan for every new shape, in 0.4 to 1 s (modelscope/FunASR#3704)
-    cudnn    the same with cuDNN only
+    cudnn    the same with cuDNN, except for groups with a single key, which it does not support
     flex     FlexAttention: one compiled kernel that skips fully masked blocks
     dense    scaled_dot_product_attention with one mask over the padded batch
 """

@@ -1,5 +1,6 @@
 """Attention by torch's scaled_dot_product_attention, group by group."""
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -68,15 +69,17 @@ def _sample(
             # all scores.
             keys, values = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (keys, values))
             grouped = False
-        out = F.scaled_dot_product_attention(
-            queries,
-            keys,
-            values,
-            attn_mask=sees,
-            is_causal=group.causal and not before,
-            scale=scale,
-            enable_gqa=grouped,
-        )
+        # cuDNN refuses a single key.
+        with sdpa_kernel(WITHOUT_PLANS) if keys.shape[2] == 1 else contextlib.nullcontext():
+            out = F.scaled_dot_product_attention(
+                queries,
+                keys,
+                values,
+                attn_mask=sees,
+                is_causal=group.causal and not before,
+                scale=scale,
+                enable_gqa=grouped,
+            )
         for i, part in zip(own, out.split([pieces[i].length for i in own], dim=2), strict=True):
             outs[i] = part
     return _gathered(outs)

@@ -836,6 +836,22 @@ def test_checkpointing_recomputes_the_same():
     same(with_gradients(again, qkv, upstream), with_gradients(attention(*qkv, plan), qkv, upstream), 0)
 
 
+def test_cudnn_is_spared_a_single_key(monkeypatch):
+    """torch: "cudnn SDPA does not support key/value sequence length 1"."""
+    inner, seen = F.scaled_dot_product_attention, {}
+
+    def watched(q, k, v, **options):
+        seen[k.shape[2] == 1] = torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.math_sdp_enabled()
+        with sdpa_kernel(SDPBackend.MATH):
+            return inner(q, k, v, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    plan, qkv, _ = problem(LAYOUTS["show_o_reca_vq"], False)
+    got = implementations.cudnn(*qkv, plan, 0.5, False)
+    assert seen == {True: (False, True), False: (True, False)}
+    torch.testing.assert_close(got, implementations.sdpa(*qkv, plan, 0.5, False))
+
+
 # ---- on a GPU ----
 
 
