@@ -207,6 +207,7 @@ def cached(spec, folder):
         if batch.features is None:
             batch.on_encoded(features)
         means.append(round(float(features["mean"][0])))
+    stream.close()
     return means
 
 
@@ -242,6 +243,7 @@ def test_a_full_disk_ends_the_cache_and_not_the_run(root, tmp_path, monkeypatch,
     stream = loader(root, config={"cache": str(tmp_path / "c")})
     for batch in take(stream, 4):
         batch.on_encoded({"mean": batch.gen[0].float().mean()[None].expand(2)})
+    stream.close()
     warnings = [record.getMessage() for record in caplog.records if "data.cache" in record.getMessage()]
     assert len(warnings) == 1 and "No space left on device" in warnings[0] and "iB free" in warnings[0]
     assert str(tmp_path / "c") in warnings[0] and not [p for p in (tmp_path / "c").rglob("*") if p.is_file()]
@@ -251,8 +253,10 @@ def test_a_cached_image_in_a_batch_that_is_new_in_part_may_be_bad_by_now(root, t
     """Its position is filled by a substitute, as any other's."""
     fill(root, {"bad0.png": image_bytes(), "bad1.png": image_bytes((1, 1, 1))})
     cache = {"cache": str(tmp_path / "c")}
-    (first,) = take(loader(root, micro_batch=1, config=cache), 1)
+    earlier = loader(root, micro_batch=1, config=cache)
+    (first,) = take(earlier, 1)
     first.on_encoded({"mean": first.gen[0].float().mean()[None]})
+    earlier.close()
     stream = loader(root, config=cache)
     bad, decode = stream._read(0).sample, stream.decode
 

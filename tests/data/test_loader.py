@@ -235,12 +235,19 @@ def features(batch):
     return {"mean": pixels.mean((1, 2, 3)), "parts": [p[:, : 1 + i % 2] for i, p in enumerate(pixels)]}
 
 
-def test_cache_brings_features_back_and_nothing_is_decoded(folder, tmp_path, monkeypatch):
-    cached = {"images": folder, "cache": str(tmp_path / "features")}
-    first = take(loader(**cached), 5)
-    for batch in first:
+def encode(stream, count):
+    """Take batches that have no features yet, and cache those of an encoder."""
+    batches = take(stream, count)
+    for batch in batches:
         assert batch.features is None
         batch.on_encoded(features(batch))
+    stream.close()  # waits until they are written
+    return batches
+
+
+def test_cache_brings_features_back_and_nothing_is_decoded(folder, tmp_path, monkeypatch):
+    cached = {"images": folder, "cache": str(tmp_path / "features")}
+    first = encode(loader(**cached), 5)
     again = loader(**cached)
     monkeypatch.setattr(again, "decode", None)
     for old, new in zip(first, take(again, 5), strict=True):
@@ -251,16 +258,14 @@ def test_cache_brings_features_back_and_nothing_is_decoded(folder, tmp_path, mon
 
 def test_a_batch_that_is_new_in_part_is_decoded_whole(folder, tmp_path):
     cached = {"images": folder, "cache": str(tmp_path / "features")}
-    (batch,) = take(loader(**cached), 1)
-    batch.on_encoded(features(batch))
+    encode(loader(**cached), 1)
     (wider,) = take(loader(**cached, micro_batch=6), 1)
     assert wider.features is None and values([wider]) == values(take(loader(folder, micro_batch=6), 1))
 
 
 def test_a_torn_cache_file_is_made_again(folder, tmp_path):
     cached = {"images": folder, "cache": str(tmp_path / "features")}
-    (batch,) = take(loader(**cached), 1)
-    batch.on_encoded(features(batch))
+    (batch,) = encode(loader(**cached), 1)
     torn = next((tmp_path / "features").rglob("*.safetensors"))
     torn.write_bytes(torn.read_bytes()[:20])
     (again,) = take(loader(**cached), 1)
@@ -273,8 +278,7 @@ def test_caches_of_other_models_views_and_versions_are_not_read(folder, tmp_path
     def opened(identity, views=VIEWS):
         return open_loader(data, "reca", views, seed=0, micro_batch=4, identity=identity)
 
-    (batch,) = take(opened({"weights": "a"}), 1)
-    batch.on_encoded(features(batch))
+    encode(opened({"weights": "a"}), 1)
     assert take(opened({"weights": "a"}), 1)[0].features and take(opened({"weights": "b"}), 1)[0].features is None
     assert take(opened({"weights": "a"}, replace(VIEWS, und=View(8, blur=2))), 1)[0].features is None
     assert opened(None).cache is None
