@@ -43,6 +43,13 @@ def test_override_is_typed(recipe):
         ("train=4", "train in the overrides is a group of keys"),
         ("=4", "has no key"),
         ("model.hidden=[1", "unknown key 'model.hidden'"),
+        ("objective.batch_size=8", "did you mean .*objective.reca.batch_size"),
+        ("ema.decay=0.99", "ema has half_life "),
+        ("train.grad_accumulation=2", "train has steps, .*micro_batch"),
+        ("lora={base_dtype: fp16}", "lora.base_dtype='fp16' is not one of null, 'bf16'"),
+        ("objective={condition: other, reca: {batch_size: 0}}", "batch_size=0 must be at least 1"),
+        ("log.wandb=False", "log.wandb=False must be the name of a project; write null for none"),
+        ("log.wandb=none", "log.wandb=none must be the name of a project; write null for none"),
     ],
 )
 def test_mistakes_are_named(recipe, override, message):
@@ -55,6 +62,25 @@ def test_unknown_key_in_the_file_names_the_file(tmp_path):
     path.write_text("optim: {lerning_rate: 1}\n")
     with pytest.raises(RecipeError, match="mine.yaml"):
         load_recipe(path)
+
+
+def test_a_dotted_key_in_a_file_is_to_be_nested(tmp_path):
+    path = tmp_path / "mine.yaml"
+    for text in ("objective.reca.weight: 1", "objective: {reca.weight: 1}", "objective.reca: {weight: 1}"):
+        path.write_text(text)
+        with pytest.raises(RecipeError, match=r"has a dot; write nested groups, as objective: \{reca: "):
+            load_recipe(path)
+
+
+def test_keys_of_another_model_are_named_with_the_model():
+    with pytest.raises(RecipeError, match="unknown key 'model.* in .*show_o_tiny.yaml for umm=bagel; model has "):
+        load_recipe("show_o_tiny", ["umm=bagel"])
+
+
+@pytest.mark.parametrize("overrides", [[("train.steps", 5)], {1: 2}, {("train", "steps"): 5}, [None]])
+def test_overrides_have_keys_that_are_texts(overrides):
+    with pytest.raises(RecipeError, match="must be a list of key=value, or a dict"):
+        load_recipe("show_o_tiny", overrides)
 
 
 def test_unknown_recipe_lists_the_known():

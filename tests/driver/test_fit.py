@@ -264,7 +264,7 @@ def test_micro_batches_alone(peaks, monkeypatch, tmp_path):
     [
         ("train.fit=80", "80GiB"),
         ("train.fit=0GiB", "80GiB"),
-        ("train.fit_allow=[lora]", "moments and micro_batch"),
+        ("train.fit_allow=[lora]", "train.fit_allow='lora' is not one of 'moments', 'micro_batch'"),
     ],
 )
 def test_what_is_no_card_or_no_change(key, words):

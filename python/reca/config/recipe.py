@@ -10,6 +10,7 @@ from reca.data.tasks import TASKS
 from reca.eval.config import EvalConfig
 from reca.models import UMMS
 from reca.options.fields import LOCAL, RecipeError, config_field, format_value, share
+from reca.options.values import FALSE, TRUE
 
 FIT_CHANGES = ("moments", "micro_batch")  # what train.fit may be allowed to change
 MAX_STEPS = 10**9  # limit of steps in a run: sample numbers have 56 bits
@@ -170,6 +171,7 @@ class TrainConfig:
         list,
         "settings that train.fit may change although they alter the result: moments (bf16 or 8 bits), micro_batch (if "
         "objective.mean=micro_batch averages over it)",
+        FIT_CHANGES,
     )
     micro_batch: Optional[str] = config_field(
         None,
@@ -204,11 +206,6 @@ class TrainConfig:
         if self.float8 and self.precision != "bf16":
             raise RecipeError(
                 f"{prefix}float8=true rounds what is computed in bf16: set {prefix}precision=bf16, not {self.precision}"
-            )
-        if unknown := [change for change in self.fit_allow if change not in FIT_CHANGES]:
-            raise RecipeError(
-                f"{prefix}fit_allow={format_value(unknown)} is not a setting that {prefix}fit can change; it accepts "
-                f"{' and '.join(FIT_CHANGES)}"
             )
         if self.fit not in (None, "auto"):
             try:
@@ -348,6 +345,8 @@ class LogConfig:
     )
 
     def check(self, prefix: str) -> None:
+        if self.wandb is not None and self.wandb.lower() in (*TRUE, *FALSE, "none"):
+            raise RecipeError(f"{prefix}wandb={self.wandb} must be the name of a project; write null for none")
         if self.profile is not None:
             match = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", self.profile)
             if not match or int(match[1]) > int(match[2]):

@@ -60,7 +60,7 @@ def load_recipe(name: str | Path, overrides: Sequence[str] | Mapping[str, Any] =
         raise RecipeError(f"{source} has no keys; a recipe is a YAML file of key: value lines")
 
     given = _given(overrides)
-    umm = convert(written["umm"], str, "umm", source) if "umm" in written else Recipe.umm
+    umm = convert(written.pop("umm"), str, "umm", source) if "umm" in written else Recipe.umm
     for key, text in given:
         if key == "umm":
             umm = convert(read_override(key, text, str), str, key, OVERRIDES)
@@ -123,8 +123,10 @@ def explain(recipe: Recipe) -> str:
 
 def _given(overrides: Sequence[str] | Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return overrides as pairs of key and text of the value."""
-    if isinstance(overrides, str):
-        raise RecipeError(f"overrides={format_value(overrides)} must be a list of key=value, or a dict")
+    if isinstance(overrides, str) or not all(isinstance(item, str) for item in overrides):
+        raise RecipeError(
+            f"overrides={format_value(overrides)} must be a list of key=value, or a dict {{key: value}}; keys are texts"
+        )
     if not isinstance(overrides, Mapping):
         return [_split(text) for text in overrides]
     pairs: list[tuple[str, str]] = []
@@ -201,26 +203,36 @@ class _Layer:
     def _unknown(self, key: str) -> RecipeError:
         known = [full for _, _, full in walk(self.recipe)]
         groups = {full[: m.start()] for full in known for m in re.finditer(r"\.", full)}
+        if key in {*known, *groups}:
+            nested = ": {".join(key.split(".")) + ": ..." + "}" * key.count(".")
+            return RecipeError(f"{format_value(key)} in {self.source} has a dot; write nested groups, as {nested}")
         lists = [full for full in known if re.match(rf"{re.escape(full)}[.\[]", key)]
         if lists:
             return RecipeError(f"{format_value(key)} in {self.source}: {lists[0]} has no sub-keys; set its whole value")
-        last, given = key.rsplit(".", 1)[-1], key[:200]
+        parent, dot, last = key.rpartition(".")
+        given = key[:200]
         names = [*known, *(group for group in groups if not key.startswith(f"{group}."))]
         namesakes = [full for full in known if full.rsplit(".", 1)[-1] == last]
-        near = get_close_matches(given, names, 1, 0.9) or get_close_matches(given, namesakes, 4, 0)
-        near = near or get_close_matches(given, names, 1)
+        near = get_close_matches(given, names, 1, 0.92) or get_close_matches(given, namesakes, 4, 0)
+        near = near or get_close_matches(given, names, 1, 0.75)
+        here = [full.removeprefix(parent + dot).split(".")[0] for full in known if full.startswith(parent + dot)]
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        if here and not near:
+            hint = f"; {parent or 'a recipe'} has {', '.join(dict.fromkeys(here))}"
+        model = f" for umm={self.recipe.umm}" if key.startswith("model.") else ""
         return RecipeError(
-            f"unknown key {format_value(key)} in {self.source}{hint} (reca train RECIPE --explain lists all keys)"
+            f"unknown key {format_value(key)} in {self.source}{model}{hint} "
+            "(reca train RECIPE --explain lists all keys)"
         )
 
 
 def _check(config: Any, prefix: str = "") -> None:
-    check_values(config, prefix)
-    check_heads(config, prefix)
-    if hasattr(config, "check"):
-        config.check(prefix)
+    """Check the values of every group before what a group requires of them together. Raise RecipeError."""
     for f in fields(config):
         value = getattr(config, f.name)
         if is_dataclass(value):
             _check(value, f"{prefix}{f.name}.")
+    check_values(config, prefix)
+    check_heads(config, prefix)
+    if hasattr(config, "check"):
+        config.check(prefix)

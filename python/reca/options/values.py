@@ -159,7 +159,10 @@ def _weighted(raw: Any, key: str, source: str) -> dict[str, Any]:
     if not isinstance(raw, dict):
         return {"source": convert(raw, str, key, source), "weight": 1.0}
     if not {"source"} <= raw.keys() <= {"source", "weight"}:
-        raise _Wrong("a text or a list of {source: TEXT, weight: NUMBER}")
+        raise RecipeError(
+            f"{key} in {source} has the keys {format_value(', '.join(raw))}: "
+            "expected {source: TEXT, weight: NUMBER}, weight optional"
+        )
     weight = convert(raw["weight"], float, f"{key}.weight", source) if "weight" in raw else 1.0
     if weight <= 0:
         raise RecipeError(f"{key}.weight={weight:g} in {source} must be above 0")
@@ -172,9 +175,9 @@ class _Wrong(Exception):
 
 def _convert(raw: Any, wanted: Any, key: str, source: str) -> Any:
     if wanted is Sources:
-        if not isinstance(raw, list):
+        if isinstance(raw, Scalar):
             return _convert(raw, str, key, source)
-        if not raw:
+        if isinstance(raw, dict) or not raw:
             raise _Wrong("a text or a list of at least one {source: TEXT, weight: NUMBER}")
         return [_weighted(part, f"{key}[{i}]", source) for i, part in enumerate(raw)]
     if get_origin(wanted) is list:
