@@ -133,7 +133,7 @@ def test_scores_of_other_prompts_are_shown_without_a_change(run, tmp_path, capsy
     path.write_text(json.dumps(found))
     assert cli.main(["export", str(copy), "--out", str(tmp_path / "out"), "--card"]) == 0
     text = (tmp_path / "out/README.md").read_text()
-    assert "was evaluated with other prompts, so these scores are not compared: toy world.\n" in text
+    assert "other prompts, source images or questions, so these scores are not compared: toy world.\n" in text
     assert re.search(r"\| toy world \|  \| [\d.]+ % \[.*\] \|  \| 2 prompts", text) and str(copy) not in text
     assert cli.main(["compare", "base", str(copy), "--out", str(tmp_path / "page"), "--reconstructions", "0"]) == 0
     assert "eval/world is not compared, because " in capsys.readouterr().out

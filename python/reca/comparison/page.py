@@ -39,7 +39,7 @@ def _suite(suite: dict[str, Any], pairs: int) -> dict[str, Any]:
     losses = [row for row in reversed(flips) if row["after"] < row["before"]]
     half = max(pairs // 2, pairs - len(losses))
     shown = gains[:half], losses[: pairs - min(len(gains), half)]
-    images = [_images(suite), _images(against, suite)]
+    images = [_images(suite), _images_before(Path(against["folder"]))]
     return {
         "name": suite["protocol"],
         "unit": " %" if figures.percentages(unit) else "",
@@ -64,16 +64,16 @@ class Shown(NamedTuple):
     reason: str
 
 
-def _images(side: dict[str, Any], of: dict[str, Any] | None = None) -> dict[str, dict[int, Shown]]:
-    """Return the images of every item by number: {item: {k: Shown}}.
+def _images_before(folder: Path) -> dict[str, dict[int, Shown]]:
+    """Return the images of the other evaluation; {} if its folder has no results, as after it was moved."""
+    try:
+        return _images(report.read(folder / report.RESULTS))
+    except EvaluationError:
+        return {}
 
-    side: the results, or `against` of a comparison, which only names a folder; `of` is then the other side's results.
-    """
-    if of is not None:
-        try:
-            side = report.read(Path(side["folder"]) / report.RESULTS)
-        except EvaluationError:
-            return {}
+
+def _images(side: dict[str, Any]) -> dict[str, dict[int, Shown]]:
+    """Return the images of every item by number: {item: {k: Shown}}. side: results."""
     folder = side.get("images")
     return {
         row["item"]: {

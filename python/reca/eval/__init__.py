@@ -5,6 +5,9 @@
     score      the benchmark's own rule, a pure function    suites/*.py, scoring.py
     report     intervals, comparison, JSON and text         statistics.py, score_interval.py, report.py, figures.py
 
+evaluation.py runs the steps for both models. settings.py has its options, targets.py the models, inputs.py the images,
+and checks.py what is checked before anything is loaded.
+
 The output folder is RUN/eval/SUITE, for a recipe or `--against base` RUN/eval/base/SUITE, or `--out`:
 
     generation.json   model, sampling options and seed of the images, and a digest of each item's prompt and source
