@@ -397,6 +397,25 @@ def test_wise_protocols_are_two_suites(tmp_path):
     assert verified.import_answers(lines, verified.items()) == {("560", 0): {"prompt_id": 560, "score": 0}}
 
 
+@pytest.mark.parametrize(("name", "good"), [("wise", "Score: 1"), ("wise_legacy", "2\n2\n2")])
+def test_wise_weighs_its_categories_if_all_were_judged(tmp_path, name, good):
+    rows = [{"prompt_id": n, "Prompt": "p", "Explanation": "e", "Category": "c"} for n in range(1000, 0, -1)]
+    (tmp_path / "w.json").write_text(json.dumps(rows))
+    suite = open_suite(name, tmp_path)
+    items = suite.items()
+    assert [item.id for item in items] == [str(n) for n in range(1, 1001)]
+    bad = good.replace("1", "0").replace("2", "0")
+    answers = {(item.id, 0): good if item.tag == "CULTURE" else bad for item in items}
+    found = suite.score(answers, items)
+    assert found.weights["CULTURE"] == 0.4 and sum(found.weights.values()) == pytest.approx(1)
+    assert found.metrics["overall"] == pytest.approx(0.4) and found.metrics["categories"]["TIME"] == 0
+    some = [item for item in items if item.tag != "TIME"]
+    found = suite.score(answers, some)
+    assert found.weights is None and found.metrics["overall"] is None and len(found.values) == len(some)
+    lost = suite.score({key: answer for key, answer in answers.items() if key[0] != "1"}, items)
+    assert lost.metrics["overall"] is None
+
+
 def test_imgedit(tmp_path):
     source = save(tmp_path / "Benchmark/singleturn/animal/1.jpg")
     table = {"7": {"id": "animal/1.jpg", "prompt": "make it blue", "edit_type": "adjust"}}
