@@ -72,6 +72,7 @@ def test_a_run_that_goes_on_compares_with_its_own_first_steps(recipe, monkeypatc
         (["shared_lm"], 1.0, None),
         (["gen_head"], 0.0, None),
         (["gen_head", "und_encoder"], 0.0, "the paper freezes them"),
+        (["shared_lm", "und_encoder"], 1.0, None),
     ],
 )
 def test_hazards_of_a_recipe(recipe, roles, i2t, words):
