@@ -231,11 +231,11 @@ void with_types(const Work& work, const F& f) {
   });
 }
 
-// Calls f(work, wide, first partial sum) for every most_runs runs. wide: types and alignment permit vector accesses.
+// Calls f(work, wide) for every most_runs runs. wide: types and alignment permit vector accesses.
 template <typename F>
 void for_launches(const FlowMatching& args, const FlowRuns& runs, DType dtype, std::initializer_list<const void*> tensors,
                   const F& f) {
-  int64_t image = 0, offset = 0, blocks_before = 0;
+  int64_t image = 0, offset = 0;
   const bool two_types = dtype != args.x0_dtype && dtype != DType::f32 && args.x0_dtype != DType::f32;
   bool wide = !two_types && (args.patch == 1 || args.channels % mine == 0);
   for (const void* tensor : tensors) wide = wide && aligned(tensor, 16);
@@ -262,8 +262,7 @@ void for_launches(const FlowMatching& args, const FlowRuns& runs, DType dtype, s
           uint32_t(run.height * run.width), Divisor(blocks), Divisor(run.width / args.patch)};
     offset += run.images * elements, image += run.images, work.blocks += uint32_t(run.images * blocks);
     if (work.count == most_runs || r + 1 == runs.count) {
-      f(work, wide, blocks_before);
-      blocks_before += work.blocks;
+      f(work, wide);
       work.count = 0, work.blocks = 0;
     }
   }
@@ -272,7 +271,7 @@ void for_launches(const FlowMatching& args, const FlowRuns& runs, DType dtype, s
 }  // namespace
 
 void flow_matching_add_noise(const FlowMatching& args, const FlowRuns& runs, DType dtype, void* x_t, Launch on) {
-  for_launches(args, runs, dtype, {x_t, args.explicit_noise}, [&](const Work& work, bool wide, int64_t) {
+  for_launches(args, runs, dtype, {x_t, args.explicit_noise}, [&](const Work& work, bool wide) {
     if (!wide) {
       return launch("flow_matching", on, flow_add_noise_any_kernel, work.blocks, threads, 0, work, args.t, x_t);
     }
@@ -286,20 +285,20 @@ void flow_matching_add_noise(const FlowMatching& args, const FlowRuns& runs, DTy
 
 void flow_matching_loss(const FlowMatching& args, const FlowRuns& runs, DType dtype, const void* pred, void* gradient,
                         float* losses, double* workspace, Launch on) {
-  auto* const partial = reinterpret_cast<float*>(workspace);
-  for_launches(args, runs, dtype, {pred, gradient, args.explicit_noise}, [&](const Work& work, bool wide, int64_t before) {
+  auto* const partial = reinterpret_cast<float*>(workspace);  // used by one launch after another
+  for_launches(args, runs, dtype, {pred, gradient, args.explicit_noise}, [&](const Work& work, bool wide) {
     if (wide) {
       with_types(work, [&](auto x, auto p, auto patches) {
         using P = decltype(p);
         launch("flow_matching", on, flow_loss_kernel<decltype(x), P, decltype(patches)::value>, work.blocks, threads, 0,
-               work, static_cast<const P*>(pred), static_cast<P*>(gradient), partial + before);
+               work, static_cast<const P*>(pred), static_cast<P*>(gradient), partial);
       });
     } else {
-      launch("flow_matching", on, flow_loss_any_kernel, work.blocks, threads, 0, work, pred, gradient, partial + before);
+      launch("flow_matching", on, flow_loss_any_kernel, work.blocks, threads, 0, work, pred, gradient, partial);
     }
     const Run& last = work.runs[work.count - 1];
     launch("flow_matching", on, flow_total_kernel, last.first_image + last.images - work.runs[0].first_image, threads, 0,
-           work, partial + before, losses);
+           work, partial, losses);
   });
 }
 
