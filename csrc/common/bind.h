@@ -133,7 +133,6 @@ struct Launcher<void(Parameters...)> {
 #define RECA_BIND_LAUNCHER(m, f) \
   reca::Launcher<decltype(reca::f)>::bind(m, #f, RECA_CALL_HOST(f), RECA_CALL_CUDA(f))
 
-
 // For functions that exist only on the host, or only on devices.
 #define RECA_BIND_HOST_LAUNCHER(m, f)     \
   reca::Launcher<decltype(reca::f)>::bind( \

@@ -36,6 +36,18 @@ void with_type(DType type, const F& f) {
   if (type == DType::f16) f(f16{});
 }
 
+// with_type() for device code.
+template <typename F>
+__device__ __forceinline__ void type_of(DType dtype, const F& f) {
+  if (dtype == DType::f32) {
+    f(float{});
+  } else if (dtype == DType::bf16) {
+    f(bf16{});
+  } else {
+    f(f16{});
+  }
+}
+
 // Packs two elements, the first in the lower half. Rounds to nearest, ties to even.
 template <typename T>
 __device__ __forceinline__ uint32_t pack(float low, float high) {

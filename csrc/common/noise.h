@@ -169,35 +169,4 @@ static void draw_rows(const NoiseAddress& noise, int64_t begin, int64_t rows, in
   }
 }
 
-// ---- conversion between typed memory and float buffers ----
-
-static inline void read(DType type, const void* from, int64_t begin, int64_t n, float* to) {
-  const auto copy = [&](auto* p) {
-    int64_t i = 0;
-    for (; i + W <= n; i += W) store(to + i, load(p + begin + i));
-    for (; i < n; ++i) to[i] = widen(p[begin + i]);
-  };
-  if (type == DType::f32) copy(static_cast<const float*>(from));
-  if (type == DType::bf16) copy(static_cast<const bf16*>(from));
-  if (type == DType::f16) copy(static_cast<const f16*>(from));
-}
-
-// n elements as floats: in place if they are fp32, else widened into the buffer.
-static inline const float* floats(DType type, const void* from, int64_t begin, int64_t n, float* buffer) {
-  if (type == DType::f32) return static_cast<const float*>(from) + begin;
-  read(type, from, begin, n, buffer);
-  return buffer;
-}
-
-static inline void write(DType type, const float* from, int64_t n, void* to, int64_t begin) {
-  const auto copy = [&](auto* p) {
-    int64_t i = 0;
-    for (; i + W <= n; i += W) store(p + begin + i, load(from + i));
-    for (; i < n; ++i) narrow(from[i], p + begin + i);
-  };
-  if (type == DType::f32) copy(static_cast<float*>(to));
-  if (type == DType::bf16) copy(static_cast<bf16*>(to));
-  if (type == DType::f16) copy(static_cast<f16*>(to));
-}
-
 }  // namespace reca::RECA_ISA

@@ -6,12 +6,6 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define RECA_HD __host__ __device__ __forceinline__
-#else
-#define RECA_HD inline
-#endif
-
 namespace reca {
 
 constexpr uint32_t philox_m0 = 0xD2511F53, philox_m1 = 0xCD9E8D57;

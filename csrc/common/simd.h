@@ -240,22 +240,41 @@ static inline void store_pair(bf16* p, vfloat a, vfloat b) {
 #endif
 }
 
-// Loads the first n < W elements; the other lanes are `fill`.
-template <typename T>
-static inline vfloat load_some(const T* p, int64_t n, float fill) {
-  vfloat x = splat(fill);
-  for (int64_t i = 0; i < n; ++i) x[i] = widen(p[i]);
-  return x;
+// ---- conversion between typed memory and float buffers ----
+
+static inline void read(DType type, const void* from, int64_t begin, int64_t n, float* to) {
+  const auto copy = [&](auto* p) {
+    int64_t i = 0;
+    for (; i + W <= n; i += W) store(to + i, load(p + begin + i));
+    for (; i < n; ++i) to[i] = widen(p[begin + i]);
+  };
+  if (type == DType::f32) copy(static_cast<const float*>(from));
+  if (type == DType::bf16) copy(static_cast<const bf16*>(from));
+  if (type == DType::f16) copy(static_cast<const f16*>(from));
 }
-template <typename T>
-static inline void store_some(T* p, vfloat x, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) narrow(x[i], p + i);
+
+// n elements as floats: in place if they are fp32, else widened into the buffer.
+static inline const float* floats(DType type, const void* from, int64_t begin, int64_t n, float* buffer) {
+  if (type == DType::f32) return static_cast<const float*>(from) + begin;
+  read(type, from, begin, n, buffer);
+  return buffer;
+}
+
+static inline void write(DType type, const float* from, int64_t n, void* to, int64_t begin) {
+  const auto copy = [&](auto* p) {
+    int64_t i = 0;
+    for (; i + W <= n; i += W) store(p + begin + i, load(from + i));
+    for (; i < n; ++i) narrow(from[i], p + begin + i);
+  };
+  if (type == DType::f32) copy(static_cast<float*>(to));
+  if (type == DType::bf16) copy(static_cast<bf16*>(to));
+  if (type == DType::f16) copy(static_cast<f16*>(to));
 }
 
 // ---- functions ----
 
 // factor e^x for x <= 88, with relative error at most 2e-7 + 1.4e-8 |x|; 0 below -87.3, where e^x is denormal; NaN
-// stays NaN.
+// stays NaN. Beyond 88 the result depends on the instruction set: the test for it would cost a fifth with AVX2.
 static inline vfloat exp(vfloat x, float factor = 1) {
 #if defined(__AVX512F__)
   // 2^(n + r): the fraction of n, a multiple of 1/32, by lookup table, and |r| <= 1/64 by a quadratic polynomial. This

@@ -3,6 +3,14 @@
 
 #include <cstdint>
 
+// A function of host and device. It is declared static as well: every CPU file then compiles its own copy, for its
+// instruction set.
+#ifdef __CUDACC__
+#define RECA_HD __host__ __device__ __forceinline__
+#else
+#define RECA_HD inline
+#endif
+
 namespace reca {
 
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };

@@ -3,14 +3,13 @@
 
 #include <cmath>
 
-#include "common/philox.h"
+#include "common/types.h"
 
 namespace reca {
 
 // Returns -log2 of the probability of the bin of width 2/255 around x0 under a normal, and its derivative with respect
 // to the log variance. The normal CDF is its tanh approximation; probabilities are clamped at 1e-12. Computed in fp64,
-// because the probability is a small difference of two CDF values. (Static: every CPU file compiles its own copy, for
-// its instruction set.)
+// because the probability is a small difference of two CDF values.
 static RECA_HD float first_step(float x0, float mean, float log_variance, float* derivative) {
   constexpr float bits = 1.44269504f;  // 1 / ln 2
   const double centered = double(x0) - mean, inverse = std::exp(-0.5 * double(log_variance)), half_bin = 1.0 / 255.0;

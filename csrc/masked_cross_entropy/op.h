@@ -21,6 +21,10 @@ struct CrossEntropy {
   float softcap;  // 0: none
 };
 
+static RECA_HD int64_t label_of(const void* labels, bool are_int64, int64_t row) {
+  return are_int64 ? static_cast<const int64_t*>(labels)[row] : static_cast<const int32_t*>(labels)[row];
+}
+
 }  // namespace reca
 
 // losses [rows]: 0 without a label, NaN for a label outside [0, classes). stats [rows, 2]: m and s, 0 without a label.

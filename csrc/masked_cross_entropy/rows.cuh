@@ -12,10 +12,6 @@ constexpr float inf = __builtin_huge_valf();
 template <typename T>
 constexpr int unit = 16 / int(sizeof(T));  // elements of one 128-bit access
 
-__device__ __forceinline__ int64_t label_of(const void* labels, bool are_int64, int64_t row) {
-  return are_int64 ? static_cast<const int64_t*>(labels)[row] : static_cast<const int32_t*>(labels)[row];
-}
-
 // The options of the loss. general: with softcap or label smoothing; otherwise their code is not compiled in.
 struct Terms {
   float smoothing, z_loss, softcap;

@@ -12,10 +12,6 @@ namespace reca::RECA_ISA {
 
 constexpr float inf = std::numeric_limits<float>::infinity();
 
-static inline int64_t label_of(const void* labels, bool are_int64, int64_t row) {
-  return are_int64 ? static_cast<const int64_t*>(labels)[row] : static_cast<const int32_t*>(labels)[row];
-}
-
 template <bool CAP>
 static inline vfloat softcap_logits(vfloat z, float softcap) {
   if constexpr (CAP) return softcap * tanh(z / softcap);

@@ -8,12 +8,6 @@ namespace {
 
 constexpr int64_t block = 1024;  // columns at a time: their fp32 sums stay in the L1 cache
 
-int64_t row_at(const Index& index, int64_t t) {
-  const int64_t value = index.is_int64 ? static_cast<const int64_t*>(index.data)[t]
-                                       : int64_t(static_cast<const int32_t*>(index.data)[t]);
-  return index.negated ? -1 - value : value;
-}
-
 template <typename T>
 void read(const T* from, float* to, int64_t n, bool add) {
   int64_t i = 0;
@@ -24,13 +18,6 @@ void read(const T* from, float* to, int64_t n, bool add) {
     for (; i + W <= n; i += W) store(to + i, load(from + i));
     for (; i < n; ++i) to[i] = widen(from[i]);
   }
-}
-
-template <typename T>
-void write(const float* from, T* to, int64_t n) {
-  int64_t i = 0;
-  for (; i + W <= n; i += W) store(to + i, load(from + i));
-  for (; i < n; ++i) narrow(from[i], to + i);
 }
 
 const char* address(const void* rows, DType dtype, int64_t element) {
@@ -46,16 +33,8 @@ void read(DType dtype, const void* from, float* to, int64_t n, bool add) {
   }
 }
 
-void write(const float* from, DType dtype, void* to, int64_t n) {
-  switch (dtype) {
-    case DType::f32: return write(from, static_cast<float*>(to), n);
-    case DType::bf16: return write(from, static_cast<bf16*>(to), n);
-    case DType::f16: return write(from, static_cast<f16*>(to), n);
-  }
-}
-
 void fill(float value, DType dtype, void* to, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) write(&value, dtype, static_cast<char*>(to) + i * size_of(dtype), 1);
+  for (int64_t i = 0; i < n; ++i) write(dtype, &value, 1, to, i);
 }
 
 // Non-temporal stores: a long output would evict useful data from the caches, and each line would first be read.
@@ -135,7 +114,7 @@ void template_concat_forward(const Sources& sources, int64_t length, int64_t wid
         read(source.dtype, address(source.rows, source.dtype, row * source.row_stride + begin), sums, columns, add);
         add = true;
       }
-      write(sums, out_dtype, to + begin * size_of(out_dtype), columns);
+      write(out_dtype, sums, columns, to, begin);
     }
   });
 }
@@ -178,7 +157,7 @@ void template_concat_backward(const SourceGradient& g, int64_t* workspace, Launc
     for (int64_t i = first; i < last; ++i) {
       read(g.grad_dtype, address(g.grad, g.grad_dtype, places[i] * g.grad_stride + begin), sums, columns, i > first);
     }
-    write(sums, g.dtype, to, columns);
+    write(g.dtype, sums, columns, to, 0);
   });
 }
 

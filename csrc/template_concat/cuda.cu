@@ -30,28 +30,10 @@ struct Places {
   float* sums;            // [2 * windows of a chunk, width], or null
 };
 
-__device__ __forceinline__ int64_t row_at(const Index& index, int64_t t) {
-  const int64_t value = index.is_int64 ? static_cast<const int64_t*>(index.data)[t]
-                                       : int64_t(static_cast<const int32_t*>(index.data)[t]);
-  return index.negated ? -1 - value : value;
-}
-
 // min(i, n - 1): a clamped index instead of a branch, behind which a load would wait for the previous one.
 __device__ __forceinline__ int64_t inside(int64_t i, int64_t n) { return i < n ? i : n - 1; }
 
 // ---- units of a row ----
-
-// with_type() for device code.
-template <typename F>
-__device__ __forceinline__ void type_of(DType dtype, const F& f) {
-  if (dtype == DType::f32) {
-    f(float{});
-  } else if (dtype == DType::bf16) {
-    f(bf16{});
-  } else {
-    f(f16{});
-  }
-}
 
 template <int V, typename T>
 __device__ __forceinline__ void read(const T* from, float (&x)[V]) {

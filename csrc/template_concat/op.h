@@ -11,6 +11,12 @@ struct Index {
   bool negated;  // row -1 - data[t] instead of data[t]
 };
 
+static RECA_HD int64_t row_at(const Index& index, int64_t t) {
+  const int64_t value = index.is_int64 ? static_cast<const int64_t*>(index.data)[t]
+                                       : int64_t(static_cast<const int32_t*>(index.data)[t]);
+  return index.negated ? -1 - value : value;
+}
+
 struct Source {
   DType dtype;
   const void* rows;  // [count, width]
