@@ -175,6 +175,13 @@ def test_infinite_logits_are_what_torch_makes_of_them(backend, device, place, va
     torch.testing.assert_close(loss, want, equal_nan=True)
 
 
+@EVERYWHERE
+def test_a_softcap_far_above_the_logits_costs_no_digits(backend, device):
+    """A softcap multiplies the error of tanh near 0, which must therefore be relative."""
+    leaves, labels = problem(device=device)
+    close_to_exact(logits_of(leaves), labels, backend, softcap=1e5)
+
+
 @pytest.mark.parametrize("rows", [0, 4])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @EVERYWHERE
@@ -376,10 +383,34 @@ def test_every_instruction_set(isa):
     (gradient,) = torch.autograd.grad(loss, logits)
     test_a_nearly_certain_label_keeps_its_gradient("cpu", "cpu")
     test_small_probabilities_keep_their_digits("cpu", "cpu")
+    test_a_softcap_far_above_the_logits_costs_no_digits("cpu", "cpu")
     test_classes_that_are_masked_are_as_if_not_there("cpu", "cpu", torch.bfloat16, slice(8192))
     want = reference.masked_cross_entropy(wide, labels)
     close(loss.detach(), want.detach(), 1e-6)
     close(gradient, torch.autograd.grad(want, wide)[0], 1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"softcap": 5.0}, {"z_loss": 0.01}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("classes", [3, 100])
+def test_extreme_logits_with_every_instruction_set(isa, classes, dtype, options):
+    """NaN, infinities, denormals and huge numbers, alone and beside ordinary logits, give what the reference gives."""
+    extremes = [0.0, 1e-40, -1e-40, 88.0, -88.0, 1e36, -1e36, torch.inf, -torch.inf, torch.nan]
+    ordinary = torch.randn(classes, generator=torch.Generator().manual_seed(0))
+    rows = []
+    for first in extremes:
+        for last in extremes:
+            for row in (torch.full((classes,), first), ordinary.clone()):
+                row[0], row[-1] = first, last
+                rows.append(row)
+    logits = torch.stack(rows).to(dtype).requires_grad_()
+    labels = torch.zeros(len(rows), dtype=torch.int64)
+    results = []
+    for backend in ("cpu", "reference"):
+        loss = masked_cross_entropy(logits, labels, reduction="none", backend=backend, **options)
+        results.append((loss.detach(), *torch.autograd.grad(loss.sum(), logits)))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize("place", [3, 99])  # in a whole vector, and in what is left
