@@ -1,10 +1,12 @@
 """Modules give what the ops give with the same options, eager and compiled."""
 
 import copy
+import inspect
 
 import pytest
 import torch
 
+import reca_kernels
 from reca_kernels import (
     DiffusionLoss,
     FlowMatchingLoss,
@@ -87,3 +89,19 @@ def test_losses_of_fp64_are_fp64(name):
     _, inputs, op = CASES[name]
     wide = [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs]
     assert op(*wide).dtype == torch.float64 and op(*inputs).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("module", "function"),
+    [
+        (reca_kernels.MaskedCrossEntropy, reca_kernels.masked_cross_entropy),
+        (reca_kernels.MaskedLinearCrossEntropy, reca_kernels.masked_linear_cross_entropy),
+        (reca_kernels.FlowMatchingLoss, reca_kernels.flow_matching_loss),
+        (reca_kernels.DiffusionLoss, reca_kernels.diffusion_loss),
+        (reca_kernels.DiffusionLoss, reca_kernels.diffusion_schedule),
+    ],
+)
+def test_defaults_are_those_of_the_function(module, function):
+    own, others = inspect.signature(module).parameters, inspect.signature(function).parameters
+    shared = own.keys() & others.keys()
+    assert shared and {name: own[name].default for name in shared} == {name: others[name].default for name in shared}
