@@ -100,6 +100,13 @@ def test_a_name_is_loaded_with_its_split(tmp_path):
             opened(text)
 
 
+def test_images_of_a_folder_that_datasets_loads_are_absolute_paths(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    fill(tmp_path / "set", {f"{n}.png": image_bytes((n, 0, 0)) for n in range(3)})
+    source = opened(f"hf:{tmp_path / 'set'}")
+    assert source[2].image == image_bytes((2, 0, 0))
+
+
 def test_streams_are_refused_with_what_to_do(tmp_path):
     with pytest.raises(DataError, match=r"a stream has neither .* hf://datasets/o/n/\*\*/\*\.parquet"):
         opened("hf:o/n?split=train&streaming=true")

@@ -96,6 +96,22 @@ def test_names_in_cells_start_from_image_root(tmp_path):
         source[1]
 
 
+def test_names_in_cells_stay_below_the_root(tmp_path):
+    """As those of rows in JSON do."""
+    fill(tmp_path, {"photos/a.png": image_bytes(), "b.png": image_bytes(), "photos-old/c.png": image_bytes()})
+    inside = ["a.png", "x/../a.png", str(tmp_path / "photos/a.png")]
+    outside = ["../b.png", str(tmp_path / "b.png"), "../photos-old/c.png", "/etc/hostname", "."]
+    cells = [{"bytes": None, "path": name} for name in inside + outside]
+    path = table(tmp_path / "photos/t.parquet", {"image": cells}, {"image": IMAGE})
+    for root in (None, str(tmp_path / "photos")):
+        source = opened(path, image_root=root)
+        assert [source[n].image for n in range(len(inside))] == [image_bytes()] * len(inside)
+        for n in range(len(inside), len(cells)):
+            with pytest.raises(BadSample, match=r"is outside .*photos: set data.image_root"):
+                source[n]
+    assert opened(path, image_root="/")[4].image == image_bytes()
+
+
 def test_an_address_in_a_cell_that_is_none_is_a_bad_sample(tmp_path):
     source = opened(table(tmp_path / "t.parquet", {"url": ["htp://host/a.png"]}))
     with pytest.raises(BadSample, match="htp://host/a.png cannot be opened: ValueError: Protocol not known: htp"):

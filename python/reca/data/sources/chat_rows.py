@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from reca.data.sources.remote import AnyPath, RemotePath
 from reca.data.sources.skipped import Skipped
 from reca.data.tasks import Turn
 from reca.data.text import encodable
@@ -46,10 +47,21 @@ def image_name(item: Any, root: str) -> str:
         raise BadRow("have an image name that is not text")
     if "://" in image:
         raise BadRow("have an image at a URL (write its name, and the URL before it as data.image_root)")
-    name, inside = os.path.normpath(os.path.join(root, image)), os.path.join(root, "")
-    if not name.startswith(inside) or name == inside:
+    name = name_below(root, image)
+    if name is None:
         raise BadRow("have an image outside data.image_root")
-    return name.removeprefix(inside)
+    return name
+
+
+def name_below(root: str, path: str) -> str | None:
+    """Return a path, absolute or relative to `root`, as a name below it without ".."; None if it is not below it."""
+    name, inside = os.path.normpath(os.path.join(root, path)), os.path.join(root, "")
+    return name.removeprefix(inside) if name.startswith(inside) and name != inside else None
+
+
+def absolute(root: AnyPath) -> str:
+    """Return the root for `name_below`: an absolute folder, or for URLs a placeholder, as names are only relative."""
+    return "/address" if isinstance(root, RemotePath) else os.path.abspath(root)
 
 
 def turns(item: dict, number: int, skipped: Skipped) -> tuple[Turn, ...]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from reca.data.config import ColumnsConfig
 from reca.data.errors import BadSample, DataError, LeftOut
 from reca.data.sample import MAX_CAPTION_BYTES, MAX_IMAGE_BYTES, Sample, checked_size, decode_caption
-from reca.data.sources.chat_rows import BadRow, turns
+from reca.data.sources.chat_rows import BadRow, absolute, name_below, turns
 from reca.data.sources.remote import AnyPath, is_address, read_whole, to_path
 from reca.data.sources.skipped import Skipped
 
@@ -120,11 +120,20 @@ def image_bytes(cell: Any, root: AnyPath) -> bytes:
         return cell
     if not isinstance(cell, str) or "\0" in cell:
         raise BadSample("the image column has neither bytes nor a path in this row")
-    try:
-        path = to_path(cell) if is_address(cell) else root / cell
-    except DataError as error:
-        raise BadSample(str(error)) from error
-    return read_whole(path, MAX_IMAGE_BYTES, "image")
+    return read_whole(_path_of(cell, root), MAX_IMAGE_BYTES, "image")
+
+
+def _path_of(cell: str, root: AnyPath) -> AnyPath:
+    """Return the path that a cell names: a URL, or a file below the root. Raises BadSample."""
+    if is_address(cell):
+        try:
+            return to_path(cell)
+        except DataError as error:
+            raise BadSample(str(error)) from error
+    name = name_below(absolute(root), cell)
+    if name is None:
+        raise BadSample(f"the image {cell} is outside {root}: set data.image_root to a folder that contains it")
+    return root / name
 
 
 def conversation(cell: Any, system: Any) -> list:

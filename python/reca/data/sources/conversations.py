@@ -3,7 +3,6 @@
 import errno
 import io
 import logging
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -11,7 +10,7 @@ from typing import Any, BinaryIO
 from reca.data.errors import DataError
 from reca.data.sample import MAX_IMAGE_BYTES, Sample, digest
 from reca.data.sources import index_files
-from reca.data.sources.chat_rows import BadRow, Row, image_name, turns
+from reca.data.sources.chat_rows import BadRow, Row, absolute, image_name, turns
 from reca.data.sources.folder import total_size
 from reca.data.sources.index_files import IndexFile
 from reca.data.sources.json_rows import Form, cannot_be_read, load_rows, stream_rows
@@ -74,7 +73,7 @@ class Conversations:
         return PackedRows(buffer.getvalue(), offsets, images)
 
     def _rows(self, items: Iterable[Any], path: AnyPath) -> Iterator[Row]:
-        root, found = _absolute(self.root), False
+        root, found = absolute(self.root), False
         for number, item in enumerate(items, 1):
             found = found or isinstance(item, dict)
             try:
@@ -86,7 +85,7 @@ class Conversations:
 
     def _kept_rows(self, path: AnyPath) -> PackedRows:
         """Return the rows of a large file from its index, which is built if missing."""
-        index = IndexFile(path, "rows", _absolute(self.root))
+        index = IndexFile(path, "rows", absolute(self.root))
         found = open_packed(index.path, index.stamp)
         if found is None:
             with index.locked():
@@ -156,8 +155,3 @@ class Conversations:
                 yield record, size(image_of(record))
 
         return digest(described())
-
-
-def _absolute(root: AnyPath) -> str:
-    """Return the root for `image_name`: an absolute folder, or for URLs a placeholder, as names are only relative."""
-    return "/address" if isinstance(root, RemotePath) else os.path.abspath(root)

@@ -98,7 +98,10 @@ def open_saved(folder: Path, task: str, columns: ColumnsConfig, image_root: str 
 
 
 def open_hub(text: str, task: str, columns: ColumnsConfig, image_root: str | None) -> HuggingFace:
-    """Open hf:NAME?split=train; download files that are not cached. Raises DataError."""
+    """Open hf:NAME?split=train; download files that are not cached. Raises DataError.
+
+    Without image_root, paths in cells are absolute: of files that `datasets` has downloaded, as for a folder of images.
+    """
     hub, datasets = _parse(text), _datasets()
     options = {key: value for key, value in hub.options.items() if key != "name"}
     try:
@@ -107,7 +110,7 @@ def open_hub(text: str, task: str, columns: ColumnsConfig, image_root: str | Non
         raise DataError(f"{text} cannot be loaded by datasets: {type(error).__name__}: {error}") from error
     if isinstance(found, datasets.DatasetDict):
         found = _one(found, f"{text} has the splits {{splits}}: name one, such as {PREFIX}{hub.path}?split={{first}}")
-    return HuggingFace(found, task, columns, text, Path(image_root or "."))
+    return HuggingFace(found, task, columns, text, Path(image_root or "/"))
 
 
 def _parse(text: str) -> Hub:
