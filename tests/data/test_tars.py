@@ -142,6 +142,21 @@ def test_a_cut_tar_is_told_wherever_it_was_cut(tmp_path):
     assert len(opened(path)) == 4
 
 
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_tar_that_is_cut_in_the_header_of_a_long_name_is_cut(tmp_path, format):
+    name = "/".join(["folder" * 8] * 3) + "/b.jpg"
+    path = tar(tmp_path / "s.tar", ("a.jpg", DARK), (name, DARK), format=format)
+    whole = path.read_bytes()
+    start, end = 1024, 2560  # three blocks: that the name is long, the name, and the member
+    for place in range(start, end + 1, 128):
+        path.write_bytes(whole[:place])
+        with pytest.raises(DataError, match=f"s.tar is cut off at byte {place}"):
+            opened(path)
+    path.write_bytes(whole[: start + 1030] + b"?" + whole[start + 1031 :])
+    with pytest.raises(DataError, match=f"s.tar is damaged at byte {start}, after a.jpg"):
+        opened(path)
+
+
 def test_damaged_and_strange_tars(tmp_path):
     path = tar(tmp_path / "s.tar", ("a.jpg", DARK), ("b.jpg", DARK))
     whole = path.read_bytes()

@@ -112,7 +112,7 @@ def _walk(path: AnyPath, file, size: int) -> Iterator[tarfile.TarInfo]:
         except OSError:
             raise
         except Exception as error:
-            raise DataError(_damage(path, size, place, last, str(error))) from error
+            raise DataError(_damage(path, size, place, last, str(error), ended=file.tell() >= size)) from error
         if info is None:
             break
         sparse: Any = info.sparse  # pairs of offset and length, unlike in typeshed
@@ -149,8 +149,9 @@ def _check_end(path: AnyPath, file, size: int, place: int, last: str) -> None:
         )
 
 
-def _damage(path: AnyPath, size: int, place: int, last: str, reason: str) -> str:
-    if place >= size:
+def _damage(path: AnyPath, size: int, place: int, last: str, reason: str, ended: bool = False) -> str:
+    """Describe what is wrong with a header. ended: it continued to the end of the file, as that of a long name may."""
+    if ended or place >= size:
         return f"{path} is cut off at byte {size}, after {last}: fetch or pack it again"
     return f"{path} is damaged at byte {place}, after {last} ({reason}): fetch or pack it again"
 
