@@ -1,11 +1,13 @@
 """Rows of LLaVA-style files: roles, forms that are refused, and what is said of them."""
 
 import gzip
+import io
 import json
 
 import pytest
 
 from reca.data.errors import DataError
+from reca.data.sources import index_files, json_stream
 from reca.data.sources.factory import open_source
 from tests.data.files import conversations, fill, image_bytes, row
 
@@ -181,6 +183,23 @@ def test_files_that_are_none(tmp_path):
         path.write_bytes(data)
         with pytest.raises(DataError, match=f"rows.json.*{words}"):
             open_source(str(path), "i2t")
+
+
+def test_a_line_is_no_longer_than_an_item_of_a_list(tmp_path, monkeypatch):
+    monkeypatch.setattr(json_stream, "LONGEST", 200)
+    path = conversations(tmp_path).with_suffix(".jsonl")
+    path.write_text(f"{json.dumps(GOOD)}\n{json.dumps(row('human', 'Q', 'gpt', 'A' * 200))}\n")
+    for large in (2**24, 0):
+        monkeypatch.setattr(index_files, "LARGE", large)  # read as a whole, or as a stream
+        with pytest.raises(DataError, match="rows.jsonl is not JSON: line 2 has more than 200 characters"):
+            open_source(str(path), "i2t")
+    path.write_bytes(b"[" * 2**20)
+    taken, read = [], io.BytesIO(path.read_bytes())
+    read.read1 = lambda size: taken.append(size) or io.BytesIO.read1(read, size)
+    monkeypatch.setattr(json_stream, "open_stream", lambda path: read)
+    with pytest.raises(ValueError, match="line 1 has more than 200 characters"):
+        list(json_stream.read_items(path, lines=True))
+    assert sum(taken) < 2**16  # the rest of the line is not read
 
 
 def test_identity_is_of_rows_and_sizes_and_not_of_the_place(tmp_path):

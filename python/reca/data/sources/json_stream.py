@@ -10,7 +10,7 @@ from reca.data.sources.remote import AnyPath, open_stream
 from reca.data.text import SIGNATURES
 
 CHUNK = 2**20  # characters per read
-LONGEST = 2**26  # maximal characters of an item
+LONGEST = 2**26  # maximal characters of an item or line
 BLANKS = " \t\n\r"
 
 
@@ -25,7 +25,7 @@ def read_items(path: AnyPath, lines: bool) -> Iterator[Any]:
         file.seek(0)
         text = io.TextIOWrapper(file, encoding)  # converts all line ends to \n
         try:
-            yield from parse_lines(text) if lines else _list(text)
+            yield from parse_lines(iter(lambda: text.readline(LONGEST + 1), "")) if lines else _list(text)
         except UnicodeDecodeError as error:
             raise ValueError(f"the text is not {encoding.upper()} ({error.reason}): save it as UTF-8") from error
 
@@ -39,8 +39,10 @@ def _encoding(file: BinaryIO) -> str:
 
 
 def parse_lines(lines: Iterable[str]) -> Iterator[Any]:
-    """Yield the row of each line. Raises ValueError if a line is not JSON, or is a list instead of a single row."""
+    """Yield the row of each line. Raises ValueError if a line is too long, not JSON, or a list instead of one row."""
     for number, line in enumerate(lines, 1):
+        if len(line) > LONGEST:
+            raise ValueError(f"line {number} has more than {LONGEST} characters")
         if not line.strip():
             continue
         try:
