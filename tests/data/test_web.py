@@ -113,6 +113,21 @@ def test_a_server_that_sends_whole_files_only(serve, tmp_path, name):
         open_source(f"{address}/{name}", "reca")
 
 
+def test_a_part_that_was_not_asked_for_is_an_error(serve, tmp_path):
+    address, handler = serve
+    tar(tmp_path / "www" / "a.tar", ("0.png", image_bytes()), ("1.png", image_bytes((9, 9, 9))))
+    source, send_header = open_source(f"{address}/a.tar", "reca"), handler.send_header
+
+    def moved(self, key, value):
+        send_header(self, key, re.sub(r"\d+-", "7-", value) if key == "Content-Range" else value)
+
+    handler.send_header = moved
+    with pytest.raises(OSError, match=r"a.tar: the server sent 'bytes 7-.* when asked for 'bytes=512-"):
+        source[0]
+    with pytest.raises(DataError, match=r"a.tar cannot be read: .*the server sent 'bytes 7-"):
+        open_source(f"{address}/a.tar", "reca")
+
+
 def test_a_request_ends_when_nothing_more_arrives_and_not_before(serve, tmp_path, monkeypatch):
     """A row group may take longer than the five minutes that aiohttp gives to a request."""
     monkeypatch.setattr(web, "STALLED", 1.0)

@@ -1,8 +1,9 @@
 """fsspec's HTTP file system, without its habit of reporting server errors as missing files."""
 
+import re
 from typing import Any
 
-from aiohttp import ClientTimeout
+from aiohttp import ClientTimeout, TraceConfig, TraceRequestEndParams
 from fsspec.implementations.http import HTTPFileSystem
 
 MISSING = (404, 410)  # HTTP status codes of a missing file
@@ -31,4 +32,17 @@ class WebFiles(HTTPFileSystem):
 
 def web_files() -> WebFiles:
     """Return the file system. A request may take any time, such as one for a row group, as long as data arrive."""
-    return WebFiles(client_kwargs={"timeout": ClientTimeout(total=None, sock_connect=STALLED, sock_read=STALLED)})
+    timeout, checks = ClientTimeout(total=None, sock_connect=STALLED, sock_read=STALLED), TraceConfig()
+    checks.on_request_end.append(_check_range)
+    return WebFiles(client_kwargs={"timeout": timeout, "trace_configs": [checks]})
+
+
+async def _check_range(_session: Any, _context: Any, request: TraceRequestEndParams) -> None:
+    """Raise OSError if a partial answer is of other bytes than were asked for, which fsspec does not check."""
+    asked, answer = request.headers.get("Range", ""), request.response
+    sent = answer.headers.get("Content-Range", "")
+    wanted, found = re.fullmatch(r"bytes=(\d+)-(\d+)", asked), re.match(r"bytes (\d+)-(\d+)/", sent)
+    if answer.status == 206 and wanted and found:
+        (first, last), (start, end) = (map(int, match.groups()) for match in (wanted, found))
+        if start != first or end > last:
+            raise OSError(f"{request.url}: the server sent {sent!r} when asked for {asked!r}")
