@@ -9,6 +9,7 @@ import os
 import pytest
 import torch
 
+from reca.data.audit import audit, report
 from reca.data.bad_samples import BadSamples
 from reca.data.config import DataConfig
 from reca.data.errors import DataError
@@ -137,6 +138,21 @@ def test_torn_lines_and_lines_of_other_data_do_not_matter(root, tmp_path):
         ["bad0.png", "bad1.png"],
         ["bad1.png", "bad0.png"],
     )
+
+
+def test_a_name_with_a_line_break_is_printed_on_one_line(tmp_path, caplog):
+    root = fill(tmp_path / "photos", {"a\nb.png": b"junk", "c.png": image_bytes(), ".d\ne.png": b""})
+    source = open_source(str(root), "reca")
+    bad_samples = BadSamples(None, source, 0.5)
+    bad_samples.add(0, "no\nimage")
+    text = report(audit(source), source.skipped)
+    messages = [record.getMessage() for record in caplog.records]
+    assert not any("\n" in message for message in messages) and r"a\nb.png is skipped: no\nimage" in messages[-1]
+    assert any(r".d\ne.png" in message for message in messages)
+    assert r"  a\nb.png: not an image" in text and r".d\ne.png" in text
+    with pytest.raises(DataError) as error:
+        BadSamples(None, source, 0.1).add(0, "x")
+    assert "\n" not in str(error.value) and list(bad_samples.bad) == ["a\nb.png"]
 
 
 def test_a_list_of_bad_samples_that_cannot_be_written_still_counts(root, tmp_path, caplog):

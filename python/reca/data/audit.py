@@ -15,6 +15,7 @@ from reca.data.read_ahead import read_ahead
 from reca.data.sample import Source
 from reca.data.sources.skipped import Skipped
 from reca.data.tasks import Scored, Turn
+from reca.data.text import one_line
 
 SIDES = (128, 256, 512, 768, 1024, 2048)  # edges of the histogram of short sides, in pixels
 RATIOS = (1.1, 1.5, 2.0, 4.0)  # edges of the histogram of long side over short side
@@ -113,7 +114,9 @@ def report(found: Audit, skipped: Skipped | None = None) -> str:
     lines = [f"{found.samples} samples, {good} of them usable, {units.size(found.bytes)} of images"]
     for what in (skipped, found.left_out):
         if what:
-            counted = (f"  {n:>9} {reason} (the first: {what.first[reason]})" for reason, n in what.counts.items())
+            counted = (
+                f"  {n:>9} {reason} (the first: {one_line(what.first[reason])})" for reason, n in what.counts.items()
+            )
             lines += ["", "left out", *counted]
     if found.bad:
         reasons = Counter(found.bad.values())
@@ -134,7 +137,7 @@ def report(found: Audit, skipped: Skipped | None = None) -> str:
 
 def _some(items: list[str]) -> list[str]:
     more = [f"  … and {len(items) - SHOWN} more"] if len(items) > SHOWN else []
-    return [f"  {item}" for item in items[:SHOWN]] + more
+    return [f"  {one_line(item)}" for item in items[:SHOWN]] + more
 
 
 def _histogram(counts: Counter[int], edges: tuple, total: int) -> list[str]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from reca.data.errors import DataError
 from reca.data.sample import Source
+from reca.data.text import one_line
 
 log = logging.getLogger("reca")
 
@@ -46,12 +47,13 @@ class BadSamples:
             if key not in self.bad:
                 self._write({"key": key, "sample": index, "bytes": self.source.size(index), "reason": reason})
             if not self.bad:
-                log.warning("%s is skipped: %s. Further bad samples are only counted and listed", key, reason)
+                text = one_line(f"{key} is skipped: {reason}")
+                log.warning("%s. Further bad samples are only counted and listed", text)
             self.bad[key] = reason
             # Many rows may share an image. Each key counts once in the total, as it does among the bad.
             size = self.images = self.images or getattr(self.source, "images", 0) or _count_keys(self.source)
             if len(self.bad) / size > self.max_fraction:
-                first = "; ".join(f"{key} ({reason})" for key, reason in list(self.bad.items())[:3])
+                first = "; ".join(one_line(f"{key} ({reason})") for key, reason in list(self.bad.items())[:3])
                 raise DataError(
                     f"{len(self.bad)} of {size} samples are unreadable, more than data.max_bad_fraction="
                     f"{self.max_fraction}: {first}. All are listed in {self.path or 'the log'}. Raise "

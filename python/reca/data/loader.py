@@ -28,6 +28,7 @@ from reca.data.sources.factory import DATA_KEYS, open_sources
 from reca.data.sources.mixture import Mixture
 from reca.data.tasks import Scored
 from reca.data.templates import load_templates
+from reca.data.text import one_line
 from reca.data.views import Views
 from reca.rng import CounterRNG, RandomStream
 
@@ -262,9 +263,8 @@ class Loader:
                 if not row.encoded:
                     self.bad_samples.mark_good(index)
                 return row._replace(number=index, attempt=attempt)
-        raise DataError(
-            f"position {position}: {ATTEMPTS} samples in a row cannot be used, the last is {self.source.key(index)}"
-        )
+        key = one_line(self.source.key(index))
+        raise DataError(f"position {position}: {ATTEMPTS} samples in a row cannot be used, the last is {key}")
 
     def _decoded(self, positions: Sequence[int], rows: list[Row]) -> list[Row]:
         """Decode the remaining rows as one batch. A bad image is replaced like an unreadable sample."""
@@ -308,7 +308,8 @@ class Loader:
             reason = f"{type(error).__name__}: {error}"
             if isinstance(error, OSError) and error.errno not in OF_THE_MACHINE:
                 raise BadSample(reason) from error
-            raise DataError(f"sample {self.source.key(index)} (data.{DATA_KEYS[self.task]}): {reason}") from error
+            key = one_line(self.source.key(index))
+            raise DataError(f"sample {key} (data.{DATA_KEYS[self.task]}): {reason}") from error
 
     def _completed(self, positions: Sequence[int], rows: list[Row]) -> list[Row]:
         """Return rows that either all have views or all have the same features."""

@@ -32,6 +32,11 @@ def decode_text(data: bytes, errors: str = "strict") -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
+def one_line(text: str) -> str:
+    """Return a name as it is printed: line breaks and other unprintable characters are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
 def encodable(text: str) -> bool:
     """Return whether a tokenizer can encode the text: JSON may contain lone surrogates, which are not characters."""
     try:

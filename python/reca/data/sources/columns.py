@@ -132,7 +132,7 @@ def _path_of(cell: str, root: AnyPath) -> AnyPath:
             raise BadSample(str(error)) from error
     name = name_below(absolute(root), cell)
     if name is None:
-        raise BadSample(f"the image {cell} is outside {root}: set data.image_root to a folder that contains it")
+        raise BadSample(f"the image {cell!r} is outside {root}: set data.image_root to a folder that contains it")
     return root / name
 
 

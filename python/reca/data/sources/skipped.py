@@ -4,6 +4,8 @@ import functools
 import logging
 import os
 
+from reca.data.text import one_line
+
 log = logging.getLogger("reca")
 
 
@@ -28,7 +30,9 @@ class Skipped:
         return bool(self.counts)
 
     def __str__(self) -> str:
-        return "; ".join(f"{n} {reason} (the first: {self.first[reason]})" for reason, n in self.counts.items())
+        return "; ".join(
+            f"{n} {reason} (the first: {one_line(self.first[reason])})" for reason, n in self.counts.items()
+        )
 
     def warn(self, where: str) -> None:
         """Log all counts as one warning, if there are any."""
