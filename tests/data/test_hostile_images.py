@@ -4,12 +4,13 @@ import gzip
 import struct
 import warnings
 import zlib
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageFile, PngImagePlugin
 
-from reca.data import pixels
+from reca.data import image_formats, pixels
 from reca.data.pixels import BadImage, make_view, open_rgb
 from reca.data.views import View
 from tests.data.files import encoded, image_bytes
@@ -202,6 +203,32 @@ def test_a_photo_of_100_megapixels():
 )
 def test_what_stands_in_the_place_of_a_image(data, words):
     with pytest.raises(BadImage, match=words):
+        open_rgb(data)
+
+
+def test_files_of_formats_that_need_more_name_them(monkeypatch):
+    for brand in (b"heic", b"mif1"):
+        with pytest.raises(BadImage, match="not an image in a supported format .* but HEIC: convert it"):
+            open_rgb(b"\0\0\0\x18ftyp" + brand + bytes(99))
+    avif = b"\0\0\0\x18ftypavif" + bytes(99)  # the beginning of one
+    Image.init()
+    monkeypatch.delitem(Image.OPEN, "AVIF", raising=False)  # as in Pillow before 11.3
+    monkeypatch.setattr(image_formats.features, "check", lambda name: name != "avif")
+    image_formats.known_formats.cache_clear()
+    try:
+        with pytest.raises(BadImage, match="AVIF: install Pillow 11.3 or later"):
+            open_rgb(avif)
+        with pytest.raises(BadImage, match="the file is a web page"):
+            open_rgb(b"<!DOCTYPE html>")
+    finally:
+        image_formats.known_formats.cache_clear()
+
+
+def test_too_little_memory_is_no_fault_of_the_file(monkeypatch):
+    """Pillow's decoders of WebP and AVIF raise MemoryError."""
+    data = image_bytes()
+    monkeypatch.setattr(ImageFile.ImageFile, "load", Mock(side_effect=MemoryError))
+    with pytest.raises(MemoryError, match="too little memory is free to decode the image"):
         open_rgb(data)
 
 

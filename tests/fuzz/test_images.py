@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from reca.data.pixels import FORMATS, MAX_PIXELS, BadImage, make_view, open_rgb
+from reca.data.image_formats import FORMATS
+from reca.data.pixels import MAX_PIXELS, BadImage, make_view, open_rgb
 from reca.data.views import View
 from tests.fuzz.bounds import counted
 from tests.fuzz.mutate import mutate, mutations

@@ -15,14 +15,14 @@ from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
 from reca.data.errors import BadSample, DataError
+from reca.data.image_formats import known_formats, unidentified
 from reca.data.metadata import without_metadata
 from reca.data.views import View, Views
-from reca.io.files import HEAD, packed, placeholder
+from reca.io.files import HEAD
 from reca.rng import CounterRNG, RandomStream
 from reca_kernels.resize.op import compiled, resize
 
 RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # those of the suffixes that sources accept
 MAX_SIDE = 2**15  # a larger side is treated as a corrupt header
 MAX_PIXELS = 2**26  # 8192 x 8192, which need 0.8 GB for decoding and conversion to RGB
 MAX_PIXELS_WEBP = 2**25  # its decoder needs memory for three images
@@ -124,7 +124,7 @@ def _scale_transparency(file: ImageFile.ImageFile) -> None:
 def opened(data: bytes) -> Iterator[ImageFile.ImageFile]:
     """Open an image file and check its header. Raises BadImage, also for exceptions raised within the context."""
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as file:
+        with Image.open(io.BytesIO(data), formats=known_formats()) as file:
             limit = _most_pixels(file)
             if max(file.size) > MAX_SIDE or file.width * file.height > limit:
                 raise BadImage(
@@ -134,10 +134,9 @@ def opened(data: bytes) -> Iterator[ImageFile.ImageFile]:
     except BadImage:
         raise
     except UnidentifiedImageError as error:  # its message contains a memory address
-        cause = placeholder(data[:HEAD]) or packed(data[:HEAD])
-        raise BadImage(
-            f"the file {cause}" if cause else f"not an image in a supported format ({', '.join(FORMATS)})"
-        ) from error
+        raise BadImage(unidentified(data[:HEAD])) from error
+    except MemoryError as error:  # which says nothing about the file
+        raise MemoryError("too little memory is free to decode the image: free some, or lower data.workers") from error
     except Exception as error:  # Pillow's decoders raise many types for damaged bytes
         raise BadImage(f"{type(error).__name__}: {error}") from error
 
