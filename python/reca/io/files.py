@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
 from reca import units
+from reca.errors import first_line
 
 HEAD = 1 << 10  # bytes that identify a file
 CHUNK = 8 << 20  # bytes that are read at once
@@ -95,6 +97,20 @@ def damage(path: Path) -> str | None:
     if cause is None and path.suffix in DOWNLOADS:
         cause = f"is a download that has not finished; {AGAIN}"
     return cause and f"({size_of(path)}) {cause}"
+
+
+def pickle_damage(path: Path) -> str:
+    """Describe a damaged directory or pickle of a torch.save archive, by its checksum; empty if both are sound."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                if name.endswith("data.pkl"):
+                    archive.read(name)
+    except OSError:
+        raise
+    except Exception as error:  # zipfile and struct raise many types for damaged archives
+        return first_line(error)
+    return ""
 
 
 def lost_links(folder: Path) -> str:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from reca.errors import first_line
-from reca.io.files import AGAIN, HEAD, damage, is_safetensors, lost_links, read_json, size_of
+from reca.io.files import AGAIN, HEAD, damage, is_safetensors, lost_links, pickle_damage, read_json, size_of
 from reca.models.common import deferred_weights
 
 log = logging.getLogger("reca")
@@ -157,17 +157,20 @@ def _loaded(path: Path) -> Any:
         raise
     except Exception as error:  # torch, pickle, zipfile and struct each raise their own types
         text = str(error)
+        if mapped and (fault := pickle_damage(path)):  # before names in it, which may be damaged too
+            raise ValueError(f"{_named(path)} is a damaged torch.save file ({fault}); {AGAIN}") from error
         if "TorchScript" in text or "torchscript" in text:
             raise ValueError(f"{_named(path)} is a TorchScript archive, which is code; save `model.state_dict()` "
                              "instead") from error  # fmt: skip
         if code := re.search(r"GLOBAL ([\w.]+)|[Uu]nsupported (?:class|callable) (\S+)|instantiate (\S+)", text):
             name = next(filter(None, code.groups()))
             raise ValueError(
-                f"{_named(path)} contains Python objects besides tensors ({name}); it was not read because unpickling "
-                "them can run arbitrary code; if you trust it, save its state dict alone, preferably as .safetensors"
+                f"{_named(path)} contains Python objects besides tensors ({name}), or is damaged; it is not read, as "
+                f"unpickling them can run code; save its state dict alone where it was made, or {AGAIN}"
             ) from error
         what = "is not a torch.save file, or a damaged one"
-        raise ValueError(f"{_named(path)} {what} ({first_line(error):.200}); {AGAIN}") from error
+        inner = re.search(r"WeightsUnpickler error:\s*(.+?)(\. |\.?$)", text, re.M)  # between advice to trust the file
+        raise ValueError(f"{_named(path)} {what} ({inner[1] if inner else first_line(error):.200}); {AGAIN}") from error
 
 
 def _unwrapped(state: Mapping[Any, Any], path: Path) -> Mapping[Any, Any]:
