@@ -112,10 +112,13 @@ def test_two_exports_into_one_folder_keep_each_others_files(tmp_path):
     assert contents(tmp_path) == [1, 2, 2]
 
 
-@pytest.mark.parametrize("foreign", ["model.safetensors.index.json", "pytorch_model.bin", "sub/old.pth"])
+@pytest.mark.parametrize(
+    "foreign", ["model.safetensors.index.json", "pytorch_model.bin", "sub/old.pth", "lora/old.bin"]
+)
 def test_weights_that_an_export_would_leave_beside_its_own_are_refused(foreign, tmp_path):
     """Such files would be loaded in place of the export's, or mixed with them."""
     write(tmp_path, 1)
+    (tmp_path / foreign).parent.mkdir(exist_ok=True)
     (tmp_path / foreign).touch()
     with pytest.raises(OSError, match=foreign), export_to(tmp_path) as out:
         for name in NAMES:
@@ -123,3 +126,16 @@ def test_weights_that_an_export_would_leave_beside_its_own_are_refused(foreign, 
         out.tensors("model.safetensors", {"w": torch.zeros(2)})
         out.done()
     assert contents(tmp_path) == [1, 1, 1] and files(tmp_path) == sorted([*NAMES, foreign])
+
+
+def test_an_export_within_another_names_the_folder_of_the_outer_one(tmp_path):
+    def failing(path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    def merged(folder) -> None:
+        with export_to(folder) as out:
+            out._write("model.bin", 0, failing)
+
+    with pytest.raises(OSError, match=f"^{tmp_path}/model.bin cannot be written: "), export_to(tmp_path) as out:
+        out.include(merged)
+    assert files(tmp_path) == []

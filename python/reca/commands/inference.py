@@ -83,7 +83,7 @@ def export(options: argparse.Namespace) -> None:
         push.check(options.push)
     model = _model(options)
     written = model.export(options.out)
-    if options.card or options.push:
+    if options.card or options.push or card.is_generated(options.out):
         name = options.push.split("/")[1] if options.push else options.out.absolute().name
         written += card.write(options.recipe, recipe, model, options.ema, options.out, name)
     print(f"wrote {', '.join(dict.fromkeys(name.split('/')[0] for name in written))} to {options.out}")

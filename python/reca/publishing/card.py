@@ -46,7 +46,7 @@ def write(source: str | Path, recipe: Recipe, model: Adapter, ema: bool, folder:
     Raises EvaluationError if results of the run cannot be read, OSError if the files cannot be written.
     """
     card = folder / CARD
-    if card.is_file() and MARK not in card.read_text(encoding="utf-8", errors="replace"):
+    if card.is_file() and not is_generated(folder):
         return [CARD, *sorted(path.relative_to(folder).as_posix() for path in (folder / IMAGES).glob("*.png"))]
     run = Path(source) if is_run(source) else None
     sides = find_sides("base", str(run)) if run else None
@@ -77,6 +77,12 @@ def write(source: str | Path, recipe: Recipe, model: Adapter, ema: bool, folder:
         card, f"---\n{header.to_yaml()}\n---\n{html.render(Path(__file__).with_name('card.md'), **values)}"
     )
     return [CARD, *(image["file"] for image in images)]
+
+
+def is_generated(folder: Path) -> bool:
+    """Tell whether a folder has a card with the line MARK, which describes the export that it was written for."""
+    card = folder / CARD
+    return card.is_file() and MARK in card.read_text(encoding="utf-8", errors="replace")
 
 
 def base_model(recipe: Recipe) -> tuple[str, str] | None:

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from reca.config.recipe import LoraConfig, Recipe
 from reca.models.base import Adapter
 from reca.models.common.deferred_weights import local_part, own_rows
-from reca.models.common.exporting import export_to
+from reca.models.common.exporting import LORA, export_to
 from reca.optim import freeze
 from reca.optim.gradients import HALVES
 from reca.rng import CounterRNG
@@ -29,7 +29,6 @@ from reca.rng import CounterRNG
 NAME = "default"  # peft's name for the only adapter of a layer
 PREFIX = "base_model.model."  # of tensor names in peft's files
 DROPOUT = 0x64726F70  # separates the dropout's random stream from the other streams of a run
-FOLDER = "lora"  # subfolder of an export: next to the merged weights, transformers would apply the adapter again
 
 
 def choose_trained(adapter: Adapter, recipe: Recipe) -> list[str]:
@@ -237,9 +236,9 @@ def _export(adapter: Adapter, export: Callable[..., list[str]], wanted: Any, fol
     described |= {"inference_mode": True, "base_model_name_or_path": getattr(adapter.config, "weights", None)}
     with export_to(folder) as out:
         with merged(adapter):
-            export(out.new, *given, **options)
-        out.tensors(f"{FOLDER}/adapter_model.safetensors", {f"{PREFIX}{name}": tensor for name, tensor in own.items()})
-        out.json(f"{FOLDER}/adapter_config.json", described)
+            out.include(lambda place: export(place, *given, **options))
+        out.tensors(f"{LORA}/adapter_model.safetensors", {f"{PREFIX}{name}": tensor for name, tensor in own.items()})
+        out.json(f"{LORA}/adapter_config.json", described)
         return out.done()
 
 

@@ -21,6 +21,7 @@ from reca.io.folders import sync_to_disk
 from reca.models.common.weight_files import INDEX, SUFFIXES
 
 ASIDE = ".export-"  # beginning of the name of a folder of temporary files
+LORA = "lora"  # subfolder: next to the merged weights, transformers would apply the adapter again
 LOCK = "lock"  # file in it that is locked while the export is being written
 WEIGHTS = (*SUFFIXES, INDEX)  # ends of the names of weight files
 _FULL = ("no space left", "os error 28", "disk quota", "file too large", "errno 28", "os error 27")
@@ -55,6 +56,13 @@ class Export:
         """Write the files of a tokenizer into the subfolder `name` ("." for the export's own folder)."""
         self._write(name, 0, tokenizer.save_pretrained)
 
+    def include(self, export: Callable[[Path], object]) -> None:
+        """Write the files of another export, given as a function of its folder, as files of this one."""
+        try:
+            export(self.new)
+        except OSError as error:
+            raise OSError(str(error).replace(str(self.new), str(self.folder))) from error
+
     def done(self) -> list[str]:
         """Move the files into the folder and return their sorted names, relative to it.
 
@@ -68,14 +76,13 @@ class Export:
         names = [path.relative_to(self.new) for path in files]
         if folders := [name for name in names if (self.folder / name).is_dir()]:
             raise _failed(self.folder / folders[0], "a folder has its name")
-        beside = (path for parent in {name.parent for name in names} for path in (self.folder / parent).glob("*"))
-        foreign = [
-            path for path in beside if path.name.endswith(WEIGHTS) and path.relative_to(self.folder) not in names
-        ]
-        if foreign:
+        parents = {name.parent for name in names} | {Path(LORA)}
+        beside = {path.relative_to(self.folder) for parent in parents for path in (self.folder / parent).glob("*")}
+        if foreign := sorted(str(name) for name in beside - set(names) if name.name.endswith(WEIGHTS)):
+            more = f" and {len(foreign) - 8} more" if len(foreign) > 8 else ""
             raise OSError(
-                f"{self.folder} contains {foreign[0].relative_to(self.folder)}, which this export does not replace: "
-                "it might be loaded in place of the exported weights. Remove it, or choose another folder"
+                f"{self.folder} contains weights that this export does not replace ({', '.join(foreign[:8])}{more}): "
+                "they might be loaded in place of the exported ones. Remove them, or choose another folder"
             )
         there = [name for name in names if os.path.lexists(self.folder / name)]
         moved: list[tuple[Path, Path]] = []
