@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -13,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from datetime import timedelta
 
+_LOST = re.compile(r"\[[^\]]*gloo[^\]]*\] ?(?:Read error |Write error )?(.*?(?:closed|reset) by peer)")
 HEAD_START = 3.0  # seconds that other ranks wait for rank 0 to print the same message
 
 
@@ -27,6 +29,17 @@ class PeerFailed(RuntimeError):
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its type where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def lost_rank(error: BaseException) -> str | None:
+    """Say that another rank has ended, for an error of gloo on a lost connection; None for any other error."""
+    if lost := _LOST.search(str(error)):
+        return (
+            f"another rank ended without reporting an error ({lost[1]}): it was killed, or its machine ran out of "
+            "memory or went down. See the output of the other ranks and the kernel's log (dmesg); the same command "
+            "resumes the run"
+        )
+    return None
 
 
 def print_once(sentence: str) -> None:

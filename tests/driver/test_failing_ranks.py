@@ -55,4 +55,7 @@ def test_both_ranks_end_as_one_run(outcomes, case, codes, state, exit_code, chec
 def test_the_rank_that_failed_is_in_the_status(outcomes):
     told = outcomes["another_recipe"][3]
     assert "rank 1 on" in told and "different recipe than rank 0 (optim.lr 0.1 -> 0.2)" in told
+    for case in ("killed_at_the_end", "killed_reading"):
+        assert outcomes[case][3].startswith("rank 0: another rank ended without reporting an error (")
+        assert "same command resumes" in outcomes[case][3] and "gloo" not in outcomes[case][3]
     assert outcomes["one_breaks"][3] == "rank 1: [Errno 28] No space left on device"

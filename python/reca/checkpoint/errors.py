@@ -3,7 +3,7 @@
 import torch.distributed.checkpoint as dcp
 
 from reca import exits
-from reca.errors import first_line
+from reca.errors import first_line, lost_rank
 
 
 class CheckpointError(RuntimeError):
@@ -21,4 +21,5 @@ def first_failure(error: BaseException) -> BaseException:
 
 def first_reason(error: BaseException) -> str:
     """Return the first line of the first failed rank's message, without the traceback that DCP adds."""
-    return first_line(first_failure(error))
+    failure = first_failure(error)
+    return lost_rank(failure) or first_line(failure)

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from reca import distributed, exits
-from reca.errors import PeerFailed
+from reca.errors import PeerFailed, lost_rank
 from reca.io.folders import PART, write_atomically
 from reca.runs import folder_lock
 from reca.runs.status import FILE as STATUS_FILE
@@ -67,7 +67,9 @@ class RunFolder:
             self.write_status("interrupted", exits.INTERRUPTED)
         elif not isinstance(error, PeerFailed):
             prefix = f"rank {distributed.rank()}: " if distributed.world_size() > 1 else ""
-            self.write_status("failed", exits.code_of(error), f"{prefix}{str(error) or type(error).__name__}")
+            self.write_status(
+                "failed", exits.code_of(error), f"{prefix}{lost_rank(error) or str(error) or type(error).__name__}"
+            )
         self.close()
 
     def accept(self) -> None:
