@@ -1,5 +1,6 @@
 """Weight files that were cut, or have other bytes than were written: one sentence that never suggests to trust them."""
 
+import errno
 import random
 import re
 
@@ -45,3 +46,16 @@ def test_a_damaged_name_in_an_archive_is_damage(tmp_path):
     whole = (tmp_path / "m.pth").read_bytes()
     (tmp_path / "m.pth").write_bytes(whole.replace(b"FloatStorage", b"FloatStorbge", 1))
     refused(tmp_path / "m.pth", "damaged", "fetch it again")
+
+
+@pytest.mark.parametrize(("name", "reader"), [("m.safetensors", "load_file"), ("m.pth", "torch.load")])
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), MemoryError()])
+def test_an_error_of_the_disk_or_of_memory_is_no_damage(name, reader, error, tmp_path, monkeypatch):
+    def failing(*_, **__):
+        raise error
+
+    (save_file if name.endswith(".safetensors") else torch.save)(STATE, tmp_path / name)
+    monkeypatch.setattr(f"reca.models.common.weight_files.{reader}", failing)
+    with pytest.raises(type(error)) as caught:
+        read_tensors(tmp_path / name)
+    assert caught.value is error

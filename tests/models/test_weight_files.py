@@ -365,3 +365,25 @@ def test_which_file_of_a_folder(tmp_path):
     with pytest.raises(ValueError, match=r"several weight files \(m\.safetensors, n\.safetensors\)"):
         weight_file(tmp_path)
     assert weight_file(tmp_path, ignore=("n.safetensors",)).name == "m.safetensors"
+
+
+def test_shards_of_two_files(tmp_path):
+    for name in ("a-00001-of-00001.bin", "b-00001-of-00001.bin"):
+        torch.save(STATE, tmp_path / name)
+    with pytest.raises(ValueError, match=r"shards of several files \(a\*.bin, b\*.bin\)"):
+        read_tensors(tmp_path)
+
+
+def test_an_index_that_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match="does not exist"):
+        read_tensors(tmp_path / "model.safetensors.index.json")
+
+
+def test_integers_keep_their_type():
+    module = torch.nn.Linear(2, 2, bias=False)
+    module.register_buffer("ids", torch.arange(3))
+    module.register_buffer("mask", torch.ones(3, dtype=torch.bool))
+    state = {"weight": torch.ones(2, 2), "ids": torch.arange(3) + 2**31, "mask": torch.tensor([True, False, True])}
+    assign_state_dict(module, state, "file", torch.bfloat16)
+    assert module.weight.dtype == torch.bfloat16
+    assert torch.equal(module.ids, state["ids"]) and module.ids.dtype == torch.int64 and module.mask.dtype == torch.bool

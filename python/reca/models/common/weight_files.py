@@ -65,10 +65,9 @@ def weight_file(folder: Path, ignore: Container[str] = ()) -> Path:
 
 
 def _is_variant(name: str, names: Sequence[str]) -> bool:
-    """Tell whether a file such as model.fp16.safetensors is a variant of a model.safetensors or index among `names`."""
+    """Tell whether a file such as model.fp16.safetensors is a variant of a model.safetensors among `names`."""
     stem, _, suffix = name.rpartition(".")
-    plain = f"{stem.rpartition('.')[0]}.{suffix}"
-    return plain in names or f"{plain}{INDEX}" in names
+    return f"{stem.rpartition('.')[0]}.{suffix}" in names
 
 
 def _named(path: Path) -> str:
