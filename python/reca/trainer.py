@@ -101,6 +101,9 @@ class Trainer:
 
     def _set_up(self, adapter: Adapter | None) -> None:
         lineage.reject_other_ranks(self.recipe)
+        with distributed.fail_together():
+            if distributed.rank() == 0:
+                self.folder.reject_lost_checkpoints()
         self.folder.record_checkpoint(checkpoint.latest(self.run_dir))
         self.recipe = recipe = fit.fit_on_ranks(self.recipe, adapter is None, self.folder.write_accepted)
         out_of_memory.record_history(recipe)

@@ -110,7 +110,7 @@ def test_every_damaged_checkpoint_of_a_step_is_kept(recipe):
 def test_without_a_sound_checkpoint_the_folders_to_remove_are_named(change, recipe):
     trainer = run_toy(recipe("train.steps=2"))
     change(checkpoint.latest(trainer.run_dir))
-    with pytest.raises(CheckpointError, match="no checkpoint .* is sound .*remove .*000002 to start this run again"):
+    with pytest.raises(CheckpointError, match="no checkpoint .* is sound .*remove .*000002 and .*status.json to start"):
         Trainer(recipe(), ToyAdapter())
     with pytest.raises(CheckpointError, match="000002"):
         checkpoint.load_weights(trainer.run_dir, ToyAdapter())

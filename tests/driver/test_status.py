@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -286,3 +287,23 @@ def test_checkpoints_may_lie_on_another_disk(recipe, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr("shutil.disk_usage", lambda path: asked.append(Path(path).resolve()) or SimpleNamespace(free=7))
     assert checkpoint.free_space(run_dir) == 7 and asked == [tmp_path / "disk"]
+
+
+@pytest.mark.parametrize("state", ["interrupted", "finished"])
+def test_a_run_whose_checkpoints_are_gone_does_not_start_again(state, recipe):
+    """They may be on a disk that is not mounted. Whoever wants to start again says so by removing the status."""
+    run_dir = run_toy(recipe("train.steps=2")).run_dir
+    written = run_dir / "status.json"
+    written.write_text(json.dumps(json.loads(written.read_text()) | {"state": state}))
+    logged = (run_dir / "log.jsonl").read_bytes()
+    (run_dir / "checkpoints").rename(run_dir.with_name("elsewhere"))
+    for _ in range(2):  # a refused start does not forget
+        with pytest.raises(checkpoint.CheckpointError, match="names checkpoints/000002.*remove .*status.json"):
+            run_toy(recipe("train.steps=4"))
+    assert (run_dir / "log.jsonl").read_bytes() == logged and Status.read(run_dir).checkpoint == "checkpoints/000002"
+    (run_dir / "checkpoints").rmdir()  # an empty one was made
+    run_dir.with_name("elsewhere").rename(run_dir / "checkpoints")
+    assert Trainer(recipe("train.steps=4"), ToyAdapter()).step == 2
+    shutil.rmtree(run_dir / "checkpoints")
+    written.unlink()
+    assert Trainer(recipe("train.steps=4"), ToyAdapter()).step == 0

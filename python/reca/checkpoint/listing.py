@@ -57,7 +57,7 @@ def latest_valid(run_dir: Path) -> Path | None:
     reasons = "; ".join(f"{folder}: {reason}" for folder, reason in faults.items())
     raise CheckpointError(
         f"no checkpoint of {run_dir} is sound ({reasons}). Restore the files, or remove "
-        f"{' and '.join(map(str, faults))} to start this run again from its first step"
+        f"{', '.join(map(str, faults))} and {run_dir / 'status.json'} to start this run again from its first step"
     )
 
 

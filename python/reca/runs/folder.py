@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from reca import distributed, exits
+from reca import checkpoint, distributed, exits
 from reca.errors import PeerFailed, lost_rank
 from reca.io.folders import PART, write_atomically
 from reca.runs import folder_lock
@@ -46,9 +46,10 @@ class RunFolder:
             for part in run_dir.glob(f".*{PART}"):
                 part.unlink()
         self.waiting: list[tuple[Path, bytes]] = []  # files to write in `accept`
-        self.held = False
+        self.held, self.before = False, None
         with contextlib.suppress(ValueError):
-            self.held = Status.written(run_dir).state == "finished"
+            self.before = Status.written(run_dir)
+            self.held = self.before.state == "finished"
         self.status = Status(steps=steps, host=socket.gethostname(), pid=os.getpid(), ranks=distributed.world_size())
 
     def __enter__(self) -> "RunFolder":
@@ -105,6 +106,19 @@ class RunFolder:
         raise OSError(
             f"the run folder {old} was moved while the run went on: its checkpoints and logs so far lie {place}. Move "
             "it back, or give its new path as run_dir; the same command then goes on from the newest checkpoint"
+        )
+
+    def reject_lost_checkpoints(self) -> None:
+        """Raise CheckpointError if the status of the start before names a checkpoint and the run has none now.
+
+        The run would otherwise begin again at its first step and overwrite its log. The status keeps the name.
+        """
+        if self.before is None or self.before.checkpoint is None or checkpoint.latest(self.path) is not None:
+            return
+        self.status.step, self.status.checkpoint = self.before.step, self.before.checkpoint
+        raise checkpoint.CheckpointError(
+            f"{self.path} has no checkpoint, but its {STATUS_FILE} names {self.before.checkpoint}: was it removed, or "
+            f"is its disk not mounted? Restore it, or remove {self.path / STATUS_FILE} to start from the first step"
         )
 
     def record_checkpoint(self, checkpoint: Path | None) -> None:
