@@ -22,6 +22,7 @@ from reca.models import umm_package
 from reca.runs import folder
 from reca.runs.status import Status
 from reca.trainer import Trainer
+from reca.training import lora
 from tests.driver.forks import exit_codes, fork_ranks
 from tests.driver.toy import ToyAdapter, write_images, write_recipe
 
@@ -141,6 +142,20 @@ def no_weights(name: str) -> None:
     """Rank 1 cannot read the model."""
     driver.choose_trained = failing(driver.choose_trained, lambda *_: True)
     trainer(name)
+
+
+def rows_of_zeros(name: str) -> None:
+    """Rank 1 alone holds rows of zeros, by whose norms DoRA would divide."""
+    parallelize = driver.parallelize
+
+    def emptied(adapter, *given):
+        parallelize(adapter, *given)
+        if distributed.rank() == 1:
+            to_local(next(iter(lora.layers(adapter).values())).get_base_layer().weight).zero_()
+
+    driver.parallelize = emptied
+    keys = [f"run_dir={FOLDER / name}", "lora.rank=2", "lora.dora=true", "parallel.strategy=fsdp"]
+    Trainer(load_recipe("show_o_tiny", [*keys, "parallel.timeout_minutes=1"]))
 
 
 def damaged(name: str) -> None:
@@ -280,6 +295,7 @@ CASES = (
     killed_at_the_end,
     no_data,
     no_weights,
+    rows_of_zeros,
     damaged,
     interrupted,
     killed_reading,

@@ -33,6 +33,7 @@ def outcomes(tmp_path_factory):
         ("killed_at_the_end", [1, -9], "failed", 1, ["000002"]),
         ("no_data", [4, 4], "failed", 4, []),
         ("no_weights", [4, 4], "failed", 4, []),
+        ("rows_of_zeros", [3, 3], "failed", 3, []),
         ("damaged", [0, 0], "finished", 0, ["000002", "000004"]),
         ("interrupted", [75, 75], "interrupted", 75, ["000002", "000003"]),
         ("killed_reading", [1, -9], "failed", 1, ["000002", "000004"]),
