@@ -105,6 +105,12 @@ def test_learning_rate_is_stable_before_its_decay(recipe, schedule, middle):
     assert [lr_at(u, 20, config) for u in (16, 20, 30)] == pytest.approx([middle, last, last])
 
 
+def test_learning_rate_is_stable_for_a_fraction_that_binary_numbers_lack(recipe):
+    """0.29 * 100 is 28.999999999999996."""
+    config = recipe("optim.schedule=linear", "optim.lr=1", "optim.stable_fraction=0.29").optim
+    assert [lr_at(u, 100, config) for u in (28, 29, 30)] == pytest.approx([1, 1, 70 / 71])
+
+
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @pytest.mark.parametrize(("keys", "peak"), [("warmup_steps=4", 3), ("warmup_steps=6", 5), ("stable_fraction=1", 3)])
 def test_learning_rate_is_at_its_minimum_after_a_schedule_without_decay(recipe, schedule, keys, peak):

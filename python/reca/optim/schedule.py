@@ -11,7 +11,7 @@ def lr_at(step: int, end: int, config: OptimConfig) -> float:
     """Compute the learning rate of step `step`, counted from 0, for a schedule that ends at step `end`."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
-    start = max(config.warmup_steps, int(config.stable_fraction * end))
+    start = max(config.warmup_steps, round(config.stable_fraction * end))
     if config.schedule == "constant" or step < start:
         return config.lr
     done = (step - start) / (end - start) if step < end else 1.0
