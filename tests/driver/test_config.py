@@ -77,7 +77,9 @@ def test_keys_of_another_model_are_named_with_the_model():
         load_recipe("show_o_tiny", ["umm=bagel"])
 
 
-@pytest.mark.parametrize("overrides", [[("train.steps", 5)], {1: 2}, {("train", "steps"): 5}, [None]])
+@pytest.mark.parametrize(
+    "overrides", [[("train.steps", 5)], {1: 2}, {("train", "steps"): 5}, [None], None, 3, iter(["train.steps=5"])]
+)
 def test_overrides_have_keys_that_are_texts(overrides):
     with pytest.raises(RecipeError, match="must be a list of key=value, or a dict"):
         load_recipe("show_o_tiny", overrides)

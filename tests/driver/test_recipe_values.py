@@ -120,6 +120,19 @@ def test_null_is_null_everywhere(word, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("data.images", [["a"]]), ("data.images", [("a",)]), ("data.images", {"a"}),
+        ("data.images", [{"source": ["a"]}]), ("train.roles", [{"a": {}}]), ("run_dir", b"a"),
+        ("train.frozen", np.array(["a"])),
+    ],
+)  # fmt: skip
+def test_lists_in_lists_are_no_texts(key, value):
+    with pytest.raises(RecipeError, match=rf"{key}=.* in the overrides has .* where a text or a number is expected"):
+        load_recipe("show_o_tiny", {key: value})
+
+
+@pytest.mark.parametrize(
     ("override", "message"),
     [
         ("run_dir=", "run_dir= has no value; write run_dir='\"\"' for an empty text"),

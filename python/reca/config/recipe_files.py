@@ -4,7 +4,7 @@ import copy
 import functools
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -123,7 +123,8 @@ def explain(recipe: Recipe) -> str:
 
 def _given(overrides: Sequence[str] | Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return overrides as pairs of key and text of the value."""
-    if isinstance(overrides, str) or not all(isinstance(item, str) for item in overrides):
+    listed = isinstance(overrides, Collection) and not isinstance(overrides, str)
+    if not listed or not all(isinstance(item, str) for item in overrides):
         raise RecipeError(
             f"overrides={format_value(overrides)} must be a list of key=value, or a dict {{key: value}}; keys are texts"
         )
@@ -134,8 +135,20 @@ def _given(overrides: Sequence[str] | Mapping[str, Any]) -> list[tuple[str, str]
         if isinstance(value, Mapping):
             pairs += [(f"{key}.{name}", text) for name, text in _given(value)]
         else:
+            _check_parts(key, value)
             pairs.append((key, override_text(list(value) if isinstance(value, tuple) else value)))
     return pairs
+
+
+def _check_parts(key: str, value: Any) -> None:
+    """Raise RecipeError if a value is more than a text, a number, or a list of these or of {name: one of these}."""
+    for item in value if isinstance(value, list | tuple) else [value]:
+        for part in item.values() if isinstance(item, Mapping) else [item]:
+            if isinstance(part, Collection) and not isinstance(part, str):
+                raise RecipeError(
+                    f"{key}={format_value(value)} in {OVERRIDES} has {format_value(part)} where a text or a number is "
+                    "expected; lists cannot be nested"
+                )
 
 
 def _split(text: str) -> tuple[str, str]:
