@@ -13,7 +13,7 @@ from reca.data.errors import DataError
 from reca.data.sample import Source
 from reca.data.templates import load_templates
 from reca.estimate.held import held, host_moments
-from reca.estimate.meta_model import build_meta
+from reca.estimate.meta_model import build_meta, check_tasks
 from reca.eval.training import TrainingSuite
 from reca.hardware.host_memory import total as host_memory
 from reca.models.base import Adapter
@@ -69,8 +69,9 @@ def check(
         check_files(recipe)
         model, _ = build_meta(recipe)
     else:
+        check_tasks(model, recipe)
         choose_trained(model, recipe)
-    templates = check_recipe(recipe, model)
+    templates = check_recipe(recipe)
     check_passes(recipe, ranks)
     check_apex(model, recipe.optim, ranks)
     if recipe.train.float8:
@@ -98,14 +99,11 @@ def _others_exist(recipe: Recipe, sources: Mapping[str, Source]) -> None:
         log.warning("log.gap_every takes h_v from another image, but data.images has only one: the gap is always 0")
 
 
-def check_recipe(recipe: Recipe, model: Adapter) -> list[str]:
-    """Check a recipe against its model, without weights, data or hardware. Return the templates.
+def check_recipe(recipe: Recipe) -> list[str]:
+    """Check a recipe's evaluations and templates, without weights, data or hardware. Return the templates.
 
     Raises RecipeError, or DataError for the templates.
     """
-    for task in recipe.active_tasks():
-        if task not in model.tasks:
-            raise RecipeError(f"{recipe.umm} has no {task} loss: set objective.{task}.weight=0")
     if recipe.eval.every and recipe.eval.suite is not None:
         TrainingSuite(recipe, Path(recipe.run_dir))
     return load_templates(recipe.data.templates, recipe.data.template_count)

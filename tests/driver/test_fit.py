@@ -160,6 +160,20 @@ def test_refusal_names_the_least_and_what_would_help(peaks):
         chosen(3, gpus=2)
 
 
+@pytest.mark.parametrize("card", [4, 6])
+def test_refusal_is_of_the_smallest_micro_batches(card):
+    """4 GiB hold no weights, and 6 GiB no sample besides them."""
+    recipe = recipe_of("objective.i2t.weight=1", "objective.i2t.batch_size=10", "objective.i2t.micro_batch=5")
+    with pytest.raises(fit.DoesNotFit, match="reca.micro_batch=1 objective.i2t.micro_batch=1[.]") as error:
+        fit.choose(recipe, 1, 4, card * GIB, Formula())
+    assert "optim.offload=true" in str(error.value)
+
+
+def test_a_task_that_the_model_lacks_is_named_before_anything_is_tried():
+    with pytest.raises(RecipeError, match="show_o has no srum loss: set objective.srum.weight=0"):
+        fit.choose(recipe_of("objective.srum.weight=1"), 1, 8, GIB)
+
+
 def test_largest_size_that_fits_in_few_predictions():
     asked = []
 

@@ -4,7 +4,7 @@ import sys
 from typing import NamedTuple
 
 from reca import units
-from reca.config.recipe import FIT_CHANGES, Recipe
+from reca.config.recipe import Recipe
 from reca.config.recipe_files import load_recipe
 from reca.estimate import fit, memory
 from reca.estimate.memory import Memory
@@ -77,12 +77,7 @@ def row(name: str) -> str:
     for text in CARDS:
         card = units.parse_size(text)
         cells.append(describe_smallest(unchanged(predict, NODE, card)))
-        found = fitted(recipe, predict, NODE, card)
-        if found is None or found.gpus > 1:
-            allowed = fitted(fit.with_keys(recipe, {"train.fit_allow": list(FIT_CHANGES)}), predict, NODE, card)
-            if allowed is not None and (found is None or allowed.gpus < found.gpus):
-                found = allowed
-        cells.append(describe_smallest(found))
+        cells.append(describe_smallest(fitted(recipe, predict, NODE, card)))
     return f"| `{name}` | {' | '.join(cells)} |"
 
 

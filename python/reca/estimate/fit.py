@@ -155,9 +155,8 @@ def choose(recipe: Recipe, gpus: int, node: int, card: int, predict: Predictions
                 sizes = [size for size in sizes if _time(recipe, largest | {name: size}, gpus, rows) < best.time]
             found = largest_fitting(sizes, peak, card) if sizes else None
             if found is None:
-                if best is not None:
-                    break
-                least = min(filter(None, (least, (peak(sizes[0]), setting | smallest))), key=lambda pair: pair[0])
+                if best is None:
+                    least = min(filter(None, (least, (peak(sizes[0]), setting | smallest))), key=lambda pair: pair[0])
                 break
             keys[name] = found
         else:

@@ -40,9 +40,6 @@ def held(adapter: Adapter, recipe: Recipe, gpus: int, node: int, card: int = 0) 
                 compute dtype; with replicas only trained parameters. One GPU: bf16 copies of trained matrices, an
                 upper bound; none without train.cast_once
     """
-    for task in recipe.active_tasks():
-        if task not in adapter.tasks:
-            raise ValueError(f"{recipe.umm} has no {task} loss: set objective.{task}.weight=0")
     several = sum(accumulation_steps(getattr(recipe.objective, task), gpus) for task in recipe.active_tasks()) > 1
     whole = gpus > 1 and several and not recipe.parallel.reduce_every_micro_batch
     shard = predicted_shard_size(adapter, recipe, gpus, node, card)

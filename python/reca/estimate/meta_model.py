@@ -6,20 +6,29 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from reca.config.recipe import Recipe
 from reca.models import umm_package
 from reca.models.base import Adapter
+from reca.options.fields import RecipeError
 from reca.training.lora import choose_trained
 
 
 def build_meta(recipe: Recipe) -> tuple[Adapter, FakeTensorMode]:
     """Build the recipe's model on fake tensors, frozen as in training. Return it with its FakeTensorMode.
 
-    Raises ValueError for roles and patterns that match nothing in the model.
+    Raises ValueError for roles and patterns that match nothing in the model, and RecipeError as `check_tasks`.
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
         adapter = umm_package(recipe.umm).Adapter.build_meta(recipe.model)
+    check_tasks(adapter, recipe)
     choose_trained(adapter, recipe)
     for module in adapter.modules():  # LoRA parameters are real tensors
         for name, p in module._parameters.items():
             if p is not None and not isinstance(p, FakeTensor):
                 module._parameters[name] = nn.Parameter(fake.from_tensor(p.detach()), requires_grad=p.requires_grad)
     return adapter, fake
+
+
+def check_tasks(adapter: Adapter, recipe: Recipe) -> None:
+    """Raise RecipeError if the model lacks the loss of a task that the recipe trains."""
+    for task in recipe.active_tasks():
+        if task not in adapter.tasks:
+            raise RecipeError(f"{recipe.umm} has no {task} loss: set objective.{task}.weight=0")

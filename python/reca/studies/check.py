@@ -50,7 +50,7 @@ def _check(task: Task) -> None:
         _same_sizes(model, _model(load_recipe(task.recipe, task.of_start)))
     if recipe.lora.rank:
         target_names(model, recipe.lora)
-    check_recipe(recipe, model)
+    check_recipe(recipe)
     if not asked_by(recipe):
         check_passes(recipe, ranks=1)
     checkpoint_activations(model, recipe.train)
