@@ -221,6 +221,44 @@ def test_what_changes_memory_is_chosen_for_anew(change, peaks, tmp_path, caplog)
     assert f"chooses again, because of changes: {change.partition('=')[0]}" in caplog.text
 
 
+@pytest.mark.parametrize("from_file", [False, True])
+def test_a_key_given_on_resuming_is_followed(from_file, peaks, tmp_path, caplog):
+    """By the first command or by the run's own recipe.yaml, which has what was chosen."""
+    caplog.set_level(logging.INFO, "reca")
+    (tmp_path / "run").mkdir()
+    asked = recipe_of(f"run_dir={tmp_path / 'run'}", "train.fit=24GiB")
+
+    def start(recipe):
+        return fit.fit_run(recipe, 1, 1, lambda function, *a: function(*a))
+
+    chosen = start(asked)
+    assert not chosen.optim.offload
+    given = fit.with_keys(chosen if from_file else asked, {"optim.offload": True})
+    again = start(given)
+    assert again.optim.offload and "because of changes: optim.offload False -> True" in caplog.text
+    caplog.clear()
+    assert start(again if from_file else given).optim.offload and "unchanged since the run began" in caplog.text
+
+
+def test_choosing_again_keeps_what_alters_the_result(peaks, tmp_path):
+    """A GPU of 13 GiB needed moments in bf16. They stay so on larger ones, which would hold them in fp32."""
+    (tmp_path / "run").mkdir()
+    for card in (13, 64, 32, 13):
+        keys = [f"run_dir={tmp_path / 'run'}", f"train.fit={card}GiB", "train.fit_allow=[moments]"]
+        recipe = fit.fit_run(recipe_of(*keys), 1, 1, lambda function, *a: function(*a))
+        assert (recipe.optim.name, recipe.optim.moments) == ("adamw", "bf16")
+        assert recipe.train.fit_allow == ["moments"]
+
+
+def test_choosing_again_changes_no_moments_that_were_not_changed_before(peaks, tmp_path):
+    (tmp_path / "run").mkdir()
+    keys = [f"run_dir={tmp_path / 'run'}", "train.fit_allow=[moments]"]
+    for card in (64, 13):
+        recipe = fit.fit_run(recipe_of(*keys, f"train.fit={card}GiB"), 1, 1, lambda function, *a: function(*a))
+        assert (recipe.optim.name, recipe.optim.moments) == ("adamw", "fp32")
+    assert recipe.optim.offload
+
+
 def test_a_loss_over_micro_batches_keeps_them(peaks, tmp_path):
     (tmp_path / "run").mkdir()
     keys = [f"run_dir={tmp_path / 'run'}", "objective.mean=micro_batch", "train.fit_allow=[micro_batch]"]

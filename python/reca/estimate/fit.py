@@ -337,38 +337,39 @@ def fit_run(
     file = Path(recipe.run_dir) / FILE
     if (before := _read(file)) is not None:
         # The run's recipe.yaml contains the chosen values: restore the original ones before comparing and choosing.
-        recipe = with_keys(recipe, before["instead_of"])
-    asked = _asked(recipe, gpus, node)
+        # Other values are given anew.
+        chosen = [key for key, value in before["keys"].items() if value_of(recipe, key) == value]
+        recipe = with_keys(recipe, {key: before["asked"][key] for key in chosen})
+    asked, kept, allowed = _asked(recipe, gpus, node), {}, recipe
     if before is not None:
         changed = sorted(key for key in asked | before["asked"] if before["asked"].get(key) != asked.get(key))
         if not changed:
             log.info("%s: unchanged since the run began, %s", asked_by(recipe), describe(before["keys"]))
             return with_keys(recipe, before["keys"])
         differences = ", ".join(f"{key} {before['asked'].get(key)} -> {asked.get(key)}" for key in changed)
-        if recipe.objective.mean == "micro_batch":  # micro-batches are part of the loss, so the run keeps them
-            kept = {key: value for key, value in before["keys"].items() if key.endswith(".micro_batch")}
-            if recipe.train.fit is None:
-                log.info("%s: objective.mean=micro_batch keeps %s", asked_by(recipe), describe(kept))
-                return with_keys(recipe, kept)
-            recipe = with_keys(recipe, kept | {"train.micro_batch": None})
-            recipe.train.fit_allow = [change for change in recipe.train.fit_allow if change != "micro_batch"]
+        patterns = ("optim.name", "optim.moments") + ("objective.*",) * (recipe.objective.mean == "micro_batch")
+        kept = {  # what alters the result, unless it is given anew, which ends the run with an error
+            key: value
+            for key, value in before["keys"].items()
+            if value_of(recipe, key) == before["asked"][key] and any(fnmatchcase(key, p) for p in patterns)
+        }
+        if recipe.train.fit is None and recipe.objective.mean == "micro_batch":
+            log.info("%s: objective.mean=micro_batch keeps %s", asked_by(recipe), describe(kept))
+            return with_keys(recipe, kept)
+        allowed = with_keys(recipe, kept | {"train.fit_allow": []})
+        if recipe.train.fit is not None:
+            allowed.train.micro_batch = None
         log.info("%s chooses again, because of changes: %s", asked_by(recipe), differences)
-    choice = call(choose, recipe, gpus, node, asked["card"])
+    choice = call(choose, allowed, gpus, node, asked["card"])
+    keys = kept | choice.keys
     why = (
         f"{units.size(choice.memory.total)} predicted, {units.size(memory.needed(choice.memory.total))} with a reserve "
         f"for {memory.NOT_COUNTED}, of {units.size(asked['card'])}"
     )
-    log.info("%s chose %s: %s", asked_by(recipe), describe(choice.keys), why)
-    instead_of = {key: value_of(recipe, key) for key in choice.keys}
-    written = {
-        "asked": asked,
-        "keys": choice.keys,
-        "instead_of": instead_of,
-        "memory": choice.memory._asdict(),
-        "why": why,
-    }
+    log.info("%s chose %s: %s", asked_by(recipe), describe(keys), why)
+    written = {"asked": asked, "keys": keys, "memory": choice.memory._asdict(), "why": why}
     write(file, json.dumps(written, indent=1).encode())
-    return with_keys(recipe, choice.keys)
+    return with_keys(recipe, keys)
 
 
 def recorded(recipe: Recipe) -> Recipe:
