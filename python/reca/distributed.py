@@ -24,7 +24,7 @@ def initialize(timeout_minutes: int) -> torch.device:
     """Join the launcher's process group, if there is one, and return the device of this rank.
 
     The launcher, such as torchrun, must set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
-    timeout_minutes: timeout of collectives, until `set_timeout`.
+    timeout_minutes: timeout of collectives, until `set_timeout`; also in a process group that exists already.
     Raises RecipeError if this machine runs more processes than it has GPUs.
     """
     device = torch.device("cpu")
@@ -32,7 +32,9 @@ def initialize(timeout_minutes: int) -> torch.device:
         device = torch.device("cuda", _gpu(torch.cuda.device_count()))
         torch.cuda.set_device(device)
     timeout = timedelta(minutes=timeout_minutes)
-    if "RANK" in os.environ and not dist.is_initialized():
+    if dist.is_initialized():
+        set_timeout(timeout_minutes, device)
+    elif "RANK" in os.environ:
         gpu = device if device.type == "cuda" else None  # given, so NCCL connects now and knows each rank's GPU
         dist.init_process_group("nccl" if gpu else "gloo", timeout=timeout, device_id=gpu)
     if dist.is_initialized():
@@ -74,7 +76,8 @@ def set_timeout(minutes: int, device: torch.device) -> None:
     """Set the timeout of training collectives from now on. All ranks must call it.
 
     The first step includes compilation, NCCL's initialisation and reads of uncached files, so it needs a longer timeout
-    than later steps. Other groups, such as those of checkpoints and of `waiting_group`, keep theirs.
+    than later steps. torch gives the groups of a new mesh a timeout of its own. Groups such as those of checkpoints and
+    of `waiting_group` keep theirs.
     """
     if not dist.is_initialized():
         return

@@ -22,7 +22,7 @@ from reca.models.base import Adapter
 from reca.training.parallelize import load, parallelize
 from tests.driver.forks import exit_codes, fork_ranks
 
-RANKS = 2
+RANKS, MINUTES = 2, 7
 BF16 = ["model.dtype=mixed"]
 
 
@@ -80,15 +80,22 @@ def compare(adapter: Adapter, wanted: Adapter) -> list[str]:
     return differing
 
 
+def minutes(adapter: Adapter) -> list[float]:
+    """The timeouts of the groups that the ranks gather weights and reduce gradients in."""
+    groups = next(p for p in adapter.parameters() if isinstance(p, DTensor)).device_mesh.get_all_groups()
+    return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() / 60 for group in groups]
+
+
 def work(folder: Path, found: dict[str, tuple[Recipe, Adapter]]) -> dict[str, dict]:
     device, report = distributed.initialize(3), {}
     mapped = {path.stat().st_size for path in folder.rglob("*") if path.is_file()}
     for name, (recipe, wanted) in found.items():
         for strategy in ("fsdp", "ddp") if recipe.umm == "harmon" else ("fsdp",):
-            own = replace(recipe, parallel=replace(recipe.parallel, strategy=strategy))
+            own = replace(recipe, parallel=replace(recipe.parallel, strategy=strategy, timeout_minutes=MINUTES))
             most, adapter = peak(lambda own=own: sharded(own, device), mapped)
             size = sum(p.numel() * p.itemsize for p in wanted.parameters())
-            report[f"{name} {strategy}"] = {"differing": compare(adapter, wanted), "peak": most, "whole": size}
+            seen = {"differing": compare(adapter, wanted), "peak": most, "whole": size}
+            report[f"{name} {strategy}"] = seen | {"minutes": minutes(adapter)}
             del adapter
     distributed.barrier()
     distributed.shut_down()

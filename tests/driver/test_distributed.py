@@ -297,6 +297,11 @@ def test_collectives_may_take_less_time_after_the_first_step(alone):
     distributed.set_timeout(5, alone)  # without a group, nothing
 
 
+def test_a_run_after_another_in_the_same_group_has_its_own_timeout(alone):
+    distributed.set_timeout(5, alone)
+    assert distributed.initialize(45) == alone and minutes(alone) == 45
+
+
 def test_numbers_of_the_host_do_not_pass_the_gpu(alone, monkeypatch):
     """Training on GPUs has a group for them, whose collectives do not wait for kernels."""
     host, reduce, groups = distributed._gloo("host", timedelta(minutes=1)), dist.all_reduce, []

@@ -15,6 +15,7 @@ from reca.estimate.meta_model import build_meta
 from reca.models import UMMS
 from reca.models.common.deferred_weights import DeferredWeights, deferring
 from reca.models.common.weight_files import assign_state_dict, init_on_meta
+from tests.driver.launch_loading import MINUTES
 from tests.driver.test_distributed import ROOT, environment
 
 CASES = [f"{umm} {source} fsdp" for umm in UMMS for source in ("file", "random")] + ["harmon file ddp"]
@@ -49,6 +50,13 @@ def test_no_rank_holds_more_than_its_part(reports, case):
             # 0.55 to 0.62 as a rule. A tensor that gloo's thread is the last to let go counts for ever: the profiler
             # does not see what is freed there.
             assert seen["peak"] < part + (1.1 if rank == 0 else 0.45) * seen["whole"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_all_groups_of_a_model_have_the_timeout_of_its_recipe(reports, case):
+    """With replicas, torch makes a group of each shard, with a timeout of its own."""
+    for report in reports:
+        assert report[case]["minutes"] == [MINUTES] * (1 if "fsdp" in case else 2)
 
 
 def test_a_model_without_shards_is_filled():

@@ -46,6 +46,7 @@ def parallelize(adapter: Adapter, recipe: Recipe, device: torch.device, deferred
         ranks, node = distributed.world_size(), _least(distributed.local_world_size(), device)
         fits = _least(replicas_fit(adapter, memory_per_rank(device)), device)
         shard(adapter, shard_size(recipe.parallel, ranks, node, bool(fits)), device, recipe.train.precision)
+        distributed.set_timeout(recipe.parallel.timeout_minutes, device)  # of the mesh that `shard` has made
         adapter.reduces_every_micro_batch = recipe.parallel.reduce_every_micro_batch
     if weights is not None:
         weights.fill(adapter, device)
