@@ -61,7 +61,7 @@ def load(
         return load_trained(Path(source), recipe, device, ema)
     if ema:
         raise RecipeError(
-            f"{source!r} is no folder of a run, and only a run has an EMA: leave out --ema (in Python ema=True)"
+            f"{source!r} is not a run folder, and only a run has an EMA: leave out --ema (in Python ema=True)"
         )
     warn_of_untrained(source)
     warn_of_random_weights(source, recipe.model)

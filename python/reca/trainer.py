@@ -120,7 +120,7 @@ class Trainer:
 
         self.own_model = adapter is None
         with distributed.fail_together():  # a node may lack a file, and rank 0 alone may have values
-            self.adapter, deferred = (adapter, False) if adapter else load(recipe, self.device)
+            self.adapter, deferred = (adapter, False) if adapter is not None else load(recipe, self.device)
             cast(self.adapter, recipe.train.precision)
             self.roles = choose_trained(self.adapter, recipe)
         parallelize(self.adapter, recipe, self.device, deferred)

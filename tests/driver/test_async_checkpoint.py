@@ -1,4 +1,4 @@
-"""Checkpoints that are written while training goes on, and which of them stay."""
+"""Checkpoints that are written while training continues, and which of them stay."""
 
 import gc
 import os

@@ -251,7 +251,7 @@ def test_features_that_were_read_once_are_kept_up_to_a_size(tmp_path, monkeypatc
 
 
 def test_what_a_rank_cannot_write_is_not_saved(recipe, monkeypatch, caplog):
-    """Every step of saving, failing: the earlier checkpoint stays, nothing is left over, and training goes on."""
+    """Every step of saving, failing: the earlier checkpoint stays, nothing is left over, and training continues."""
     for step in ("_make_room", "_write", "_write_state", "_checksums", "_publish"):
         trainer = Trainer(recipe(f"run_dir={recipe().run_dir}/{step}"), ToyAdapter())
         trainer.step = 1

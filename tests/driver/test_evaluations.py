@@ -119,7 +119,7 @@ def test_a_judge_that_fails_ends_nothing(recipe, monkeypatch, caplog):
 
     monkeypatch.setattr("reca.eval.training.judge_and_score", fail)
     trainer = run_toy(recipe("eval.every=3", "eval.suite=world", "eval.prompts=2", "eval.holdout=4"))
-    assert caplog.text.count("no score of world (the judge is out of memory); training goes on") == 3
+    assert caplog.text.count("no score of world (the judge is out of memory); training continues") == 3
     assert all("world/score" not in line and "holdout/loss" in line for line in lines(trainer.run_dir))
 
 
@@ -155,7 +155,7 @@ def test_a_disk_that_is_full_ends_nothing(recipe, monkeypatch, caplog):
 
     monkeypatch.setattr("reca.eval.training.write_generation", full)
     trainer = run_toy(recipe("train.steps=2", "eval.every=3", "eval.suite=world", "eval.prompts=2"))
-    assert caplog.text.count("no score of world ([Errno 28] No space left on device); training goes on") == 2
+    assert caplog.text.count("no score of world ([Errno 28] No space left on device); training continues") == 2
     assert trainer.step == 2
 
 

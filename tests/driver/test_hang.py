@@ -39,7 +39,7 @@ def test_the_log_says_who_waits_for_whom(two_ranks):
     assert "at overslept (launch_long_runs.py:" in line and ", called by _run (trainer.py:" in line
     assert "ranks waiting for others: 0 (in all_reduce at sum_over_ranks (distributed.py:" in line
     assert line.endswith(f"Stacks of all ranks are in {two_ranks}/run/hang")
-    assert "step 3 goes on after" in said
+    assert "step 3 continues after" in said
 
 
 def test_every_rank_writes_its_stacks_and_collectives(two_ranks):
@@ -65,7 +65,7 @@ def test_rank_0_alone_prints(two_ranks):
     assert others == []
     kept = (two_ranks / "run/rank_1.log").read_text()
     assert "WARNING rank 1 alone has something to say" in kept and "of no use" not in kept
-    assert "step 3 goes on after" in kept and not (two_ranks / "run/rank_0.log").exists()
+    assert "step 3 continues after" in kept and not (two_ranks / "run/rank_0.log").exists()
 
 
 def test_one_process_that_hangs(recipe, caplog):

@@ -393,7 +393,7 @@ def test_a_folder_that_is_moved_while_it_trains_is_not_made_again(recipe, tmp_pa
         return step(batches)
 
     trainer.train_step = moving
-    with pytest.raises(OSError, match=f"{old} was moved while the run went on: .* lie in {moved}. Move it"):
+    with pytest.raises(OSError, match=f"{old} was moved during the run: .* lie in {moved}. Move it"):
         trainer.run()
     assert not old.exists()
     status = Status.read(moved)

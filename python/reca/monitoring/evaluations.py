@@ -77,7 +77,7 @@ class Evaluations:
         return self.every > 0 and (not self.begun or due(step, self.every) or step == self.recipe.train.steps)
 
     def run(self, step: int) -> Evaluation:
-        """Evaluate the model after `step`. A measurement that fails is left out, and training goes on.
+        """Evaluate the model after `step`. A measurement that fails is left out, and training continues.
 
         Raises inference.RanksWait if memory is exhausted while ranks share the weights.
         """
@@ -90,7 +90,7 @@ class Evaluations:
                 found, reason = inference.spared(self.adapter, measure)
                 values |= found or {}
                 if reason:
-                    failed.append(f"no {name} ({reason}); training goes on")
+                    failed.append(f"no {name} ({reason}); training continues")
         values, failed = distributed.all_gather((values, failed))[0]
         self.begun = True
         new = self.alarms.check(step, values)

@@ -51,7 +51,7 @@ class HangWatch:
     """Watches that no phase of a step takes longer than `limit` seconds. A context manager.
 
     If one does on any rank, all ranks write what they are doing, and rank 0 logs which ranks wait for which. The run
-    goes on until its own timeout (parallel.step_timeout_minutes). limit: 0 disables the watch.
+    continues until its own timeout (parallel.step_timeout_minutes). limit: 0 disables the watch.
     """
 
     def __init__(self, run_dir: Path, limit: float, without_python: float = WITHOUT_PYTHON):
@@ -90,7 +90,7 @@ class HangWatch:
         if not self.limit:
             return
         if self.reported == before:
-            log.warning("step %d goes on after %.0f s of %s", before[0], late, before[1])
+            log.warning("step %d continues after %.0f s of %s", before[0], late, before[1])
             self._withdraw()
         faulthandler.dump_traceback_later(self.limit + self.without_python, file=self.file)
 

@@ -104,8 +104,8 @@ class RunFolder:
             self.path = Path(os.readlink(f"/proc/self/fd/{self.lock}")).parent
             place = f"in {self.path}"
         raise OSError(
-            f"the run folder {old} was moved while the run went on: its checkpoints and logs so far lie {place}. Move "
-            "it back, or give its new path as run_dir; the same command then goes on from the newest checkpoint"
+            f"the run folder {old} was moved during the run: its checkpoints and logs so far lie {place}. Move "
+            "it back, or give its new path as run_dir; the same command then resumes from the newest checkpoint"
         )
 
     def reject_lost_checkpoints(self) -> None:
