@@ -86,3 +86,16 @@ def test_weight_decay_of_nothing_is_said(recipe):
     model.decays = lambda *_: False
     assert "weight_decay=0.1 has no effect" in monitors.config_warnings(asked, model, ["gen_head"])[0]
     assert monitors.config_warnings(recipe("optim.weight_decay=0"), model, ["gen_head"]) == []
+
+
+def test_understanding_is_not_warned_of_without_reca(recipe):
+    """Shared weights that SFT alone trains forget nothing by reconstruction."""
+    asked = recipe("objective.reca.weight=0", "objective.t2i.weight=1", "objective.i2t.weight=0")
+    assert monitors.config_warnings(asked, ToyAdapter(), ["shared_lm"]) == []
+
+
+def test_encoders_that_run_without_a_gradient_are_named(recipe):
+    model = ToyAdapter()
+    model.encoder_roles = frozenset({"codec", "und_encoder"})
+    found = monitors.config_warnings(recipe("objective.i2t.weight=1"), model, ["shared_lm", "codec"])
+    assert len(found) == 1 and found[0].startswith("train.roles includes codec, but the encoders run without")
