@@ -114,9 +114,7 @@ def report(found: Audit, skipped: Skipped | None = None) -> str:
     lines = [f"{found.samples} samples, {good} of them usable, {units.size(found.bytes)} of images"]
     for what in (skipped, found.left_out):
         if what:
-            counted = (
-                f"  {n:>9} {reason} (the first: {one_line(what.first[reason])})" for reason, n in what.counts.items()
-            )
+            counted = (f"  {n:>9} {reason} (the first: {what.first[reason]})" for reason, n in what.counts.items())
             lines += ["", "left out", *counted]
     if found.bad:
         reasons = Counter(found.bad.values())

@@ -10,7 +10,7 @@ log = logging.getLogger("reca")
 
 
 class Skipped:
-    """Counts of skipped files by reason, each with the first file's name."""
+    """Counts of skipped files by reason, each with the first file's name as it is printed."""
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
@@ -18,7 +18,7 @@ class Skipped:
 
     def add(self, reason: str, name: str) -> None:
         self.counts[reason] = self.counts.get(reason, 0) + 1
-        self.first.setdefault(reason, name)
+        self.first.setdefault(reason, one_line(name))
 
     def merge(self, counts: dict[str, int], first: dict[str, str]) -> None:
         """Add the counts of another source."""
@@ -30,9 +30,7 @@ class Skipped:
         return bool(self.counts)
 
     def __str__(self) -> str:
-        return "; ".join(
-            f"{n} {reason} (the first: {one_line(self.first[reason])})" for reason, n in self.counts.items()
-        )
+        return "; ".join(f"{n} {reason} (the first: {self.first[reason]})" for reason, n in self.counts.items())
 
     def warn(self, where: str) -> None:
         """Log all counts as one warning, if there are any."""
