@@ -2,7 +2,7 @@
 PYTHON ?= python3
 SEEDS ?= 1
 UMM ?= show_o
-WORLD ?=
+DATASET ?=
 TORCH ?= torch==2.13.0
 JOBS ?= 2
 
@@ -15,12 +15,12 @@ BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f
 .PHONY: demo tiny test faults fuzz gpu-test bench doctor docs clean
 
 demo: $(READY)
-	$(BIN)/reca demo $(if $(WORLD),--world $(WORLD)) --umm $(UMM) --seeds $(SEEDS)
+	$(BIN)/reca demo $(if $(DATASET),--dataset $(DATASET)) --umm $(UMM) --seeds $(SEEDS)
 
 # Train, evaluate beside the base model, compare and export, from random weights, to see that all of it runs.
 tiny: $(READY)
 	$(BIN)/reca train $(UMM)_tiny train.steps=20
-	$(BIN)/reca eval world runs/$(UMM)_tiny --against base --limit 42
+	$(BIN)/reca eval toy runs/$(UMM)_tiny --against base --limit 42
 	$(BIN)/reca compare base runs/$(UMM)_tiny
 	$(BIN)/reca export runs/$(UMM)_tiny --out runs/$(UMM)_tiny/export --card
 

@@ -5,7 +5,7 @@
     reca.train("show_o_512", ["data.images=/data/images", "data.conversations=/data/llava.json"])
     model = reca.load("runs/show_o_512")
     images = model.generate(["a yellow broccoli"], seeds=[0])
-    results = reca.evaluate("world", "runs/show_o_tiny", against="base")
+    results = reca.evaluate("toy", "runs/show_o_tiny", against="base")
 
 Importing this package loads no torch; the first call of `load`, `train` or `evaluate` does.
 """

@@ -162,7 +162,7 @@ def evaluate(
     """Evaluate a model on a benchmark, as `reca eval` does. `reca.eval` describes the files.
 
     Args:
-        suite: Name, such as "world" or "geneval".
+        suite: Name, such as "toy" or "geneval".
         source: A run folder, or a recipe.
         overrides: Recipe keys to override.
         against: "base" (what the run started from), a run, a recipe, or the folder of an evaluation.

@@ -237,12 +237,12 @@ def _parser() -> argparse.ArgumentParser:
         "demo", general.demo, "Run the demo on a CPU: pre-train a tiny model, post-train it in several ways, compare."
     )
     demo.add_argument("--umm", default="show_o", help=f"model: {', '.join(UMMS)} (default: %(default)s)")
-    demo.add_argument("--world", help="toy dataset: emoji or shapes (default: emoji, if the model has a demo on it)")
+    demo.add_argument("--dataset", help="toy dataset: emoji or shapes (default: emoji, if the model has a demo on it)")
     demo.add_argument("--seeds", type=int, default=1, help="number of seeds, from 0 (default: %(default)s)")
     demo.add_argument(
         "--out",
         type=_path,
-        help="output folder (default: demo_out for show_o on emoji, otherwise demo_out/WORLD/UMM)",
+        help="output folder (default: demo_out for show_o on emoji, otherwise demo_out/DATASET/UMM)",
     )
     demo.add_argument(
         "--scale",

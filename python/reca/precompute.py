@@ -114,8 +114,8 @@ class _Reader:
         self.loader, self.cached = loader, 0
 
     def __iter__(self) -> Iterator[tuple[str, Row]]:
-        rank, world, size = distributed.rank(), distributed.world_size(), len(self.loader.source)
-        indices = range(size * rank // world, size * (rank + 1) // world)
+        rank, ranks, size = distributed.rank(), distributed.world_size(), len(self.loader.source)
+        indices = range(size * rank // ranks, size * (rank + 1) // ranks)
         with tqdm(total=len(indices), unit="image", disable=None if rank == 0 else True) as bar:
             for row in read_ahead(self._read, indices, self.loader.config.workers):
                 yield from self._take(row, bar)

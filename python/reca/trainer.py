@@ -383,7 +383,7 @@ class Trainer:
             neighbours=task == "reca" and self.recipe.objective.condition == "other",
             start=self._position(task),
             rank=distributed.rank(),
-            world=distributed.world_size(),
+            world_size=distributed.world_size(),
             bad_samples=self.run_dir / f"bad_{task}.jsonl",
             prepare=self.adapter.prepare,
             identity=self.features,

@@ -47,7 +47,7 @@ def root(tmp_path):
 def read_as(rank, root, path, start):
     torch.set_num_threads(1)  # a forked process lacks the other threads of OpenMP, and would wait for them
     start.wait()
-    stream = loader(root, rank=rank, world=4, micro_batch=2, bad_samples=path)
+    stream = loader(root, rank=rank, world_size=4, micro_batch=2, bad_samples=path)
     take(stream, 8)
     start.wait(60)  # not every rank meets both
     os._exit(0 if stream.bad == 2 else 1)

@@ -34,7 +34,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def loader(images, task="reca", micro_batch=4, start=0, rank=0, world=1, seed=0, bad_samples=None, **config):
+def loader(images, task="reca", micro_batch=4, start=0, rank=0, world_size=1, seed=0, bad_samples=None, **config):
     spec = {"reca": "images", "t2i": "captions", "i2t": "conversations"}[task]
     data = DataConfig(**{spec: str(images), "workers": 0, "max_bad_fraction": 0.3} | config)
     return open_loader(
@@ -45,7 +45,7 @@ def loader(images, task="reca", micro_batch=4, start=0, rank=0, world=1, seed=0,
         micro_batch=micro_batch,
         start=start,
         rank=rank,
-        world=world,
+        world_size=world_size,
         bad_samples=bad_samples,
         identity="a model",
     )
@@ -90,7 +90,7 @@ def test_any_split_sees_the_same_samples(folder, workers):
     one = take(loader(folder, micro_batch=2, workers=workers), 8)
     ids = torch.cat([b.sample_ids for b in one]).tolist()
     assert ids == list(range(16))
-    ranks = [take(loader(folder, micro_batch=2, rank=r, world=4, workers=workers), 2) for r in range(4)]
+    ranks = [take(loader(folder, micro_batch=2, rank=r, world_size=4, workers=workers), 2) for r in range(4)]
     merged = [ranks[r][m] for m in range(2) for r in range(4)]
     assert values(one) == values(merged) and [b.text for b in one] == [b.text for b in merged]
 

@@ -33,11 +33,11 @@ def mix(two, *weights):
     return [{"source": str(path), "weight": weight} for path, weight in zip(two, weights, strict=True)]
 
 
-def stream(images, n, rank=0, world=1, micro_batch=8, batch_size=8, start=0, **options):
+def stream(images, n, rank=0, world_size=1, micro_batch=8, batch_size=8, start=0, **options):
     """The red levels of this rank's first n samples, from an update on."""
     config = DataConfig(images=images, decoder="pillow", **{"workers": 0} | options)
     loader = open_loader(
-        config, "reca", VIEWS, seed=3, micro_batch=micro_batch, batch_size=batch_size, rank=rank, world=world,
+        config, "reca", VIEWS, seed=3, micro_batch=micro_batch, batch_size=batch_size, rank=rank, world_size=world_size,
         start=start,
     )  # fmt: skip
     reds = (int(view[0, 0, 0]) for batch in loader for view in batch.gen)
@@ -78,7 +78,7 @@ def test_ranks_accumulation_and_resuming_change_nothing(two):
     whole = stream(images, 64)
     assert stream(images, 64, micro_batch=2) == whole
     assert stream(images, 32, start=32) == whole[32:]
-    halves = [stream(images, 32, rank=rank, world=2, micro_batch=4) for rank in range(2)]
+    halves = [stream(images, 32, rank=rank, world_size=2, micro_batch=4) for rank in range(2)]
     assert sorted(halves[0] + halves[1]) == sorted(whole)
     assert [sorted(halves[0][i : i + 4] + halves[1][i : i + 4]) for i in range(0, 32, 4)] == [
         sorted(whole[i : i + 8]) for i in range(0, 64, 8)

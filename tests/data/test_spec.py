@@ -74,7 +74,10 @@ def test_a_source_of_another_package():
 
 def test_templates_of_another_package():
     assert load_templates("outside_of_reca.squares:SENTENCES") == ["Look.", "Say what you see."]
-    assert load_templates("reca.toy_world:TEMPLATES", 2) == load_templates("reca.toy_world:TEMPLATES")[::4]
+    assert (
+        load_templates("reca.toy_datasets.shapes:TEMPLATES", 2)
+        == load_templates("reca.toy_datasets.shapes:TEMPLATES")[::4]
+    )
     for name in ("NUMBER", "squares"):
         with pytest.raises(DataError, match=f"data.templates=outside_of_reca.squares:{name} names a .*list of sentenc"):
             load_templates(f"outside_of_reca.squares:{name}")

@@ -52,7 +52,7 @@ def test_a_run_is_trained_continued_and_loaded(tmp_path, caplog, monkeypatch):
     )
     monkeypatch.setenv("HOME", str(tmp_path))
     assert torch.equal(reca.load("~/run").showo.lm_head.weight, model.showo.lm_head.weight)
-    found = reca.evaluate("world", "~/run", limit=1, sampling={"steps": 1}, out="~/found")
+    found = reca.evaluate("toy", "~/run", limit=1, sampling={"steps": 1}, out="~/found")
     assert found == json.loads((tmp_path / "found/results.json").read_text())
     with pytest.raises(RecipeError, match=rf"is inside the run folder '{folder}': pass that folder"):
         reca.load(folder / "checkpoints" / "000002")
@@ -163,8 +163,8 @@ def test_the_command_line_has_no_second_way(monkeypatch, tmp_path, capsys):
         cli.main([command[0], "show_o_tiny", "model.seed=1", *command[1:]])
         assert calls[-1] == ("show_o_tiny", ["model.seed=1"])
     monkeypatch.setattr(api, "evaluate", lambda *given, **options: calls.append((given, options["limit"])))
-    assert cli.main(["eval", "world", "show_o_tiny", "model.seed=1", "--limit", "3"]) == 0
-    assert calls[-1] == (("world", "show_o_tiny", ["model.seed=1"]), 3)
+    assert cli.main(["eval", "toy", "show_o_tiny", "model.seed=1", "--limit", "3"]) == 0
+    assert calls[-1] == (("toy", "show_o_tiny", ["model.seed=1"]), 3)
 
 
 def test_a_checkpoint_that_is_gone_names_its_run(tmp_path, monkeypatch):

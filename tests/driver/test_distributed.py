@@ -44,7 +44,7 @@ SMOOTH = ["optim.eps=1", "optim.lr=1"]
 ODD = [*SMOOTH, "objective.reca.batch_size=7", "ema.half_life=2", "train.precision=fp64"]
 EVALUATED = (
     "train.steps=2 data.workers=0 log.tensorboard=false objective.reca.batch_size=4 objective.reca.micro_batch=2 "
-    "objective.i2t.batch_size=2 eval.every=2 eval.holdout=5 eval.suite=world eval.prompts=3 eval.sampling=[steps=2] "
+    "objective.i2t.batch_size=2 eval.every=2 eval.holdout=5 eval.suite=toy eval.prompts=3 eval.sampling=[steps=2] "
     "log.sample_every=2 log.reconstructions=2"
 ).split()
 OTHER = [*SMOOTH, "objective.reca.batch_size=3", "objective.condition=other"]
@@ -218,10 +218,10 @@ def test_ranks_that_share_the_weights_evaluate_together(runs):
     one, two = ([line for line in log(runs / f"evaluated_{n}") if "evaluation" in line] for n in (1, 2))
     assert [line["step"] for line in one] == [line["step"] for line in two] == [0, 2]
     for a, b in zip(one, two, strict=True):
-        assert a.keys() == b.keys() >= {"holdout/loss", "holdout/gap", "world/score", "samples/contrast"}
+        assert a.keys() == b.keys() >= {"holdout/loss", "holdout/gap", "toy/score", "samples/contrast"}
         assert b["holdout/loss"] == pytest.approx(a["holdout/loss"], rel=1e-4)
     assert (runs / "evaluated_2/samples/000002_reconstructions.png").is_file()
-    assert len(list((runs / "evaluated_2/eval/training/world/000002").rglob("*.png"))) == 3
+    assert len(list((runs / "evaluated_2/eval/training/toy/000002").rglob("*.png"))) == 3
 
 
 def averages(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -317,7 +317,7 @@ def test_numbers_of_the_host_do_not_pass_the_gpu(alone, monkeypatch):
 
 
 def test_ranks_wait_for_a_judge_longer_than_for_a_step(alone, tmp_path, monkeypatch):
-    keys = ["eval.every=1", "eval.suite=world", "eval.prompts=2"]
+    keys = ["eval.every=1", "eval.suite=toy", "eval.prompts=2"]
     suite = TrainingSuite(load_recipe(write_recipe(tmp_path, tmp_path), keys), tmp_path / "run")
     gather, waited = dist.all_gather_object, []
 

@@ -10,7 +10,7 @@ from PIL import Image
 from reca import exits
 from reca.config.recipe_files import load_recipe
 from reca.eval.config import EvalConfig
-from reca.eval.judges.world import WorldJudge
+from reca.eval.judges.toy import ToyJudge
 from reca.monitoring.alarms import Alarms, spread
 from reca.options.fields import RecipeError
 from reca.precision import _matmul_precision
@@ -68,10 +68,15 @@ def test_one_that_is_asked_for_later_begins_where_it_is(recipe):
 
 
 def test_it_changes_no_bit_of_the_training(tmp_path):
-    """Neither the suite of the world, nor held-out images of elsewhere, nor reconstructions; dropout is on."""
+    """Neither the suite of the toy dataset, nor held-out images of elsewhere, nor reconstructions; dropout is on."""
     keys = ["train.steps=2", "log.tensorboard=false", "data.workers=0", "train.threads=1", "log.every=1"]
     keys += ["objective.reca.batch_size=4", "objective.i2t.batch_size=2", "lora.rank=2", "lora.dropout=0.2"]
-    more = ["eval.every=1", "eval.holdout=3", "eval.holdout_from=reca.toy_world:unlabeled?seed=5", "eval.suite=world"]
+    more = [
+        "eval.every=1",
+        "eval.holdout=3",
+        "eval.holdout_from=reca.toy_datasets.shapes:unlabeled?seed=5",
+        "eval.suite=toy",
+    ]
     more += ["eval.prompts=3", "log.sample_every=1", "log.reconstructions=2", PROMPTS, "eval.sampling=[steps=2]"]
     made = []
     for name, others in (("plain", []), ("evaluated", more)):
@@ -83,13 +88,13 @@ def test_it_changes_no_bit_of_the_training(tmp_path):
     assert losses[0] == losses[1]
     found = lines(tmp_path / "evaluated")
     assert [line["step"] for line in found] == [0, 1, 2]
-    assert {"world/score", "world/score_low", "world/change", "samples/contrast"} <= found[1].keys()
+    assert {"toy/score", "toy/score_low", "toy/change", "samples/contrast"} <= found[1].keys()
     for step in ("000000", "000002"):
-        folder = tmp_path / "evaluated/eval/training/world" / step
+        folder = tmp_path / "evaluated/eval/training/toy" / step
         results = json.loads((folder / "results.json").read_text())
         assert results["counts"]["images"] == 3 and results["model"]["step"] == int(step)
         assert results["sampling"]["steps"] == 2 and len(list(folder.rglob("*.png"))) == 3
-    assert "training/world/000000" in results["against"]["folder"]
+    assert "training/toy/000000" in results["against"]["folder"]
     grid = Image.open(tmp_path / "evaluated/samples/000002_reconstructions.png")
     assert grid.size == (2 * 20 + 2, 2 * 20 + 2)
 
@@ -100,7 +105,7 @@ def test_it_changes_no_bit_of_the_training(tmp_path):
         (["eval.suite=geneval"], "eval.suite='geneval': geneval needs a judge"),
         (["eval.suite=nothing"], "eval.suite='nothing': there is no suite 'nothing'"),
         (["eval.suite=mme", "eval.suite_data=."], "eval.suite='mme': mme generates no images from prompts"),
-        (["eval.suite=world", "eval.sampling=[stepps=3]"], "did you mean steps"),
+        (["eval.suite=toy", "eval.sampling=[stepps=3]"], "did you mean steps"),
     ],
 )
 def test_a_suite_that_cannot_be_used_is_refused_before_the_run(recipe, keys, said):
@@ -109,8 +114,8 @@ def test_a_suite_that_cannot_be_used_is_refused_before_the_run(recipe, keys, sai
 
 
 def test_a_suite_needs_steps_between(recipe):
-    with pytest.raises(RecipeError, match=r"eval.suite='world\\t' needs eval.every"):
-        recipe("eval.suite=world\t")
+    with pytest.raises(RecipeError, match=r"eval.suite='toy\\t' needs eval.every"):
+        recipe("eval.suite=toy\t")
 
 
 def test_a_judge_that_fails_ends_nothing(recipe, monkeypatch, caplog):
@@ -118,9 +123,9 @@ def test_a_judge_that_fails_ends_nothing(recipe, monkeypatch, caplog):
         raise RuntimeError("the judge is out of memory")
 
     monkeypatch.setattr("reca.eval.training.judge_and_score", fail)
-    trainer = run_toy(recipe("eval.every=3", "eval.suite=world", "eval.prompts=2", "eval.holdout=4"))
-    assert caplog.text.count("no score of world (the judge is out of memory); training continues") == 3
-    assert all("world/score" not in line and "holdout/loss" in line for line in lines(trainer.run_dir))
+    trainer = run_toy(recipe("eval.every=3", "eval.suite=toy", "eval.prompts=2", "eval.holdout=4"))
+    assert caplog.text.count("no score of toy (the judge is out of memory); training continues") == 3
+    assert all("toy/score" not in line and "holdout/loss" in line for line in lines(trainer.run_dir))
 
 
 def test_a_judge_computes_as_in_an_evaluation_of_its_own(recipe, monkeypatch):
@@ -142,9 +147,9 @@ def test_a_judge_computes_as_in_an_evaluation_of_its_own(recipe, monkeypatch):
 
     found: dict[str, tuple[bool, str]] = {}
     monkeypatch.setattr("reca.trainer.training_kernels", kernels)
-    monkeypatch.setattr(WorldJudge, "shows", shows)
+    monkeypatch.setattr(ToyJudge, "shows", shows)
     adapter = type("Drawing", (ToyAdapter,), {"generate": generate})()
-    keys = ["train.precision=bf16", "train.steps=1", "eval.every=1", "eval.suite=world", "eval.prompts=2"]
+    keys = ["train.precision=bf16", "train.steps=1", "eval.every=1", "eval.suite=toy", "eval.prompts=2"]
     Trainer(recipe(*keys), adapter).run()
     assert found == {"model": (True, "high"), "judge": (False, "highest")}
 
@@ -154,8 +159,8 @@ def test_a_disk_that_is_full_ends_nothing(recipe, monkeypatch, caplog):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("reca.eval.training.write_generation", full)
-    trainer = run_toy(recipe("train.steps=2", "eval.every=3", "eval.suite=world", "eval.prompts=2"))
-    assert caplog.text.count("no score of world ([Errno 28] No space left on device); training continues") == 2
+    trainer = run_toy(recipe("train.steps=2", "eval.every=3", "eval.suite=toy", "eval.prompts=2"))
+    assert caplog.text.count("no score of toy ([Errno 28] No space left on device); training continues") == 2
     assert trainer.step == 2
 
 

@@ -136,7 +136,7 @@ def test_peak_is_that_of_a_real_step_of_two_ranks(monkeypatch):
     """With collectives that do nothing: with gloo the peak depends on when its threads let go of their copies."""
     recipe = load_recipe("show_o_tiny", SHARDED)
     predicted = memory.predict(recipe, 2, gpu=False).total
-    with memory._world(2, 2):
+    with memory._ranks(2, 2):
         real = measured(recipe, monkeypatch, 2)
     print(f"two ranks: predicted {predicted:,}, measured {real:,}, {predicted / real:.4f}")
     assert predicted == pytest.approx(real, rel=0.1)

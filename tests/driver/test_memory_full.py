@@ -160,7 +160,7 @@ class Full(Reconstructing):
         return super().loss(prepared, features, rng)
 
 
-@pytest.mark.parametrize("suite", [["eval.suite=world", "eval.prompts=2"], []])
+@pytest.mark.parametrize("suite", [["eval.suite=toy", "eval.prompts=2"], []])
 def test_training_goes_on_with_the_same_bits(recipe, tmp_path, suite):
     keys = ["eval.holdout=4", "train.steps=4", PROMPTS]
     plain = run_toy(recipe(*keys, f"run_dir={tmp_path / 'plain'}"))
@@ -171,14 +171,14 @@ def test_training_goes_on_with_the_same_bits(recipe, tmp_path, suite):
     assert [line["step"] for line in lines(trainer.run_dir)] == [0, 2, 4]
     assert not any("holdout/loss" in line for line in lines(trainer.run_dir))
     said = [line["warning"] for line in lines(trainer.run_dir, "warning") if line["step"] == 2]
-    drawn = "score of world" if suite else "images of log.prompts"
+    drawn = "score of toy" if suite else "images of log.prompts"
     for words in ("no held-out loss (", f"no {drawn} (memory is full with a single image", "no reconstructions ("):
         assert any(text.startswith(words) for text in said), (words, said)
     assert json.loads((trainer.run_dir / "status.json").read_text())["state"] == "finished"
 
 
 def test_an_evaluation_in_training_halves_its_batch_once(recipe, caplog):
-    trainer = Trainer(recipe("eval.every=3", "eval.suite=world", "eval.prompts=8"), Small(room=3))
+    trainer = Trainer(recipe("eval.every=3", "eval.suite=toy", "eval.prompts=8"), Small(room=3))
     trainer.run()
-    assert [line["world/score"] for line in lines(trainer.run_dir)] == [0, 0, 0]
+    assert [line["toy/score"] for line in lines(trainer.run_dir)] == [0, 0, 0]
     assert caplog.text.count("generate: memory was full with 8 images at once") == 1

@@ -159,7 +159,7 @@ def test_a_step_by_tokens_is_this_step_after_a_resume_too(recipe, workers):
     given = dict(seed=0, micro_batch=99, batch_size=7, max_tokens=4, neighbours=True, prepare=adapter.prepare)
 
     def steps(rank, start=0):
-        loader = open_loader(r.data, "reca", adapter.views("reca"), **given, rank=rank, world=2, start=start)
+        loader = open_loader(r.data, "reca", adapter.views("reca"), **given, rank=rank, world_size=2, start=start)
         made = [
             [(batch.sample_ids.tolist(), int(batch.neighbour.sample_ids)) for batch in step]
             for step in itertools.islice(loader.steps(), 3)
@@ -196,7 +196,9 @@ def test_mean_of_micro_batches_by_their_shares_of_samples(recipe):
 
 def test_a_copy_adds_nothing_even_if_its_loss_is_not_finite(recipe):
     r, adapter = recipe(), ToyAdapter()
-    loader = open_loader(r.data, "reca", adapter.views("reca"), seed=0, micro_batch=1, batch_size=1, rank=1, world=2)
+    loader = open_loader(
+        r.data, "reca", adapter.views("reca"), seed=0, micro_batch=1, batch_size=1, rank=1, world_size=2
+    )
     batch, loss = next(iter(loader)), adapter.loss
     assert not batch.counted
     adapter.loss = lambda *given: (term := loss(*given))._replace(sum=term.sum + float("nan"))

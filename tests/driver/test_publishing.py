@@ -30,7 +30,7 @@ def run(tmp_path_factory):
     """A run of OpenUni, evaluated as its base is."""
     folder = tmp_path_factory.mktemp("run") / "photos"
     reca.train(load_recipe("open_uni_tiny", {"run_dir": str(folder)} | KEYS))
-    reca.evaluate("world", folder, against="base", limit=2, sampling={"steps": 1})
+    reca.evaluate("toy", folder, against="base", limit=2, sampling={"steps": 1})
     return folder
 
 
@@ -46,7 +46,7 @@ def test_the_card_of_a_run(run, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "README.md" in printed and "against the model before training: Understanding is bit-identical: " in printed
     text, found = (tmp_path / "out/README.md").read_text(), metadata(tmp_path / "out")
-    results = json.loads((run / "eval/world/results.json").read_text())
+    results = json.loads((run / "eval/toy/results.json").read_text())
     after, before = results["overall"]["value"], results["against"]["overall"]["value"]
     assert f"| {before * 100:.1f} % | {after * 100:.1f} % [" in text
     assert "after 2 steps" in text and "weight 1, 8 samples per step, 16 in total, from " in text
@@ -57,7 +57,7 @@ def test_the_card_of_a_run(run, tmp_path, capsys):
     assert found["pipeline_tag"] == "any-to-any" and {"reca", "open_uni", "arxiv:2509.07295"} <= set(found["tags"])
     (metric,) = found["model-index"][0]["results"][0]["metrics"]
     assert metric["value"] == pytest.approx(100 * after) and len(metric["args"]["interval_95"]) == 2
-    assert str(run) not in text and "toy_world" not in text  # nothing of the machine, no name of data
+    assert str(run) not in text and "toy_datasets" not in text  # nothing of the machine, no name of data
 
 
 def test_the_run_goes_on_while_it_is_exported(run, tmp_path):
@@ -72,13 +72,13 @@ def test_the_run_goes_on_while_it_is_exported(run, tmp_path):
     card.write(copy, reca.api.recipe_of(copy), model, False, tmp_path, "name")
     text = (tmp_path / "README.md").read_text()
     assert "after 2 steps" in text and "16 in total" in text and "Samples at step 2" in text
-    assert describe(model, target(copy, (), "world", None))["step"] == 2
+    assert describe(model, target(copy, (), "toy", None))["step"] == 2
 
 
 def test_results_of_other_weights_are_left_out(run, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
-    path = copy / "eval/world/results.json"
+    path = copy / "eval/toy/results.json"
     found = json.loads(path.read_text())
     found["model"]["weights_sha256"] = "0" * 64
     path.write_text(json.dumps(found))
@@ -92,8 +92,8 @@ def test_a_score_is_of_the_weights_beside_it(run, tmp_path):
     """Whatever other evaluation of the same suite lies in the run, as that of its EMA."""
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
-    own = json.loads((copy / "eval/world/results.json").read_text())
-    for name in ("a", "world_ema"):
+    own = json.loads((copy / "eval/toy/results.json").read_text())
+    for name in ("a", "toy_ema"):
         other = own | {
             "overall": own["overall"] | {"value": 0.25},
             "model": own["model"] | {"weights_sha256": "0" * 64},
@@ -112,11 +112,11 @@ def test_a_change_that_is_not_of_training_alone(run, tmp_path):
     """The base was drawn with other sampling options than the run."""
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
-    path = copy / "eval/base/world/results.json"
+    path = copy / "eval/base/toy/results.json"
     found = json.loads(path.read_text())
     found["sampling"]["steps"] = 2
     path.write_text(json.dumps(found))
-    weights = json.loads((run / "eval/world/results.json").read_text())["model"]["weights_sha256"]
+    weights = json.loads((run / "eval/toy/results.json").read_text())["model"]["weights_sha256"]
     for source, said in ((run, False), (copy, True)):
         (score,), *_ = card._scores(*find_sides("base", str(source)), weights)
         assert card._row(score)["change"].endswith("], with different sampling") == said
@@ -126,19 +126,19 @@ def test_scores_of_other_prompts_are_shown_without_a_change(run, tmp_path, capsy
     """Those of `reca eval --limit` with two numbers can have no prompt in common."""
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
-    path = copy / "eval/base/world/results.json"
+    path = copy / "eval/base/toy/results.json"
     found = json.loads(path.read_text())
     for row in found["items"]:
         row["item"] += "0"
     path.write_text(json.dumps(found))
     assert cli.main(["export", str(copy), "--out", str(tmp_path / "out"), "--card"]) == 0
     text = (tmp_path / "out/README.md").read_text()
-    assert "other prompts, source images or questions, so these scores are not compared: toy world.\n" in text
-    assert re.search(r"\| toy world \|  \| [\d.]+ % \[.*\] \|  \| 2 prompts", text) and str(copy) not in text
+    assert "other prompts, source images or questions, so these scores are not compared: toy dataset shapes.\n" in text
+    assert re.search(r"\| toy dataset shapes \|  \| [\d.]+ % \[.*\] \|  \| 2 prompts", text) and str(copy) not in text
     assert cli.main(["compare", "base", str(copy), "--out", str(tmp_path / "page"), "--reconstructions", "0"]) == 0
-    assert "eval/world is not compared, because " in capsys.readouterr().out
+    assert "eval/toy is not compared, because " in capsys.readouterr().out
     with pytest.raises(EvaluationError, match="no results to compare: .*has no prompts of this evaluation"):
-        build.compare(str(copy / "eval/base/world"), str(copy / "eval/world"))
+        build.compare(str(copy / "eval/base/toy"), str(copy / "eval/toy"))
 
 
 def test_keys_of_a_card_can_be_given_again():
@@ -159,7 +159,7 @@ def test_a_judge_is_named_without_its_place():
         ("local:/home/me/models/Qwen3-VL", "local:Qwen3-VL"),
         ("endpoint:models/Qwen3-VL/", "endpoint:Qwen3-VL"),
         ("owlv2:/home/me/owlv2+clip-vit-large-patch14", "owlv2:owlv2+clip-vit-large-patch14"),
-        ("world", "world"),
+        ("toy", "toy"),
     ):
         row = card._row(score | {"judge": {"name": name, "exact": None}})
         assert row["measured"] == f"3 prompts x 1, judge {said}"

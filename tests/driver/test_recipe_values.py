@@ -393,13 +393,13 @@ def test_located_recipes_mean_the_same_elsewhere(monkeypatch, tmp_path):
     monkeypatch.chdir(here)
     recipe = absolute_paths(
         show_o("run_dir=runs/x", "train.init_from=./before", "data.images=shards/*.tar", "data.captions=photos",
-               "data.conversations=reca.toy_world:understood", "model.weights=model", "model.codec_weights=owner/name",
-               "data.templates=/t.txt")
+               "data.conversations=reca.toy_datasets.shapes:understood", "model.weights=model",
+               "model.codec_weights=owner/name", "data.templates=/t.txt")
     )  # fmt: skip
     assert recipe.run_dir == f"{here}/runs/x" and recipe.train.init_from == f"{here}/before"
     assert recipe.data.images == f"{tmp_path}/a[[]1]/shards/*.tar" and recipe.data.captions == f"{here}/photos"
     assert (recipe.data.conversations, recipe.data.templates, recipe.data.cache) == (
-        "reca.toy_world:understood",
+        "reca.toy_datasets.shapes:understood",
         "/t.txt",
         None,
     )

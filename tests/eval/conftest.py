@@ -1,9 +1,9 @@
-"""Runs of a model that draws the toy world."""
+"""Runs of a model that draws the toy dataset shapes."""
 
 import pytest
 
 from reca.eval import targets
-from tests.eval.world import Painter
+from tests.eval.painter import Painter
 
 
 @pytest.fixture

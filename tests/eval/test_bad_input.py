@@ -16,12 +16,12 @@ from reca.eval.judges.base import JudgeError
 from reca.eval.judges.endpoint import data_url
 from reca.eval.judges.local_vlm import _rgb
 from reca.eval.judges.mask2former import read_rgb
-from reca.eval.judges.world import WorldJudge
+from reca.eval.judges.toy import ToyJudge
 from reca.eval.scoring import score
 from reca.eval.settings import Settings
 from reca.eval.suites import Item, open_suite
 from reca.eval.suites.base import check_items
-from tests.emoji_world.artwork import needs_artwork
+from tests.toy_datasets.artwork import needs_artwork
 
 NEXT_LINE, SEPARATOR, HALF = "\x85", "\u2028", "\ud83d"  # what str.splitlines splits at, and half of an emoji
 
@@ -262,30 +262,30 @@ def test_every_judge_sees_images_of_any_mode_alike(tmp_path):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 2), (8, 8), (512, 300)])
-def test_a_world_judges_images_of_any_size(tmp_path, size):
+def test_shapes_are_judged_in_images_of_any_size(tmp_path, size):
     Image.new("RGB", size).save(tmp_path / "x.png")
-    suite = open_suite("world")
-    assert suite.ask(WorldJudge(), suite.items()[0], tmp_path / "x.png") == {"correct": False, "seen": "shows nothing"}
+    suite = open_suite("toy")
+    assert suite.ask(ToyJudge(), suite.items()[0], tmp_path / "x.png") == {"correct": False, "seen": "shows nothing"}
 
 
 @needs_artwork
-def test_the_world_of_emoji_has_one_size(tmp_path):
+def test_emoji_have_one_size(tmp_path):
     Image.new("RGB", (20, 30), "white").save(tmp_path / "x.png")
-    suite = open_suite("world?world=emoji")
-    with pytest.raises(JudgeError, match="x.png has 20 x 30 pixels; images of the emoji world have another size"):
-        suite.ask(WorldJudge(), suite.items()[0], tmp_path / "x.png")
+    suite = open_suite("toy?dataset=emoji")
+    with pytest.raises(JudgeError, match="x.png has 20 x 30 pixels; images of the toy dataset emoji have another size"):
+        suite.ask(ToyJudge(), suite.items()[0], tmp_path / "x.png")
 
 
 def test_a_judge_whose_library_fails_on_one_image(painter, monkeypatch):
-    judged = WorldJudge.shows
+    judged = ToyJudge.shows
 
     def shows(self, image, prompt):
         if "00000" in str(image):
             raise ValueError("Unable to infer channel dimension format\nmore")
         return judged(self, image, prompt)
 
-    monkeypatch.setattr(WorldJudge, "shows", shows)
-    found = reca.evaluate("world", painter, limit=6)
+    monkeypatch.setattr(ToyJudge, "shows", shows)
+    found = reca.evaluate("toy", painter, limit=6)
     assert found["failed"] == [
         {"item": "00000", "k": 0, "error": "ValueError: Unable to infer channel dimension format"}
     ]

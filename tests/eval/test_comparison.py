@@ -32,7 +32,7 @@ browser = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed
 @pytest.fixture
 def compared(painter):
     """A run whose base misses 40 % of the images, evaluated and compared."""
-    reca.evaluate("world", painter, against="base", limit=42)
+    reca.evaluate("toy", painter, against="base", limit=42)
     assert cli.main(["compare", "base", str(painter)]) == 0
     return painter / "comparison"
 
@@ -76,14 +76,14 @@ def test_fewer_pairs(compared, painter):
 
 
 def test_two_evaluations(compared, painter):
-    found = compare(str(painter / "eval/world"), str(painter / "eval/base/world"))
+    found = compare(str(painter / "eval/toy"), str(painter / "eval/base/toy"))
     assert found["suites"][0]["against"]["overall"]["difference"] < 0
     assert found["understanding"] is None and found["curves"] == [] and found["settings"] == []
 
 
 def test_an_evaluation_that_was_moved_keeps_its_images(compared, painter, tmp_path):
     for name in ("before", "after"):
-        (painter / ("eval/base/world" if name == "before" else "eval/world")).rename(tmp_path / name)
+        (painter / ("eval/base/toy" if name == "before" else "eval/toy")).rename(tmp_path / name)
         results = tmp_path / name / "results.json"
         prompt = json.loads(results.read_text())["items"][0]["prompt"]
         results.write_text(results.read_text().replace(prompt, r"\ud83d"))  # half of an emoji
@@ -93,7 +93,7 @@ def test_an_evaluation_that_was_moved_keeps_its_images(compared, painter, tmp_pa
 
 
 def test_a_lost_image_leaves_a_gap(compared, painter):
-    shutil.rmtree(painter / "eval/base/world/images")
+    shutil.rmtree(painter / "eval/base/toy/images")
     assert cli.main(["compare", "base", str(painter)]) == 0
     page = (painter / "comparison" / "comparison.html").read_text()
     assert "no image before" in page and "no image after" not in page
@@ -107,8 +107,8 @@ def test_names_that_stand_for_nothing(painter, tmp_path, capsys):
     with pytest.raises(EvaluationError, match="both sides are base"):
         compare("base", "base")
     assert "was evaluated" in compare("base", str(painter))["notes"][0]
-    (painter / "eval/world").mkdir(parents=True)
-    (painter / "eval/world/results.json").write_text("{")
+    (painter / "eval/toy").mkdir(parents=True)
+    (painter / "eval/toy/results.json").write_text("{")
     with pytest.raises(EvaluationError, match=r"results.json cannot be read: .* --steps score"):
         compare("base", str(painter))
 
@@ -240,7 +240,7 @@ def test_triplets(drawn, runs, tmp_path):
     assert found["pictures"] == "training" and len(found["rows"]) == 4
     columns = {name: pixels(drawn, found, name) for name in ("input", "before", "after")}
     assert len(set(columns["input"])) == 4 and columns["before"] != columns["after"]
-    source = open_source("reca.toy_world:unlabeled?seed=0", "reca")
+    source = open_source("reca.toy_datasets.shapes:unlabeled?seed=0", "reca")
     with Image.open(drawn / found["rows"][1]["input"]) as image, Image.open(io.BytesIO(source[1].image)) as wanted:
         assert image.tobytes() == wanted.convert("RGB").tobytes()
     page = (drawn / "comparison.html").read_text()
@@ -289,7 +289,7 @@ def test_what_cannot_be_reconstructed(runs, compared, painter, tmp_path, monkeyp
     assert triplets.usual_count("base", runs["first"]) == (8 if torch.cuda.is_available() else 0)
     shutil.copytree(runs["first"], tmp_path / "moved")
     recipe = tmp_path / "moved/recipe.yaml"
-    recipe.write_text(recipe.read_text().replace("reca.toy_world:unlabeled?seed=0", str(tmp_path / "gone")))
+    recipe.write_text(recipe.read_text().replace("reca.toy_datasets.shapes:unlabeled?seed=0", str(tmp_path / "gone")))
     with pytest.raises(DataError, match=r"cannot be opened .*gone.*; pass others as --images, or disable"):
         draw("base", str(tmp_path / "moved"), tmp_path)
     assert cli.main(["compare", "base", runs["first"], "--reconstructions", "-1"]) != 0

@@ -12,12 +12,12 @@ from reca import cli, inference
 from reca.eval import evaluation, files, generate, judge, records, report, targets
 from reca.eval.errors import EvaluationError
 from reca.eval.judges.base import Judge
-from reca.eval.judges.world import WorldJudge
+from reca.eval.judges.toy import ToyJudge
 from reca.eval.settings import open_settings
 from reca.eval.suites import open_suite
 from reca.eval.suites.geneval import GenEval
 from reca.models import UMMS
-from tests.eval.world import Painter
+from tests.eval.painter import Painter
 
 LIMIT = 42
 
@@ -40,16 +40,21 @@ def test_the_whole_chain_on_every_tiny_model(tmp_path, umm, monkeypatch, capsys)
     run, small = f"runs/{umm}_tiny", ["train.steps=1", "train.threads=1", "data.workers=0", "log.tensorboard=false"]
     small += [f"objective.{task}.{key}=4" for task in ("reca", "i2t") for key in ("batch_size", "micro_batch")]
     assert cli.main(["train", f"{umm}_tiny", *small]) == 0
-    assert cli.main(["eval", "world", run, "--against", "base", "--limit", "3"]) == 0
+    assert cli.main(["eval", "toy", run, "--against", "base", "--limit", "3"]) == 0
     assert cli.main(["compare", "base", run, "--reconstructions", "2"]) == 0
-    printed, folder = capsys.readouterr().out, tmp_path / run / "eval/world"
+    printed, folder = capsys.readouterr().out, tmp_path / run / "eval/toy"
     found = json.loads((folder / "results.json").read_text())
     assert found["counts"] == {"items": 3, "images": 3, "failed": 0, "missing": 0}
     assert len(found["model"]["weights_sha256"]) == 64 and found["judge"]["exact"] is True
     assert found["model"]["weights_sha256"] != found["against"]["model"]["weights_sha256"]
     assert found["sampling"]["seed"] == 0 and found["images_per_item"] == 1
-    assert len(list(folder.rglob("*.png"))) == 3 and "toy world: 3 images" in (folder / "report.txt").read_text()
-    assert "toy world: 0.0 % -> 0.0 %, +0.0 points [" in printed and f"{run}/comparison/comparison.html" in printed
+    assert (
+        len(list(folder.rglob("*.png"))) == 3 and "toy dataset shapes: 3 images" in (folder / "report.txt").read_text()
+    )
+    assert (
+        "toy dataset shapes: 0.0 % -> 0.0 %, +0.0 points [" in printed
+        and f"{run}/comparison/comparison.html" in printed
+    )
     compared = json.loads((tmp_path / run / "comparison/comparison.json").read_text())
     assert compared["suites"][0]["against"]["items"] == 3 and compared["understanding"]["changed"] > 0
     assert len(compared["reconstructions"]["rows"]) == 2
@@ -57,10 +62,10 @@ def test_the_whole_chain_on_every_tiny_model(tmp_path, umm, monkeypatch, capsys)
 
 
 def test_before_and_after(painter, capsys):
-    assert cli.main(["eval", "world", str(painter), "--against", "base", "--limit", str(LIMIT)]) == 0
+    assert cli.main(["eval", "toy", str(painter), "--against", "base", "--limit", str(LIMIT)]) == 0
     shown = capsys.readouterr().out
-    found = json.loads((painter / "eval/world/results.json").read_text())
-    before = json.loads((painter / "eval/base/world/results.json").read_text())
+    found = json.loads((painter / "eval/toy/results.json").read_text())
+    before = json.loads((painter / "eval/base/toy/results.json").read_text())
     assert found["overall"]["value"] == 1 and before["overall"]["value"] < 0.8
     change = found["against"]["overall"]
     assert change["difference"] == pytest.approx(1 - before["overall"]["value"])
@@ -76,7 +81,7 @@ def test_before_and_after(painter, capsys):
         and " change +" in shown
         and "points  [+" in shown
     )
-    assert shown.strip() == (painter / "eval/world/report.txt").read_text().strip()
+    assert shown.strip() == (painter / "eval/toy/report.txt").read_text().strip()
 
 
 def test_results_count_what_they_are_of():
@@ -115,37 +120,37 @@ def test_power_is_told_for_changes_of_one_two_and_five_percent(unit, point):
 
 def test_against_an_evaluation_that_was_made_before(painter, tmp_path):
     """Its results are taken as they are, also from a folder that cannot be written; only common prompts count."""
-    reca.evaluate("world", painter, against="base", limit=21)
+    reca.evaluate("toy", painter, against="base", limit=21)
     kept = tmp_path / "kept"
     kept.mkdir()
-    text = (painter / "eval/base/world/results.json").read_text()
+    text = (painter / "eval/base/toy/results.json").read_text()
     (kept / "results.json").write_text(text)
     kept.chmod(0o555)
-    found = reca.evaluate("world", painter, against=kept, limit=42, out=tmp_path / "out")
+    found = reca.evaluate("toy", painter, against=kept, limit=42, out=tmp_path / "out")
     assert found["against"]["items"] == 21 and len(found["items"]) == 42
     change = found["against"]["overall"]
     assert change["value"] == pytest.approx(json.loads(text)["overall"]["value"])
     assert change["difference"] == pytest.approx(1 - change["value"])
     kept.chmod(0o755)
-    more = reca.evaluate("world", painter, against="base", limit=42)["against"]["overall"]["value"]
-    found = reca.evaluate("world", painter, against=painter / "eval/base/world", limit=21, out=tmp_path / "out")
+    more = reca.evaluate("toy", painter, against="base", limit=42)["against"]["overall"]["value"]
+    found = reca.evaluate("toy", painter, against=painter / "eval/base/toy", limit=21, out=tmp_path / "out")
     change = found["against"]["overall"]
     assert found["against"]["items"] == 21 and change["value"] == pytest.approx(1 - change["difference"]) != more
     for content, message in (
         ("{", "expected results of format 1"),
-        (text.replace('"toy world"', '"x"'), "different suites"),
+        (text.replace('"toy dataset shapes"', '"x"'), "different suites"),
     ):
         (kept / "results.json").write_text(content)
         with pytest.raises(EvaluationError, match=message):
-            reca.evaluate("world", painter, against=kept, limit=42, out=tmp_path / "out")
+            reca.evaluate("toy", painter, against=kept, limit=42, out=tmp_path / "out")
 
 
 def test_one_model_with_two_settings_can_differ(painter, tmp_path):
     """That its images are all right with both says little of other prompts; with the same ones it is no surprise."""
-    reca.evaluate("world", painter, limit=LIMIT)
+    reca.evaluate("toy", painter, limit=LIMIT)
     for seed in (0, 1):
-        given = {"against": painter / "eval/world", "out": tmp_path / str(seed)}
-        change = reca.evaluate("world", painter, limit=LIMIT, seed=seed, **given)["against"]
+        given = {"against": painter / "eval/toy", "out": tmp_path / str(seed)}
+        change = reca.evaluate("toy", painter, limit=LIMIT, seed=seed, **given)["against"]
         assert change["identical_settings"] == (seed == 0)
         low, high = change["overall"]["difference_interval"]
         # LIMIT prompts of one tag would reach so far; some of these tags have few prompts and a larger weight.
@@ -153,12 +158,12 @@ def test_one_model_with_two_settings_can_differ(painter, tmp_path):
 
 
 def test_nothing_is_done_twice(painter, monkeypatch):
-    first = reca.evaluate("world", painter, limit=LIMIT)
+    first = reca.evaluate("toy", painter, limit=LIMIT)
     monkeypatch.setattr(targets.Target, "load", None)
-    monkeypatch.setattr(WorldJudge, "shows", None)
-    assert reca.evaluate("world", painter, limit=LIMIT) == first
-    assert reca.evaluate("world", painter, limit=LIMIT, steps=["score"]) == first
-    assert reca.evaluate("world", painter, steps=["report"]) == first
+    monkeypatch.setattr(ToyJudge, "shows", None)
+    assert reca.evaluate("toy", painter, limit=LIMIT) == first
+    assert reca.evaluate("toy", painter, limit=LIMIT, steps=["score"]) == first
+    assert reca.evaluate("toy", painter, steps=["report"]) == first
 
 
 def test_the_model_gets_the_sampling_options_that_its_results_name(painter, monkeypatch):
@@ -169,13 +174,13 @@ def test_the_model_gets_the_sampling_options_that_its_results_name(painter, monk
         return draw(self, texts, seeds)
 
     monkeypatch.setattr(Painter, "generate", generate)
-    named = reca.evaluate("world", painter, limit=2, sampling={"steps": 3})["sampling"]
+    named = reca.evaluate("toy", painter, limit=2, sampling={"steps": 3})["sampling"]
     assert given == [{name: value for name, value in named.items() if name != "seed"}] and given[0]["steps"] == 3
 
 
 def test_an_image_depends_on_its_item_alone(painter, monkeypatch, tmp_path):
     """Neither on ranks, nor on the batch, nor on what was there before."""
-    suite = open_settings("world", None, limit=LIMIT).suite
+    suite = open_settings("toy", None, limit=LIMIT).suite
     items = suite.items()[:LIMIT]
     folders = [tmp_path / name for name in ("one", "ranks", "again")]
     for folder in folders:
@@ -200,22 +205,22 @@ def test_an_image_depends_on_its_item_alone(painter, monkeypatch, tmp_path):
 
 
 def test_a_half_written_record(painter):
-    first = reca.evaluate("world", painter, limit=LIMIT)
-    path = painter / "eval/world/records.jsonl"
+    first = reca.evaluate("toy", painter, limit=LIMIT)
+    path = painter / "eval/toy/records.jsonl"
     whole = path.read_text().splitlines()
     path.write_text("\n".join(whole[:-2]) + "\n" + whole[-2] + "\n" + whole[-1][:30])
-    assert reca.evaluate("world", painter, limit=LIMIT) == first
+    assert reca.evaluate("toy", painter, limit=LIMIT) == first
     good = [line for line in path.read_text().splitlines() if records.parse(line)]
     assert good == whole  # the last one was judged again, on a line of its own
     path.write_text("nonsense\n" + "\n".join(good[3:]) + "\n[1, 2]\n")
-    assert reca.evaluate("world", painter, limit=LIMIT) == first
+    assert reca.evaluate("toy", painter, limit=LIMIT) == first
 
 
 def test_a_full_disk_loses_nothing(painter, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    real, folder = files.write_atomically, painter / "eval/world"
+    real, folder = files.write_atomically, painter / "eval/toy"
     calls = []
 
     def fills_up(path, *rest, **options):
@@ -224,7 +229,7 @@ def test_a_full_disk_loses_nothing(painter, monkeypatch):
 
     monkeypatch.setattr(files, "write_atomically", fills_up)
     with pytest.raises(EvaluationError, match="cannot be written \\(No space left on device\\). Finished outputs"):
-        reca.evaluate("world", painter, limit=LIMIT)
+        reca.evaluate("toy", painter, limit=LIMIT)
     monkeypatch.setattr(files, "write_atomically", real)
     made = len(list(folder.rglob("*.png")))
     assert 0 < made < LIMIT
@@ -240,11 +245,11 @@ def test_a_full_disk_loses_nothing(painter, monkeypatch):
     with pytest.raises(
         EvaluationError, match="records.jsonl cannot be written \\(the disk is full\\). All previous lines"
     ):
-        reca.evaluate("world", painter, limit=LIMIT)
+        reca.evaluate("toy", painter, limit=LIMIT)
     assert Painter.made == LIMIT - made
     monkeypatch.setattr(records.os, "write", real_append)
     assert len(lines(folder / "records.jsonl")) == 9
-    assert reca.evaluate("world", painter, limit=LIMIT)["counts"]["images"] == LIMIT
+    assert reca.evaluate("toy", painter, limit=LIMIT)["counts"]["images"] == LIMIT
     assert len(lines(folder / "records.jsonl")) == LIMIT
 
 
@@ -263,13 +268,13 @@ def test_a_disk_that_is_full_at_any_file(painter, monkeypatch):
     for room in range(40):
         left = room
         try:
-            reca.evaluate("world", painter, against="base", limit=1)
+            reca.evaluate("toy", painter, against="base", limit=1)
             break
         except EvaluationError as error:
             assert "Finished outputs are kept: free disk space" in str(error)
             named.add(str(error).split(" cannot be written")[0].rpartition("/")[2])
         left = 40
-        assert reca.evaluate("world", painter, against="base", limit=1)["counts"]["images"] == 1
+        assert reca.evaluate("toy", painter, against="base", limit=1)["counts"]["images"] == 1
         shutil.rmtree(painter / "eval")
     assert named == {"generation.json", "metadata.jsonl", "0000.png", "results.json", "report.txt"}
 
@@ -278,13 +283,13 @@ def test_too_little_room_is_told_before_the_disk_is_full(painter, monkeypatch):
     monkeypatch.setattr(generate, "CHUNK", 4)
     monkeypatch.setattr(generate.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 4000))
     with pytest.raises(EvaluationError, match="remaining images need about .* the disk has only 3.91 KiB left"):
-        reca.evaluate("world", painter, limit=LIMIT)
+        reca.evaluate("toy", painter, limit=LIMIT)
     assert len(list(painter.rglob("*.png"))) == 4
 
 
 def test_an_evaluation_draws_the_same_images(painter, monkeypatch, caplog):
     kept = Painter.generate
-    whole = reca.evaluate("world", painter, limit=40, steps=["generate", "judge", "score"])
+    whole = reca.evaluate("toy", painter, limit=40, steps=["generate", "judge", "score"])
     images = {p.relative_to(painter): p.read_bytes() for p in painter.rglob("*.png")}
 
     def generate(self, texts, seeds, **options):
@@ -293,44 +298,42 @@ def test_an_evaluation_draws_the_same_images(painter, monkeypatch, caplog):
         return kept(self, texts, seeds, **options)
 
     monkeypatch.setattr(Painter, "generate", generate)
-    found = reca.evaluate("world", painter, limit=40, out=painter / "again")
+    found = reca.evaluate("toy", painter, limit=40, out=painter / "again")
     assert {**found, "images": None} == {**whole, "images": None}
     again = {p.relative_to(painter / "again/images"): p.read_bytes() for p in (painter / "again").rglob("*.png")}
-    assert again == {path.relative_to("eval/world/images"): content for path, content in images.items()}
+    assert again == {path.relative_to("eval/toy/images"): content for path, content in images.items()}
     assert caplog.text.count("memory was full with 32 images at once") == 1
     monkeypatch.setattr(Painter, "generate", raising(torch.OutOfMemoryError("CUDA out of memory")))
     with pytest.raises(inference.MemoryFull, match="a single image"):
-        reca.evaluate("world", painter, limit=50)
-    assert len(list((painter / "eval/world").rglob("*.png"))) == 40  # what was made is kept
+        reca.evaluate("toy", painter, limit=50)
+    assert len(list((painter / "eval/toy").rglob("*.png"))) == 40  # what was made is kept
 
 
 def test_missing_images_and_another_layout(painter, tmp_path):
-    reca.evaluate("world", painter, limit=LIMIT, steps=["generate"])
-    images = painter / "eval/world/images"
+    reca.evaluate("toy", painter, limit=LIMIT, steps=["generate"])
+    images = painter / "eval/toy/images"
     shutil.rmtree(images / "00010")
     elsewhere = tmp_path / "elsewhere"
-    with pytest.raises(
-        EvaluationError, match="1 images of world are missing: 00010 \\(0\\). Generate them, or set --p"
-    ):
-        reca.evaluate("world", painter, images=images, out=elsewhere, limit=LIMIT)
-    found = reca.evaluate("world", painter, images=images, out=elsewhere, limit=LIMIT, partial=True)
+    with pytest.raises(EvaluationError, match="1 images of toy are missing: 00010 \\(0\\). Generate them, or set --p"):
+        reca.evaluate("toy", painter, images=images, out=elsewhere, limit=LIMIT)
+    found = reca.evaluate("toy", painter, images=images, out=elsewhere, limit=LIMIT, partial=True)
     assert found["counts"] == {"items": LIMIT - 1, "images": LIMIT - 1, "failed": 0, "missing": 1}
     assert found["model"] is None and "the images were not generated here" in report.text(found)
     for path in list(images.rglob("*.png")):
         path.rename(images / f"{path.parent.parent.name}.png")
-    with pytest.raises(EvaluationError, match="contains no images of world; expected them as ITEM/samples/0000.png"):
-        reca.evaluate("world", painter, images=images, out=tmp_path / "third", limit=LIMIT)
+    with pytest.raises(EvaluationError, match="contains no images of toy; expected them as ITEM/samples/0000.png"):
+        reca.evaluate("toy", painter, images=images, out=tmp_path / "third", limit=LIMIT)
     with pytest.raises(EvaluationError, match="--images .*nowhere is not a folder"):
-        reca.evaluate("world", painter, images=tmp_path / "nowhere")
+        reca.evaluate("toy", painter, images=tmp_path / "nowhere")
 
 
 def test_a_lost_image_loses_no_other(painter):
     given = {"limit": 3, "images_per_item": 4, "steps": ["score"]}
-    reca.evaluate("world", painter, **given | {"steps": ["generate", "judge", "score"]})
-    sorted((painter / "eval/world/images").rglob("*.png"))[0].unlink()
-    with pytest.raises(EvaluationError, match=r"1 images of world are missing: 00000 \(0\). Generate them"):
-        reca.evaluate("world", painter, **given)
-    counts = reca.evaluate("world", painter, partial=True, **given)["counts"]
+    reca.evaluate("toy", painter, **given | {"steps": ["generate", "judge", "score"]})
+    sorted((painter / "eval/toy/images").rglob("*.png"))[0].unlink()
+    with pytest.raises(EvaluationError, match=r"1 images of toy are missing: 00000 \(0\). Generate them"):
+        reca.evaluate("toy", painter, **given)
+    counts = reca.evaluate("toy", painter, partial=True, **given)["counts"]
     assert (counts["images"], counts["missing"]) == (11, 1)
 
 
@@ -356,31 +359,31 @@ def test_what_is_generated_is_what_is_judged(painter, tmp_path, monkeypatch):
 
 
 def test_images_that_were_not_judged_are_not_left_out_in_silence(painter, tmp_path):
-    first = reca.evaluate("world", painter, limit=LIMIT)
-    path = painter / "eval/world/records.jsonl"
+    first = reca.evaluate("toy", painter, limit=LIMIT)
+    path = painter / "eval/toy/records.jsonl"
     half = path.read_text()[: len(path.read_text()) // 2]  # the judge was killed while it wrote a line
     path.write_text(half)
     elsewhere = {"records": tmp_path / "theirs.jsonl", "out": tmp_path / "out"}
     elsewhere["records"].write_text(half)
     for given in ({"steps": ["score"]}, elsewhere):
-        with pytest.raises(EvaluationError, match=r"has no record of \d+ images of world: .* or set --partial"):
-            reca.evaluate("world", painter, limit=LIMIT, **given)
-        counts = reca.evaluate("world", painter, limit=LIMIT, partial=True, **given)["counts"]
+        with pytest.raises(EvaluationError, match=r"has no record of \d+ images of toy: .* or set --partial"):
+            reca.evaluate("toy", painter, limit=LIMIT, **given)
+        counts = reca.evaluate("toy", painter, limit=LIMIT, partial=True, **given)["counts"]
         assert counts["missing"] + counts["images"] == LIMIT and counts["missing"] > 0
-    assert reca.evaluate("world", painter, limit=LIMIT)["overall"] == first["overall"]  # goes on, nothing is lost
+    assert reca.evaluate("toy", painter, limit=LIMIT)["overall"] == first["overall"]  # goes on, nothing is lost
 
 
 def test_changed_images_are_judged_again(painter):
-    reca.evaluate("world", painter, limit=LIMIT)
-    folder = painter / "eval/world"
+    reca.evaluate("toy", painter, limit=LIMIT)
+    folder = painter / "eval/toy"
     shutil.copy(sorted(folder.rglob("*.png"))[-1], sorted(folder.rglob("*.png"))[1])
-    assert reca.evaluate("world", painter, limit=LIMIT)["counts"]["images"] == LIMIT
+    assert reca.evaluate("toy", painter, limit=LIMIT)["counts"]["images"] == LIMIT
     assert len(lines(folder / "records.jsonl")) == LIMIT + 1
 
 
 def test_images_that_cannot_be_read_are_drawn_again_or_refused(painter, tmp_path, caplog, monkeypatch):
-    wanted = reca.evaluate("world", painter, limit=LIMIT)
-    images = painter / "eval/world/images"
+    wanted = reca.evaluate("toy", painter, limit=LIMIT)
+    images = painter / "eval/toy/images"
     paths = sorted(images.rglob("*.png"))
     contents = [path.read_bytes() for path in paths]
     broken = [
@@ -392,17 +395,17 @@ def test_images_that_cannot_be_read_are_drawn_again_or_refused(painter, tmp_path
         b"x" * 9,
     ]
     for workers in (1, 3):
-        monkeypatch.setattr(WorldJudge, "workers", workers)
+        monkeypatch.setattr(ToyJudge, "workers", workers)
         for path, content in zip(paths, broken, strict=False):
             path.write_bytes(content)
         out = tmp_path / f"out{workers}"
         with pytest.raises(EvaluationError, match="6 of 42 images cannot be read: .*png is not a readable .*Repl"):
-            reca.evaluate("world", painter, images=images, out=out, limit=LIMIT)
-        counts = reca.evaluate("world", painter, images=images, out=out, limit=LIMIT, partial=True)["counts"]
+            reca.evaluate("toy", painter, images=images, out=out, limit=LIMIT)
+        counts = reca.evaluate("toy", painter, images=images, out=out, limit=LIMIT, partial=True)["counts"]
         assert (counts["images"], counts["missing"], counts["failed"]) == (LIMIT - 6, 6, 0)
         assert "6 of 42 images cannot be read" in caplog.text and len(lines(out / "records.jsonl")) == LIMIT - 6
         made = Painter.made
-        assert reca.evaluate("world", painter, limit=LIMIT) == wanted and Painter.made == made + 6
+        assert reca.evaluate("toy", painter, limit=LIMIT) == wanted and Painter.made == made + 6
         assert [path.read_bytes() for path in paths] == contents
 
 
@@ -410,18 +413,18 @@ def test_a_judge_that_keeps_failing_ends_the_step(painter, monkeypatch):
     def fails(self, image, prompt):
         raise judge.JudgeError("no answer within 60 s")
 
-    monkeypatch.setattr(WorldJudge, "shows", fails)
+    monkeypatch.setattr(ToyJudge, "shows", fails)
     with pytest.raises(EvaluationError, match="failed on 5 images in a row; .* no answer within 60 s. All records"):
-        reca.evaluate("world", painter, limit=LIMIT)
+        reca.evaluate("toy", painter, limit=LIMIT)
     assert len(list(painter.rglob("*.png"))) == LIMIT
     monkeypatch.undo()
-    assert reca.evaluate("world", painter, limit=LIMIT, steps=["judge", "score"])["counts"]["failed"] == 0
+    assert reca.evaluate("toy", painter, limit=LIMIT, steps=["judge", "score"])["counts"]["failed"] == 0
 
 
 def test_a_judge_without_memory_ends_the_step_with_a_sentence(painter, monkeypatch):
-    monkeypatch.setattr(WorldJudge, "shows", raising(torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB.")))
-    with pytest.raises(inference.MemoryFull, match="out of memory while world judged .*png .CUDA .* records are kept"):
-        reca.evaluate("world", painter, limit=5)
+    monkeypatch.setattr(ToyJudge, "shows", raising(torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB.")))
+    with pytest.raises(inference.MemoryFull, match="out of memory while toy judged .*png .CUDA .* records are kept"):
+        reca.evaluate("toy", painter, limit=5)
 
 
 def test_a_layout_of_one_image_for_every_item_takes_no_more(painter, tmp_path):
@@ -437,42 +440,42 @@ def test_a_layout_of_one_image_for_every_item_takes_no_more(painter, tmp_path):
 
 
 def test_images_of_other_weights_or_settings_are_not_mixed(painter, monkeypatch):
-    reca.evaluate("world", painter, limit=5)
+    reca.evaluate("toy", painter, limit=5)
     settings = [{"seed": 1}, {"sampling": {"steps": 3}}, {"ema": True}, {"overrides": ["model.seed=3"]}]
     for name, change in zip(("seed", "sampling", "fingerprint", "fingerprint"), settings, strict=True):
         with pytest.raises(EvaluationError, match=f"with other settings \\({name} differ\\); set another --out"):
-            reca.evaluate("world", painter, limit=5, out=painter / "eval/world", **change)
+            reca.evaluate("toy", painter, limit=5, out=painter / "eval/toy", **change)
     monkeypatch.setattr(targets.Target, "load", lambda *_: Painter(0.2))
     with pytest.raises(EvaluationError, match="with other settings \\(weights differ\\)"):
-        reca.evaluate("world", painter, limit=9)
-    assert reca.evaluate("world?seed=1", painter, limit=5, out=painter / "other")["counts"]["images"] == 5
+        reca.evaluate("toy", painter, limit=9)
+    assert reca.evaluate("toy?seed=1", painter, limit=5, out=painter / "other")["counts"]["images"] == 5
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"suite": "geneva"}, "there is no suite 'geneva'; the suites are world, geneval, "),
-        ({"suite": "world?side=3"}, "only the toy datasets have options, such as world?world=emoji&seed=1"),
-        ({"suite": "world?world=moon"}, "the datasets are emoji, shapes"),
+        ({"suite": "geneva"}, "there is no suite 'geneva'; the suites are toy, geneval, "),
+        ({"suite": "toy?side=3"}, "only the toy datasets have options, such as toy?dataset=emoji&seed=1"),
+        ({"suite": "toy?dataset=moon"}, "the datasets are emoji, shapes"),
         (
             {"suite": "geneval_long", "judge": "owlv2:x"},
             "geneval_long needs the benchmark's files: --data PATH. Use Benchmark/geneval/",
         ),
-        ({"judge": "endpoint:http://x"}, "--judge endpoint does not support world; use one of world"),
-        ({"judge": "world", "judge_options": {"speed": 2}}, "there is no judge option 'speed'"),
+        ({"judge": "endpoint:http://x"}, "--judge endpoint does not support toy; use one of toy"),
+        ({"judge": "toy", "judge_options": {"speed": 2}}, "there is no judge option 'speed'"),
         ({"steps": ["generate", "judgement"]}, "--steps judgement: unknown; the steps are generate, judge,"),
         ({"steps": "generate"}, "steps='generate' must be a list; write steps=['generate']"),
         ({"images_per_item": 0}, "--images-per-item must be at least 1, got 0"),
         ({"sampling": {"stepz": 1}}, "there is no sampling option 'stepz'; did you mean steps?"),
-        ({"steps": ["score"]}, "contains no images of world|contains no records; add the step judge"),
+        ({"steps": ["score"]}, "contains no images of toy|contains no records; add the step judge"),
         ({"steps": ["report"]}, "results.json does not exist; add the step score"),
         ({"records": "none.jsonl", "against": "base"}, "none.jsonl does not exist; expected records.jsonl"),
-        ({"records": "run/recipe.yaml", "against": "base"}, "recipe.yaml contains no answers about the items of world"),
+        ({"records": "run/recipe.yaml", "against": "base"}, "recipe.yaml contains no answers about the items of toy"),
         ({"suite": "imgedit", "judge": "local:x"}, "imgedit needs a model that can edit: show_o cannot"),
     ],
 )
 def test_what_cannot_be_asked(painter, given, message):
-    arguments = {"suite": "world", "source": painter} | given
+    arguments = {"suite": "toy", "source": painter} | given
     with pytest.raises(ValueError) as caught:
         reca.evaluate(**arguments)
     assert any(part in str(caught.value) for part in message.split("|")), caught.value

@@ -21,7 +21,7 @@ from reca.eval.records import Record
 from reca.eval.settings import open_settings
 from reca.eval.suites import Item, open_suite
 from reca.eval.targets import Target, read_generation
-from tests.eval.world import Painter
+from tests.eval.painter import Painter
 
 
 class Reader(Judge):
@@ -68,35 +68,35 @@ def without_digests(folder):
 @pytest.mark.parametrize("old", [False, True])
 def test_images_of_other_prompts_are_refused(painter, old):
     """Also in a folder without digests, whose results name the prompts."""
-    first = reca.evaluate("world", painter, limit=42)
+    first = reca.evaluate("toy", painter, limit=42)
     if old:
-        without_digests(painter / "eval/world")
-    for other in ("world?seed=1", "world?world=emoji"):
+        without_digests(painter / "eval/toy")
+    for other in ("toy?seed=1", "toy?dataset=emoji"):
         for steps in (("generate", "judge", "score"), ("score",)):
             with pytest.raises(
                 EvaluationError, match=r"with other settings \(the prompts .* of \d+ items, such as 000\d\d"
             ):
                 reca.evaluate(other, painter, limit=42, steps=steps)
-    assert Painter.made == 42 and reca.evaluate("world", painter, limit=42) == first
+    assert Painter.made == 42 and reca.evaluate("toy", painter, limit=42) == first
     for limit, count, made in ((50, 1, 50), (50, 2, 100)):  # more of the same
-        found = reca.evaluate("world", painter, limit=limit, images_per_item=count)
+        found = reca.evaluate("toy", painter, limit=limit, images_per_item=count)
         assert found["counts"]["images"] == made and Painter.made >= made
-    assert len(read_generation(painter / "eval/world")["items"]) >= 50
+    assert len(read_generation(painter / "eval/toy")["items"]) >= 50
 
 
 def test_another_protocol_is_refused(painter):
-    reca.evaluate("world", painter, limit=5)
-    path = painter / "eval/world/generation.json"
-    path.write_text(path.read_text().replace('"toy world"', '"older world"'))
+    reca.evaluate("toy", painter, limit=5)
+    path = painter / "eval/toy/generation.json"
+    path.write_text(path.read_text().replace('"toy dataset shapes"', '"older name"'))
     with pytest.raises(EvaluationError, match=r"with other settings \(protocol differ\)"):
-        reca.evaluate("world", painter, limit=5)
+        reca.evaluate("toy", painter, limit=5)
 
 
 def test_evaluations_of_other_prompts_are_not_compared(painter):
     other = painter / "other"
-    reca.evaluate("world?seed=1", painter, limit=42, out=other)
+    reca.evaluate("toy?seed=1", painter, limit=42, out=other)
     with pytest.raises(EvaluationError, match=r"other has different prompts, .* under \d+ ids, such as 000\d\d"):
-        reca.evaluate("world", painter, limit=42, against=other)
+        reca.evaluate("toy", painter, limit=42, against=other)
 
 
 def test_evaluations_of_other_sources_or_questions_are_not_compared(tmp_path):
@@ -125,18 +125,18 @@ def test_evaluations_of_other_sources_or_questions_are_not_compared(tmp_path):
 def test_an_evaluation_to_compare_with_is_checked_before_anything_is_drawn(painter, tmp_path):
     """Whether it has results, or images that are still to be judged."""
     other, given = tmp_path / "other", {"limit": 5, "against": tmp_path / "other", "out": tmp_path / "out"}
-    reca.evaluate("world?seed=1", painter, limit=5, out=other)
+    reca.evaluate("toy?seed=1", painter, limit=5, out=other)
     Painter.made = 0
     with pytest.raises(EvaluationError, match="other has different prompts"):
-        reca.evaluate("world", painter, **given)
+        reca.evaluate("toy", painter, **given)
     shutil.rmtree(other)
-    reca.evaluate("world", painter, limit=5, out=other, steps=["generate"])
+    reca.evaluate("toy", painter, limit=5, out=other, steps=["generate"])
     (other / "images/00000").rename(tmp_path / "kept")
     Painter.made = 0
-    with pytest.raises(EvaluationError, match="images of world are missing: 00000"):
-        reca.evaluate("world", painter, **given)
+    with pytest.raises(EvaluationError, match="images of toy are missing: 00000"):
+        reca.evaluate("toy", painter, **given)
     assert Painter.made == 0
-    assert reca.evaluate("world", painter, partial=True, **given)["against"]["items"] == 4 and Painter.made == 5
+    assert reca.evaluate("toy", painter, partial=True, **given)["against"]["items"] == 4 and Painter.made == 5
 
 
 def test_a_digest_is_of_all_that_decides(tmp_path):
@@ -195,11 +195,11 @@ def test_an_edited_question_is_asked_anew(painter, reader, tmp_path):
 
 
 def test_records_of_earlier_releases_count(painter):
-    first = reca.evaluate("world", painter, limit=5)
-    without_digests(painter / "eval/world")
-    before = (painter / "eval/world/records.jsonl").read_text()
-    assert reca.evaluate("world", painter, limit=5) == first
-    assert (painter / "eval/world/records.jsonl").read_text() == before
+    first = reca.evaluate("toy", painter, limit=5)
+    without_digests(painter / "eval/toy")
+    before = (painter / "eval/toy/records.jsonl").read_text()
+    assert reca.evaluate("toy", painter, limit=5) == first
+    assert (painter / "eval/toy/records.jsonl").read_text() == before
 
 
 # ---- judges ----
@@ -292,33 +292,33 @@ def test_a_result_file_that_was_replaced_is_read_again(tmp_path):
 
 
 def test_a_file_to_judge_by_is_read_before_anything_is_drawn(painter, tmp_path, monkeypatch):
-    reca.evaluate("world", painter, limit=5)
-    lines = (painter / "eval/world/records.jsonl").read_text().splitlines()
+    reca.evaluate("toy", painter, limit=5)
+    lines = (painter / "eval/toy/records.jsonl").read_text().splitlines()
     kept, read = tmp_path / "kept.jsonl", []
     parse = records.import_answers
     monkeypatch.setattr(records, "import_answers", lambda *given: read.append(1) or parse(*given))
     given = {"limit": 5, "judge": f"recorded:{kept}", "out": tmp_path / "out"}
-    for content, message in ((lines[:3], "no answer about 2 of the 5 images of world"), (["{}"], "no answers")):
+    for content, message in ((lines[:3], "no answer about 2 of the 5 images of toy"), (["{}"], "no answers")):
         kept.write_text("".join(line + "\n" for line in content))
         Painter.made = 0
         with pytest.raises(EvaluationError, match=message):
-            reca.evaluate("world", painter, **given)
+            reca.evaluate("toy", painter, **given)
         assert Painter.made == 0
     kept.write_text("".join(line + "\n" for line in lines))
-    assert reca.evaluate("world", painter, **given)["counts"]["failed"] == 0 and Painter.made == 5
+    assert reca.evaluate("toy", painter, **given)["counts"]["failed"] == 0 and Painter.made == 5
     read.clear()
-    reca.evaluate("world", painter, limit=5, records=kept, out=tmp_path / "other")
+    reca.evaluate("toy", painter, limit=5, records=kept, out=tmp_path / "other")
     assert len(read) == 1
 
 
 def test_records_of_other_images_do_not_count(painter):
-    reca.evaluate("world", painter, limit=5)
-    folder = painter / "eval/world"
+    reca.evaluate("toy", painter, limit=5)
+    folder = painter / "eval/toy"
     kept = folder.parent / "kept.jsonl"
     shutil.copy(folder / "records.jsonl", kept)
     given = {"limit": 5, "images": folder / "images", "records": kept, "out": painter / "out", "steps": ["score"]}
-    assert reca.evaluate("world", painter, **given)["counts"]["images"] == 5
+    assert reca.evaluate("toy", painter, **given)["counts"]["images"] == 5
     first, *_, last = sorted(folder.rglob("*.png"))
     shutil.copy(last, first)
-    with pytest.raises(EvaluationError, match="no record of 1 images of world"):
-        reca.evaluate("world", painter, **given)
+    with pytest.raises(EvaluationError, match="no record of 1 images of toy"):
+        reca.evaluate("toy", painter, **given)

@@ -21,7 +21,7 @@ from reca.eval.suites import SUITES, open_suite
 from reca.eval.suites.geneval import GenEval
 from reca.eval.suites.geneval_rules import judge
 from reca.eval.suites.pope import measures, read_answer
-from tests.eval.world import Painter
+from tests.eval.painter import Painter
 
 TORN = "\u00e9".encode()[:1]  # what a script that was killed while it wrote a character leaves at the end of a file
 ROWS = [
@@ -47,10 +47,10 @@ def test_every_suite_says_where_its_files_are(tmp_path):
     for name in SUITES:
         suite = open_suite(name)
         assert suite.name == name and suite.protocol and suite.layout()
-        if name != "world" and suite.shipped is None:
+        if name != "toy" and suite.shipped is None:
             with pytest.raises(EvaluationError, match=f"{name} needs the benchmark's files: --data PATH. Use "):
                 suite.items()
-        for folder in (tmp_path, tmp_path / "nothing") if name != "world" else ():
+        for folder in (tmp_path, tmp_path / "nothing") if name != "toy" else ():
             with pytest.raises(EvaluationError, match="(does not exist|cannot be read|contains no).* Use "):
                 open_suite(name, folder).items()
 

@@ -79,7 +79,7 @@ class Chains:
 
 def command(run_dir: Path) -> list[str]:
     return [
-        "train", "show_o_tiny", "data.images=reca.toy_world:unlabeled?seed=0", "objective.i2t.weight=0",
+        "train", "show_o_tiny", "data.images=reca.toy_datasets.shapes:unlabeled?seed=0", "objective.i2t.weight=0",
         "data.workers=0",
         "objective.reca.batch_size=4", "objective.reca.micro_batch=2", f"train.steps={STEPS}", "train.threads=1",
         f"checkpoint.every={EVERY}", "log.every=1", "log.tensorboard=false", f"run_dir={run_dir}",

@@ -29,7 +29,7 @@ WORDS = """
     0010 no On YES true null None ~ ~/x ~x 12:30 1:2:3 1e3 1e-5 1.10 -0 +5 .5 5. 0x1f 0o17 1_000 .inf -.inf nan 1e999
     9223372036854775808 9999999999999999999999 *.tar &a !x !!int << = # #1 [ ] [a [] { } {a: {a:1} , a,b : a: :a ? - --a
     @ ` % | > ' " '' "" 'a' "a" "\\n" "\\x41" "\\q ${ ${a} ${oc.env:HOME} $HOME ??? \\ é 写 😀 ٣ a a.b:c?d=1 s3://x
-    reca.toy_world: 000..003 adamw cosine clip bf16
+    reca.toy_datasets.shapes: 000..003 adamw cosine clip bf16
 """
 BLANKS = [" ", "\t", "\n", "\0", "\ufeff", "\x85", "\u2028", "\x1b", "\udcff", ", ", ": ", " #"]
 PIECES = st.sampled_from([*WORDS.split(), *BLANKS])

@@ -11,7 +11,7 @@ from reca.data.batch import Batch
 from reca.data.pixels import make_view
 from reca.models import UMMS, umm_package
 from reca.rng import CounterRNG
-from reca.toy_world import understood
+from reca.toy_datasets.shapes import understood
 from reca_kernels import masked_linear_cross_entropy
 from tests.models.fake_gpu import modules_of
 

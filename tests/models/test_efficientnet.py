@@ -11,7 +11,7 @@ from reca.models.common.efficientnet import FEATURES, IN_CACHE, Conv, EfficientN
 from reca.models.common.weight_files import read_tensors
 from reca.models.show_o import Adapter
 from reca.rng import CounterRNG
-from tests.emoji_world.artwork import needs_artwork, needs_weights
+from tests.toy_datasets.artwork import needs_artwork, needs_weights
 
 SMALL = [
     "model.understanding=efficientnet", "model.efficientnet.image_size=32", "model.efficientnet.tokens=3",
@@ -27,8 +27,8 @@ def small(*more, umm="show_o"):
 @needs_weights
 def test_the_whole_network_names_what_it_was_trained_on():
     """The published head behind these blocks finds classes of ImageNet in emoji of their own colours."""
-    from reca.demo.scene import Thing
-    from reca.emoji_world.artwork import View, draw
+    from reca.toy_datasets.emoji.artwork import View, draw
+    from reca.toy_datasets.scene import Thing
 
     net = EfficientNetLite0()
     net.load_state_dict(imagenet_weights())

@@ -158,7 +158,7 @@ def test_the_published_tokenizer_is_taken_as_it_is(golden, tmp_path):
         assert encode(read, text) == list(text.encode()) and read.decode(encode(read, text)) == text
 
 
-def test_transformers_has_no_names_for_the_toy_world(tmp_path):
+def test_transformers_has_no_names_for_toy_datasets(tmp_path):
     model = Adapter.load(load_recipe("janus_tiny", ["model.export_layout=transformers"]).model)
     with pytest.raises(ValueError, match="model.codec=patches .* set model.export_layout=deepseek"):
         model.export(tmp_path)

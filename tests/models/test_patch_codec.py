@@ -1,11 +1,11 @@
-"""The linear codec of the embedded world."""
+"""The linear codec of toy images."""
 
 import pytest
 import torch
 
 from reca.models.common.patch_codec import PatchCodec
-from reca.toy_world.detector import shows
-from reca.toy_world.splits import understood
+from reca.toy_datasets.shapes.detector import shows
+from reca.toy_datasets.shapes.splits import understood
 
 
 def pixels(n):
@@ -27,7 +27,7 @@ def test_a_random_codec_projects():
     torch.testing.assert_close(codec.decode(codec.encode(once)), once)
 
 
-def test_images_of_the_world_survive_sixteen_channels():
+def test_toy_images_survive_sixteen_channels():
     split, x = pixels(600)
     codec = PatchCodec(4, 16)
     codec.fit(x)

@@ -25,7 +25,7 @@ from reca.models.janusflow import config as janusflow
 from reca.models.open_uni import config as open_uni
 from reca.models.show_o import config as show_o
 from reca.rng import CounterRNG
-from reca.toy_world import understood
+from reca.toy_datasets.shapes import understood
 from reca_kernels import AttentionSpan as Span
 from reca_kernels import attention_plan
 from reca_kernels.attention import dense, flex

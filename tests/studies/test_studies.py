@@ -1,4 +1,4 @@
-"""A study of two arms from its file to its page, what is done twice, and what its figures are taken to say."""
+"""A study of two variants from its file to its page, what is done twice, and what its figures are taken to say."""
 
 import json
 import os
@@ -16,33 +16,33 @@ from reca.cli import main
 from reca.config.recipe_files import load_recipe, save_recipe
 from reca.demo import experiment
 from reca.demo.measure import measure
-from reca.demo.world import load_world
 from reca.estimate.meta_model import build_meta
 from reca.models import UMMS, umm_package
 from reca.optim.trained import freeze
 from reca.options.fields import RecipeError
 from reca.processes import side_by_side
 from reca.processes.side_by_side import Failure
-from reca.studies import judge, published, report, runner, work, world
+from reca.studies import judge, published, report, runner, toy, work
 from reca.studies.check import check
 from reca.studies.plan import plan
 from reca.studies.study import Claim, StudyError, load_study, study_names
 from reca.studies.task import Asked, Evaluations, Task
+from reca.toy_datasets.dataset import load_dataset
 
 SCALE = ["--scale", "0.004"]
 PUBLISHED = ("show_o_512", "harmon_1_5b", "open_uni_l_512", "bagel_7b", "janus_pro_1b", "janusflow_1_3b")
 STUDY = """
 question: Does it run?
 paper: [{says: it does, source: Table 0}]
-arms:
+variants:
   RECA: {about: images alone}
   SFT: {about: captions, overrides: [objective.reca.weight=0, objective.t2i.weight=1],
-        world: ["data.captions={unlabeled}&caption_detail=full"]}
+        toy: ["data.captions={unlabeled}&caption_detail=full"]}
   SFT-RECA: {about: one after the other, after: SFT}
-  never: {about: not with this model, world: {bagel: [model.hv_source=vae]}}
+  never: {about: not with this model, toy: {bagel: [model.hv_source=vae]}}
 claims:
-  - {says: they draw alike, measure: {world: seen, published: world}, arm: RECA, than: SFT, expect: equal, margin: 100}
-  - {says: it needs a thousand images, measure: {published: world}, arm: RECA, than: before}
+  - {says: they draw alike, measure: {toy: seen, published: toy}, variant: RECA, than: SFT, expect: equal, margin: 100}
+  - {says: it needs a thousand images, measure: {published: toy}, variant: RECA, than: before}
 """
 
 
@@ -71,10 +71,10 @@ def in_this_process(monkeypatch):
     return made
 
 
-def test_two_arms_run_once_and_make_a_page(study, tmp_path, in_this_process, monkeypatch, capsys):
+def test_two_variants_run_once_and_make_a_page(study, tmp_path, in_this_process, monkeypatch, capsys):
     command = ["study", study, "--out", str(tmp_path / "out"), *SCALE]
     assert main(command) == 0
-    assert in_this_process == ["0/start", "0/RECA", "0/SFT", "0/SFT-RECA", "0/before"]
+    assert in_this_process == ["0/pretrained", "0/RECA", "0/SFT", "0/SFT-RECA", "0/before"]
     printed = capsys.readouterr().out
     assert "not with show_o: never (show_o has no such variant on the toy dataset 'shapes')" in printed
     page = tmp_path / "out/does_it_run-show_o-shapes/study.html"
@@ -83,90 +83,90 @@ def test_two_arms_run_once_and_make_a_page(study, tmp_path, in_this_process, mon
     assert not re.search(r"(src|href)=\"(?!data:)", text) and "Its figures mean nothing" in text and "Table 0" in text
 
     found = json.loads(page.with_suffix(".json").read_text())
-    assert [arm["name"] for arm in found["arms"]] == ["before", "RECA", "SFT", "SFT-RECA"]
-    for arm in found["arms"]:
-        measures = arm["results"]["0"]["measures"]
+    assert [variant["name"] for variant in found["variants"]] == ["before", "RECA", "SFT", "SFT-RECA"]
+    for variant in found["variants"]:
+        measures = variant["results"]["0"]["measures"]
         assert {"overall", "seen", "held-out", "understanding"} <= measures.keys()
-        assert ("loss" in measures) == (arm["name"] != "before")
+        assert ("loss" in measures) == (variant["name"] != "before")
     verdicts = [(claim["verdict"], claim["measure"]) for claim in found["claims"]]
     assert verdicts == [("agrees", "seen"), ("not measured", None)] and found["verdict"] == "agrees in part"
-    second = found["arms"][3]["results"]["0"]["folder"]
-    first = found["arms"][2]["results"]["0"]["folder"]
+    second = found["variants"][3]["results"]["0"]["folder"]
+    first = found["variants"][2]["results"]["0"]["folder"]
     assert load_recipe(f"{second}/recipe.yaml").train.init_from == str(Path(first).resolve())
 
-    # Nothing is left to do; an arm that was trained but not measured is not trained again.
+    # Nothing is left to do; an variant that was trained but not measured is not trained again.
     assert main(command) == 0
     assert in_this_process[5:] == []
     next(Path(first).glob("measured-*.json")).unlink()
     monkeypatch.setattr(work, "Trainer", None)
     assert main(command) == 0
     assert in_this_process[5:] == ["0/SFT"]
-    assert json.loads(page.with_suffix(".json").read_text())["arms"] != []
+    assert json.loads(page.with_suffix(".json").read_text())["variants"] != []
     assert main([*command, "--task", "0/SFT"]) == 0
     assert "0/SFT: overall " in capsys.readouterr().out
 
-    # Another study has the arms that are the same, and a changed arm is another one.
+    # Another study has the variants that are the same, and a changed variant is another one.
     other = tmp_path / "other.yaml"
-    other.write_text(STUDY.replace("RECA:", "same:").replace("arm: RECA", "arm: same"))
+    other.write_text(STUDY.replace("RECA:", "same:").replace("variant: RECA", "variant: same"))
     asked = Asked("show_o", (0,), tmp_path / "out", scale=0.004)
-    done = {task.arm: work.done(task) is not None for task in plan(load_study(str(other)), asked)[0]}
-    assert done == {"start": True, "same": True, "SFT": True, "SFT-same": True, "before": True}
-    changed = Asked("show_o", (0,), tmp_path / "out", scale=0.004, of_arm={"SFT": ("optim.lr=0.5",)})
-    done = {task.arm: work.done(task) is not None for task in plan(load_study(study), changed)[0]}
-    assert done == {"start": True, "RECA": True, "SFT": False, "SFT-RECA": False, "before": True}
+    done = {task.variant: work.done(task) is not None for task in plan(load_study(str(other)), asked)[0]}
+    assert done == {"pretrained": True, "same": True, "SFT": True, "SFT-same": True, "before": True}
+    changed = Asked("show_o", (0,), tmp_path / "out", scale=0.004, of_variant={"SFT": ("optim.lr=0.5",)})
+    done = {task.variant: work.done(task) is not None for task in plan(load_study(study), changed)[0]}
+    assert done == {"pretrained": True, "RECA": True, "SFT": False, "SFT-RECA": False, "before": True}
 
 
-def test_an_arm_may_be_longer_than_the_others(tmp_path):
+def test_a_variant_may_be_longer_than_the_others(tmp_path):
     def steps(**given):
         asked = Asked("show_o", (0,), tmp_path, **given)
-        tasks = {task.arm: task for task in plan(load_study("seen"), asked)[0]}
+        tasks = {task.variant: task for task in plan(load_study("seen"), asked)[0]}
         return [work.steps(tasks[name]) for name in ("RECA", "replay", "longer")]
 
     assert steps() == [200, 200, 400] and steps(scale=0.1) == [20, 20, 40]
     assert steps(common=("train.steps=300",)) == [300, 300, 600]
-    assert steps(of_arm={"longer": ("train.steps=7",)}) == [200, 200, 7]
+    assert steps(of_variant={"longer": ("train.steps=7",)}) == [200, 200, 7]
 
 
 @pytest.mark.parametrize("umm, usual", [("show_o", 4e-3), ("open_uni", 2e-3)])
-def test_an_arm_may_have_another_rate_than_the_others(umm, usual, tmp_path):
+def test_a_variant_may_have_another_rate_than_the_others(umm, usual, tmp_path):
     def rates(**given):
-        asked = Asked(umm, (0,), tmp_path, world="emoji", **given)
-        tasks = {task.arm: task for task in plan(load_study("limits"), asked)[0]}
+        asked = Asked(umm, (0,), tmp_path, dataset="emoji", **given)
+        tasks = {task.variant: task for task in plan(load_study("limits"), asked)[0]}
         return [load_recipe(tasks[name].recipe, tasks[name].overrides).optim.lr for name in ("SFT", "SFT-faster")]
 
     assert rates() == [usual, 3 * usual] and rates(common=("optim.lr=0.5",)) == [0.5, 1.5]
-    assert rates(of_arm={"SFT-faster": ("optim.lr=7",)}) == [usual, 7]
+    assert rates(of_variant={"SFT-faster": ("optim.lr=7",)}) == [usual, 7]
 
 
-def test_an_arm_that_fails_is_named_and_stops_no_other(study, tmp_path, in_this_process, capsys):
+def test_a_variant_that_fails_is_named_and_stops_no_other(study, tmp_path, in_this_process, capsys):
     command = ["study", study, "SFT:data.captions=nowhere/*.tar", "--out", str(tmp_path / "out"), *SCALE]
     assert main(command) == 1
     printed = capsys.readouterr().out
     assert "SFT, seed 0: DataError: " in printed and "nowhere" in printed
     found = json.loads((tmp_path / "out/does_it_run-show_o-shapes/study.json").read_text())
-    assert [arm["name"] for arm in found["arms"] if arm["means"]] == ["before", "RECA"]
+    assert [variant["name"] for variant in found["variants"] if variant["means"]] == ["before", "RECA"]
     assert found["claims"][0]["verdict"] == "not measured"
 
 
 @pytest.mark.usefixtures("in_this_process")
-def test_a_start_that_fails_is_named_beside_what_needs_it(study, tmp_path, monkeypatch, capsys):
+def test_pre_training_that_fails_is_named_beside_what_needs_it(study, tmp_path, monkeypatch, capsys):
     def broken(task, progress):
         raise OSError("no space")
 
-    monkeypatch.setattr(work.world, "make_start", broken)
+    monkeypatch.setattr(work.toy, "pretrain", broken)
     assert main(["study", study, "--out", str(tmp_path / "out"), *SCALE]) == 1
     printed = capsys.readouterr().out
-    assert "0/start: OSError: no space" in printed and "RECA, seed 0: " in printed
+    assert "0/pretrained: OSError: no space" in printed and "RECA, seed 0: " in printed
 
 
 def test_at_real_size_arms_are_recipes_and_measures_are_suites(study, tmp_path, in_this_process):
-    options = ["--recipe", "show_o_tiny", "--suite", "world", "--limit", "5", "--seeds", "1"]
+    options = ["--recipe", "show_o_tiny", "--suite", "toy", "--limit", "5", "--seeds", "1"]
     command = ["study", study, "train.steps=1", "data.workers=0", *options, "--out", str(tmp_path / "out")]
     assert main(command) == 0
     found = json.loads((tmp_path / "out/does_it_run-show_o_tiny/study.json").read_text())
-    assert found["setting"] == "published" and "never" in [arm["name"] for arm in found["arms"]]
-    for arm in found["arms"]:
-        measure = arm["results"]["0"]["measures"]["world"]
+    assert found["setting"] == "published" and "never" in [variant["name"] for variant in found["variants"]]
+    for variant in found["variants"]:
+        measure = variant["results"]["0"]["measures"]["toy"]
         assert 0 <= measure["value"] <= 100 and len(measure["interval"]) == 2
     assert [claim["verdict"] for claim in found["claims"]] == ["agrees", "open"]
 
@@ -176,7 +176,7 @@ def test_all_that_a_recipe_file_gives_lies_in_the_folder_of_studies(study, tmp_p
     save_recipe(load_recipe("show_o_tiny"), tmp_path / "mine.yaml")
     asked = Asked("show_o", (0,), tmp_path / "out", recipe=str(tmp_path / "mine.yaml"))
     folders = {task.folder.parent for task in plan(load_study(study), asked)[0]}
-    assert folders == {tmp_path / "out/arms"}
+    assert folders == {tmp_path / "out/variants"}
     assert report.folder(load_study(study), asked) == tmp_path / "out/does_it_run-mine"
 
 
@@ -190,7 +190,10 @@ def test_the_scores_of_a_suite_are_shares_or_points(unit, scale, high, tmp_path,
         return {"overall": row | {"unit": unit}, "tags": {"counting": row}}
 
     monkeypatch.setattr(published.api, "evaluate", evaluate)
-    given = ("arm", "published", "shapes", "show_o"), ("show_o_tiny", (), tmp_path, tmp_path, 1.0, Evaluations(("s",)))
+    given = (
+        ("variant", "published", "shapes", "show_o"),
+        ("show_o_tiny", (), tmp_path, tmp_path, 1.0, Evaluations(("s",))),
+    )
     seeds = [published.measured(Task(f"{seed}/a", *given[0], seed, *given[1])) for seed in values]
     assert [seeds[0][name]["interval"] for name in ("s", "s/counting")] == [[45, None]] * 2
     for name in ("s", "s/counting"):
@@ -199,7 +202,7 @@ def test_the_scores_of_a_suite_are_shares_or_points(unit, scale, high, tmp_path,
 
 
 def test_evaluations_with_other_options_have_folders_of_their_own(tmp_path, monkeypatch):
-    """So that one study can be measured again, and by two worlds at once."""
+    """So that one study can be measured again, and by two suites at once."""
     folders = []
 
     def evaluate(suite, source, keys, *, out, **options):
@@ -207,23 +210,25 @@ def test_evaluations_with_other_options_have_folders_of_their_own(tmp_path, monk
         return {"overall": {"value": 0.5, "interval": [0, 1], "unit": "fraction"}, "tags": {}}
 
     monkeypatch.setattr(published.api, "evaluate", evaluate)
-    suites = ("world", "world?world=emoji")
+    suites = ("toy", "toy?dataset=emoji")
 
     def measured(**common):
-        asked = Evaluations(suites, {"": common, "world": {"judge": "world"}})
+        asked = Evaluations(suites, {"": common, "toy": {"judge": "toy"}})
         return published.measured(
-            Task("0/a", "arm", "published", "shapes", "show_o", 0, "show_o_tiny", (), tmp_path, tmp_path, 1.0, asked)
+            Task(
+                "0/a", "variant", "published", "shapes", "show_o", 0, "show_o_tiny", (), tmp_path, tmp_path, 1.0, asked
+            )
         )
 
     assert tuple(measured(sampling={})) == suites
     assert tuple(measured(sampling={"steps": 3})) == suites
     measured(sampling={})
     assert len(set(folders)) == 4 and folders[4:] == folders[:2]
-    assert all(folder.parent == tmp_path / "eval" and folder.name.startswith("world-") for folder in folders)
+    assert all(folder.parent == tmp_path / "eval" and folder.name.startswith("toy-") for folder in folders)
 
 
 def test_what_another_process_does_is_waited_for(study, tmp_path, monkeypatch):
-    """Two studies share their start and their arms, and each may be begun while the other one runs."""
+    """Two studies share their pre-trained model and their variants, and each may be begun while the other one runs."""
     (task, *_), _ = plan(load_study(study), Asked("show_o", (0,), tmp_path))
     other = """if True:
         import sys, time
@@ -237,7 +242,7 @@ def test_what_another_process_does_is_waited_for(study, tmp_path, monkeypatch):
             result.write_text('{"measures": {}, "curve": [], "seconds": 5}')
     """
     lock = task.folder.with_name(f".{task.folder.name}.lock")
-    monkeypatch.setattr(world, "make_start", lambda *_: 1 / 0)
+    monkeypatch.setattr(toy, "pretrain", lambda *_: 1 / 0)
     with subprocess.Popen([sys.executable, "-c", other, lock, task.result], stdout=subprocess.PIPE, text=True) as doing:
         assert doing.stdout.readline() == "begun\n"
         assert work.work(task)["seconds"] == 5
@@ -246,7 +251,7 @@ def test_what_another_process_does_is_waited_for(study, tmp_path, monkeypatch):
         work.work(task)
 
 
-def test_a_torn_line_of_a_log_ends_no_arm(tmp_path):
+def test_a_torn_line_of_a_log_ends_no_variant(tmp_path):
     """A disk that is full for a moment tears one, and the run goes on."""
     lines = ['{"step": 1, "loss": 4.0}', '{"step": 2, "lo', '{"step": 3, "loss": 2.0, "reca/loss": 1.0}']
     (tmp_path / "log.jsonl").write_text("\n".join(lines) + "\n")
@@ -275,7 +280,7 @@ def test_slurm_submits_each_task_once_after_those_it_needs(study, tmp_path, monk
     assert "--slurm" not in (here / "task.sbatch").read_text()
 
     assert main([*arguments, "--task", "0/RECA"]) == 2
-    assert "depends on 0/start, which is not done" in capsys.readouterr().err
+    assert "depends on 0/pretrained, which is not done" in capsys.readouterr().err
 
 
 def test_no_option_is_abbreviated(capsys):
@@ -288,10 +293,10 @@ def test_no_option_is_abbreviated(capsys):
 @pytest.mark.parametrize("name", study_names())
 def test_every_study_can_be_planned(name, tmp_path):
     study = load_study(name)
-    assert study.paper and study.arms and study.claims
+    assert study.paper and study.variants and study.claims
     planned = {}
     for umm in UMMS:
-        asked = Asked(umm, (3,), tmp_path, world=study.worlds[0] if study.worlds else "shapes")
+        asked = Asked(umm, (3,), tmp_path, dataset=study.datasets[0] if study.datasets else "shapes")
         if not study.umms or umm in study.umms:
             planned[umm] = plan(study, asked)[0]
         else:
@@ -300,32 +305,32 @@ def test_every_study_can_be_planned(name, tmp_path):
     assert "show_o" in planned
     for tasks in planned.values():
         assert {name for task in tasks for name in task.after} <= {task.name for task in tasks}
-        assert all("seed=3" in " ".join(task.overrides) for task in tasks if task.kind != "start")
+        assert all("seed=3" in " ".join(task.overrides) for task in tasks if task.kind != "pretrained")
     for recipe in ("show_o_512", "bagel_7b"):
         umm = load_recipe(recipe).umm
         if not study.umms or umm in study.umms:
             assert plan(study, Asked(umm, (0,), tmp_path, recipe))[0]
 
 
-def test_a_key_of_the_start_holds_for_pre_training_and_all_arms(tmp_path):
-    """Another image tokenizer is another model, whose start is not shared with that of the usual one."""
+def test_a_key_of_the_pretrained_model_holds_for_pre_training_and_all_variants(tmp_path):
+    """Another image tokenizer is another model, whose pre-training is not shared with that of the usual one."""
     asked, key = {"umm": "show_o", "seeds": (0,), "out": tmp_path}, "model.patches.entries=99"
     usual = {task.name: task for task in plan(load_study("encoder"), Asked(**asked))[0]}
-    tasks, _ = plan(load_study("encoder"), Asked(**asked, of_arm={"start": (key,)}))
+    tasks, _ = plan(load_study("encoder"), Asked(**asked, of_variant={"pretrained": (key,)}))
     assert {task.folder for task in tasks}.isdisjoint(task.folder for task in usual.values())
     for task in tasks:
-        made = load_recipe(task.recipe, task.of_start if task.kind == "start" else task.overrides)
+        made = load_recipe(task.recipe, task.of_pretraining if task.kind == "pretrained" else task.overrides)
         assert made.model.patches.entries == 99, task.name
-        assert usual[task.name].of_start == ()
-    with pytest.raises(StudyError, match="'start' is no variant"):
-        plan(load_study("main"), Asked(**asked, recipe="show_o_512", of_arm={"start": (key,)}))
+        assert usual[task.name].of_pretraining == ()
+    with pytest.raises(StudyError, match="'pretrained' is no variant"):
+        plan(load_study("main"), Asked(**asked, recipe="show_o_512", of_variant={"pretrained": (key,)}))
 
 
-def test_worlds_share_no_arm_whatever_data_is_given(tmp_path):
-    """Their starts and prompts differ, though recipe and data be the same."""
+def test_datasets_share_no_arm_whatever_data_is_given(tmp_path):
+    """Their pre-trained models and prompts differ, though recipe and data be the same."""
     data = ("data.images=/a", "data.conversations=/b.json", "data.captions=/c")
-    worlds = [Asked("show_o", (0,), tmp_path, world=name, common=data) for name in ("shapes", "jitter")]
-    first, second = ({task.folder for task in plan(load_study("encoder"), asked)[0]} for asked in worlds)
+    datasets = [Asked("show_o", (0,), tmp_path, dataset=name, common=data) for name in ("shapes", "jitter")]
+    first, second = ({task.folder for task in plan(load_study("encoder"), asked)[0]} for asked in datasets)
     assert not first & second
 
 
@@ -341,7 +346,7 @@ def test_a_swapped_encoder_takes_red_for_blue(umm):
     image = torch.randint(0, 256, (3, 20, 20), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     model.answer([image], ["what is this"], max_new_tokens=1)
     model.answer([image.flip(0)], ["what is this"], max_new_tokens=1)
-    world.swap_red_and_blue(model)
+    toy.swap_red_and_blue(model)
     model.answer([image.flip(0)], ["what is this"], max_new_tokens=1)
     right, other, swapped = read
     assert (swapped - right).norm() < 0.3 * (other - right).norm()
@@ -350,31 +355,34 @@ def test_a_swapped_encoder_takes_red_for_blue(umm):
 @pytest.mark.parametrize(
     "text, said",
     [
-        ("arms: {}", "arms must map names"),
+        ("variants: {}", "variants must map names"),
         ("- 1", "has no keys"),
-        ("question: a\npaper: []\narms: {a: {}}", "about is missing"),
-        ("question: a\narms: {a: {about: b, steps: 3}}", "unknown key steps"),
-        ("question: a\narms: {a: {about: b, after: c}}", "must be a variant listed before it"),
-        ("question: a\narms: {a: {about: b, longer: 0.5}}", "arms.a: expected a whole number"),
-        ("question: a\narms: {a: {about: b, longer: 0}}", "longer=0 of a must be at least 1"),
-        ("question: a\narms: {a: {about: b, rate: 0}}", "rate=0 of a must be above 0"),
-        ("question: a\narms: {a: {about: b, rate: half}}", "arms.a: expected a number"),
-        ("question: a\narms: {a: {about: b, rate: .nan}}", "arms.a: expected a finite number"),
-        ("question: a\narms: {a: {about: b}, c: {about: d}, a: {about: e}}", "duplicate key 'a'"),
-        ("question: a\narms: {a: {about: b, overrides: train.steps=3}}", "arms.a: expected a list"),
-        ("question: a\narms: {a: {about: b, world: {bagel: train.steps=3}}}", "world.bagel='train.steps=3'"),
+        ("question: a\npaper: []\nvariants: {a: {}}", "about is missing"),
+        ("question: a\nvariants: {a: {about: b, steps: 3}}", "unknown key steps"),
+        ("question: a\nvariants: {a: {about: b, after: c}}", "must be a variant listed before it"),
+        ("question: a\nvariants: {a: {about: b, longer: 0.5}}", "variants.a: expected a whole number"),
+        ("question: a\nvariants: {a: {about: b, longer: 0}}", "longer=0 of a must be at least 1"),
+        ("question: a\nvariants: {a: {about: b, rate: 0}}", "rate=0 of a must be above 0"),
+        ("question: a\nvariants: {a: {about: b, rate: half}}", "variants.a: expected a number"),
+        ("question: a\nvariants: {a: {about: b, rate: .nan}}", "variants.a: expected a finite number"),
+        ("question: a\nvariants: {a: {about: b}, c: {about: d}, a: {about: e}}", "duplicate key 'a'"),
+        ("question: a\nvariants: {a: {about: b, overrides: train.steps=3}}", "variants.a: expected a list"),
+        ("question: a\nvariants: {a: {about: b, toy: {bagel: train.steps=3}}}", "toy.bagel='train.steps=3'"),
         (
-            "question: a\narms: {a: {about: b}}\nclaims: [{says: x, measure: y, arm: a, than: before, margin: two}]",
+            "question: a\nvariants: {a: {about: b}}\nclaims: [{says: x, measure: y, variant: a, than: a, margin: two}]",
             "margin='two'",
         ),
-        ("question: a\narms: {a b: {about: b}}", "letters, digits"),
-        ("question: a\narms: {start: {about: b}}", "'start' is reserved"),
-        ("question: a\narms: {a: {about: b}}\nclaims: [{says: x, measure: y, arm: a, than: z}]", "names z, which"),
+        ("question: a\nvariants: {a b: {about: b}}", "letters, digits"),
+        ("question: a\nvariants: {pretrained: {about: b}}", "'pretrained' is reserved"),
         (
-            "question: a\narms: {a: {about: b}}\nclaims: [{says: x, measure: y, arm: a, than: a, expect: more}]",
+            "question: a\nvariants: {a: {about: b}}\nclaims: [{says: x, measure: y, variant: a, than: z}]",
+            "names z, which",
+        ),
+        (
+            "question: a\nvariants: {a: {about: b}}\nclaims: [{says: x, measure: y, variant: a, than: a, expect: x}]",
             "expect",
         ),
-        ("question: a\narms: {a: {about: b}}\nclaims: {says: x}", "claims must be a list"),
+        ("question: a\nvariants: {a: {about: b}}\nclaims: {says: x}", "claims must be a list"),
         ("question: [", "is not YAML"),
     ],
 )
@@ -385,31 +393,35 @@ def test_a_study_that_is_none_is_refused(text, said, tmp_path):
         load_study(str(path))
 
 
-def test_names_of_arms_are_texts_however_they_look(tmp_path):
+def test_names_of_variants_are_texts_however_they_look(tmp_path):
     """YAML takes 64 for a number and no for false."""
     path = tmp_path / "a.yaml"
-    claim = "{says: x, measure: y, arm: 64, than: no, margin: 1}"
-    path.write_text(f"question: a\narms: {{64: {{about: b}}, no: {{about: c, after: 64}}}}\nclaims: [{claim}]\npaper:")
+    claim = "{says: x, measure: y, variant: 64, than: no, margin: 1}"
+    path.write_text(
+        f"question: a\nvariants: {{64: {{about: b}}, no: {{about: c, after: 64}}}}\nclaims: [{claim}]\npaper:"
+    )
     study = load_study(str(path))
-    assert [(arm.name, arm.after) for arm in study.arms] == [("64", None), ("no", "64")]
+    assert [(variant.name, variant.after) for variant in study.variants] == [("64", None), ("no", "64")]
     assert study.claims == (Claim("x", "y", "64", "no", margin=1.0),)
 
 
-def test_an_arm_takes_a_group_of_keys_in_braces(tmp_path):
+def test_a_variant_takes_a_group_of_keys_in_braces(tmp_path):
     path = tmp_path / "a.yaml"
-    keys = 'overrides: ["model.patches={size: 4, entries: 99}"], world: ["data.captions={unlabeled}&size=9"]'
-    path.write_text(f"question: a\narms: {{a: {{about: b, {keys}}}}}")
-    (task,) = (t for t in plan(load_study(str(path)), Asked("show_o", (3,), tmp_path))[0] if t.arm == "a")
+    keys = 'overrides: ["model.patches={size: 4, entries: 99}"], toy: ["data.captions={unlabeled}&size=9"]'
+    path.write_text(f"question: a\nvariants: {{a: {{about: b, {keys}}}}}")
+    (task,) = (t for t in plan(load_study(str(path)), Asked("show_o", (3,), tmp_path))[0] if t.variant == "a")
     recipe = load_recipe(task.recipe, task.overrides)
     assert recipe.model.patches.entries == 99
-    assert recipe.data.captions == "reca.toy_world:unlabeled?seed=3&size=9"
+    assert recipe.data.captions == "reca.toy_datasets.shapes:unlabeled?seed=3&size=9"
 
 
-@pytest.mark.parametrize(("start", "recipe"), [("blue_is_red", None), ("red_is_blue", "show_o_tiny")])
-def test_a_start_that_is_not_there_is_refused(start, recipe, tmp_path):
+@pytest.mark.parametrize(("pretrained", "recipe"), [("blue_is_red", None), ("red_is_blue", "show_o_tiny")])
+def test_a_modification_that_is_not_there_is_refused(pretrained, recipe, tmp_path):
     path = tmp_path / "a.yaml"
-    path.write_text(f"question: a\narms: {{a: {{about: b, start: {start}}}}}")
-    with pytest.raises(StudyError, match=f"start={start} of a: only red_is_blue exists, and only on toy datasets"):
+    path.write_text(f"question: a\nvariants: {{a: {{about: b, pretrained: {pretrained}}}}}")
+    with pytest.raises(
+        StudyError, match=f"pretrained={pretrained} of a: only red_is_blue exists, and only on toy datasets"
+    ):
         plan(load_study(str(path)), Asked("show_o", (0,), tmp_path, recipe=recipe))
 
 
@@ -422,24 +434,24 @@ def test_a_start_that_is_not_there_is_refused(start, recipe, tmp_path):
         (["main", "--recipe", "show_o_512", "--suite", "geneval", "--data", "x"], "--data 'x' must be SUITE=..."),
         (["main", "--recipe", "show_o_512", "--suite", "geneval"], "geneval needs a judge"),
         (["main", "--recipe", "show_o_512", "--suite", "gedit", "--judge", "gedit=local:x"], "gedit needs a model"),
-        (["main", "--recipe", "show_o_512", "--suite", "world", "--limit", "0"], "--limit must be at least 1, got 0"),
-        (["main", "--recipe", "show_o_512", "--suite", "world", "--sampling", "stepz=1"], "no sampling option 'stepz'"),
+        (["main", "--recipe", "show_o_512", "--suite", "toy", "--limit", "0"], "--limit must be at least 1, got 0"),
+        (["main", "--recipe", "show_o_512", "--suite", "toy", "--sampling", "stepz=1"], "no sampling option 'stepz'"),
         (["main", "--limit", "0"], "are for --recipe"),
         (["main", "--scale", "3"], "--scale must lie in (0, 1]"),
         (["main", "RECO:optim.lr=1"], "'RECO' is no variant of main with show_o; there are RECA"),
         (["main", "--jobs", "0"], "--jobs must be at least 1"),
-        (["main", "--task", "7/RECA"], "no task 7/RECA; --task is SEED/VARIANT of seed 0 and start, RECA, before"),
-        (["main", "--seeds", "3,5,", "--task", "4/RECA"], "SEED/VARIANT of seeds 3, 5 and start, RECA, before"),
-        (["main", "--seeds", "5,", "--task", "4/RECA"], "SEED/VARIANT of seed 5 and start, RECA, before"),
+        (["main", "--task", "7/RECA"], "no task 7/RECA; --task is SEED/VARIANT of seed 0 and pretrained, RECA, before"),
+        (["main", "--seeds", "3,5,", "--task", "4/RECA"], "SEED/VARIANT of seeds 3, 5 and pretrained, RECA, before"),
+        (["main", "--seeds", "5,", "--task", "4/RECA"], "SEED/VARIANT of seed 5 and pretrained, RECA, before"),
         (["main", "--images-per-prompt", "0"], "--images-per-prompt must be at least 1"),
         (
             ["main", "--recipe", "x", "--suite", "geneval", "--images-per-prompt", "2"],
             "--images-per-prompt is for toy datasets",
         ),
         (["blur", "--umm", "bagel"], "the study blur does not support bagel, only show_o"),
-        (["limits"], "the toy dataset 'shapes': choose --world emoji|emoji-places|emoji-varied"),
-        (["main", "--world", "sea"], "there is no toy dataset 'sea'"),
-        (["main", "--world", "emoji", "--umm", "bagel"], "there is no demo of 'bagel' on the toy dataset 'emoji'"),
+        (["limits"], "the toy dataset 'shapes': choose --dataset emoji|emoji-places|emoji-varied"),
+        (["main", "--dataset", "sea"], "there is no toy dataset 'sea'"),
+        (["main", "--dataset", "emoji", "--umm", "bagel"], "there is no demo of 'bagel' on the toy dataset 'emoji'"),
     ],
 )
 def test_what_cannot_be_run_is_said(arguments, said, tmp_path, capsys):
@@ -462,7 +474,7 @@ class Blank:
 
 
 def test_every_prompt_is_drawn_as_often_as_asked_and_shown_once():
-    once, more, shapes = Blank(), Blank(), load_world("shapes")
+    once, more, shapes = Blank(), Blank(), load_dataset("shapes")
     first = measure(once, shapes, 0, {}, every=10)
     found = measure(more, shapes, 0, {}, every=10, draws=3)
     assert found.rates["seen"] == (0, 3 * first.rates["seen"].trials) and first.rates["seen"].trials > 0
@@ -497,7 +509,7 @@ def test_every_prompt_is_drawn_as_often_as_asked_and_shown_once():
         ("--slurm SFT:train.frozen=[nothing]", "variant SFT: train.frozen: no parameter matches 'nothing'"),
     ],
 )
-def test_a_recipe_that_an_arm_cannot_run_is_refused_before_anything_runs(
+def test_a_recipe_that_a_variant_cannot_run_is_refused_before_anything_runs(
     override, said, study, tmp_path, in_this_process, capsys
 ):
     out = tmp_path / "out"
@@ -512,7 +524,7 @@ def test_the_arms_of_the_catalogue_can_run(umm, tmp_path):
 
 
 def test_arms_that_go_on_from_files_that_are_not_there_are_refused(study, tmp_path):
-    asked = Asked("show_o", (0,), tmp_path, "show_o_tiny", of_arm={"SFT": (f"model.weights={tmp_path}/none",)})
+    asked = Asked("show_o", (0,), tmp_path, "show_o_tiny", of_variant={"SFT": (f"model.weights={tmp_path}/none",)})
     with pytest.raises(RecipeError, match=r"variant SFT: model.weights=.*none does not exist"):
         check(plan(load_study(study), asked)[0])
 
@@ -535,8 +547,8 @@ def test_intervals():
     gap = judge.difference({0: rate(56, 70)}, {0: rate(48, 80)})
     assert gap == pytest.approx((20.0, 5.24, 33.39), abs=1e-2)
     # Over seeds, differences are paired.
-    arm, than = {s: rate(50 + 10 * s) for s in range(3)}, {s: rate(40 + 9 * s) for s in range(3)}
-    assert judge.difference(arm, than) == pytest.approx((11.0, 11 - 2.484, 11 + 2.484), abs=1e-3)
+    variant, than = {s: rate(50 + 10 * s) for s in range(3)}, {s: rate(40 + 9 * s) for s in range(3)}
+    assert judge.difference(variant, than) == pytest.approx((11.0, 11 - 2.484, 11 + 2.484), abs=1e-3)
     assert judge.difference({0: rate(1)}, {1: rate(1)}) is None
 
 
@@ -626,16 +638,18 @@ def test_a_failed_task_is_said_in_one_line():
 
 
 @pytest.mark.parametrize("recipe", [*(f"{umm}_tiny" for umm in UMMS), "show_o_emoji_tiny", *PUBLISHED])
-def test_whatever_an_arm_freezes_would_be_trained_without_it(recipe, tmp_path):
-    """A pattern of frozen parameters alone changes nothing, so that the arm would be RECA under another name."""
+def test_whatever_a_variant_freezes_would_be_trained_without_it(recipe, tmp_path):
+    """A pattern of frozen parameters alone changes nothing, so that the variant would be RECA under another name."""
     umm = load_recipe(recipe).umm
-    world = "emoji" if "emoji" in recipe else "shapes"
-    asked = Asked(umm, (0,), tmp_path, recipe if recipe in PUBLISHED else None, world)
+    dataset = "emoji" if "emoji" in recipe else "shapes"
+    asked = Asked(umm, (0,), tmp_path, recipe if recipe in PUBLISHED else None, dataset)
     studies = [study for study in map(load_study, study_names()) if not study.umms or umm in study.umms]
     if asked.recipe is None:
-        studies = [study for study in studies if not study.worlds or world in study.worlds]
-    arms = [keys for study in studies for _, keys in study.of(asked)[0].values()]
-    frozen = {tuple(key for key in keys if key.startswith("train.")) for keys in arms if "train.frozen" in str(keys)}
+        studies = [study for study in studies if not study.datasets or dataset in study.datasets]
+    variants = [keys for study in studies for _, keys in study.of(asked)[0].values()]
+    frozen = {
+        tuple(key for key in keys if key.startswith("train.")) for keys in variants if "train.frozen" in str(keys)
+    }
     assert frozen
     model = build_meta(load_recipe(recipe))[0]
     for keys in frozen:

@@ -143,21 +143,21 @@ def serve(options: argparse.Namespace) -> None:
 
 
 def demo(options: argparse.Namespace) -> None:
-    from reca.demo.world import default_world, load_world
     from reca.processes import workers
+    from reca.toy_datasets.dataset import default_dataset, load_dataset
 
     if not 0 < options.scale <= 1 or options.seeds < 1:
         raise ValueError(
             f"--scale must lie in (0, 1] and --seeds be at least 1, got {options.scale:g} and {options.seeds}"
         )
-    world = load_world(options.world) if options.world else default_world(options.umm)
+    dataset = load_dataset(options.dataset) if options.dataset else default_dataset(options.umm)
     workers.prepare("reca.demo.experiment")
     from reca.demo.experiment import demo
 
     usual = Path("demo_out")
-    if (world.name, options.umm) != ("emoji", "show_o"):
-        usual = usual / world.name / options.umm
-    demo(options.umm, world, options.seeds, options.out or usual, options.scale)
+    if (dataset.name, options.umm) != ("emoji", "show_o"):
+        usual = usual / dataset.name / options.umm
+    demo(options.umm, dataset, options.seeds, options.out or usual, options.scale)
 
 
 def doctor(options: argparse.Namespace) -> None:

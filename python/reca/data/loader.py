@@ -49,7 +49,7 @@ def open_loader(
     neighbours: bool = False,
     start: int = 0,
     rank: int = 0,
-    world: int = 1,
+    world_size: int = 1,
     bad_samples: Path | None = None,
     identity: Any = None,
     source: Source | None = None,
@@ -70,8 +70,8 @@ def open_loader(
     cache = None
     if config.cache and identity is not None:
         cache = FeatureCache(Path(config.cache), views, [task, identity])
-    samples = batch_size or micro_batch * world
-    shares = split_batch(samples, micro_batch if max_tokens is None else -(-samples // world), world)[rank]
+    samples = batch_size or micro_batch * world_size
+    shares = split_batch(samples, micro_batch if max_tokens is None else -(-samples // world_size), world_size)[rank]
     stream = Stream(shares, samples, start, neighbours)
     return Loader(config, source, task, views, seed, stream, bad_samples, cache, prepare, max_tokens)
 

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 
 from PIL import Image, ImageDraw, ImageFont
 
-from reca.demo.arms import BEFORE, Outcome
-from reca.demo.captions import caption
-from reca.demo.scene import Scene
-from reca.demo.world import World
+from reca.demo.variants import BEFORE, Outcome
 from reca.io.image_grid import make_grid
+from reca.toy_datasets.captions import caption
+from reca.toy_datasets.dataset import ToyDataset
+from reca.toy_datasets.scene import Scene
 
 NAME = "before_after.png"
 ROWS = (BEFORE, "SFT", "RECA")
@@ -16,19 +16,19 @@ LEAST, GAP = 100, 8  # minimum size of an image, enlarged by an integer factor; 
 LEFT, TOP = 92, 40  # margins for the names of rows and columns
 
 
-def before_after(outcomes: Mapping[str, Outcome], world: World, seed: int) -> Image.Image:
+def before_after(outcomes: Mapping[str, Outcome], dataset: ToyDataset, seed: int) -> Image.Image:
     """Arrange images of single-object held-out prompts in a grid: columns are prompts, rows are models.
 
-    Prompts are chosen by index (`World.shown`), independent of the results. A model that failed has no row.
+    Prompts are chosen by index (`ToyDataset.shown`), independent of the results. A model that failed has no row.
     """
     rows = [name for name in ROWS if name in outcomes]
     samples = next(iter(outcomes.values())).measured.samples
-    held_out = {caption(Scene((pair,))) for pair in world.held_out(seed)}
+    held_out = {caption(Scene((pair,))) for pair in dataset.held_out(seed)}
     places: dict[str, int] = {}  # prompt -> index of its last sample
     for place, (prompt, _, _) in enumerate(samples):
         if prompt in held_out:
             places[prompt] = place
-    columns = list(places.items())[world.shown]
+    columns = list(places.items())[dataset.shown]
     width = samples[0][1].shape[2]
     side = width * -(-LEAST // width)
     sheet = Image.new("RGB", (LEFT + len(columns) * (side + GAP), TOP + len(rows) * (side + GAP)), "white")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from reca.comparison import build, triplets
 from reca.data.pixels import encode_png
-from reca.demo.arms import Outcome
+from reca.demo.variants import Outcome
 from reca.eval.evaluation import evaluate
 from reca.eval.settings import Settings
 from reca.eval.suites import Suite, open_suite
@@ -17,7 +17,7 @@ from reca.options.sampling import defaults
 from reca.runs.lineage import recipe_of
 
 NAME = build.PAGE
-FOLDER = "demo"  # evaluation folder in the run folder; `reca eval world` generates its own images in another one
+FOLDER = "demo"  # evaluation folder in the run folder; `reca eval toy` generates its own images in another one
 
 
 def write(
@@ -30,7 +30,7 @@ def write(
     sampling: Mapping[str, Any],
     every: int = 1,
 ) -> Path:
-    """Write the comparison of a run with its start, from the images that were generated to measure both.
+    """Write the comparison of a run with the pre-trained model, from the images that were generated to measure both.
 
     unseen: source of images to reconstruct, in the form of data.images. sampling: sampling options of both
     measurements. every: n if only every n-th prompt of the suite was measured. Returns the path of the page, in `out`.

@@ -13,16 +13,16 @@ from tqdm import tqdm
 
 from reca.config.recipe_files import load_recipe
 from reca.demo import before_after, compare_page, report
-from reca.demo.arms import BEFORE, Arm, Outcome, Results, Start, arms, rows, starts
 from reca.demo.measure import Measured, measure, spacing
 from reca.demo.pretrain import DemoSetup, demo_setup, run_overrides, scaled
-from reca.demo.world import World, load_world
+from reca.demo.variants import BEFORE, Outcome, Pretrained, Results, Variant, pretrained_models, rows, variants
 from reca.io import jsonl
 from reca.models.base import Adapter
 from reca.processes import side_by_side
 from reca.processes.side_by_side import Failure, Job
 from reca.runs.folder import lock_alone
 from reca.runs.lineage import load_start
+from reca.toy_datasets.dataset import ToyDataset, load_dataset
 from reca.trainer import Trainer
 
 COMPARISON, PRETRAINED = "comparison", "/pretrained"  # name and suffix of jobs
@@ -30,27 +30,27 @@ COMPARISON, PRETRAINED = "comparison", "/pretrained"  # name and suffix of jobs
 
 @dataclass(frozen=True)
 class Case:
-    """One seed of a demo. world: name of the toy dataset."""
+    """One seed of a demo. dataset: name of the toy dataset."""
 
     umm: str
-    world: str
+    dataset: str
     seed: int
     out: Path
     scale: float = 1.0
 
     @property
     def setup(self) -> DemoSetup:
-        return demo_setup(self.umm, load_world(self.world))
+        return demo_setup(self.umm, load_dataset(self.dataset))
 
     def folder(self, name: str = "") -> Path:
-        """Return the folder of the seed, or that of a start or variant."""
+        """Return the folder of the seed, or that of a model."""
         return self.out / f"seed{self.seed}" / name
 
     def progress(self, name: str) -> Path:
         return self.folder(f".{name}.progress")
 
 
-def demo(umm: str, world: World, seeds: int, out: Path, scale: float = 1.0) -> Results:
+def demo(umm: str, dataset: ToyDataset, seeds: int, out: Path, scale: float = 1.0) -> Results:
     """Run the experiment for seeds 0 ... seeds - 1, print the table and write report, images and comparison.
 
     out/report.html reports all variants, out/before_after.png shows generated images. The last line printed is the path
@@ -64,18 +64,18 @@ def demo(umm: str, world: World, seeds: int, out: Path, scale: float = 1.0) -> R
     out.mkdir(parents=True, exist_ok=True)
     lock = lock_alone(out, "choose another --out")  # a demo first deletes the previous results there
     try:
-        return _demo(umm, world, seeds, out, scale)
+        return _demo(umm, dataset, seeds, out, scale)
     finally:
         os.close(lock)
 
 
-def _demo(umm: str, world: World, seeds: int, out: Path, scale: float) -> Results:
+def _demo(umm: str, dataset: ToyDataset, seeds: int, out: Path, scale: float) -> Results:
     for page in (report.PAGE, before_after.NAME, compare_page.NAME):  # of an earlier call, whose runs are deleted, too
         (out / page).unlink(missing_ok=True)
-    results, failures = run(umm, world, range(seeds), out, scale)
+    results, failures = run(umm, dataset, range(seeds), out, scale)
     if results:
         print(report.table(results))
-        path = report.write(results, umm, world, out, scale, failures)
+        path = report.write(results, umm, dataset, out, scale, failures)
         print(f"\nreport of all variants: {path.resolve()}")
         print(f"images before and after: {path.with_name(before_after.NAME).resolve()}")
         print(report.summary(results))
@@ -88,31 +88,36 @@ def _demo(umm: str, world: World, seeds: int, out: Path, scale: float) -> Result
     return results
 
 
-def run(umm: str, world: World, seeds: range, out: Path, scale: float = 1.0) -> tuple[Results, dict[str, Failure]]:
+def run(
+    umm: str, dataset: ToyDataset, seeds: range, out: Path, scale: float = 1.0
+) -> tuple[Results, dict[str, Failure]]:
     """Run all variants for all seeds, one process per core with one thread each.
 
-    The first seed's RECA is also compared with its start. If a job fails, only jobs that depend on it are skipped.
+    The first seed's RECA is also compared with the pre-trained model. If a job fails, only jobs that depend on it are
+    skipped.
     Returns the results of all seeds that have any, and the failures by job name.
     """
-    setup = demo_setup(umm, world)
-    beginnings, trained = starts(setup), arms(world, setup)
+    setup = demo_setup(umm, dataset)
+    origins, trained = pretrained_models(setup), variants(dataset, setup)
     results: Results = {seed: {} for seed in seeds}
     steps, train_steps = scaled(setup.steps, scale), scaled(load_recipe(setup.recipe).train.steps, scale)
     jobs: list[Job] = []
     curves: dict[tuple[int, str], Curve] = {}
     for seed in seeds:
-        case = Case(umm, world.name, seed, out, scale)
+        case = Case(umm, dataset.name, seed, out, scale)
         shutil.rmtree(case.folder(), ignore_errors=True)  # the driver would resume the runs there
         case.folder().mkdir(parents=True)
-        for start in beginnings:
-            ready = f"{seed}/{start.name}{PRETRAINED}"
-            jobs.append(Job(ready, pretrain, (case, start)))
-            own = [arm for arm in trained if arm.start == start.name]
-            jobs += [Job(f"{seed}/{arm.name}", post_train, (case, arm, start), (ready,)) for arm in own]
-            jobs.append(Job(f"{seed}/{start.name}", measure_start, (case, start), (ready,)))
-    first = Case(umm, world.name, seeds[0], out, scale)
+        for pretrained in origins:
+            ready = f"{seed}/{pretrained.name}{PRETRAINED}"
+            jobs.append(Job(ready, pretrain, (case, pretrained)))
+            own = [variant for variant in trained if variant.pretrained == pretrained.name]
+            jobs += [
+                Job(f"{seed}/{variant.name}", post_train, (case, variant, pretrained), (ready,)) for variant in own
+            ]
+            jobs.append(Job(f"{seed}/{pretrained.name}", measure_pretrained, (case, pretrained), (ready,)))
+    first = Case(umm, dataset.name, seeds[0], out, scale)
     jobs.append(Job(COMPARISON, compare, (first,), uses=(f"{seeds[0]}/{BEFORE}", f"{seeds[0]}/RECA")))
-    total = len(seeds) * (steps * len(beginnings) + train_steps * len(trained))
+    total = len(seeds) * (steps * len(origins) + train_steps * len(trained))
     with tqdm(total=total, unit="step", desc="demo", smoothing=0.05, disable=None) as bar:
 
         def ended(job: Job, found: Outcome | Curve | Path | Failure) -> None:
@@ -129,7 +134,7 @@ def run(umm: str, world: World, seeds: range, out: Path, scale: float = 1.0) -> 
     for (seed, name), curve in curves.items():
         if (measured := results[seed].get(name)) is not None:
             measured.curve, measured.seconds = curve.points, curve.seconds + measured.seconds
-    order = [row.name for row in rows(world, setup)]
+    order = [row.name for row in rows(dataset, setup)]
     ordered = {seed: {name: made[name] for name in order if name in made} for seed, made in results.items()}
     failures = {name: failure for name, failure in found.items() if isinstance(failure, Failure)}
     return {seed: made for seed, made in ordered.items() if made}, failures
@@ -143,46 +148,46 @@ class Curve:
     seconds: float
 
 
-def pretrain(case: Case, start: Start) -> Curve:
-    """Pre-train a start and save it."""
+def pretrain(case: Case, pretrained: Pretrained) -> Curve:
+    """Pre-train a model and save it."""
     started = time.perf_counter()
     points: list[tuple[int, float]] = []
 
     def progress(step: int, loss: float) -> None:
         if step % 10 == 0:
             points.append((step, loss))
-            case.progress(start.name).write_text(str(step))
+            case.progress(pretrained.name).write_text(str(step))
 
-    recipe = load_recipe(case.setup.recipe, start.overrides)
-    case.setup.pretrain(recipe, case.seed, case.folder(start.name), case.scale, progress)
+    recipe = load_recipe(case.setup.recipe, pretrained.overrides)
+    case.setup.pretrain(recipe, case.seed, case.folder(pretrained.name), case.scale, progress)
     return Curve(points, time.perf_counter() - started)
 
 
-def measure_start(case: Case, start: Start) -> Outcome:
-    """Measure a saved start."""
+def measure_pretrained(case: Case, pretrained: Pretrained) -> Outcome:
+    """Measure a saved pre-trained model."""
     started = time.perf_counter()
-    recipe = load_recipe(case.setup.recipe, [*start.overrides, _init_override(case, start)])
+    recipe = load_recipe(case.setup.recipe, [*pretrained.overrides, _init_override(case, pretrained)])
     return Outcome(_measure(load_start(recipe), case), [], time.perf_counter() - started)
 
 
-def post_train(case: Case, arm: Arm, start: Start) -> Outcome:
+def post_train(case: Case, variant: Variant, pretrained: Pretrained) -> Outcome:
     """Post-train with the driver, as `reca train` does, and measure the result."""
-    started, setup, run_dir = time.perf_counter(), case.setup, case.folder(arm.name)
+    started, setup, run_dir = time.perf_counter(), case.setup, case.folder(variant.name)
     cache = [f"data.cache={case.folder('features')}"] if setup.cached else []
     recipe = load_recipe(
         setup.recipe,
         [
-            *start.overrides,
-            _init_override(case, start),
+            *pretrained.overrides,
+            _init_override(case, pretrained),
             f"run_dir={run_dir}",
-            *run_overrides(setup.recipe, load_world(case.world), case.seed, case.scale),
+            *run_overrides(setup.recipe, load_dataset(case.dataset), case.seed, case.scale),
             *cache,
-            *(text.format(seed=case.seed) for text in arm.overrides),
+            *(text.format(seed=case.seed) for text in variant.overrides),
         ],
     )
 
     def progress(step: int) -> None:
-        case.progress(arm.name).write_text(str(step))
+        case.progress(variant.name).write_text(str(step))
 
     trainer = Trainer(recipe, progress=progress)
     trainer.run()
@@ -190,11 +195,11 @@ def post_train(case: Case, arm: Arm, start: Start) -> Outcome:
 
 
 def compare(case: Case, before: Outcome, after: Outcome) -> Path:
-    """Write the comparison of RECA with its start. Returns the path of the page."""
-    world = load_world(case.world)
+    """Write the comparison of RECA with the pre-trained model. Returns the path of the page."""
+    dataset = load_dataset(case.dataset)
     return compare_page.write(
-        f"world?world={world.name}&seed={case.seed}", before, after, case.folder("RECA"), case.out,
-        unseen=world.spec("unseen", case.seed), sampling=case.setup.sampling, every=spacing(case.scale),
+        f"toy?dataset={dataset.name}&seed={case.seed}", before, after, case.folder("RECA"), case.out,
+        unseen=dataset.spec("unseen", case.seed), sampling=case.setup.sampling, every=spacing(case.scale),
     )  # fmt: skip
 
 
@@ -203,12 +208,12 @@ def _curve(run_dir: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in jsonl.read(run_dir / "log.jsonl") if "loss" in line]
 
 
-def _init_override(case: Case, start: Start) -> str:
-    return case.setup.init_override.format(folder=case.folder(start.name))
+def _init_override(case: Case, pretrained: Pretrained) -> str:
+    return case.setup.init_override.format(folder=case.folder(pretrained.name))
 
 
 def _measure(model: Adapter, case: Case) -> Measured:
-    return measure(model, load_world(case.world), case.seed, case.setup.sampling, spacing(case.scale))
+    return measure(model, load_dataset(case.dataset), case.seed, case.setup.sampling, spacing(case.scale))
 
 
 def _line(measured: Measured) -> str:

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from reca.demo.captions import caption
-from reca.demo.scene import Scene, Thing
-from reca.demo.world import World
 from reca.models.base import Adapter
+from reca.toy_datasets.captions import caption
+from reca.toy_datasets.dataset import ToyDataset
+from reca.toy_datasets.scene import Scene, Thing
 
 QUESTION = "what is this"
 SPARSEST = 10  # every tenth prompt still covers every category
@@ -53,17 +53,17 @@ def spacing(scale: float) -> int:
 
 
 def measure(
-    model: Adapter, world: World, seed: int, sampling: dict[str, Any], every: int = 1, draws: int = 1
+    model: Adapter, dataset: ToyDataset, seed: int, sampling: dict[str, Any], every: int = 1, draws: int = 1
 ) -> Measured:
     """Generate images for all prompts and judge them; ask for captions of unseen images.
 
     every: n uses only every n-th prompt and image. draws: images per prompt.
     """
     model.eval()
-    once = world.prompts(seed)[::every]
+    once = dataset.prompts(seed)[::every]
     asked = once * draws
     images = model.generate([p.text for p in asked], [10_000 + i for i in range(len(asked))], **sampling)
-    verdicts = [world.shows(image, p) for p, image in zip(asked, images, strict=True)]
+    verdicts = [dataset.shows(image, p) for p, image in zip(asked, images, strict=True)]
 
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
 
@@ -76,7 +76,7 @@ def measure(
         count(f"{p.category}, all", hit)
         if p.category in ("colour", "attribution"):
             count(p.pairs, hit)
-    split, held_out = world.splits["unseen"](seed), world.held_out(seed)
+    split, held_out = dataset.splits["unseen"](seed), dataset.held_out(seed)
     shown = range(0, len(split), every)
     answers = model.answer([split.image(i) for i in shown], [QUESTION] * len(shown), max_new_tokens=9)
     for i, answer in zip(shown, answers, strict=True):
@@ -84,7 +84,7 @@ def measure(
         count("understanding", hit)
         count(f"understanding {_pairs(split.scene(i), held_out)}", hit)
     rates = {name: Rate(*pair) for name, pair in counts.items()}
-    overall = sum(rates[f"{c}, all"].share for c in world.categories) / len(world.categories)
+    overall = sum(rates[f"{c}, all"].share for c in dataset.categories) / len(dataset.categories)
     samples = [(p.text, x, hit) for p, x, hit in zip(asked, images, verdicts, strict=True)]
     return Measured(rates, overall, samples[: len(once)])
 

@@ -10,14 +10,14 @@ import torch
 from PIL import Image
 
 from reca.config.recipe_files import as_dict, load_recipe
-from reca.demo.arms import BEFORE, Outcome, Results, rows
 from reca.demo.before_after import NAME, before_after
 from reca.demo.measure import Rate
 from reca.demo.pretrain import demo_setup, run_overrides
-from reca.demo.world import World
+from reca.demo.variants import BEFORE, Outcome, Results, rows
 from reca.io import html
 from reca.io.image_grid import make_grid
 from reca.processes.side_by_side import Failure
+from reca.toy_datasets.dataset import ToyDataset
 
 PAGE = "report.html"
 COLUMNS = ("seen", "held-out")
@@ -37,7 +37,7 @@ def table(results: Results) -> str:
 
 
 def verdicts(results: Results) -> list[str]:
-    """Compare RECA with SFT and with its start, one sentence for each seed that has all three."""
+    """Compare RECA with SFT and with the pre-trained model, one sentence for each seed that has all three."""
     sentences = []
     for seed, outcomes in results.items():
         if not outcomes.keys() >= {"RECA", "SFT", BEFORE}:
@@ -58,7 +58,7 @@ def verdicts(results: Results) -> list[str]:
 
 def summary(results: Results) -> str:
     """Return a line with the held-out rates before and after RECA and SFT."""
-    cells = {name: [_rates(results, arm, "held-out") for arm in (BEFORE, name)] for name in ("RECA", "SFT")}
+    cells = {name: [_rates(results, variant, "held-out") for variant in (BEFORE, name)] for name in ("RECA", "SFT")}
     ways = ", ".join(f"{name} {before} -> {after}" for name, (before, after) in cells.items())
     return f"correct images for pairs that no caption shows, %: {ways}"
 
@@ -66,7 +66,7 @@ def summary(results: Results) -> str:
 def write(
     results: Results,
     umm: str,
-    world: World,
+    dataset: ToyDataset,
     out: Path,
     scale: float = 1.0,
     failures: Mapping[str, Failure] | None = None,
@@ -75,13 +75,13 @@ def write(
 
     failures: failed jobs by name.
     """
-    setup, first = demo_setup(umm, world), next(iter(results))
-    recipe = load_recipe(setup.recipe, [*setup.overrides, *run_overrides(setup.recipe, world, first, scale)])
+    setup, first = demo_setup(umm, dataset), next(iter(results))
+    recipe = load_recipe(setup.recipe, [*setup.overrides, *run_overrides(setup.recipe, dataset, first, scale)])
     names = _names(results)
     measured = next(iter(results[first].values())).measured.rates
     details = [
-        *(f"{c}, all" for c in world.categories),
-        *(f"{c} {p}" for c in (*world.categories, "understanding") for p in COLUMNS if f"{c} {p}" in measured),
+        *(f"{c}, all" for c in dataset.categories),
+        *(f"{c} {p}" for c in (*dataset.categories, "understanding") for p in COLUMNS if f"{c} {p}" in measured),
     ]
     page = html.render(
         Path(__file__).with_name("report.html"),
@@ -89,12 +89,12 @@ def write(
         failures=failures,
         scale=scale,
         setup=setup,
-        world=world,
-        arms={row.name: row.description for row in rows(world, setup)},
+        dataset=dataset,
+        variants={row.name: row.description for row in rows(dataset, setup)},
         names=names,
         table=table(results),
         details={detail: [_rates(results, name, detail) for name in names] for detail in details},
-        held_out=sorted(f"{pair.colour} {pair.kind}" for pair in world.held_out(first)),
+        held_out=sorted(f"{pair.colour} {pair.kind}" for pair in dataset.held_out(first)),
         shown=list(results[first]),
         images={name: _images(outcome) for name, outcome in results[first].items()},
         curves={name: html.loss_curve(o.curve, 300, 90) for name, o in results[first].items() if o.curve},
@@ -102,12 +102,12 @@ def write(
         settings=as_dict(recipe),
         seconds={name: f"{outcome.seconds:.0f}" for name, outcome in results[first].items()},
         machine=f"Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}",
-        command=f"reca demo --world {world.name} --umm {umm} --seeds {len(results)}"
+        command=f"reca demo --dataset {dataset.name} --umm {umm} --seeds {len(results)}"
         + (f" --scale {scale:g}" if scale != 1 else ""),
     )
     path = out / PAGE
     path.write_text(page, encoding="utf-8")
-    before_after(results[first], world, first).save(out / NAME, optimize=True)
+    before_after(results[first], dataset, first).save(out / NAME, optimize=True)
     return path
 
 

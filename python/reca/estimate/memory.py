@@ -91,7 +91,7 @@ def peak_of(recipe: Recipe, tasks: list[str], gpus: int, node: int, card: int = 
     """Predict the peak of a step that runs only `tasks` and the optimizer. Other arguments as in `predict`."""
     if dist.is_initialized():
         raise RuntimeError("memory cannot be predicted in a process with a process group: use in_own_process")
-    with _world(gpus, node):
+    with _ranks(gpus, node):
         adapter, fake = build_meta(recipe)
         batches = {task: _batches(adapter, recipe, task, gpus, fake) for task in tasks}
         checkpoint_activations(adapter, recipe.train)
@@ -276,7 +276,7 @@ def _batch(adapter: Adapter, recipe: Recipe, task: str, fill: Fill, draw: int, f
 
 
 @contextlib.contextmanager
-def _world(gpus: int, node: int) -> Iterator[None]:
+def _ranks(gpus: int, node: int) -> Iterator[None]:
     """Simulate rank 0 of `gpus` ranks inside the context, with collectives that do nothing."""
     if gpus == 1:
         yield

@@ -8,7 +8,7 @@ from reca.options.sampling import read_pairs
 
 def add(sub: argparse.ArgumentParser, path, takes_overrides) -> None:
     """Add the options of `reca eval`. path: argparse type of paths. takes_overrides: adds the override arguments."""
-    sub.add_argument("suite", help=f"{', '.join(SUITES)}; world?world=emoji&seed=1: the toy dataset emoji, seed 1")
+    sub.add_argument("suite", help=f"{', '.join(SUITES)}; toy?dataset=emoji&seed=1: the toy dataset emoji, seed 1")
     sub.add_argument("recipe", type=path, help="run folder, or recipe name or .yaml file")
     takes_overrides(sub)
     sub.add_argument(

@@ -31,7 +31,7 @@ class EvalConfig:
         least=0,
     )
     suite: Optional[str] = config_field(
-        None, "suite of `reca eval` to generate, judge and score: world, geneval, ...; null = none"
+        None, "suite of `reca eval` to generate, judge and score: toy, geneval, ...; null = none"
     )
     suite_data: Optional[str] = config_field(None, "files of a suite that are not shipped", path=LOCAL)
     judge: Optional[str] = config_field(

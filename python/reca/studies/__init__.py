@@ -5,7 +5,7 @@
     task.py      settings of a study, and its tasks, each run by one process
     plan.py      variants as tasks: recipe, overrides and folder for every variant and seed
     check.py     validation of the variants' recipes before anything runs
-    world.py     toy datasets: pre-training of the start, measurement
+    toy.py       toy datasets: pre-training, measurement
     published.py recipes with published weights, measured by `reca eval`
     work.py      execution of one task
     runner.py    parallel execution of all tasks that are not done yet
@@ -15,18 +15,18 @@
 
 The output folder (`--out`) has a folder for each study, with study.html and study.json, and in addition:
 
-    starts/   models pre-trained on toy datasets
-    arms/     runs of variants. A variant that several studies share is run once.
+    pretrained/   models pre-trained on toy datasets
+    variants/     runs of variants. A variant that several studies share is run once.
 
 study.json:
 
     study, question, paper   as in the catalogue
     setting, place (name of the toy dataset), umm, recipe, seeds, scale, command
-    arms      [{"name", "about", "overrides", "results": {seed: {"measures": {name: {"value", "interval", "hits",
+    variants      [{"name", "about", "overrides", "results": {seed: {"measures": {name: {"value", "interval", "hits",
               "trials"}}, "curve": [[step, loss]], "seconds", "folder"}}, "means": {name: {"value", "interval"}}}];
               a missing result is {"failed": reason}
-    failed    ["SEED/start: reason"] for starts that failed
-    omitted   {arm: reason why this model lacks it}
-    claims    [{"says", "measure", "arm", "than", "difference", "interval", "verdict"}]
+    failed    ["SEED/pretrained: reason"] for pre-training that failed
+    omitted   {variant: reason why this model lacks it}
+    claims    [{"says", "measure", "variant", "than", "difference", "interval", "verdict"}]
     verdict   agrees, agrees in part, disagrees, open or not measured
 """

@@ -14,7 +14,7 @@ from reca.models.base import Adapter
 from reca.optim import check_passes
 from reca.options.fields import RecipeError
 from reca.preflight import check_files, check_recipe
-from reca.studies.study import START
+from reca.studies.study import PRETRAINED
 from reca.studies.task import Task
 from reca.training.lora import target_names
 from reca.training.recompute import checkpoint_activations
@@ -29,14 +29,14 @@ def check(tasks: Sequence[Task]) -> None:
     """
     first: dict[str, Task] = {}
     for task in tasks:
-        if task.kind != START:
-            first.setdefault(task.arm, task)
+        if task.kind != PRETRAINED:
+            first.setdefault(task.variant, task)
     for task in first.values():
         try:
             _check(task)
         except ValueError as error:
             kind = DataError if isinstance(error, DataError) else RecipeError
-            raise kind(f"variant {task.arm}: {error}") from error
+            raise kind(f"variant {task.variant}: {error}") from error
 
 
 def _check(task: Task) -> None:
@@ -45,9 +45,9 @@ def _check(task: Task) -> None:
         check_files(recipe)
         model = _model(recipe)
     else:
-        recipe = load_recipe(task.recipe, [*task.overrides, "model.weights=null"])  # the start may not exist yet
+        recipe = load_recipe(task.recipe, [*task.overrides, "model.weights=null"])  # not pre-trained yet
         model = _model(recipe)
-        _same_sizes(model, _model(load_recipe(task.recipe, task.of_start)))
+        _same_sizes(model, _model(load_recipe(task.recipe, task.of_pretraining)))
     if recipe.lora.rank:
         target_names(model, recipe.lora)
     check_recipe(recipe)
@@ -61,13 +61,13 @@ def _model(recipe: Recipe) -> Adapter:
     return build_meta(replace(recipe, lora=LoraConfig()))[0]
 
 
-def _same_sizes(model: nn.Module, start: nn.Module) -> None:
-    """Raise RecipeError if the tensors of a variant's model differ in shape from those of its start."""
-    own, given = ({name: tuple(t.shape) for name, t in m.state_dict().items()} for m in (model, start))
+def _same_sizes(model: nn.Module, pretrained: nn.Module) -> None:
+    """Raise RecipeError if the tensors of a variant's model differ in shape from those of the pre-trained model."""
+    own, given = ({name: tuple(t.shape) for name, t in m.state_dict().items()} for m in (model, pretrained))
     for name in own | given:
         if own.get(name) != given.get(name):
             raise RecipeError(
                 f"{name} has the shape {own.get(name)}, but {given.get(name)} in the pre-trained model that the "
-                f"variant starts from: pass the model.* key as {START}:model.KEY=VALUE, which applies to pre-training "
-                "and all variants"
+                f"variant starts from: pass the model.* key as {PRETRAINED}:model.KEY=VALUE, which applies to "
+                "pre-training and all variants"
             )

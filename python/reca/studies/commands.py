@@ -22,7 +22,7 @@ def add(sub: argparse.ArgumentParser, path, takes_overrides) -> None:
     sub.add_argument("name", help=f"{', '.join(study_names())}, or a .yaml file in their format; list describes them")
     takes_overrides(sub, "recipe keys to override, in all variants or in one", "[VARIANT:]key=value")
     sub.add_argument("--umm", default="show_o", choices=UMMS, help="model for a toy dataset (default: show_o)")
-    sub.add_argument("--world", default="shapes", help="toy dataset (default: shapes)")
+    sub.add_argument("--dataset", default="shapes", help="toy dataset (default: shapes)")
     sub.add_argument("--recipe", help="run at real size: a recipe with published weights, data as overrides")
     sub.add_argument(
         "--seeds",
@@ -89,7 +89,7 @@ def run(options: argparse.Namespace) -> int:
             signal.signal(signal.SIGTERM, before)
     print(report.text(found))
     print((out / "study.html").resolve())
-    return int(any("failed" in r for arm in found["arms"] for r in arm["results"].values()))
+    return int(any("failed" in r for variant in found["variants"] for r in variant["results"].values()))
 
 
 def _asked(options: argparse.Namespace) -> Any:
@@ -113,12 +113,12 @@ def _asked(options: argparse.Namespace) -> Any:
         raise StudyError(f"--images-per-prompt must be at least 1, got {options.images_per_prompt}")
     if options.recipe and options.scale != 1:
         raise StudyError("--scale is for toy datasets; with --recipe use train.steps=N")
-    common, of_arm = [], dict[str, tuple[str, ...]]()
+    common, of_variant = [], dict[str, tuple[str, ...]]()
     for text in options.overrides:
         key, equals, _ = text.partition("=")
-        arm, colon, _ = key.partition(":")
+        variant, colon, _ = key.partition(":")
         if colon and equals:
-            of_arm[arm] = (*of_arm.get(arm, ()), text[len(arm) + 1 :])
+            of_variant[variant] = (*of_variant.get(variant, ()), text[len(variant) + 1 :])
         else:
             common.append(text)
     evaluations = _evaluations(options)
@@ -129,9 +129,9 @@ def _asked(options: argparse.Namespace) -> Any:
         seeds=options.seeds,
         out=options.out,
         recipe=options.recipe,
-        world=options.world,
+        dataset=options.dataset,
         common=tuple(common),
-        of_arm=of_arm,
+        of_variant=of_variant,
         evaluations=evaluations,
         scale=options.scale,
     )

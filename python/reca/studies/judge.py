@@ -33,19 +33,19 @@ def mean(measures: Sequence[Measure]) -> Interval:
     return Interval(statistics.mean(values), *_own(_pooled(measures)))
 
 
-def difference(arm: Mapping[int, Measure], than: Mapping[int, Measure]) -> Interval | None:
-    """Compute arm - than over their common seeds; None if there are none.
+def difference(variant: Mapping[int, Measure], than: Mapping[int, Measure]) -> Interval | None:
+    """Compute variant - than over their common seeds; None if there are none.
 
     With one seed or equal differences, the interval combines those of both sides (Newcombe 1998, method 10), which
     treats prompts as unpaired.
     """
-    seeds = sorted(arm.keys() & than.keys())
+    seeds = sorted(variant.keys() & than.keys())
     if not seeds:
         return None
-    gaps = [arm[s]["value"] - than[s]["value"] for s in seeds]
+    gaps = [variant[s]["value"] - than[s]["value"] for s in seeds]
     if _differ(gaps):
-        return _over_seeds(gaps, *_bounds([*arm.values(), *than.values()], -100.0))
-    a, b = (_pooled([side[s] for s in seeds]) for side in (arm, than))
+        return _over_seeds(gaps, *_bounds([*variant.values(), *than.values()], -100.0))
+    a, b = (_pooled([side[s] for s in seeds]) for side in (variant, than))
     gap, (a_low, a_high), (b_low, b_high) = statistics.mean(gaps), _own(a), _own(b)
     if a_low is None or a_high is None or b_low is None or b_high is None:
         return Interval(gap, None, None)

@@ -17,7 +17,7 @@ def filled(asked: Asked, override: str, seed: int) -> str:
     return override
 
 
-def start_overrides(asked: Asked) -> tuple[str, ...]:
+def pretraining_overrides(asked: Asked) -> tuple[str, ...]:
     """Return (): published models are not pre-trained here."""
     return ()
 

@@ -13,7 +13,7 @@ from PIL import Image
 from reca.io import html
 from reca.io.folders import write_atomically
 from reca.studies import judge
-from reca.studies.study import BEFORE, START, Study
+from reca.studies.study import BEFORE, PRETRAINED, Study
 from reca.studies.task import Asked, Task, short
 
 WIDTH, HEIGHT = 220, 70  # of a loss curve
@@ -21,7 +21,7 @@ ENLARGED = 3  # factor on images of toy datasets
 
 
 def folder(study: Study, asked: Asked) -> Path:
-    return asked.out / f"{study.name}-{short(asked.recipe) if asked.recipe else f'{asked.umm}-{asked.world}'}"
+    return asked.out / f"{study.name}-{short(asked.recipe) if asked.recipe else f'{asked.umm}-{asked.dataset}'}"
 
 
 def summarize(
@@ -29,55 +29,55 @@ def summarize(
 ) -> dict[str, Any]:
     """Combine results, intervals and verdicts into the content of study.json (see reca.studies)."""
     have, _ = study.of(asked)
-    about = {BEFORE: "the start of all others, without post-training"}
-    about |= {name: arm.about for name, (arm, _) in have.items()}
-    keys = {name: [*overrides, *asked.of_arm.get(name, ())] for name, (_, overrides) in have.items()}
-    by_arm: dict[str, dict[int, Any]] = {name: {} for name in about}
+    about = {BEFORE: "the model that the others start from, without post-training"}
+    about |= {name: variant.about for name, (variant, _) in have.items()}
+    keys = {name: [*overrides, *asked.of_variant.get(name, ())] for name, (_, overrides) in have.items()}
+    by_variant: dict[str, dict[int, Any]] = {name: {} for name in about}
     for task in tasks:
-        if task.kind != START:
-            by_arm[task.arm][task.seed] = results[task.name] | {"folder": str(task.folder)}
-    starts = {task.name: results[task.name] for task in tasks if task.kind == START}
-    arms = []
-    for name, found in by_arm.items():
+        if task.kind != PRETRAINED:
+            by_variant[task.variant][task.seed] = results[task.name] | {"folder": str(task.folder)}
+    pretrained = {task.name: results[task.name] for task in tasks if task.kind == PRETRAINED}
+    variants = []
+    for name, found in by_variant.items():
         names = dict.fromkeys(m for r in found.values() for m in r.get("measures", ()))
         means = {m: judge.mean([r["measures"][m] for r in found.values() if m in r.get("measures", ())]) for m in names}
-        arms.append(
+        variants.append(
             {"name": name, "about": about[name], "overrides": keys.get(name, []), "results": found,
              "means": {m: interval.as_dict() for m, interval in means.items()}}
         )  # fmt: skip
-    claims = [_claim(claim, asked.setting, by_arm) for claim in study.claims]
+    claims = [_claim(claim, asked.setting, by_variant) for claim in study.claims]
     return {
         "study": study.name,
         "question": study.question,
         "paper": [{"says": said.says, "source": said.source} for said in study.paper],
         "open": list(study.open),
         "setting": asked.setting,
-        "place": asked.world if asked.setting == "world" else None,
-        "world": study.world if asked.setting == "world" else None,
+        "place": asked.dataset if asked.setting == "toy" else None,
+        "toy": study.toy if asked.setting == "toy" else None,
         "umm": asked.umm,
         "recipe": tasks[0].recipe,
         "seeds": list(asked.seeds),
         "scale": asked.scale,
         "command": command,
         "machine": f"Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}",
-        "arms": arms,
+        "variants": variants,
         "omitted": omitted,
-        "failed": [f"{name}: {result['failed']}" for name, result in starts.items() if "failed" in result],
+        "failed": [f"{name}: {result['failed']}" for name, result in pretrained.items() if "failed" in result],
         "claims": claims,
         "verdict": judge.overall([claim["verdict"] for claim in claims]),
     }
 
 
-def _claim(claim, setting: str, by_arm: dict[str, dict[int, Any]]) -> dict[str, Any]:
+def _claim(claim, setting: str, by_variant: dict[str, dict[int, Any]]) -> dict[str, Any]:
     measure, sides = claim.measured(setting), []
-    for name in (claim.arm, claim.than):
-        found = by_arm.get(name, {})
+    for name in (claim.variant, claim.than):
+        found = by_variant.get(name, {})
         sides.append({s: r["measures"][measure] for s, r in found.items() if measure in r.get("measures", ())})
     interval = judge.difference(*sides)
     return {
         "says": claim.says,
         "measure": measure,
-        "arm": claim.arm,
+        "variant": claim.variant,
         "than": claim.than,
         "expect": claim.expect,
         "margin": claim.margin,
@@ -98,7 +98,7 @@ def write(found: dict[str, Any], tasks: Sequence[Task], out: Path) -> None:
         cell=cell,
         change=change,
         images=_images(found),
-        curves={arm["name"]: _chart(arm) for arm in found["arms"]},
+        curves={variant["name"]: _chart(variant) for variant in found["variants"]},
         width=WIDTH,
         height=HEIGHT,
     )
@@ -107,7 +107,7 @@ def write(found: dict[str, Any], tasks: Sequence[Task], out: Path) -> None:
 
 def _measures(found: dict[str, Any]) -> list[str]:
     """List the measures of the main table, without those of single tags."""
-    return list(dict.fromkeys(m for arm in found["arms"] for m in arm["means"] if "/" not in m))
+    return list(dict.fromkeys(m for variant in found["variants"] for m in variant["means"] if "/" not in m))
 
 
 def cell(interval: dict[str, Any] | None) -> str:
@@ -139,36 +139,36 @@ def text(found: dict[str, Any]) -> str:
     """Format the report for a terminal."""
     measures = _measures(found)
     rows = [["", *measures]]
-    rows += [[arm["name"], *(cell(arm["means"].get(m)) for m in measures)] for arm in found["arms"]]
+    rows += [[variant["name"], *(cell(variant["means"].get(m)) for m in measures)] for variant in found["variants"]]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines += [f"not with {found['umm']}: {name} ({why})" for name, why in found["omitted"].items()]
     lines += found["failed"]
-    for arm in found["arms"]:
-        lines += [f"{arm['name']}, seed {s}: {r['failed']}" for s, r in arm["results"].items() if "failed" in r]
+    for variant in found["variants"]:
+        lines += [f"{variant['name']}, seed {s}: {r['failed']}" for s, r in variant["results"].items() if "failed" in r]
     lines += ["", *(f"the paper: {said['says']} ({said['source']})" for said in found["paper"])]
     for claim in found["claims"]:
         measured = f", {claim['measure']} {change(claim)}" if claim["difference"] is not None else ""
-        lines.append(f"{claim['verdict']}: {claim['says']}: {claim['arm']} - {claim['than']}{measured}")
+        lines.append(f"{claim['verdict']}: {claim['says']}: {claim['variant']} - {claim['than']}{measured}")
     return "\n".join(lines)
 
 
 def _images(found: dict[str, Any]) -> dict[str, Any]:
     """Load the images that every variant generated for the same prompts, for the first seed."""
     shown: dict[str, Any] = {}
-    for arm in found["arms"]:
-        result: dict[str, Any] = next(iter(arm["results"].values()), {})
+    for variant in found["variants"]:
+        result: dict[str, Any] = next(iter(variant["results"].values()), {})
         path = Path(result.get("folder", "")) / "images.png"
         if "failed" in result or not path.is_file():
             continue
         with Image.open(path) as image:
             larger = image.resize((ENLARGED * image.width, ENLARGED * image.height), Image.Resampling.NEAREST)
-        shown[arm["name"]] = {"source": html.png_url(larger), "width": larger.width}
+        shown[variant["name"]] = {"source": html.png_url(larger), "width": larger.width}
         shown.setdefault("", json.loads(path.with_suffix(".json").read_text()))
     return shown
 
 
-def _chart(arm: dict[str, Any]) -> dict[str, Any] | None:
+def _chart(variant: dict[str, Any]) -> dict[str, Any] | None:
     """Plot the loss of the first seed that has one."""
-    points = next((r["curve"] for r in arm["results"].values() if r.get("curve")), None)
+    points = next((r["curve"] for r in variant["results"].values() if r.get("curve")), None)
     return html.loss_curve(points, WIDTH, HEIGHT) if points else None

@@ -76,8 +76,8 @@ def run_one(study: Study, asked: Asked, name: str) -> dict[str, Any]:
     by_name = {task.name: task for task in tasks}
     if name not in by_name:
         seeds = f"seed{'s' * (len(asked.seeds) > 1)} {', '.join(map(str, asked.seeds))}"
-        arms = dict.fromkeys(task.arm for task in tasks)
-        raise StudyError(f"the study has no task {name}; --task is SEED/VARIANT of {seeds} and {', '.join(arms)}")
+        variants = dict.fromkeys(task.variant for task in tasks)
+        raise StudyError(f"the study has no task {name}; --task is SEED/VARIANT of {seeds} and {', '.join(variants)}")
     task = by_name[name]
     if missing := [before for before in task.after if done(by_name[before]) is None]:
         raise StudyError(f"{name} depends on {missing[0]}, which is not done: run --task {missing[0]} first")

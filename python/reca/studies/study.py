@@ -15,8 +15,8 @@ from reca.studies.task import Asked
 
 CATALOG = Path(__file__).parent / "catalog"
 BEFORE = "before"  # the variant without post-training
-START = "start"  # pre-training on a toy dataset; `start:key=value` applies to it and to all variants
-SETTINGS = ("world", "published")
+PRETRAINED = "pretrained"  # pre-training on a toy dataset; `pretrained:key=value` applies to it and to all variants
+SETTINGS = ("toy", "published")
 EXPECTED = ("higher", "lower", "equal", "not_lower", "not_higher")
 Texts = tuple[str, ...]
 
@@ -36,15 +36,15 @@ class Said:
 
 
 @dataclass(frozen=True)
-class Arm:
+class Variant:
     """A variant: one way to post-train.
 
     about      description
     overrides  recipe overrides in every setting
-    world      further overrides on toy datasets: a list, or a list per dataset or model, without which it is omitted
+    toy        further overrides on toy datasets: a list, or a list per dataset or model, without which it is omitted
     published  the same for published weights
-    after      variant whose result it continues from; null: the start of the study
-    start      modification of the pre-trained start, a key of world.VARIANTS
+    after      variant whose result it continues from; null: the pre-trained model
+    pretrained  modification of the pre-trained model, a key of toy.MODIFICATIONS
     longer     factor on the number of steps
     rate       factor on the learning rate
     """
@@ -52,10 +52,10 @@ class Arm:
     name: str
     about: str
     overrides: Texts = ()
-    world: Texts | Mapping[str, Texts | None] | None = ()
+    toy: Texts | Mapping[str, Texts | None] | None = ()
     published: Texts | Mapping[str, Texts | None] | None = ()
     after: str | None = None
-    start: str | None = None
+    pretrained: str | None = None
     longer: int = 1
     rate: float = 1.0
 
@@ -63,7 +63,7 @@ class Arm:
         """Return the overrides for a model; None if the model has no such variant."""
         own = getattr(self, asked.setting)
         if isinstance(own, Mapping):
-            own = own.get(asked.world, own.get(asked.umm))
+            own = own.get(asked.dataset, own.get(asked.umm))
         return None if own is None else (*self.overrides, *own)
 
 
@@ -72,13 +72,13 @@ class Claim:
     """A comparison of two variants that the paper predicts.
 
     measure    name of a measure; a mapping if it depends on the setting
-    arm, than  names of the variants; the difference `arm` - `than` is judged
+    variant, than  names of the variants; the difference `variant` - `than` is judged
     expect     higher or lower; equal, not_lower or not_higher, each within a margin of `margin` points
     """
 
     says: str
     measure: str | Mapping[str, str]
-    arm: str
+    variant: str
     than: str
     expect: str = "higher"
     margin: float = 0.0
@@ -92,22 +92,22 @@ class Claim:
 class Study:
     """A study.
 
-    umms, worlds  supported models and toy datasets; empty: all
-    world         remark on the toy datasets
+    umms, datasets  supported models and toy datasets; empty: all
+    toy             remark on the toy datasets
     open          open questions
     """
 
     name: str
     question: str
     paper: tuple[Said, ...]
-    arms: tuple[Arm, ...]
+    variants: tuple[Variant, ...]
     claims: tuple[Claim, ...]
     umms: Texts = ()
-    worlds: Texts = ()
-    world: str | None = None
+    datasets: Texts = ()
+    toy: str | None = None
     open: Texts = ()
 
-    def of(self, asked: Asked) -> tuple[dict[str, tuple[Arm, tuple[str, ...]]], dict[str, str]]:
+    def of(self, asked: Asked) -> tuple[dict[str, tuple[Variant, tuple[str, ...]]], dict[str, str]]:
         """Return the variants of a model with their overrides, and the reasons why it lacks others.
 
         Raises StudyError for a model or toy dataset that the study does not support.
@@ -115,22 +115,22 @@ class Study:
         umm = asked.umm
         if self.umms and umm not in self.umms:
             raise StudyError(f"the study {self.name} does not support {umm}, only {', '.join(self.umms)}")
-        if self.worlds and asked.setting == "world" and asked.world not in self.worlds:
+        if self.datasets and asked.setting == "toy" and asked.dataset not in self.datasets:
             raise StudyError(
-                f"the study {self.name} does not support the toy dataset {asked.world!r}: choose --world "
-                f"{'|'.join(self.worlds)}"
+                f"the study {self.name} does not support the toy dataset {asked.dataset!r}: choose --dataset "
+                f"{'|'.join(self.datasets)}"
             )
-        have: dict[str, tuple[Arm, tuple[str, ...]]] = {}
+        have: dict[str, tuple[Variant, tuple[str, ...]]] = {}
         omitted: dict[str, str] = {}
-        for arm in self.arms:
-            keys = arm.keys(asked)
+        for variant in self.variants:
+            keys = variant.keys(asked)
             if keys is None:
-                where = f" on the toy dataset {asked.world!r}" if asked.setting == "world" else ""
-                omitted[arm.name] = f"{umm} has no such variant{where}"
-            elif arm.after in omitted:
-                omitted[arm.name] = f"it continues from {arm.after}"
+                where = f" on the toy dataset {asked.dataset!r}" if asked.setting == "toy" else ""
+                omitted[variant.name] = f"{umm} has no such variant{where}"
+            elif variant.after in omitted:
+                omitted[variant.name] = f"it continues from {variant.after}"
             else:
-                have[arm.name] = arm, keys
+                have[variant.name] = variant, keys
         return have, omitted
 
 
@@ -152,11 +152,13 @@ def load_study(name: str) -> Study:
 def _read(raw: Any, path: Path) -> Study:
     if not isinstance(raw, dict):
         raise StudyError(f"{path} has no keys; a study has {', '.join(f.name for f in fields(Study))}")
-    arms = raw.get("arms")
-    if not isinstance(arms, dict) or not arms:
-        raise StudyError(f"{path}: arms must map names of variants to their settings")
+    variants = raw.get("variants")
+    if not isinstance(variants, dict) or not variants:
+        raise StudyError(f"{path}: variants must map names of variants to their settings")
     parts: dict[str, tuple[Any, ...]] = {
-        "arms": tuple(_make(Arm, entry, f"{path}: arms.{name}", name=name) for name, entry in arms.items())
+        "variants": tuple(
+            _make(Variant, entry, f"{path}: variants.{name}", name=name) for name, entry in variants.items()
+        )
     }
     for key, kind in (("paper", Said), ("claims", Claim)):
         entries = [] if raw.get(key) in (None, Scalar("")) else raw[key]
@@ -193,21 +195,23 @@ def _value(raw: Any, wanted: Any, key: str, where: str) -> Any:
 
 
 def _check(study: Study, path: Path) -> None:
-    names = [arm.name for arm in study.arms]
-    for place, arm in enumerate(study.arms):
-        if arm.name in (BEFORE, START):
-            raise StudyError(f"{path}: {arm.name!r} is reserved and cannot name a variant")
-        if not arm.name.replace("-", "").replace("_", "").isalnum():
-            raise StudyError(f"{path}: the variant name {arm.name!r} must consist of letters, digits, - and _")
-        if arm.longer < 1:
-            raise StudyError(f"{path}: longer={arm.longer} of {arm.name} must be at least 1")
-        if arm.rate <= 0:
-            raise StudyError(f"{path}: rate={arm.rate:g} of {arm.name} must be above 0")
-        if arm.after is not None and arm.after not in names[:place]:
-            raise StudyError(f"{path}: {arm.name} continues from {arm.after}, which must be a variant listed before it")
+    names = [variant.name for variant in study.variants]
+    for place, variant in enumerate(study.variants):
+        if variant.name in (BEFORE, PRETRAINED):
+            raise StudyError(f"{path}: {variant.name!r} is reserved and cannot name a variant")
+        if not variant.name.replace("-", "").replace("_", "").isalnum():
+            raise StudyError(f"{path}: the variant name {variant.name!r} must consist of letters, digits, - and _")
+        if variant.longer < 1:
+            raise StudyError(f"{path}: longer={variant.longer} of {variant.name} must be at least 1")
+        if variant.rate <= 0:
+            raise StudyError(f"{path}: rate={variant.rate:g} of {variant.name} must be above 0")
+        if variant.after is not None and variant.after not in names[:place]:
+            raise StudyError(
+                f"{path}: {variant.name} continues from {variant.after}, which must be a variant listed before it"
+            )
     for claim in study.claims:
         if claim.expect not in EXPECTED:
             raise StudyError(f"{path}: expect {claim.expect!r} must be one of {', '.join(EXPECTED)}")
-        for name in (claim.arm, claim.than):
+        for name in (claim.variant, claim.than):
             if name not in (BEFORE, *names):
                 raise StudyError(f"{path}: {claim.says!r} names {name}, which is not a variant")

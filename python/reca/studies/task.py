@@ -31,9 +31,9 @@ class Asked:
     """Settings common to all variants of a study.
 
     recipe  recipe with published weights; None: a toy dataset
-    world   name of the toy dataset
+    dataset name of the toy dataset
     common  overrides for all variants
-    of_arm  overrides for single variants, by name
+    of_variant  overrides for single variants, by name
     scale   fraction of a toy dataset's steps and prompts; below 1 only for a quick test
     out     output folder of all studies
     """
@@ -42,36 +42,36 @@ class Asked:
     seeds: tuple[int, ...]
     out: Path
     recipe: str | None = None
-    world: str = "shapes"
+    dataset: str = "shapes"
     common: tuple[str, ...] = ()
-    of_arm: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    of_variant: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     evaluations: Evaluations = field(default_factory=Evaluations)
     scale: float = 1.0
 
     @property
     def setting(self) -> str:
-        return "world" if self.recipe is None else "published"
+        return "toy" if self.recipe is None else "published"
 
 
 @dataclass(frozen=True)
 class Task:
-    """The work of one process: pre-train a start, measure it ("before"), or train and measure a variant ("arm").
+    """The work of one process: pre-train a model, measure it ("before"), or train and measure a variant.
 
-    name      unique in the study: SEED/VARIANT or SEED/start
-    kind      start, before or arm
+    name      unique in the study: SEED/VARIANT or SEED/pretrained
+    kind      pretrained, before or variant
     recipe, overrides  those of the run
-    folder    folder of the run or of the pre-trained start
+    folder    folder of the run or of the pre-trained model
     result    result file; it exists once the task is done
-    world     name of the toy dataset, if the setting is "world"
-    variant   modification of the start, a key of world.VARIANTS; None: the start itself
-    of_start  recipe overrides in pre-training
+    dataset   name of the toy dataset, if the setting is "toy"
+    modification  of the pre-trained model, a key of toy.MODIFICATIONS; None: unmodified
+    of_pretraining  recipe overrides in pre-training
     after     names of the tasks that it depends on
     """
 
     name: str
     kind: str
     setting: str
-    world: str
+    dataset: str
     umm: str
     seed: int
     recipe: str
@@ -80,12 +80,12 @@ class Task:
     result: Path
     scale: float
     evaluations: Evaluations
-    variant: str | None = None
-    of_start: tuple[str, ...] = ()
+    modification: str | None = None
+    of_pretraining: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
 
     @property
-    def arm(self) -> str:
+    def variant(self) -> str:
         return self.name.partition("/")[2]
 
 

@@ -11,8 +11,8 @@ from reca.io import jsonl
 from reca.io.folders import write_atomically
 from reca.runs import folder_lock
 from reca.runs.lineage import finished_steps, load_trained, recipe_of
-from reca.studies import published, world
-from reca.studies.study import BEFORE, START
+from reca.studies import published, toy
+from reca.studies.study import BEFORE, PRETRAINED
 from reca.studies.task import Task
 from reca.trainer import Trainer
 
@@ -32,11 +32,11 @@ def work(task: Task) -> dict[str, Any]:
 def _work(task: Task) -> dict[str, Any]:
     started = time.perf_counter()
     task.folder.mkdir(parents=True, exist_ok=True)
-    if task.kind == START:
-        curve = world.make_start(task, _progress(task))
+    if task.kind == PRETRAINED:
+        curve = toy.pretrain(task, _progress(task))
         measures: dict[str, Any] = {}
     elif task.kind == BEFORE:
-        curve, measures = [], _measure_start(task)
+        curve, measures = [], _measure_pretrained(task)
     else:
         _train(task)
         curve = _curve(task.folder)
@@ -53,9 +53,9 @@ def done(task: Task) -> dict[str, Any] | None:
 
 def steps(task: Task) -> int:
     """Return the number of training steps of a task."""
-    if task.kind == START:
-        return 0 if task.variant else world.start_steps(task)
-    return load_recipe(task.recipe, task.overrides).train.steps if task.kind == "arm" else 0
+    if task.kind == PRETRAINED:
+        return 0 if task.modification else toy.pretraining_steps(task)
+    return load_recipe(task.recipe, task.overrides).train.steps if task.kind == "variant" else 0
 
 
 def steps_done(task: Task) -> int:
@@ -78,18 +78,18 @@ def _train(task: Task) -> None:
         Trainer(recipe, progress=_progress(task)).run()
 
 
-def _measure_start(task: Task) -> dict[str, Any]:
+def _measure_pretrained(task: Task) -> dict[str, Any]:
     if task.setting == "published":
         return published.measured(task)
     made = load_recipe(task.recipe, task.overrides)
     folder = made.train.init_from or made.model.weights
-    return world.measured(world.load_start(task, Path(folder)), task)
+    return toy.measured(toy.load_pretrained(task, Path(folder)), task)
 
 
 def _measure_run(task: Task) -> dict[str, Any]:
     if task.setting == "published":
         return published.measured(task)
-    return world.measured(load_trained(task.folder, recipe_of(task.folder)), task)
+    return toy.measured(load_trained(task.folder, recipe_of(task.folder)), task)
 
 
 def _curve(run_dir: Path) -> list[tuple[int, float]]:

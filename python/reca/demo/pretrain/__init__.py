@@ -12,9 +12,9 @@ from typing import Any
 
 from reca.config.recipe import Recipe
 from reca.config.recipe_files import load_recipe
-from reca.demo.world import World
 from reca.models.base import Adapter
 from reca.options.fields import RecipeError
+from reca.toy_datasets.dataset import ToyDataset
 
 Progress = Callable[[int, float], None]  # (step, loss)
 
@@ -44,8 +44,8 @@ class DemoSetup:
     sampling        sampling options for measurements
     description     the model, as the beginning of a sentence in the report
     assumptions     assumptions of pre-training, for the report
-    generation_arm  name, description and overrides of the variant with h_v from the generation side; None: missing
-    omitted_arms    variants that this model lacks, with the reason
+    generation_variant  name, description and overrides of the variant with h_v from the generation side; None: missing
+    omitted_variants    variants that this model lacks, with the reason
     cached          cache the features of frozen encoders on disk, as the few images are repeated often
     overrides       recipe overrides for pre-training and all variants
     random_encoder  overrides for a second start with a random understanding encoder; (): no second start
@@ -58,32 +58,32 @@ class DemoSetup:
     sampling: dict[str, Any]
     description: str
     assumptions: tuple[str, ...]
-    generation_arm: tuple[str, str, tuple[str, ...]] | None = None
-    omitted_arms: dict[str, str] = field(default_factory=dict)
+    generation_variant: tuple[str, str, tuple[str, ...]] | None = None
+    omitted_variants: dict[str, str] = field(default_factory=dict)
     cached: bool = False
     overrides: tuple[str, ...] = ()
     random_encoder: tuple[str, ...] = ()
 
 
-def demo_setup(umm: str, world: World) -> DemoSetup:
+def demo_setup(umm: str, dataset: ToyDataset) -> DemoSetup:
     """Return the setup of a model's demo. Raises RecipeError if the toy dataset has no demo of the model."""
-    if umm not in world.umms:
+    if umm not in dataset.umms:
         raise RecipeError(
-            f"there is no demo of {umm!r} on the toy dataset {world.name!r}; --umm (UMM= of make) is one of "
-            f"{', '.join(world.umms)}, or choose another --world (WORLD=)"
+            f"there is no demo of {umm!r} on the toy dataset {dataset.name!r}; --umm (UMM= of make) is one of "
+            f"{', '.join(dataset.umms)}, or choose another --dataset (DATASET=)"
         )
-    return import_module(f"reca.demo.pretrain.{umm}").SETUPS[world.name]
+    return import_module(f"reca.demo.pretrain.{umm}").SETUPS[dataset.name]
 
 
-def run_overrides(recipe: str, world: World, seed: int, scale: float) -> tuple[str, ...]:
+def run_overrides(recipe: str, dataset: ToyDataset, seed: int, scale: float) -> tuple[str, ...]:
     """Return the overrides common to all variants: seed, number of steps, data and a single thread."""
     return (
         f"train.seed={seed}",
         f"train.steps={scaled(load_recipe(recipe).train.steps, scale)}",
         "train.threads=1",
-        f"data.images={world.spec('unlabeled', seed)}",
-        f"data.conversations={world.spec('understood', seed)}",
-        f"data.captions={world.spec('unlabeled', seed, 'sparse')}",
+        f"data.images={dataset.spec('unlabeled', seed)}",
+        f"data.conversations={dataset.spec('understood', seed)}",
+        f"data.captions={dataset.spec('unlabeled', seed, 'sparse')}",
         "data.workers=0",
     )
 

@@ -13,19 +13,19 @@ import torch
 from torch import Tensor
 
 from reca.config.recipe import Recipe
-from reca.demo.captions import TEMPLATES, caption, phrase
 from reca.demo.pretrain import ALIGNED_H_V, LINEAR_LATENTS, DemoSetup, Progress, scaled
 from reca.demo.pretrain.alignment import alignment, pad_tokens
 from reca.demo.pretrain.language import PROMPTS, draw_reply
 from reca.demo.pretrain.optimize import CAPTION_BATCH, draw_batch, first_images, optimize, save_as_run, unit
-from reca.demo.splits import Split
-from reca.demo.world import load_world
 from reca.models.bagel import Adapter, modules, prompt
 from reca.models.bagel.loss import flow_loss
 from reca.models.common.images import fit_to_view
 from reca.models.common.kl_codec import PatchMoments
 from reca.models.common.text import encode
 from reca.rng import CounterRNG
+from reca.toy_datasets.captions import TEMPLATES, caption, phrase
+from reca.toy_datasets.dataset import load_dataset
+from reca.toy_datasets.split import Split
 from reca_kernels import IGNORE_INDEX, masked_linear_cross_entropy
 
 UNDERSTANDING_STEPS, GENERATION_STEPS = 350, 600
@@ -39,10 +39,10 @@ class _WordsAsHv(Adapter):
         return torch.cat([rows.flatten(0, 1) for rows in h_v]) if h_v else table.new_empty(0, table.shape[1])
 
 
-def pretrain(world: str, recipe: Recipe, seed: int, folder: Path, scale: float, progress: Progress) -> Adapter:
+def pretrain(dataset: str, recipe: Recipe, seed: int, folder: Path, scale: float, progress: Progress) -> Adapter:
     """Train from scratch and save a run in `folder`."""
     torch.manual_seed(seed)
-    rng, splits = random.Random(seed), load_world(world).splits
+    rng, splits = random.Random(seed), load_dataset(dataset).splits
     understood, captioned = splits["understood"](seed), splits["captioned"](seed)
     recipe.model.seed = seed
     model = _WordsAsHv.load(recipe.model).train()
@@ -165,10 +165,10 @@ def _generation_loss(
 
 
 SETUPS = {
-    world: DemoSetup(
+    dataset: DemoSetup(
         recipe="bagel_tiny",
         steps=UNDERSTANDING_STEPS + GENERATION_STEPS,
-        pretrain=partial(pretrain, world),
+        pretrain=partial(pretrain, dataset),
         init_override="train.init_from={folder}",
         sampling={"steps": 20, "guidance": 1.0},
         description="A BAGEL of 0.6 million parameters",
@@ -181,7 +181,7 @@ SETUPS = {
             "output layers, nothing else.",
             LINEAR_LATENTS,
         ),
-        generation_arm=("RECA-vae", "h_v from the codec that encodes the target", ("model.hv_source=vae",)),
+        generation_variant=("RECA-vae", "h_v from the codec that encodes the target", ("model.hv_source=vae",)),
     )
-    for world in ("shapes", "jitter")
+    for dataset in ("shapes", "jitter")
 }

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reca.demo.pretrain.optimize import first_images, unit
-from reca.demo.world import World
 from reca.models.common.patch_codebook import PatchCodebook
 from reca.rng import CounterRNG
+from reca.toy_datasets.dataset import ToyDataset
 
 
 class CodebookTask:
@@ -19,11 +19,11 @@ class CodebookTask:
     codec: the model's codec, fitted here. scale: fraction of the images to use.
     """
 
-    def __init__(self, model: Any, codec: Any, world: World, seed: int, scale: float):
+    def __init__(self, model: Any, codec: Any, dataset: ToyDataset, seed: int, scale: float):
         self.model, self.rng, self.noise_rng = model, random.Random(seed), CounterRNG(seed)
-        self.generation_split, self.caption_split = (world.splits[name](seed) for name in ("captioned", "understood"))
+        self.generation_split, self.caption_split = (dataset.splits[name](seed) for name in ("captioned", "understood"))
         to_generate, self.images = (first_images(split, scale) for split in (self.generation_split, self.caption_split))
-        fit_codebook(codec, first_images(world.splits[world.codec_split](seed), scale)[:3000])
+        fit_codebook(codec, first_images(dataset.splits[dataset.codec_split](seed), scale)[:3000])
         self.codes = torch.cat([codec.encode(unit(part)) for part in to_generate.split(500)])
 
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from reca.config.recipe import Recipe
 from reca.data.batch import Batch
 from reca.data.tasks import Turn
-from reca.demo.captions import QUESTIONS, TEMPLATES, caption
 from reca.demo.pretrain import LINEAR_LATENTS, DemoSetup, Progress, scaled
 from reca.demo.pretrain.alignment import alignment, pad_tokens
 from reca.demo.pretrain.optimize import CAPTION_BATCH, draw_batch, first_images, matrices, optimize, save_as_run, unit
@@ -23,7 +22,8 @@ from reca.models.common.text import encode
 from reca.models.harmon import Adapter, modules, prompt
 from reca.models.harmon.loss import image_loss, prepare_images, sample_prompts
 from reca.rng import CounterRNG, RandomStream
-from reca.toy_world.splits import captioned, understood
+from reca.toy_datasets.captions import QUESTIONS, TEMPLATES, caption
+from reca.toy_datasets.shapes.splits import captioned, understood
 from reca_kernels import IGNORE_INDEX, masked_linear_cross_entropy
 
 UNDERSTANDING_STEPS, GENERATION_STEPS = 200, 1000  # generation steps also train captioning
@@ -177,7 +177,7 @@ SETUPS = {
             "fitted to images of all pairs.",
             LINEAR_LATENTS,
         ),
-        omitted_arms={
+        omitted_variants={
             "RECA with h_v from the generation side": "Harmon has a single encoder for understanding and generation"
         },
     )

@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from reca import toy_world
 from reca.config.recipe import Recipe
-from reca.demo.captions import caption
 from reca.demo.pretrain import ALIGNED_JOINTLY, DemoSetup, Progress, scaled
 from reca.demo.pretrain.codebook import CodebookTask
 from reca.demo.pretrain.optimize import matrices, optimize
 from reca.demo.pretrain.shared_llama import SharedLlamaTask
 from reca.models.janus import Adapter
+from reca.toy_datasets import shapes
+from reca.toy_datasets.captions import caption
 
 STEPS = 800
 
@@ -40,7 +40,7 @@ class _Task(CodebookTask, SharedLlamaTask):
     """Losses of one pre-training step."""
 
     def __init__(self, model: Adapter, seed: int, scale: float):
-        super().__init__(model, model.gen_vision_model, toy_world.WORLD, seed, scale)
+        super().__init__(model, model.gen_vision_model, shapes.DATASET, seed, scale)
         self.drawn = len(self.codes)
         self.words = self.slots([caption(self.caption_split.scene(i)) for i in range(len(self.images))])
 
@@ -64,7 +64,7 @@ SETUPS = {
             "Images are 20 pixels wide. Instead of VQ-16, image tokens come from a codebook of pixel patches. Token "
             "embeddings are frozen in all variants.",
         ),
-        omitted_arms={
+        omitted_variants={
             "RECA with h_v from the generation side": (
                 "Janus-Pro would copy it, as the codes that it reads are those that it has to generate"
             )

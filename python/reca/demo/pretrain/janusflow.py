@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from reca.config.recipe import Recipe
-from reca.demo.captions import caption
 from reca.demo.pretrain import ALIGNED_JOINTLY, LINEAR_LATENTS, DemoSetup, Progress, scaled
 from reca.demo.pretrain.optimize import first_images, matrices, optimize, unit
 from reca.demo.pretrain.shared_llama import SharedLlamaTask
 from reca.models.common.kl_codec import PatchMoments
 from reca.models.janusflow import Adapter
 from reca.rng import CounterRNG
-from reca.toy_world.splits import captioned, understood
+from reca.toy_datasets.captions import caption
+from reca.toy_datasets.shapes.splits import captioned, understood
 
 STEPS = 1000
 
@@ -74,7 +74,7 @@ SETUPS = {
             "two pixels, fitted to images of all pairs. Token embeddings are frozen in all variants.",
             LINEAR_LATENTS,
         ),
-        omitted_arms={
+        omitted_variants={
             "RECA with h_v from the generation side": (
                 "JanusFlow would copy it, as the latents that it reads are those that it has to generate"
             )

@@ -8,8 +8,8 @@ a tiny one has to be trained to.
 import random
 from collections.abc import Callable
 
-from reca.demo.captions import QUESTIONS, TEMPLATES, caption
-from reca.demo.scene import Scene
+from reca.toy_datasets.captions import QUESTIONS, TEMPLATES, caption
+from reca.toy_datasets.scene import Scene
 from reca_kernels import IGNORE_INDEX
 
 PROMPTS = tuple(dict.fromkeys(QUESTIONS + TEMPLATES))

@@ -16,20 +16,20 @@ from torch import Tensor
 
 from reca.config.recipe import Recipe
 from reca.data.batch import Batch
-from reca.demo.captions import TEMPLATES, caption, phrase
 from reca.demo.pretrain import ALIGNED_H_V, LINEAR_LATENTS, DemoSetup, Progress, scaled
 from reca.demo.pretrain.alignment import alignment, pad_tokens
 from reca.demo.pretrain.codebook import fit_codebook
 from reca.demo.pretrain.frozen_encoder import encode_once
 from reca.demo.pretrain.language import PROMPTS, draw_reply
 from reca.demo.pretrain.optimize import CAPTION_BATCH, draw_batch, first_images, matrices, optimize, unit
-from reca.demo.splits import Split
-from reca.demo.world import load_world
 from reca.models.common.patch_codebook import PatchCodebook
 from reca.models.common.text import control, encode
 from reca.models.open_uni import Adapter, modules, prompt
 from reca.models.open_uni.loss import flow_loss, sample_prompts
 from reca.rng import CounterRNG
+from reca.toy_datasets.captions import TEMPLATES, caption, phrase
+from reca.toy_datasets.dataset import load_dataset
+from reca.toy_datasets.split import Split
 from reca_kernels import IGNORE_INDEX, attention_plan, masked_linear_cross_entropy, template_concat
 
 STEPS = {"shapes": (350, 600), "emoji": (350, 900)}  # (understanding, generation)
@@ -41,28 +41,28 @@ NOISE = {"shapes": 0.0, "emoji": 1.0}
 HV = Callable[[Tensor], Tensor]  # indices of the understood images -> h_v, with gradient
 
 
-def pretrain(world: str, recipe: Recipe, seed: int, folder: Path, scale: float, progress: Progress) -> Adapter:
+def pretrain(dataset: str, recipe: Recipe, seed: int, folder: Path, scale: float, progress: Progress) -> Adapter:
     """Train from scratch and export to `folder`."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
     recipe.model.seed = seed
     model = Adapter.load(recipe.model).train()
     torch.nn.init.normal_(model.mllm.get_input_embeddings().weight, std=0.5)
-    of_world = load_world(world)
-    understood, captioned = of_world.splits["understood"](seed), of_world.splits["captioned"](seed)
-    every_thing = first_images(of_world.splits[of_world.codec_split](seed), min(scale, CODEC_SHARE[world]))
+    toy_dataset = load_dataset(dataset)
+    understood, captioned = toy_dataset.splits["understood"](seed), toy_dataset.splits["captioned"](seed)
+    every_thing = first_images(toy_dataset.splits[toy_dataset.codec_split](seed), min(scale, CODEC_SHARE[dataset]))
     if isinstance(model.codec, PatchCodebook):
         fit_codebook(model.codec, every_thing)
     else:
         model.codec.fit(unit(every_thing))
-    understanding, generation = (scaled(steps, scale) for steps in STEPS[world])
+    understanding, generation = (scaled(steps, scale) for steps in STEPS[dataset])
 
     images = first_images(understood, scale)
     if model.config.understanding == "efficientnet":
         h_v, tower = _frozen_h_v(model, images, every_thing), []
     else:
         h_v, tower = partial(_trained_h_v, model, images), [model.mllm.model.vision_tower.encoder]
-    caption_loss = _caption_loss(model, understood, len(images), h_v, rng, NOISE[world])
+    caption_loss = _caption_loss(model, understood, len(images), h_v, rng, NOISE[dataset])
     layers = (*tower, model.mllm.model.language_model.layers)
     trained = [p for p in model.mllm.parameters() if p.requires_grad]
     optimize(trained, matrices(*layers), caption_loss, understanding, progress)
@@ -188,14 +188,14 @@ FACTS_AT_ONCE = (
 )
 
 
-def _setup(world: str, **own: Any) -> DemoSetup:
+def _setup(dataset: str, **own: Any) -> DemoSetup:
     """Return the setup for a toy dataset, with the settings that all share."""
     return DemoSetup(
-        steps=sum(STEPS[world]),
-        pretrain=partial(pretrain, world),
+        steps=sum(STEPS[dataset]),
+        pretrain=partial(pretrain, dataset),
         init_override="model.weights={folder}",
         sampling={"steps": 20, "guidance": 1.0},
-        omitted_arms={
+        omitted_variants={
             "RECA with h_v from the generation side": (
                 "OpenUni cannot read it, as its language model has one vision tower only"
             )

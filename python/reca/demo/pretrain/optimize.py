@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from reca import checkpoint
 from reca.config.recipe import Recipe
 from reca.config.recipe_files import absolute_paths, save_recipe
-from reca.demo.captions import caption, phrase
 from reca.demo.pretrain import Progress, scaled
-from reca.demo.splits import Split
 from reca.hardware.host_memory import FreedMemory
 from reca.models.base import Adapter
+from reca.toy_datasets.captions import caption, phrase
+from reca.toy_datasets.split import Split
 
 WARMUP_STEPS, STABLE_FRACTION, MIN_LR_RATIO = 60, 0.6, 0.05
 GENERATION_BATCH, CAPTION_BATCH = 64, 32  # images per step

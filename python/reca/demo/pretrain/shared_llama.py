@@ -8,11 +8,11 @@ from torch import Tensor
 
 from reca.data.batch import Batch
 from reca.data.tasks import Turn
-from reca.demo.captions import QUESTIONS, TEMPLATES, caption
 from reca.demo.pretrain.alignment import alignment, pad_tokens
 from reca.demo.pretrain.optimize import CAPTION_BATCH, draw_batch, unit
-from reca.demo.splits import Split
 from reca.rng import CounterRNG
+from reca.toy_datasets.captions import QUESTIONS, TEMPLATES, caption
+from reca.toy_datasets.split import Split
 
 
 class SharedLlamaTask:

@@ -16,18 +16,18 @@ from torch import Tensor
 from reca.config.recipe import Recipe
 from reca.data.batch import Batch
 from reca.data.tasks import Turn
-from reca.demo.captions import QUESTIONS, TEMPLATES, caption
 from reca.demo.pretrain import ALIGNED_JOINTLY, DemoSetup, Progress, scaled
 from reca.demo.pretrain.alignment import alignment, pad_tokens
 from reca.demo.pretrain.codebook import CodebookTask
 from reca.demo.pretrain.frozen_encoder import encode_once
 from reca.demo.pretrain.optimize import CAPTION_BATCH, draw_batch, first_images, matrices, optimize, unit
-from reca.demo.world import World, load_world
 from reca.models.common.pooled_features import PooledProjector
 from reca.models.show_o import Adapter, prompt
 from reca.models.show_o.conditioner import conditioner
 from reca.models.show_o.loss import cross_entropy, i2t_samples, t2i_samples
 from reca.models.show_o.masking import sample_mask
+from reca.toy_datasets.captions import QUESTIONS, TEMPLATES, caption
+from reca.toy_datasets.dataset import ToyDataset, load_dataset
 from reca_kernels import IGNORE_INDEX
 
 STEPS = {"shapes": 800, "jitter": 800}
@@ -35,14 +35,14 @@ STEPS |= {"emoji": 500, "emoji-shared": 500, "emoji-shared-few": 500, "emoji-pla
 SLOTS = (20, 36)  # range of prompt lengths when captions replace h_v
 
 
-def pretrain(world: str, recipe: Recipe, seed: int, folder: Path, scale: float, progress: Progress) -> Adapter:
+def pretrain(dataset: str, recipe: Recipe, seed: int, folder: Path, scale: float, progress: Progress) -> Adapter:
     """Train from scratch and export to `folder`."""
     torch.manual_seed(seed)
     recipe.model.seed = seed
     model = Adapter.load(recipe.model)
-    task = (_FrozenTowerTask if model.uses_efficientnet else _Task)(model, load_world(world), seed, scale)
+    task = (_FrozenTowerTask if model.uses_efficientnet else _Task)(model, load_dataset(dataset), seed, scale)
 
-    steps = scaled(STEPS[world], scale)
+    steps = scaled(STEPS[dataset], scale)
     layers = matrices(model.showo.model.layers, *([model.clip.encoder.layers] if model.uses_clip else []))
     optimize(model.parameters(), layers, lambda step: task.generation_loss(step) + task.caption_loss(), steps, progress)
     model.export(folder)
@@ -52,8 +52,8 @@ def pretrain(world: str, recipe: Recipe, seed: int, folder: Path, scale: float, 
 class _Task(CodebookTask):
     """Losses of one pre-training step."""
 
-    def __init__(self, model: Adapter, world: World, seed: int, scale: float):
-        super().__init__(model, model.codec, world, seed, scale)
+    def __init__(self, model: Adapter, dataset: ToyDataset, seed: int, scale: float):
+        super().__init__(model, model.codec, dataset, seed, scale)
         self.tower = conditioner(model, "reca")
         captions = (caption(self.caption_split.scene(i)) for i in range(len(self.images)))
         self.words = torch.stack([self.slots(text) for text in captions])  # [n, slots]
@@ -111,9 +111,9 @@ def with_words(layout: prompt.Layout, words: Tensor, behind: int = 0) -> prompt.
 class _FrozenTowerTask(_Task):
     """The same with a frozen tower: every image is encoded only once."""
 
-    def __init__(self, model: Adapter, world: World, seed: int, scale: float):
-        super().__init__(model, world, seed, scale)
-        every_thing = first_images(world.splits[world.codec_split](seed), scale)
+    def __init__(self, model: Adapter, dataset: ToyDataset, seed: int, scale: float):
+        super().__init__(model, dataset, seed, scale)
+        every_thing = first_images(dataset.splits[dataset.codec_split](seed), scale)
         assert isinstance(model.mm_projector, PooledProjector)
         self.encoded = encode_once(model.config, model.efficientnet, model.mm_projector, self.images, every_thing)
 
@@ -123,10 +123,10 @@ class _FrozenTowerTask(_Task):
 
 SAMPLING = {"steps": 18, "guidance": 0.0, "temperature": 0.5}
 SHAPES = {
-    world: DemoSetup(
+    dataset: DemoSetup(
         recipe="show_o_tiny",
-        steps=STEPS[world],
-        pretrain=partial(pretrain, world),
+        steps=STEPS[dataset],
+        pretrain=partial(pretrain, dataset),
         init_override="model.weights={folder}",
         sampling=SAMPLING,
         description="A Show-o of half a million parameters",
@@ -135,21 +135,21 @@ SHAPES = {
             "Images are 20 pixels wide. Instead of MAGVITv2, image tokens come from a codebook of pixel patches. Token "
             "embeddings and projector are frozen in all variants.",
         ),
-        generation_arm=(
+        generation_variant=(
             "RECA-codebook",
             "h_v from the generation codebook",
             ("model.hv_source=vq", "model.hv_down_scale=1"),
         ),
     )
-    for world in ("shapes", "jitter")
+    for dataset in ("shapes", "jitter")
 }
 
 
-def _of_emoji(world: str, *overrides: str, codebook: str = "2048 patches of 16 pixels") -> DemoSetup:
+def _of_emoji(dataset: str, *overrides: str, codebook: str = "2048 patches of 16 pixels") -> DemoSetup:
     return DemoSetup(
         recipe="show_o_emoji_tiny",
-        steps=STEPS[world],
-        pretrain=partial(pretrain, world),
+        steps=STEPS[dataset],
+        pretrain=partial(pretrain, dataset),
         init_override="model.weights={folder}",
         cached=True,
         sampling=SAMPLING,
@@ -165,9 +165,9 @@ def _of_emoji(world: str, *overrides: str, codebook: str = "2048 patches of 16 p
     )
 
 
-def _of_shared_codes(world: str) -> DemoSetup:
+def _of_shared_codes(dataset: str) -> DemoSetup:
     overrides = "model.patches.size=8", "model.patches.entries=1024"
-    return _of_emoji(world, *overrides, codebook="1024 patches of eight pixels")
+    return _of_emoji(dataset, *overrides, codebook="1024 patches of eight pixels")
 
 
 SETUPS = SHAPES | {

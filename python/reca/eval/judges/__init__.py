@@ -16,7 +16,7 @@ from reca.options.sampling import check_sampling_options
 
 # name -> (module, class, argument after the colon, description)
 JUDGES: dict[str, tuple[str, str, str, str]] = {
-    "world": ("world", "WorldJudge", "", "the toy datasets' own detector"),
+    "toy": ("toy", "ToyJudge", "", "the toy datasets' own detector"),
     "mask2former": ("detectors", "Mask2FormerJudge", "FILE", "GenEval's own detector and colour classifier"),
     "grounding_dino": ("detectors", "GroundingDinoJudge", "MODEL", "an approximate detector for GenEval"),
     "owlv2": ("detectors", "Owlv2Judge", "MODEL", "an approximate detector for GenEval"),
@@ -27,7 +27,7 @@ JUDGES: dict[str, tuple[str, str, str, str]] = {
 KINDS = {
     "detector": ("mask2former", "grounding_dino", "owlv2"),
     "vlm": ("endpoint", "local"),
-    "world": ("world",),
+    "toy": ("toy",),
     "rule": (),
 }
 
@@ -39,8 +39,8 @@ def check_judge(spec: str | None, options: Mapping[str, Any], suite: Suite) -> t
     Raises EvaluationError if the suite needs a judge and none is named, or if a file does not exist; ValueError if the
     judge does not support the suite, or if its argument or options are invalid.
     """
-    if spec is None and suite.judge_kind == "world":
-        spec = "world"
+    if spec is None and suite.judge_kind == "toy":
+        spec = "toy"
     if spec is None:
         raise EvaluationError(f"{suite.name} needs a judge: --judge with one of {_list(suite)}. {_exact(suite)}")
     name, _, argument = spec.partition(":")

@@ -24,7 +24,7 @@ class JudgeError(RuntimeError):
 class Judge:
     """Answers questions about an image.
 
-    A judge implements `shows` (judge_kind "world"), `detect` ("detector"), or `reply` and `first_token_probability`
+    A judge implements `shows` (judge_kind "toy"), `detect` ("detector"), or `reply` and `first_token_probability`
     ("vlm").
 
     Class attributes:

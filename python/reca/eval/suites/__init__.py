@@ -3,7 +3,6 @@
 from pathlib import Path
 from urllib.parse import parse_qsl
 
-from reca.demo.world import PACKAGES
 from reca.eval.suites.base import Item, Key, Score, Suite, Value
 from reca.eval.suites.dpg import Dpg
 from reca.eval.suites.gedit import GEdit
@@ -13,21 +12,22 @@ from reca.eval.suites.imgedit import ImgEdit
 from reca.eval.suites.mme import Mme
 from reca.eval.suites.pope import Pope
 from reca.eval.suites.t2i_compbench import T2ICompBench
+from reca.eval.suites.toy import Toy
 from reca.eval.suites.wise import Wise, WiseLegacy
-from reca.eval.suites.world import World
+from reca.toy_datasets.dataset import PACKAGES
 
 __all__ = ["SUITES", "Item", "Key", "Score", "Suite", "Value", "open_suite"]
 
 SUITES: dict[str, type[Suite]] = {
     suite.name: suite
     for suite in (
-        World, GenEval, GenEvalLong, GenEval2, Dpg, T2ICompBench, Wise, WiseLegacy, ImgEdit, GEdit, Mme, Pope,
+        Toy, GenEval, GenEvalLong, GenEval2, Dpg, T2ICompBench, Wise, WiseLegacy, ImgEdit, GEdit, Mme, Pope,
     )
 }  # fmt: skip
 
 
 def open_suite(name: str, data: Path | None = None) -> Suite:
-    """Open a suite by name; "world?world=emoji&seed=1" is the toy dataset emoji with seed 1.
+    """Open a suite by name; "toy?dataset=emoji&seed=1" is the toy dataset emoji with seed 1.
 
     data: the user's file or folder of the benchmark. Raises ValueError for an unknown name or invalid options.
     """
@@ -38,12 +38,12 @@ def open_suite(name: str, data: Path | None = None) -> Suite:
         return SUITES[base](data)
     try:
         given = dict(parse_qsl(query, keep_blank_values=True, strict_parsing=True))
-        world, seed = given.pop("world", "shapes"), int(given.pop("seed", 0))
-        if base == World.name and not given and seed >= 0 and world in PACKAGES:
-            return World(data, world, seed)
+        dataset, seed = given.pop("dataset", "shapes"), int(given.pop("seed", 0))
+        if base == Toy.name and not given and seed >= 0 and dataset in PACKAGES:
+            return Toy(data, dataset, seed)
     except ValueError:
         pass
     raise ValueError(
-        f"suite {name!r}: only the toy datasets have options, such as world?world=emoji&seed=1; the datasets are "
+        f"suite {name!r}: only the toy datasets have options, such as toy?dataset=emoji&seed=1; the datasets are "
         f"{', '.join(PACKAGES)}"
     )

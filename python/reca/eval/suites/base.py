@@ -93,7 +93,7 @@ class Suite:
         protocol         the benchmark's own name and version, written to the results
         ability          what the model does: generate, edit or answer
         images_per_item  number of images per item in the benchmark
-        judge_kind       supported judges: "detector", "vlm", "world" or "rule" (applied to the model's own answers)
+        judge_kind       supported judges: "detector", "vlm", "toy" or "rule" (applied to the model's own answers)
         exact_models     names of local models that are the judge of the published numbers
         exact_judge      description of the judge of the published numbers, for messages
         unit             unit of the values: fraction, percent or points

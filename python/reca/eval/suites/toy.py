@@ -1,0 +1,61 @@
+"""The toy datasets: prompts about coloured shapes or emoji, with their own judges. They need no files."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from reca.eval.suites.base import Item, Key, Score, Suite, Value, find_samples, keys_by_item, mean, tag_means
+from reca.toy_datasets.dataset import Asked, load_dataset
+
+
+class Toy(Suite):
+    """Image layout, as in GenEval: <row>/samples/<k>.png."""
+
+    name = "toy"
+    judge_kind = "toy"
+
+    def __init__(self, data: Path | None = None, dataset: str = "shapes", seed: int = 0):
+        """Select a toy dataset. dataset: its name. seed: determines the pairs that are held out of its captions."""
+        super().__init__(data)
+        self.dataset, self.seed = load_dataset(dataset), seed
+        self.protocol = self.dataset.title
+
+    def items(self) -> list[Item]:
+        return [
+            Item(f"{number:05d}", p.category, p.text, metadata={"pairs": p.pairs, "prompt": p})
+            for number, p in enumerate(self.dataset.prompts(self.seed))
+        ]
+
+    def sampling(self, umm: str) -> dict[str, Any]:
+        """Return the demo's sampling options for a model, which its tiny recipe needs."""
+        from reca.demo.pretrain import demo_setup
+
+        return dict(demo_setup(umm, self.dataset).sampling) if umm in self.dataset.umms else {}
+
+    def path(self, item: Item, k: int) -> str:
+        return f"{item.id}/samples/{k:04d}.png"
+
+    def companions(self, item: Item) -> dict[str, str | Path]:
+        return {f"{item.id}/metadata.jsonl": json.dumps({"tag": item.tag, "prompt": item.prompt})}
+
+    def find(self, images: Path, items: Sequence[Item]) -> dict[Key, Path]:
+        return find_samples(images, items)
+
+    def ask(self, judge: Any, item: Item, image: Path) -> Any:
+        return judge.shows(image, Asked(self.dataset, item.metadata["prompt"]))
+
+    def score(self, answers: Mapping[Key, Any], items: Sequence[Item]) -> Score:
+        values: list[Value] = []
+        pairs: dict[str, list[float]] = {}
+        keys = keys_by_item(answers)
+        for item in items:
+            for key in keys.get(item.id, ()):
+                hit = float(answers[key]["correct"])
+                values.append(Value(*key, item.tag, hit, answers[key].get("seen", "")))
+                if item.tag in ("colour", "attribution"):
+                    pairs.setdefault(item.metadata["pairs"], []).append(hit)
+        tags = tag_means(values)
+        metrics = {"overall": mean(list(tags.values()))} if tags else {}
+        metrics |= {name: mean(hits) for name, hits in pairs.items()}
+        return Score(values, {tag: 1 / len(tags) for tag in tags} or None, metrics, [])
