@@ -32,12 +32,14 @@ def test_the_licence_and_types_come_with_the_packages():
 
 @pytest.mark.parametrize("package", [reca, reca_kernels])
 def test_every_file_of_a_package_comes_with_it(package):
-    """But Python's own, which setuptools finds, and what is compiled."""
+    """Modules by `find_packages`, which misses folders without __init__.py; all but what is compiled by patterns."""
     listed = re.search(rf'"{package.__name__}": (\[.*?\])', (ROOT / "setup.py").read_text())[1]
     folder = Path(package.__file__).parent
     packaged = {path for pattern in ast.literal_eval(listed) for path in folder.glob(pattern)}
     files = {p for p in folder.rglob("[!.]*") if p.is_file() and p.suffix not in (".py", ".pyc", ".so", ".pyd")}
     assert files - packaged == set()
+    modules = {path.parent for path in folder.rglob("*.py")}
+    assert {path for path in modules if not (path / "__init__.py").is_file()} == set()
 
 
 @pytest.mark.parametrize("tool", ["ruff"])
