@@ -173,28 +173,32 @@ class Trainer:
         alarm with eval.stop_on_alarm.
         """
         with self.around():
-            try:
-                self._run()
-            finally:
-                self._record(self.writer.wait())
-            distributed.barrier()
+            with hang.HangWatch(self.run_dir, min(self.recipe.log.hang_seconds, 30 * self._step_timeout)) as watch:
+                try:
+                    self._run(watch)
+                finally:
+                    watch.enter(self.step, "saving")
+                    self._record(self.writer.wait())
+                watch.enter(self.step, "waiting for all ranks")
+                distributed.barrier()
             self.folder.write_status("finished", exits.DONE)
             self.folder.close()
         return self.run_dir
 
-    def _run(self) -> None:
+    @property
+    def _step_timeout(self) -> int:
+        """Return the timeout of a step's collectives in minutes."""
+        return min(self.recipe.parallel.timeout_minutes, self.recipe.parallel.step_timeout_minutes)
+
+    def _run(self, watch: hang.HangWatch) -> None:
         recipe = self.recipe
         if distributed.rank() == 0:
             save_recipe(absolute_paths(recipe), self.run_dir / "recipe.yaml")
-        step_timeout = min(recipe.parallel.timeout_minutes, recipe.parallel.step_timeout_minutes)
         streams = {task: loader.steps() for task, loader in self.loaders.items()}
-        with (
-            self._report() as report,
-            contextlib.ExitStack() as running,
-            hang.HangWatch(self.run_dir, min(recipe.log.hang_seconds, 30 * step_timeout)) as watch,
-        ):
+        with self._report() as report, contextlib.ExitStack() as running:
             for loader in self.loaders.values():
-                running.callback(loader.close)
+                running.callback(loader.close)  # which writes the rest of the feature cache
+            running.callback(lambda: watch.enter(self.step, "closing of loaders"))
             report.begin(self.step)
             watch.enter(self.step, "drawing reconstructions")
             report.before_training(self.step, self.diagnostics)
@@ -215,7 +219,7 @@ class Trainer:
                 self.freed.after_step(self.step)
                 seconds = data_wait + time.perf_counter() - started
                 if self.step == first + 1:
-                    distributed.set_timeout(step_timeout, self.device)
+                    distributed.set_timeout(self._step_timeout, self.device)
                 watch.enter(self.step, "measuring and sampling")
                 metrics |= self.diagnostics.measure(self.step, batches)
                 report.step(self.step, metrics, seconds, data_wait)

@@ -1,5 +1,6 @@
 """A run that makes no progress says who waits for whom; other ranks than 0 print nothing."""
 
+import contextlib
 import ctypes
 import json
 import os
@@ -39,7 +40,7 @@ def test_the_log_says_who_waits_for_whom(two_ranks):
     assert "at overslept (launch_long_runs.py:" in line and ", called by _run (trainer.py:" in line
     assert "ranks waiting for others: 0 (in all_reduce at sum_over_ranks (distributed.py:" in line
     assert line.endswith(f"Stacks of all ranks are in {two_ranks}/run/hang")
-    assert "step 3 continues after" in said
+    assert "step 3: training ended after" in said
 
 
 def test_every_rank_writes_its_stacks_and_collectives(two_ranks):
@@ -65,7 +66,7 @@ def test_rank_0_alone_prints(two_ranks):
     assert others == []
     kept = (two_ranks / "run/rank_1.log").read_text()
     assert "WARNING rank 1 alone has something to say" in kept and "of no use" not in kept
-    assert "step 3 continues after" in kept and not (two_ranks / "run/rank_0.log").exists()
+    assert "step 3: training ended after" in kept and not (two_ranks / "run/rank_0.log").exists()
 
 
 def test_one_process_that_hangs(recipe, caplog):
@@ -81,6 +82,35 @@ def test_one_process_that_hangs(recipe, caplog):
     trainer.run()
     assert "step 2 has made no progress" in caplog.text and "rank 0 has been in training of step 2" in caplog.text
     assert "in slow" in (trainer.run_dir / "hang/rank_0.txt").read_text()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_loader_that_hangs_while_it_closes(fails, recipe, caplog):
+    """It waits for its threads and writes features to a disk, also after an error."""
+    trainer = Trainer(recipe("log.hang_seconds=0.2", "train.steps=1"), ToyAdapter())
+
+    def slow() -> None:
+        time.sleep(0.6)
+
+    def broken(_):
+        raise OSError("the disk is gone")
+
+    trainer.loaders["reca"].close = slow
+    if fails:
+        trainer.train_step = broken
+    with pytest.raises(OSError, match="disk is gone") if fails else contextlib.nullcontext():
+        trainer.run()
+    assert (
+        "rank 0 has been in closing of loaders of step" in caplog.text
+        and "in slow" in (trainer.run_dir / "hang/rank_0.txt").read_text()
+    )
+
+
+def test_a_rank_that_waits_for_the_end_of_another(recipe, monkeypatch, caplog):
+    trainer = Trainer(recipe("log.hang_seconds=0.2", "train.steps=1"), ToyAdapter())
+    monkeypatch.setattr("reca.distributed.barrier", lambda: time.sleep(0.6))
+    trainer.run()
+    assert "rank 0 has been in waiting for all ranks of step 1" in caplog.text
 
 
 def test_nothing_is_left_of_a_run_that_does_not_hang(recipe, caplog):

@@ -90,7 +90,7 @@ class HangWatch:
         if not self.limit:
             return
         if self.reported == before:
-            log.warning("step %d continues after %.0f s of %s", before[0], late, before[1])
+            log.warning("step %d: %s ended after %.0f s", before[0], before[1], late)
             self._withdraw()
         faulthandler.dump_traceback_later(self.limit + self.without_python, file=self.file)
 
