@@ -154,8 +154,9 @@ class Trainer:
             self.ema.updates = state["ema"]["updates"]
         parent = self.fingerprint.get("train.init_from")  # on rank 0
         self.features = features_identity(recipe, self.adapter, distributed.all_gather(parent)[0])
-        self.loaders = {task: self._loader(task) for task in self.tasks}
-        self.diagnostics = Diagnostics(recipe, self.adapter, self.sources, self.loaders, self.device, self.autocast)
+        with distributed.fail_together():  # both read files
+            self.loaders = {task: self._loader(task) for task in self.tasks}
+            self.diagnostics = Diagnostics(recipe, self.adapter, self.sources, self.loaders, self.device, self.autocast)
         self.evaluations = Evaluations(recipe, self.adapter, self.sources, self.device, self.autocast)
         self.evaluations.resume(self.run_dir, self.step)
         self.alarms: list[str] = []  # alarms that stop the run
@@ -192,8 +193,9 @@ class Trainer:
 
     def _run(self, watch: hang.HangWatch) -> None:
         recipe = self.recipe
-        if distributed.rank() == 0:
-            save_recipe(absolute_paths(recipe), self.run_dir / "recipe.yaml")
+        with distributed.fail_together():
+            if distributed.rank() == 0:
+                save_recipe(absolute_paths(recipe), self.run_dir / "recipe.yaml")
         streams = {task: loader.steps() for task, loader in self.loaders.items()}
         with self._report() as report, contextlib.ExitStack() as running:
             for loader in self.loaders.values():

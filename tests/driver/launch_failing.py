@@ -44,10 +44,10 @@ def trainer(name: str, *overrides: str) -> Trainer:
 def failing(function, when) -> object:
     """The function, which raises on rank 1 where `when(its arguments)` holds."""
 
-    def wrapped(*args):
+    def wrapped(*args, **options):
         if distributed.rank() == 1 and when(*args):
             raise FULL
-        return function(*args)
+        return function(*args, **options)
 
     return wrapped
 
@@ -142,6 +142,28 @@ def no_weights(name: str) -> None:
     """Rank 1 cannot read the model."""
     driver.choose_trained = failing(driver.choose_trained, lambda *_: True)
     trainer(name)
+
+
+def no_loader(name: str) -> None:
+    """Rank 1 cannot open its loader, such as a cache on a disk that only its machine lacks."""
+    driver.open_loader = failing(driver.open_loader, lambda *_: True)
+    trainer(name)
+
+
+def no_diagnostics(name: str) -> None:
+    """Rank 1 cannot read the samples that measure drift."""
+    driver.Diagnostics = failing(driver.Diagnostics, lambda *_: True)
+    trainer(name)
+
+
+def no_recipe_written(name: str) -> None:
+    """Rank 0 cannot write recipe.yaml; the other is about to train."""
+
+    def full(*_):
+        raise FULL
+
+    driver.save_recipe = full
+    trainer(name).run()
 
 
 def rows_of_zeros(name: str) -> None:
@@ -295,6 +317,9 @@ CASES = (
     killed_at_the_end,
     no_data,
     no_weights,
+    no_loader,
+    no_diagnostics,
+    no_recipe_written,
     rows_of_zeros,
     damaged,
     interrupted,

@@ -4,7 +4,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -62,11 +62,15 @@ class Evaluations:
         if HELD_OUT in sources:
             self.held_out = HeldOut(recipe, adapter, sources[HELD_OUT], device, autocast)
         if recipe.eval.suite is not None:
-            self.suite = training.TrainingSuite(recipe, run_dir)
+            with distributed.fail_together():  # it reads files
+                self.suite = training.TrainingSuite(recipe, run_dir)
 
     def resume(self, run_dir: Path, step: int) -> None:
         """Replay the evaluations up to `step` from log.jsonl, so that later ones are compared with them."""
-        lines = [line for line in jsonl.read(run_dir / "log.jsonl") if line.get("evaluation")] if self.every else []
+        lines: list[dict[str, Any]] = []
+        with distributed.fail_together():
+            if self.every and distributed.rank() == 0:
+                lines = [line for line in jsonl.read(run_dir / "log.jsonl") if line.get("evaluation")]
         for line in distributed.all_gather(lines)[0]:
             if line["step"] <= step:
                 self.begun = True
