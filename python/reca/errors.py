@@ -14,7 +14,17 @@ from collections import Counter
 from collections.abc import Iterator
 from datetime import timedelta
 
-_LOST = re.compile(r"\[[^\]]*gloo[^\]]*\] ?(?:Read error |Write error )?(.*?(?:closed|reset) by peer)")
+# The parts of messages of gloo, NCCL and the store that prove a lost connection or a late rank; group 1 is quoted.
+_LOST = re.compile(
+    r"\[[^\]]*gloo[^\]]*\] ?(?:Read error |Write error )?(.*?(?:closed by peer|reset by peer|Broken pipe))"
+    r"|(?:NCCL|Nccl|nccl)[\s\S]*?(remote process exited|closed by remote peer|reset by peer|Broken pipe)"
+    r"|(failed to recv, got 0 bytes)",
+    re.IGNORECASE,
+)
+_LATE = re.compile(
+    r"gloo[\s\S]*?Timed out waiting (?P<gloo>\d+) ?ms"
+    r"|Watchdog caught collective operation timeout[\s\S]*?ran for (?P<nccl>\d+) milliseconds"
+)
 HEAD_START = 3.0  # seconds that other ranks wait for rank 0 to print the same message
 
 
@@ -32,12 +42,23 @@ def first_line(error: BaseException) -> str:
 
 
 def lost_rank(error: BaseException) -> str | None:
-    """Say that another rank has ended, for an error of gloo on a lost connection; None for any other error."""
+    """Say that another rank has ended or came too late, for an error of gloo, NCCL or the store; None for any other.
+
+    A rank that hangs and one that died look alike to NCCL within a machine: its collective times out.
+    """
+    if not isinstance(error, RuntimeError):  # as torch raises them
+        return None
+    if late := _LATE.search(str(error)):
+        return (
+            f"a collective did not complete in {int(late['gloo'] or late['nccl']) / 1000:.0f} s: another rank hangs or "
+            "was killed. See the output of the other ranks, the folder hang and the kernel's log (dmesg); the same "
+            "command resumes the run"
+        )
     if lost := _LOST.search(str(error)):
         return (
-            f"another rank ended without reporting an error ({lost[1]}): it was killed, or its machine ran out of "
-            "memory or went down. See the output of the other ranks and the kernel's log (dmesg); the same command "
-            "resumes the run"
+            f"another rank ended without reporting an error ({lost[lost.lastindex or 0]}): it was killed, or its "
+            "machine ran out of memory or went down. See the output of the other ranks and the kernel's log (dmesg); "
+            "the same command resumes the run"
         )
     return None
 

@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from reca.errors import print_once
+from reca.errors import lost_rank, print_once
 
 ROOT = Path(__file__).parents[2]
 
@@ -85,3 +86,55 @@ def test_an_error_is_told_where_ranks_cannot_reach_each_other(monkeypatch, capfd
     monkeypatch.setattr("reca.errors.HEAD_START", 0.1)
     print_once("reca: alone")
     assert capfd.readouterr().err == "reca: alone\n"
+
+
+RAN = "WorkNCCL(SeqNum=7, OpType=ALLREDUCE, NumelIn=1, NumelOut=1, Timeout(ms)=600000) ran for 600081 milliseconds"
+LOST = {  # as torch and NCCL word them
+    "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.2]:4711": "closed by",
+    "[../gloo/transport/tcp/pair.cc:525] Read error [10.0.0.2]:4711: Connection reset by peer": "reset by peer",
+    "[../gloo/transport/tcp/pair.cc:369] Write error [10.0.0.2]:4711: Broken pipe": "Broken pipe",
+    "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.hpp:268, remote process exited or there was a "
+    "network error, NCCL version 2.21.5\nncclRemoteError: A call failed possibly due to a network error or a remote "
+    "process exiting prematurely.\nLast error:\nsocketProgressOpt: Call to recv from 10.0.0.2<33759> failed : "
+    "Connection reset by peer": "remote process exited",
+    "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:94, unhandled system error (run with "
+    "NCCL_DEBUG=INFO for details), NCCL version 2.27.5\nncclSystemError: System call (e.g. socket, malloc) or external "
+    "library call failed or device error.\nLast error:\nsocketProgress: Connection closed by remote peer "
+    "node2<57859>": "closed by remote peer",
+    "[3] is setting up NCCL communicator and retrieving ncclUniqueId from [0] via c10d key-value store by key '0', but "
+    "store->get('0') got error: Failed to recv, got 0 bytes. Connection was likely closed.": "Failed to recv",
+    "NCCL communicator was aborted on rank 2. Original reason for failure was: NCCL error: remote process exited or "
+    "there was a network error, NCCL version 2.27.5": "remote process exited",
+}  # fmt: skip
+LATE = {
+    f"NCCL communicator was aborted on rank 2.  Original reason for failure was: [Rank 2] Watchdog caught collective "
+    f"operation timeout: {RAN} before timing out.": "in 600 s",
+    "[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 1800000ms for recv "
+    "operation to complete": "in 1800 s",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "words"), LOST.items())
+def test_a_lost_rank_is_recognised(text, words):
+    told = lost_rank(torch.distributed.DistBackendError(text))
+    assert told.startswith("another rank ended without reporting an error (") and words in told.partition("):")[0]
+
+
+@pytest.mark.parametrize(("text", "words"), LATE.items())
+def test_a_collective_that_timed_out_is_recognised(text, words):
+    told = lost_rank(torch.distributed.DistBackendError(text))
+    assert told.startswith("a collective did not complete") and words in told and "hangs or was killed" in told
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError("[Errno 104] Connection reset by peer"),  # of a download
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("NCCL error in: NCCLUtils.cpp:94, unhandled cuda error, NCCL version 2.27.5\nLast error:\n"
+                     "Cuda failure 2 'out of memory'"),
+        RuntimeError("NCCL error: invalid usage (run with NCCL_DEBUG=WARN for details)"),
+    ],
+)  # fmt: skip
+def test_another_error_is_no_lost_rank(error):
+    assert lost_rank(error) is None
