@@ -289,6 +289,19 @@ def test_checkpoints_may_lie_on_another_disk(recipe, tmp_path, monkeypatch):
     assert checkpoint.free_space(run_dir) == 7 and asked == [tmp_path / "disk"]
 
 
+def test_the_status_says_that_the_checkpoint_is_gone(recipe, capsys):
+    """A finished run stays finished, but it has no weights to use."""
+    run_dir = run_toy(recipe("train.steps=2")).run_dir
+    assert Status.read(run_dir).reason is None
+    shutil.rmtree(run_dir / "checkpoints")
+    status = Status.read(run_dir)
+    assert (status.state, status.exit_code, status.checkpoint) == ("finished", 0, "checkpoints/000002")
+    assert main(["status", str(run_dir)]) == 0 and "checkpoints/000002 is gone" in capsys.readouterr().out
+    written = run_dir / "status.json"
+    written.write_text(json.dumps(json.loads(written.read_text()) | {"state": "failed", "reason": "no disk"}))
+    assert (status.reason or "") in Status.read(run_dir).reason and Status.read(run_dir).reason.startswith("no disk; ")
+
+
 @pytest.mark.parametrize("state", ["interrupted", "finished"])
 def test_a_run_whose_checkpoints_are_gone_does_not_start_again(state, recipe):
     """They may be on a disk that is not mounted. Whoever wants to start again says so by removing the status."""

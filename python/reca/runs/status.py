@@ -23,7 +23,7 @@ class Status:
     steps       train.steps
     checkpoint  latest complete checkpoint, relative to the run folder; null if there is none
     exit_code   exit code of the process; null while it runs
-    reason      reason of a failure; null otherwise
+    reason      reason of a failure, or that the checkpoint of an ended run is gone; null otherwise
     alarm       active alarms of the last evaluation (eval.every); null if there are none
     """
 
@@ -43,10 +43,11 @@ class Status:
     def read(cls, run_dir: Path) -> "Status":
         """Read the current status of a run. If its process died without writing a final state, it counts as failed.
 
+        The reason also says if the checkpoint of an ended run is gone.
         Raises ValueError if the folder has no readable status.
         """
         status = cls.written(run_dir)
-        if status.state != "running" or _is_running(run_dir, status):
+        if status.state == "running" and _is_running(run_dir, status):
             return status
         status = cls.written(run_dir)  # read again: the run may have ended and released the folder in between
         if status.state == "running":
@@ -55,6 +56,9 @@ class Status:
                 f"process {status.pid} on {status.host} died without reporting an error (it was killed, or the machine "
                 f"went down); the same command resumes from step {status.step}"
             )
+        if status.checkpoint is not None and not (run_dir / status.checkpoint).exists():
+            gone = f"{run_dir / status.checkpoint} is gone: it was removed, or its disk is not mounted"
+            status.reason = f"{status.reason}; {gone}" if status.reason else gone
         return status
 
     @classmethod
