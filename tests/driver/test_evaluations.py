@@ -216,6 +216,16 @@ def test_images_that_turn_flat_or_all_alike():
     assert spread([noise[0][:, :20], noise[1]]).keys() == found[0].keys()  # of different sizes
 
 
+def test_variety_compares_parts_of_images_not_their_pixels():
+    """Noise of 32 pixels is averaged over 2 x 2, which halves its standard deviation; a pattern of 16 parts stays."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = [torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8, generator=generator) for _ in range(16)]
+    fine = [torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8, generator=generator) for _ in range(16)]
+    larger = [image.repeat_interleave(2, 1).repeat_interleave(2, 2) for image in coarse]
+    found = [spread(images)["samples/variety"] for images in (coarse, larger, fine)]
+    assert 65 < found[0] == found[1] and found[2] == pytest.approx(found[0] / 2, rel=0.05)
+
+
 class Forgetting(ToyAdapter):
     """Forgets what it has learned after its second update."""
 
