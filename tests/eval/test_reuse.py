@@ -322,3 +322,21 @@ def test_records_of_other_images_do_not_count(painter):
     shutil.copy(last, first)
     with pytest.raises(EvaluationError, match="no record of 1 images of toy"):
         reca.evaluate("toy", painter, **given)
+
+
+def test_a_recorded_judge_is_checked_for_both_sides_before_anything_is_drawn(painter, tmp_path):
+    """Answers without the hash of an image would be those of both models, with a difference of zero."""
+    other, kept = tmp_path / "other", tmp_path / "kept.jsonl"
+    reca.evaluate("toy", painter, limit=5)
+    reca.evaluate("toy", painter, limit=5, images_per_item=2, out=other, steps=["generate"])
+    lines = (painter / "eval/toy/records.jsonl").read_text()
+    kept.write_text(lines)
+    given = {"limit": 5, "judge": f"recorded:{kept}", "out": tmp_path / "out"}
+    Painter.made = 0
+    with pytest.raises(EvaluationError, match="no answer about 5 of the 10 images of toy"):
+        reca.evaluate("toy", painter, against=other, **given)
+    kept.write_text("".join(record._replace(picture=None).line() + "\n" for record in records.read(kept)))
+    with pytest.raises(EvaluationError, match="both sides the same answers"):
+        reca.evaluate("toy", painter, against="base", **given)
+    assert Painter.made == 0
+    assert reca.evaluate("toy", painter, **given)["counts"]["images"] == 5

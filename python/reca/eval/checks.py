@@ -10,7 +10,7 @@ from reca.eval.generate import generate_answers
 from reca.eval.inputs import find, images_of, some
 from reca.eval.judges import check_judge
 from reca.eval.settings import Settings
-from reca.eval.suites import Item, Suite
+from reca.eval.suites import Item, Key, Suite
 from reca.eval.targets import Target
 from reca.models import UMMS, umm_package
 from reca.options.fields import RecipeError
@@ -45,40 +45,60 @@ def check(
         raise EvaluationError(f"--images-per-item {settings.count}: {suite.name} has one {what} per item; set 1")
     if suite.ability != "generate" and not records and {"generate", "judge"} & set(settings.steps):
         check_sources(suite, items)
-    name, _, path = (settings.judge or "").partition(":")
-    if name == "recorded" and suite.judge_kind != "rule" and given is None and "judge" in settings.steps:
-        check_recorded(settings, items, images, Path(path).expanduser())
+    to_judge = {} if given is not None else {sides[0].folder: _images_to_judge(settings, items, images)}
     for side in sides[1:]:
-        if side.recipe is None and {"generate", "judge"} & set(settings.steps):
-            check_evaluation(settings, side, items)
+        if side.recipe is not None:
+            to_judge[side.folder] = _images_to_judge(settings, items, None)
+        elif {"generate", "judge"} & set(settings.steps):
+            found = check_evaluation(settings, side, items)
+            to_judge |= {} if found is None else {side.folder: found}
+    name, _, path = (settings.judge or "").partition(":")
+    if name == "recorded" and suite.judge_kind != "rule" and "judge" in settings.steps:
+        check_recorded(settings, items, list(to_judge.values()), Path(path).expanduser())
     return given
 
 
-def check_evaluation(settings: Settings, side: Target, items: Sequence[Item]) -> None:
-    """Raise EvaluationError if the folder to compare with has neither comparable results nor all images to judge."""
+def check_evaluation(settings: Settings, side: Target, items: Sequence[Item]) -> list[Key] | None:
+    """Return the images to judge of a folder to compare with; None: it has results, or nothing is judged.
+
+    Raises EvaluationError if it has neither comparable results nor all images.
+    """
     suite, done = settings.suite, side.folder / report.RESULTS
     if done.is_file():
         mine = {"suite": suite.name, "protocol": suite.protocol, "items": [report.identity(item) for item in items]}
         report.check_comparable(mine, report.read(done), side.folder)
     elif {"judge", "score"} & set(settings.steps):
-        images_of(settings, side, None, None)
+        return list(images_of(settings, side, None, None)[1])
+    return None
 
 
-def check_recorded(settings: Settings, items: Sequence[Item], images: Path | None, path: Path) -> None:
-    """Raise EvaluationError if recorded answers do not cover all images, existing or still to be generated."""
-    known = recorded.import_answers(path, settings.suite, items)
+def _images_to_judge(settings: Settings, items: Sequence[Item], images: Path | None) -> list[Key]:
+    """List the images of a side: those in a folder, or those to be generated; [] if they are not known yet."""
     if images is not None:
-        wanted = list(find(settings, items, images, settings.images_per_item, None))
-    elif "generate" in settings.steps:
-        wanted = [(item.id, k) for item in items for k in range(settings.count)]
-    else:
+        return list(find(settings, items, images, settings.images_per_item, None))
+    return [(i.id, k) for i in items for k in range(settings.count)] if "generate" in settings.steps else []
+
+
+def check_recorded(settings: Settings, items: Sequence[Item], to_judge: Sequence[Sequence[Key]], path: Path) -> None:
+    """Raise EvaluationError if recorded answers do not cover all images of each side, to_judge.
+
+    Also if two sides would get the same answers: those without the hash of an image fit the images of any model.
+    """
+    if not to_judge:
         return
-    missing = [f"{item} ({k})" for item, k in wanted if (item, k) not in known]
-    if missing and not settings.partial:
+    known = recorded.import_answers(path, settings.suite, items)
+    if len(to_judge) > 1 and any(record.picture is None for record in known.values()):
         raise EvaluationError(
-            f"--judge recorded:{path} has no answer about {len(missing)} of the {len(wanted)} images of "
-            f"{settings.suite.name}: {some(missing)}. Set --partial to score the others"
+            f"--judge recorded:{path} does not say by which model the images were generated, and would give both sides "
+            "the same answers. Evaluate each side with its own file and --out, then set --against to the other folder"
         )
+    for wanted in to_judge:
+        missing = [f"{item} ({k})" for item, k in wanted if (item, k) not in known]
+        if missing and not settings.partial:
+            raise EvaluationError(
+                f"--judge recorded:{path} has no answer about {len(missing)} of the {len(wanted)} images of "
+                f"{settings.suite.name}: {some(missing)}. Set --partial to score the others"
+            )
 
 
 def check_sources(suite: Suite, items: Sequence[Item]) -> None:
