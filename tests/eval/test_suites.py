@@ -246,6 +246,12 @@ def test_dpg(tmp_path):
     assert suite.score(imported, [item]).values[0].value == 50
     (tmp_path / "r_detail.txt").write_text("x/p1_3.png, None, question 1?, yes, it is\n")
     assert suite.import_answers(tmp_path / "r_detail.txt", [item]) == {("p1", 3): [{"1": "yes, it is"}]}
+    for last, answers in (("no", {"1": "yes", "2": "no"}), ("y", {"1": "yes"})):  # cut off, or only without a line feed
+        (tmp_path / "r_detail.txt").write_text(
+            f"x/p1_3.png, None, question 1?, yes\nx/p1_3.png, None, question 2?, {last}"
+        )
+        assert suite.import_answers(tmp_path / "r_detail.txt", [item]) == {("p1", 3): [answers]}
+    assert suite.score({("p1", 3): [{"1": "yes"}]}, [item]).failed
     other = dataclasses.replace(item, id="p1_1")
     save(grid / "p1_1.png")  # the grid of an item, not a picture of another
     assert list(suite.find(grid, [item, other])) == [("p1", 0), ("p1_1", 0)]
@@ -560,6 +566,9 @@ def test_mme_reads_the_files_of_its_script_and_of_the_release(tmp_path, behind):
     (tmp_path / "theirs/color.txt").write_bytes("".join(lines).encode() + b"0.jpg\tIs it" + TORN)
     found = suite.import_answers(tmp_path / "theirs", suite.items())
     assert found == {("color/0/1", 0): "no", ("color/0/0", 0): "yes\tit is"}
+    for last, count in (("yes", 2), ("Ye", 1), ("", 1)):  # cut off, or only without a line feed
+        (tmp_path / "theirs/color.txt").write_text(f"{lines[0]}0.jpg\tIs it red?{behind}\tYes\t{last}")
+        assert len(suite.import_answers(tmp_path / "theirs", suite.items())) == count
 
 
 @pytest.mark.parametrize("names", [("question", "answer"), ("prompt", "text")])

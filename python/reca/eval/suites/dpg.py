@@ -170,7 +170,7 @@ class Dpg(Suite):
     def import_answers(self, path: Path, items: Sequence[Item]) -> dict[Key, Any] | None:
         """Read the public script's file *_detail.txt, with lines IMAGE, CELL, QUESTION, ANSWER."""
         known, cells = {item.id: item for item in items}, dict[Key, dict[str, dict[str, str]]]()
-        for line in files.read_lines(path, errors="replace"):
+        for line in files.read_answer_lines(path, lambda last: last.endswith((", yes", ", no"))):
             if (parts := DETAIL.fullmatch(line)) is None:
                 continue
             stem = Path(parts[1].replace("\\", "/")).name.split(".")[0]

@@ -1,6 +1,7 @@
 """Reading of benchmarks' text and JSON files. Errors name the file and what was expected."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,16 @@ def read_text(path: Path, hint: str | None = "", errors: str = "strict") -> str:
 def read_lines(path: Path, hint: str | None = "", errors: str = "strict") -> list[str]:
     """Read the lines of a file. Split at line feeds only, since JSON can contain other line separators unescaped."""
     return read_text(path, hint, errors).removesuffix("\n").split("\n")
+
+
+def read_answer_lines(path: Path, is_whole: Callable[[str], bool]) -> list[str]:
+    """Read the lines of a result file, which an interrupted script can leave cut within the last line.
+
+    is_whole: tells whether a last line without a line feed has a complete answer; otherwise it is omitted.
+    """
+    text = read_text(path, errors="replace")
+    lines = text.removesuffix("\n").split("\n")
+    return lines if text.endswith("\n") or is_whole(lines[-1]) else lines[:-1]
 
 
 def read_json(path: Path, hint: str | None = "") -> Any:

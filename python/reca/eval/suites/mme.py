@@ -142,12 +142,16 @@ class Mme(Suite):
             known.setdefault((item.tag, item.metadata["image"]), []).append(item)
         found: dict[Key, Any] = {}
         for file in sorted(path.glob("*.txt")):
-            for line in files.read_lines(file, errors="replace"):
+            for line in files.read_answer_lines(file, lambda last: mme_harness(_reply(last)) != "other"):
                 cells = line.split("\t")
                 image = known.get((file.stem, cells[0]), ()) if len(cells) >= 4 else ()
                 if asked := [item for item in image if cells[1].startswith(item.prompt)]:
-                    found[max(asked, key=lambda item: len(item.prompt)).id, 0] = "\t".join(cells[3:])
+                    found[max(asked, key=lambda item: len(item.prompt)).id, 0] = _reply(line)
         return found
+
+
+def _reply(line: str) -> str:
+    return "\t".join(line.split("\t")[3:])
 
 
 def _image_of(text: Path) -> Path | None:
