@@ -143,7 +143,7 @@ def test_every_model_has_the_variant_of_its_generation_side_or_says_why_not():
 
 
 @pytest.mark.parametrize("umm", SHAPES.umms)
-def test_the_start_is_where_post_training_starts(umm, tmp_path):
+def test_post_training_starts_from_the_saved_weights(umm, tmp_path):
     """A run of no steps has the weights that pre-training left."""
     setup = demo_setup(umm, SHAPES)
     recipe = load_recipe(setup.recipe)

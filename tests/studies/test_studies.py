@@ -159,7 +159,7 @@ def test_pre_training_that_fails_is_named_beside_what_needs_it(study, tmp_path, 
     assert "0/pretrained: OSError: no space" in printed and "RECA, seed 0: " in printed
 
 
-def test_at_real_size_arms_are_recipes_and_measures_are_suites(study, tmp_path, in_this_process):
+def test_at_real_size_variants_are_recipes_and_measures_are_suites(study, tmp_path, in_this_process):
     options = ["--recipe", "show_o_tiny", "--suite", "toy", "--limit", "5", "--seeds", "1"]
     command = ["study", study, "train.steps=1", "data.workers=0", *options, "--out", str(tmp_path / "out")]
     assert main(command) == 0
@@ -326,7 +326,7 @@ def test_a_key_of_the_pretrained_model_holds_for_pre_training_and_all_variants(t
         plan(load_study("main"), Asked(**asked, recipe="show_o_512", of_variant={"pretrained": (key,)}))
 
 
-def test_datasets_share_no_arm_whatever_data_is_given(tmp_path):
+def test_datasets_share_no_variant_whatever_data_is_given(tmp_path):
     """Their pre-trained models and prompts differ, though recipe and data be the same."""
     data = ("data.images=/a", "data.conversations=/b.json", "data.captions=/c")
     datasets = [Asked("show_o", (0,), tmp_path, dataset=name, common=data) for name in ("shapes", "jitter")]
@@ -519,11 +519,11 @@ def test_a_recipe_that_a_variant_cannot_run_is_refused_before_anything_runs(
 
 
 @pytest.mark.parametrize("umm", UMMS)
-def test_the_arms_of_the_catalogue_can_run(umm, tmp_path):
+def test_the_variants_of_the_catalogue_can_run(umm, tmp_path):
     check(plan(load_study("main"), Asked(umm, (0,), tmp_path))[0])
 
 
-def test_arms_that_go_on_from_files_that_are_not_there_are_refused(study, tmp_path):
+def test_variants_of_missing_parents_are_refused(study, tmp_path):
     asked = Asked("show_o", (0,), tmp_path, "show_o_tiny", of_variant={"SFT": (f"model.weights={tmp_path}/none",)})
     with pytest.raises(RecipeError, match=r"variant SFT: model.weights=.*none does not exist"):
         check(plan(load_study(study), asked)[0])

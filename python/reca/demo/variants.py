@@ -14,8 +14,8 @@ BEFORE_RANDOM = "before-random"  # the same, pre-trained with a randomly initial
 class Variant:
     """A variant: one way to post-train. All variants train for the same number of steps.
 
-    overrides  recipe overrides; {seed} is replaced by the seed
-    pretrained name of the pre-trained model that it starts from
+    overrides   recipe overrides; {seed} is replaced by the seed
+    pretrained  name of the pre-trained model that it starts from
     """
 
     name: str

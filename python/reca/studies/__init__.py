@@ -20,9 +20,9 @@ The output folder (`--out`) has a folder for each study, with study.html and stu
 
 study.json:
 
-    study, question, paper   as in the catalogue
-    setting, place (name of the toy dataset), umm, recipe, seeds, scale, command
-    variants      [{"name", "about", "overrides", "results": {seed: {"measures": {name: {"value", "interval", "hits",
+    study, question, paper, open  as in the catalogue
+    setting, dataset (name of the toy dataset), umm, recipe, seeds, scale, command
+    variants  [{"name", "about", "overrides", "results": {seed: {"measures": {name: {"value", "interval", "hits",
               "trials"}}, "curve": [[step, loss]], "seconds", "folder"}}, "means": {name: {"value", "interval"}}}];
               a missing result is {"failed": reason}
     failed    ["SEED/pretrained: reason"] for pre-training that failed

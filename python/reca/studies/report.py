@@ -52,7 +52,7 @@ def summarize(
         "paper": [{"says": said.says, "source": said.source} for said in study.paper],
         "open": list(study.open),
         "setting": asked.setting,
-        "place": asked.dataset if asked.setting == "toy" else None,
+        "dataset": asked.dataset if asked.setting == "toy" else None,
         "toy": study.toy if asked.setting == "toy" else None,
         "umm": asked.umm,
         "recipe": tasks[0].recipe,

@@ -28,7 +28,7 @@ class StudyError(ValueError):
 
 
 @dataclass(frozen=True)
-class Said:
+class Finding:
     """A published finding and its source."""
 
     says: str
@@ -39,14 +39,14 @@ class Said:
 class Variant:
     """A variant: one way to post-train.
 
-    about      description
-    overrides  recipe overrides in every setting
-    toy        further overrides on toy datasets: a list, or a list per dataset or model, without which it is omitted
-    published  the same for published weights
-    after      variant whose result it continues from; null: the pre-trained model
+    about       description
+    overrides   recipe overrides in every setting
+    toy         further overrides on toy datasets: a list, or a list per dataset or model, without which it is omitted
+    published   the same for published weights
+    after       variant whose result it continues from; null: the pre-trained model
     pretrained  modification of the pre-trained model, a key of toy.MODIFICATIONS
-    longer     factor on the number of steps
-    rate       factor on the learning rate
+    longer      factor on the number of steps
+    rate        factor on the learning rate
     """
 
     name: str
@@ -71,9 +71,9 @@ class Variant:
 class Claim:
     """A comparison of two variants that the paper predicts.
 
-    measure    name of a measure; a mapping if it depends on the setting
+    measure        name of a measure; a mapping if it depends on the setting
     variant, than  names of the variants; the difference `variant` - `than` is judged
-    expect     higher or lower; equal, not_lower or not_higher, each within a margin of `margin` points
+    expect         higher or lower; equal, not_lower or not_higher, each within a margin of `margin` points
     """
 
     says: str
@@ -94,12 +94,12 @@ class Study:
 
     umms, datasets  supported models and toy datasets; empty: all
     toy             remark on the toy datasets
-    open          open questions
+    open            open questions
     """
 
     name: str
     question: str
-    paper: tuple[Said, ...]
+    paper: tuple[Finding, ...]
     variants: tuple[Variant, ...]
     claims: tuple[Claim, ...]
     umms: Texts = ()
@@ -160,7 +160,7 @@ def _read(raw: Any, path: Path) -> Study:
             _make(Variant, entry, f"{path}: variants.{name}", name=name) for name, entry in variants.items()
         )
     }
-    for key, kind in (("paper", Said), ("claims", Claim)):
+    for key, kind in (("paper", Finding), ("claims", Claim)):
         entries = [] if raw.get(key) in (None, Scalar("")) else raw[key]
         if not isinstance(entries, list):
             raise StudyError(f"{path}: {key} must be a list")

@@ -30,12 +30,12 @@ class Evaluations:
 class Asked:
     """Settings common to all variants of a study.
 
-    recipe  recipe with published weights; None: a toy dataset
-    dataset name of the toy dataset
-    common  overrides for all variants
+    recipe      recipe with published weights; None: a toy dataset
+    dataset     name of the toy dataset
+    common      overrides for all variants
     of_variant  overrides for single variants, by name
-    scale   fraction of a toy dataset's steps and prompts; below 1 only for a quick test
-    out     output folder of all studies
+    scale       fraction of a toy dataset's steps and prompts; below 1 only for a quick test
+    out         output folder of all studies
     """
 
     umm: str
@@ -57,15 +57,15 @@ class Asked:
 class Task:
     """The work of one process: pre-train a model, measure it ("before"), or train and measure a variant.
 
-    name      unique in the study: SEED/VARIANT or SEED/pretrained
-    kind      pretrained, before or variant
+    name               unique in the study: SEED/VARIANT or SEED/pretrained
+    kind               pretrained, before or variant
     recipe, overrides  those of the run
-    folder    folder of the run or of the pre-trained model
-    result    result file; it exists once the task is done
-    dataset   name of the toy dataset, if the setting is "toy"
-    modification  of the pre-trained model, a key of toy.MODIFICATIONS; None: unmodified
-    of_pretraining  recipe overrides in pre-training
-    after     names of the tasks that it depends on
+    folder             folder of the run or of the pre-trained model
+    result             result file; it exists once the task is done
+    dataset            name of the toy dataset, if the setting is "toy"
+    modification       of the pre-trained model, a key of toy.MODIFICATIONS; None: unmodified
+    of_pretraining     recipe overrides in pre-training
+    after              names of the tasks that it depends on
     """
 
     name: str

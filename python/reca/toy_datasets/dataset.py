@@ -84,7 +84,7 @@ class ToyDataset:
         return f"{self.package}:{split}?seed={seed}{detail}"
 
 
-class Asked(NamedTuple):
+class JudgedPrompt(NamedTuple):
     """A prompt, and the toy dataset whose judge tells whether an image shows it."""
 
     dataset: ToyDataset

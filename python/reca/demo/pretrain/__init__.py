@@ -37,18 +37,18 @@ LINEAR_LATENTS = "Latents are linear in colour, so the generator may combine col
 class DemoSetup:
     """The demo's settings for a model on a toy dataset.
 
-    recipe          name of the tiny recipe for post-training
-    steps           number of pre-training steps
-    pretrain        trains the model and saves it
-    init_override   override that makes a recipe start from what `pretrain` saved in {folder}
-    sampling        sampling options for measurements
-    description     the model, as the beginning of a sentence in the report
-    assumptions     assumptions of pre-training, for the report
+    recipe              name of the tiny recipe for post-training
+    steps               number of pre-training steps
+    pretrain            trains the model and saves it
+    init_override       override that makes a recipe start from what `pretrain` saved in {folder}
+    sampling            sampling options for measurements
+    description         the model, as the beginning of a sentence in the report
+    assumptions         assumptions of pre-training, for the report
     generation_variant  name, description and overrides of the variant with h_v from the generation side; None: missing
     omitted_variants    variants that this model lacks, with the reason
-    cached          cache the features of frozen encoders on disk, as the few images are repeated often
-    overrides       recipe overrides for pre-training and all variants
-    random_encoder  overrides for a second start with a random understanding encoder; (): no second start
+    cached              cache the features of frozen encoders on disk, as the few images are repeated often
+    overrides           recipe overrides for pre-training and all variants
+    random_encoder      overrides for a second pre-trained model, with a random understanding encoder; (): none
     """
 
     recipe: str

@@ -35,8 +35,8 @@ from reca_kernels import IGNORE_INDEX, attention_plan, masked_linear_cross_entro
 STEPS = {"shapes": (350, 600), "emoji": (350, 900)}  # (understanding, generation)
 CODEC_SHARE = {"shapes": 0.25, "emoji": 1.0}  # fraction of the codec split that the codec is fitted to
 # Noise on the hidden states that replies are predicted from, relative to their RMS. It separates the states of
-# different words, which the generator reads, too: without it one start named red and blue correctly but confused them
-# in images.
+# different words, which the generator reads, too: without it one pre-trained model named red and blue correctly but
+# confused them in images.
 NOISE = {"shapes": 0.0, "emoji": 1.0}
 HV = Callable[[Tensor], Tensor]  # indices of the understood images -> h_v, with gradient
 

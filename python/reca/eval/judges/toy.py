@@ -5,14 +5,14 @@ from typing import Any
 
 from reca.data.pixels import read_image
 from reca.eval.judges.base import Judge, JudgeError
-from reca.toy_datasets.dataset import Asked
+from reca.toy_datasets.dataset import JudgedPrompt
 
 
 class ToyJudge(Judge):
     exact = True
     name = "toy"
 
-    def shows(self, image: Path, prompt: Asked) -> dict[str, Any]:
+    def shows(self, image: Path, prompt: JudgedPrompt) -> dict[str, Any]:
         pixels, dataset = read_image(image), prompt.dataset
         try:
             return {"correct": dataset.shows(pixels, prompt.prompt), "seen": f"shows {dataset.describe(pixels)}"}

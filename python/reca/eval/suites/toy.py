@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from reca.eval.suites.base import Item, Key, Score, Suite, Value, find_samples, keys_by_item, mean, tag_means
-from reca.toy_datasets.dataset import Asked, load_dataset
+from reca.toy_datasets.dataset import JudgedPrompt, load_dataset
 
 
 class Toy(Suite):
@@ -43,7 +43,7 @@ class Toy(Suite):
         return find_samples(images, items)
 
     def ask(self, judge: Any, item: Item, image: Path) -> Any:
-        return judge.shows(image, Asked(self.dataset, item.metadata["prompt"]))
+        return judge.shows(image, JudgedPrompt(self.dataset, item.metadata["prompt"]))
 
     def score(self, answers: Mapping[Key, Any], items: Sequence[Item]) -> Score:
         values: list[Value] = []
