@@ -44,13 +44,9 @@ def _suites(before: Side, after: Side) -> tuple[list[dict[str, Any]], list[str]]
     """Compare the suites that both sides have results of. Return these, and notes on the other results."""
     results = [side.results() for side in (before, after)]
     chosen = [one_of_each(side) for side in results]
-    suites, notes = [], []
-    for key, folder in chosen[1].items():
-        if key in chosen[0]:
-            try:
-                suites.append(report.compare(results[1][folder], results[0][chosen[0][key]], chosen[0][key]))
-            except EvaluationError as error:
-                notes.append(f"{folder} is not compared, because {error}")
+    compared = compare_each(results[1], results[0])
+    suites = [result for result, _ in compared.values() if result["against"]]
+    notes = [f"{chosen[1][key]} is not compared, because {reason}" for key, (_, reason) in compared.items() if reason]
     notes += [
         f"{key[0]} was evaluated for {side.source} only; run reca eval {key[0]} for the other model to compare it"
         for mine, other, side in ((chosen[0], chosen[1], before), (chosen[1], chosen[0], after))
@@ -67,6 +63,26 @@ def _suites(before: Side, after: Side) -> tuple[list[dict[str, Any]], list[str]]
         if folder != mine[suite_of(result)]
     ]
     return suites, notes
+
+
+def compare_each(
+    after: Mapping[Path, dict[str, Any]], before: Mapping[Path, dict[str, Any]]
+) -> dict[tuple[str, str], tuple[dict[str, Any], str]]:
+    """Compare the results of each suite. Return {suite: (result, reason why it cannot be compared, "" if none)}.
+
+    `against` of a result is filled in if `before` has a result that it can be compared with, otherwise it is None.
+    """
+    mine, others = one_of_each(after), one_of_each(before)
+    compared = {}
+    for key, folder in mine.items():
+        result, reason = after[folder] | {"against": None}, ""
+        if (other := others.get(key)) is not None:
+            try:
+                result = report.compare(result, before[other], other)
+            except EvaluationError as error:
+                reason = str(error)
+        compared[key] = result, reason
+    return compared
 
 
 def suite_of(result: Mapping[str, Any]) -> tuple[str, str]:

@@ -11,14 +11,13 @@ from typing import Any, NamedTuple
 from huggingface_hub import EvalResult, ModelCardData
 
 from reca import catalog
-from reca.comparison.build import one_of_each, suite_of
+from reca.comparison.build import compare_each, one_of_each, suite_of
 from reca.comparison.sides import Side, find_sides
 from reca.comparison.weights import understanding
 from reca.config.recipe import Recipe
 from reca.config.recipe_files import walk
 from reca.data.sources.factory import DATA_KEYS
-from reca.eval import figures, report
-from reca.eval.errors import EvaluationError
+from reca.eval import figures
 from reca.eval.generate import weights_hash
 from reca.eval.suites import SUITES
 from reca.io import html
@@ -134,7 +133,7 @@ def _metadata(name: str, recipe: Recipe, base: tuple[str, str] | None, scores: l
 class Scores(NamedTuple):
     """Results of a run for the weights of the card, one per suite, compared with the base model where possible.
 
-    not_compared  protocols of results that the base model has for other prompts only
+    not_compared  protocols of results that cannot be compared with those of the base model
     left_out      protocols of results of the run for other weights or settings
     """
 
@@ -149,18 +148,10 @@ def _scores(base: Side, run: Side, weights: str) -> Scores:
     same = {
         folder: score for folder, score in results.items() if (score["model"] or {}).get("weights_sha256") == weights
     }
-    chosen, against = one_of_each(same), one_of_each(before)
-    found, not_compared = [], []
-    for suite, folder in sorted(chosen.items()):
-        score, old = same[folder] | {"against": None}, against.get(suite)
-        if old:
-            try:
-                score = report.compare(score, before[old], old)
-            except EvaluationError:  # of other prompts
-                not_compared.append(score["protocol"])
-        found.append(score)
+    compared, chosen = dict(sorted(compare_each(same, before).items())), one_of_each(same)
+    not_compared = [score["protocol"] for score, reason in compared.values() if reason]
     left_out = [score["protocol"] for folder, score in results.items() if chosen.get(suite_of(score)) != folder]
-    return Scores(found, not_compared, sorted(set(left_out)))
+    return Scores([score for score, _ in compared.values()], not_compared, sorted(set(left_out)))
 
 
 def _row(score: Mapping[str, Any]) -> dict[str, str]:
