@@ -41,7 +41,7 @@ def cases(device: Device):
                 x = SimpleNamespace(images=images, t=t)
                 x.x0 = torch.stack(images) if patch == 1 else images
                 x.noise = Philox(torch.tensor(seed, device=place), torch.arange(len(images), device=place), 4)
-                shape = flow_matching_add_noise(x.x0, t, x.noise, patch=patch).shape
+                shape = flow_matching_add_noise(x.x0, t, x.noise, patch=patch, backend="reference").shape
                 x.pred = torch.randn(shape, generator=generator, device=place).to(dtype).requires_grad_()
                 return x
 

@@ -262,3 +262,15 @@ def test_a_file_of_other_columns_is_refused(tmp_path):
     (tmp_path / "cpu.csv").write_text("op,shape\nphilox,x\n")
     with pytest.raises(ValueError, match="measure again"):
         rows.read(tmp_path / "cpu.csv")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_inputs_need_no_kernel(op, monkeypatch):
+    """A kernel that fails is a note in its own row: it must not end the benchmark while inputs are made."""
+
+    def fails(backend, name):
+        raise RuntimeError(f"{name}: the kernel of {backend} fails")
+
+    monkeypatch.setattr(dispatch, "load", fails)
+    for case in __main__.cases(op, Cpu(), quick=True):
+        case.inputs(0)
