@@ -3,6 +3,7 @@
 import itertools
 import json
 import threading
+from contextlib import nullcontext
 
 import pytest
 
@@ -11,6 +12,7 @@ from reca.data import order
 from reca.data.config import ColumnsConfig, DataConfig
 from reca.data.errors import BadSample, DataError, LeftOut
 from reca.data.loader import open_loader
+from reca.data.sources import columns as columns_module
 from reca.data.sources import parquet
 from reca.data.sources.factory import open_source
 from reca.data.sources.row_groups import RecentlyUsed
@@ -100,7 +102,9 @@ def test_names_in_cells_stay_below_the_root(tmp_path):
     """As those of rows in JSON do."""
     fill(tmp_path, {"photos/a.png": image_bytes(), "b.png": image_bytes(), "photos-old/c.png": image_bytes()})
     inside = ["a.png", "x/../a.png", str(tmp_path / "photos/a.png")]
+    inside += [f"file://{inside[-1]}", f"local://{inside[-1]}"]
     outside = ["../b.png", str(tmp_path / "b.png"), "../photos-old/c.png", "/etc/hostname", "."]
+    outside += [f"file://{tmp_path}/b.png", f"local://{tmp_path}/photos/../b.png"]
     cells = [{"bytes": None, "path": name} for name in inside + outside]
     path = table(tmp_path / "photos/t.parquet", {"image": cells}, {"image": IMAGE})
     for root in (None, str(tmp_path / "photos")):
@@ -109,13 +113,36 @@ def test_names_in_cells_stay_below_the_root(tmp_path):
         for n in range(len(inside), len(cells)):
             with pytest.raises(BadSample, match=r"is outside .*photos: set data.image_root"):
                 source[n]
-    assert opened(path, image_root="/")[4].image == image_bytes()
+    assert opened(path, image_root="/")[len(inside) + 1].image == image_bytes()
+    assert opened(path, image_root=f"file://{tmp_path}")[len(inside) + 1].image == image_bytes()
 
 
 def test_an_address_in_a_cell_that_is_none_is_a_bad_sample(tmp_path):
-    source = opened(table(tmp_path / "t.parquet", {"url": ["htp://host/a.png"]}))
+    fill(tmp_path, {"photos/x": b"", "b.png": image_bytes()})
+    cells = ["htp://host/a.png", f"simplecache::file://{tmp_path}/b.png"]
+    source = opened(table(tmp_path / "photos/t.parquet", {"url": cells}))
     with pytest.raises(BadSample, match="htp://host/a.png cannot be opened: ValueError: Protocol not known: htp"):
         source[0]
+    with pytest.raises(BadSample, match=r"'simplecache::file://.*b.png' is a chain of file systems"):
+        source[1]
+
+
+def test_cells_that_are_neither_bytes_nor_a_path(tmp_path):
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.int64())])
+    source = opened(table(tmp_path / "t.parquet", {"image": [{"bytes": None, "path": 7}]}, {"image": kind}))
+    with pytest.raises(BadSample, match="neither bytes nor a path"):
+        source[0]
+    with pytest.raises(BadSample, match="neither bytes nor a path"):
+        opened(table(tmp_path / "u.parquet", {"image": ["a\0.png"]}))[0]
+
+
+def test_images_in_cells_have_the_limit_of_image_files(tmp_path, monkeypatch):
+    size = len(image_bytes())
+    path = table(tmp_path / "t.parquet", {"image": [image_bytes()]})
+    for limit in (size, size - 1):
+        monkeypatch.setattr(columns_module, "MAX_IMAGE_BYTES", limit)
+        with pytest.raises(BadSample, match=f"{size} bytes; at most") if limit < size else nullcontext():
+            assert opened(path)[0].image == image_bytes()
 
 
 def test_a_column_that_is_not_there(tmp_path):
@@ -312,9 +339,12 @@ def test_the_splits_of_folders_are_not_mixed(tmp_path, name):
 
 
 def test_columns_of_one_name_and_cells_of_two_images(tmp_path):
-    cell = [{"bytes": image_bytes(), "path": None}] * 2
+    cells = [[{"bytes": image_bytes(), "path": None}] * number for number in (2, 0)]
+    source = opened(table(tmp_path / "a.parquet", {"images": cells}, {"images": pa.list_(IMAGE)}))
     with pytest.raises(BadSample, match="has 2 images in this row; expected one"):
-        opened(table(tmp_path / "a.parquet", {"images": [cell]}, {"images": pa.list_(IMAGE)}))[0]
+        source[0]
+    with pytest.raises(LeftOut, match="without an image"):
+        source[1]
     images = pa.array([image_bytes()])
     pq.write_table(pa.Table.from_arrays([images, images], ["image", "image"]), tmp_path / "b.parquet")
     with pytest.raises(DataError, match="b.parquet has 2 columns named 'image': rename one of them"):
@@ -361,3 +391,52 @@ def test_recently_used_values_are_bounded_and_loaded_once():
         with pytest.raises(ValueError, match="nine"):
             kept(9)
     assert loads[-2:] == [9, 9] and kept.bytes <= 8
+
+
+def test_two_values_are_kept_whatever_their_size():
+    loads = []
+    kept = RecentlyUsed(lambda key: loads.append(key) or key, lambda key: 5, budget=4)
+    for key in (1, 2, 1, 2, 3, 2, 3, 1):
+        assert kept(key) == key
+    assert loads == [1, 2, 3, 1] and kept.bytes == 10
+    exact = RecentlyUsed(lambda key: loads.append(key) or key, lambda key: 5, budget=15)
+    for key in (4, 5, 6, 4, 5, 6):
+        exact(key)
+    assert loads[4:] == [4, 5, 6]
+
+
+def test_a_load_that_fails_once_its_value_is_no_longer_kept():
+    """It takes neither the place nor the bytes of a later load of the same key."""
+    gates = {number: threading.Event() for number in (1, 2)}
+    loads = []
+
+    def load(key):
+        if key == 0:
+            loads.append(key)
+            started.release()
+            gates[number := len(loads)].wait(10)
+            if number == 1:
+                raise ValueError("first")
+        return key
+
+    started, found = threading.Semaphore(0), []
+    kept = RecentlyUsed(load, lambda key: 5, budget=4)
+
+    def ask():
+        try:
+            found.append(kept(0))
+        except ValueError as error:
+            found.append(str(error))
+
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    threads[0].start()
+    started.acquire()
+    kept(1), kept(2)  # the first load of 0 is given up
+    threads[1].start()
+    started.acquire()
+    gates[1].set()
+    threads[0].join()
+    assert found == ["first"] and list(kept.kept) == [2, 0] and kept.bytes == 10
+    gates[2].set()
+    threads[1].join()
+    assert found == ["first", 0] and kept(0) == 0 and loads == [0, 0]

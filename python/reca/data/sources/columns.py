@@ -9,7 +9,7 @@ from reca.data.config import ColumnsConfig
 from reca.data.errors import BadSample, DataError, LeftOut
 from reca.data.sample import MAX_CAPTION_BYTES, MAX_IMAGE_BYTES, Sample, checked_size, decode_caption
 from reca.data.sources.chat_rows import BadRow, absolute, name_below, turns
-from reca.data.sources.remote import AnyPath, is_address, read_whole, to_path
+from reca.data.sources.remote import AnyPath, is_address, lists_by_links, local_name, read_whole, to_path
 from reca.data.sources.skipped import Skipped
 
 IMAGE, BYTES, TEXT, LIST, OTHER = "image", "bytes", "text", "list", "other"  # forms of a column
@@ -109,12 +109,12 @@ def image_bytes(cell: Any, root: AnyPath) -> bytes:
     """Return the bytes of an image cell. Raises LeftOut, BadSample and OSError like `make_sample`."""
     if isinstance(cell, Mapping):
         cell = cell.get("bytes") or cell.get("path")
-    if isinstance(cell, list) and len(cell) == 1:
-        return image_bytes(cell[0], root)
-    if isinstance(cell, list) and cell:
-        raise BadSample(f"the image column has {len(cell)} images in this row; expected one")
     if not cell:
         raise LeftOut("rows without an image")
+    if isinstance(cell, list):
+        if len(cell) > 1:
+            raise BadSample(f"the image column has {len(cell)} images in this row; expected one")
+        return image_bytes(cell[0], root)
     if isinstance(cell, bytes):
         checked_size(len(cell), MAX_IMAGE_BYTES, "image")
         return cell
@@ -125,12 +125,14 @@ def image_bytes(cell: Any, root: AnyPath) -> bytes:
 
 def _path_of(cell: str, root: AnyPath) -> AnyPath:
     """Return the path that a cell names: a URL, or a file below the root. Raises BadSample."""
+    if "::" in cell and is_address(cell) and not lists_by_links(cell):
+        raise BadSample(f"the image {cell!r} is a chain of file systems, which may end in a local file: name one file")
     if is_address(cell):
         try:
             return to_path(cell)
         except DataError as error:
             raise BadSample(str(error)) from error
-    name = name_below(absolute(root), cell)
+    name = name_below(absolute(root), local_name(cell))
     if name is None:
         raise BadSample(f"the image {cell!r} is outside {root}: set data.image_root to a folder that contains it")
     return root / name

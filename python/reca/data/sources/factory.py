@@ -15,7 +15,7 @@ from reca.data.sources.folder import Folder, NoImages, list_files
 from reca.data.sources.mixture import Mixture, limit
 from reca.data.sources.parquet import Parquet, one_split
 from reca.data.sources.patterns import expand
-from reca.data.sources.remote import RemotePath, is_address, remote_path, to_path
+from reca.data.sources.remote import RemotePath, is_address, local_name, remote_path, to_path
 from reca.data.sources.remote_folder import RemoteFolder
 from reca.data.sources.scored import ScoredImages
 from reca.data.sources.skipped import Skipped, log_once
@@ -63,6 +63,7 @@ def open_source(text: str, task: str, image_root: str | None = None, columns: Co
     columns: columns of tables.
     Raises DataError if there is nothing to read, or if it is ambiguous which files belong together.
     """
+    text = local_name(text)
     path, columns = Path(text), columns or ColumnsConfig()
     if text.startswith(hf.PREFIX) and not is_address(text):
         return hf.open_hub(text, task, columns, image_root)

@@ -21,6 +21,7 @@ ATTEMPTS = 3  # per request
 PAUSE = 0.5  # seconds before the second attempt; doubles with each further one
 BLOCK = 2**20  # bytes per read of a file that is read sequentially
 LONGEST = 300  # characters of an error: those of HTTP parsers quote what they received
+LOCAL = ("file://", "local://")  # how addresses of local files begin
 NO_RANGES = "the server does not support partial requests (HTTP Range)"
 # Metadata that identify a version of a file.
 CHANGES = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created", "md5Hash", "blob_id")
@@ -139,7 +140,13 @@ def _as_oserror(path: RemotePath) -> Iterator[None]:
 
 
 def is_address(text: str) -> bool:
-    return "://" in text
+    """Return whether a text is the address of a remote file. A file:// URL is the path of a local one."""
+    return "://" in text and not text.startswith(LOCAL)
+
+
+def local_name(text: str) -> str:
+    """Return the path that a file:// URL stands for; any other text unchanged."""
+    return text.partition("://")[2] if text.startswith(LOCAL) else text
 
 
 def lists_by_links(text: str) -> bool:
@@ -149,7 +156,7 @@ def lists_by_links(text: str) -> bool:
 
 def to_path(text: str) -> AnyPath:
     """Return the path of a local file or a URL. Raises DataError like `remote_path`."""
-    return remote_path(text) if is_address(text) else Path(text)
+    return remote_path(text) if is_address(text) else Path(local_name(text))
 
 
 def remote_path(text: str) -> RemotePath:
