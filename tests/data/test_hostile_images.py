@@ -319,3 +319,17 @@ def test_garbled_orientation_is_upright():
         exif[0x0112] = value
         for format in ("JPEG", "PNG", "WEBP"):
             assert open_rgb(image_bytes(size=(40, 24), format=format, exif=exif)).size == (40, 24)
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"exif": True}])
+def test_a_jpeg_that_ends_in_zeros_is_cut_off(options):
+    """As an interrupted download into a file of full size is. libjpeg decodes the zeros as grey."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    if options.pop("exif", False):  # with a preview, which has an end of its own
+        options["exif"] = b"Exif\0\0II*\0\x08\0\0\0\0\0" + image_bytes(format="JPEG")
+    data = encoded(noise, "JPEG", **options)
+    for kept in (len(data) * 9 // 10, len(data) - 2):
+        with pytest.raises(BadImage, match="the JPEG is cut off|truncated"):
+            open_rgb(data[:kept] + bytes(len(data) - kept))
+    padded, after = open_rgb(data + bytes(999)), open_rgb(data + b"junk" * 99)
+    assert np.array_equal(padded, open_rgb(data)) and np.array_equal(after, open_rgb(data))

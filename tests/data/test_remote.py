@@ -221,3 +221,15 @@ def test_an_error_that_quotes_what_a_server_sent_is_one_short_line(memory, monke
     with pytest.raises(OSError, match="a.png: RuntimeError: Bad status line: <html> <html>") as error:
         source[0]
     assert len(str(error.value)) < 500 and "\n" not in str(error.value)
+
+
+def test_an_empty_member_is_asked_for_no_bytes(memory, tmp_path, monkeypatch):
+    """A range without bytes is invalid, and object stores answer it with the whole file."""
+    memory.pipe("/data/a.tar", tar(tmp_path / "a.tar", ("a.png", image_bytes()), ("b.png", b"")).read_bytes())
+    source, cat = open_source("memory://data/a.tar", "reca"), type(memory).cat_file
+
+    def strict(self, path, start=None, end=None, **options):
+        return cat(self, path, **options) if start == end else cat(self, path, start, end, **options)
+
+    monkeypatch.setattr(type(memory), "cat_file", strict)
+    assert [source[n].image for n in range(2)] == [image_bytes(), b""]

@@ -11,6 +11,7 @@ PNG_PIXELS = frozenset({b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS"})
 PNG_ORIENTATION = b"eXIf"
 JPEG = b"\xff\xd8"
 JPEG_SCAN = 0xDA
+JPEG_END = b"\xff\xd9"
 JPEG_COLOURS = {0xE0: (b"JFIF\0", 14), 0xEE: (b"Adobe", 12)}  # colour coding: first bytes, minimal length
 JPEG_COMMENT = 0xFE
 
@@ -40,9 +41,21 @@ def _png(data: bytes) -> bytes:
     return b"".join(parts)
 
 
+def lacks_end(data: bytes) -> bool:
+    """Return whether a JPEG has no end marker after its scan, like a download that left zeros in place of the rest."""
+    _, scan = _segments(data)
+    return data.find(JPEG_END, scan) < 0
+
+
 def _jpeg(data: bytes) -> bytes:
-    """Keep the segments needed for the pixels. A segment is 0xFF, marker, length (includes its 2 bytes), data."""
-    parts, place = [JPEG], len(JPEG)
+    """Keep the segments needed for the pixels, and everything from the scan on."""
+    segments, scan = _segments(data)
+    return b"".join([JPEG, *(segment for segment in segments if _needed(segment[1], segment[4:]))]) + data[scan:]
+
+
+def _segments(data: bytes) -> tuple[list[bytes], int]:
+    """Return the segments before the scan, and its place. A segment is 0xFF, marker, length with its 2 bytes, data."""
+    segments, place = [], len(JPEG)
     while place + 4 <= len(data) and data[place] == 0xFF:
         marker = data[place + 1]
         if marker == 0xFF:  # fill byte
@@ -51,11 +64,9 @@ def _jpeg(data: bytes) -> bytes:
         if marker == JPEG_SCAN:
             break
         (length,) = struct.unpack_from(">H", data, place + 2)
-        segment = data[place : place + 2 + length]
-        if _needed(marker, segment[4:]):
-            parts.append(segment)
+        segments.append(data[place : place + 2 + length])
         place += 2 + length
-    return b"".join(parts) + data[place:]
+    return segments, place
 
 
 def _needed(marker: int, content: bytes) -> bool:

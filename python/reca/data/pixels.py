@@ -16,7 +16,7 @@ from torch import Tensor
 
 from reca.data.errors import BadSample, DataError
 from reca.data.image_formats import known_formats, unidentified
-from reca.data.metadata import without_metadata
+from reca.data.metadata import lacks_end, without_metadata
 from reca.data.views import View, Views
 from reca.io.files import HEAD
 from reca.rng import CounterRNG, RandomStream
@@ -93,6 +93,8 @@ def _open_rgb(data: bytes) -> Image.Image:
             file.draft(None, (file.width // 2, file.height // 2))
         _scale_transparency(file)
         file.load()
+        if file.format in ("JPEG", "MPO") and lacks_end(data):  # libjpeg decodes zeros as grey
+            raise BadImage("the JPEG is cut off: it has no end marker")
         return as_rgb(file)
 
 
