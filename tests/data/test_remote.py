@@ -1,6 +1,7 @@
 """Data at addresses, in fsspec's memory."""
 
 import json
+import threading
 
 import pytest
 
@@ -233,3 +234,29 @@ def test_an_empty_member_is_asked_for_no_bytes(memory, tmp_path, monkeypatch):
 
     monkeypatch.setattr(type(memory), "cat_file", strict)
     assert [source[n].image for n in range(2)] == [image_bytes(), b""]
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_files_are_opened_side_by_side(memory, tmp_path, monkeypatch, kind):
+    """Thousands of shards with a few requests each would take an hour one after the other."""
+    for n in range(4):
+        if kind == "tar":
+            tar(tmp_path / f"{n}.tar", (f"{n}.png", image_bytes((n, 0, 0))))
+        else:
+            pytest.importorskip("pyarrow")
+            from tests.data.test_parquet import midjourney
+
+            midjourney(tmp_path / f"{n}.parquet", n, 1)
+    put(memory, tmp_path)
+    for name in ("info", "open"):
+        real, four = getattr(type(memory), name), threading.Barrier(4)
+
+        def together(self, path, *args, real=real, four=four, **options):
+            if path.endswith(kind):
+                four.wait(20)
+            return real(self, path, *args, **options)
+
+        monkeypatch.setattr(type(memory), name, together)
+    source = open_source(f"memory://data/{{0..3}}.{kind}", "reca")
+    monkeypatch.undo()
+    assert [source[n].image for n in range(4)] == [image_bytes((n, 0, 0)) for n in range(4)]

@@ -12,7 +12,8 @@ R = TypeVar("R")
 def read_ahead(read: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
     """Yield `read(item)` of every item, in order, with about four results per thread in memory."""
     workers = max(1, workers)
-    with ThreadPoolExecutor(workers) as pool:
+    pool = ThreadPoolExecutor(workers)
+    try:
         ahead: deque[Future[R]] = deque()
         for item in items:
             ahead.append(pool.submit(read, item))
@@ -20,3 +21,5 @@ def read_ahead(read: Callable[[T], R], items: Iterable[T], workers: int) -> Iter
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()
+    finally:  # after an error, what waits is not read
+        pool.shutdown(cancel_futures=True)

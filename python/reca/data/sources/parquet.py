@@ -14,10 +14,11 @@ from reca import units
 from reca.data.config import ColumnsConfig
 from reca.data.errors import BadSample, DataError
 from reca.data.order import WINDOW, Block
+from reca.data.read_ahead import read_ahead
 from reca.data.sample import Sample, digest
 from reca.data.sources.columns import BYTES, IMAGE, LIST, OTHER, TEXT, choose, make_sample
 from reca.data.sources.patterns import relative_names, some
-from reca.data.sources.remote import AnyPath, RemotePath, to_path
+from reca.data.sources.remote import REQUESTS, AnyPath, RemotePath, to_path
 from reca.data.sources.row_groups import RecentlyUsed
 from reca.data.sources.skipped import log_once
 from reca.io.files import HEAD, packed, placeholder
@@ -51,8 +52,9 @@ class Parquet:
         self.footers: list[str] = []
         self.groups: list[Group] = []
         self.columns: Any = None  # Columns, once the first file is open
-        for file, path in enumerate(self.paths):
-            self._open(file, path, columns)
+        for file, (metadata, footer) in enumerate(read_ahead(read_footer, self.paths, REQUESTS)):
+            self.footers.append(footer)
+            self._add(file, self.paths[file], metadata, columns)
         if not self.groups:
             raise DataError(f"{some(self.paths)}: the parquet files have no rows")
         self.starts = np.cumsum([0, *(group.rows for group in self.groups)])
@@ -61,9 +63,8 @@ class Parquet:
         self.tables = RecentlyUsed(self._load, lambda number: self.groups[number].bytes, 2 * WINDOW)
         self._warn_of_large_groups()
 
-    def _open(self, file: int, path: AnyPath, config: ColumnsConfig) -> None:
-        metadata, footer = read_footer(path)
-        self.footers.append(footer)
+    def _add(self, file: int, path: AnyPath, metadata: Any, config: ColumnsConfig) -> None:
+        """Add the row groups of a file."""
         schema = metadata.schema.to_arrow_schema()
         columns = choose({field.name: form_of(field.type) for field in schema}, self.task, config, str(path))
         if twice := [name for name in columns.names if schema.names.count(name) > 1]:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from reca.data.errors import DataError
+from reca.data.read_ahead import read_ahead
 from reca.data.sources import remote
-from reca.data.sources.remote import AnyPath, RemotePath
+from reca.data.sources.remote import REQUESTS, AnyPath, RemotePath
 
 MAX_SHARDS = 1_000_000
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -51,8 +52,8 @@ def _all_there(spec: str, kind: str, paths: Sequence[AnyPath], missing: list[str
             f"{spec}: {len(missing)} of the range are missing: {some(missing)}. Download them, or name a range of "
             "existing files"
         )
-    for path in paths:
-        if not path.is_file():
+    for path, is_file in zip(paths, read_ahead(lambda path: path.is_file(), paths, REQUESTS), strict=True):
+        if not is_file:
             raise DataError(f"{path} is not a file; expected {spec!r} to name {kind} files")
     return list(paths)
 

@@ -19,6 +19,7 @@ from reca.data.sample import checked_size
 
 ATTEMPTS = 3  # per request
 PAUSE = 0.5  # seconds before the second attempt; doubles with each further one
+REQUESTS = 16  # files that are asked about at a time when sources are opened
 BLOCK = 2**20  # bytes per read of a file that is read sequentially
 LONGEST = 300  # characters of an error: those of HTTP parsers quote what they received
 LOCAL = ("file://", "local://")  # how addresses of local files begin
@@ -281,7 +282,7 @@ def find(names: list[str]) -> tuple[list[RemotePath], list[str]]:
                 raise
             return []
 
-    with ThreadPoolExecutor(16) as pool:
+    with ThreadPoolExecutor(REQUESTS) as pool:
         matches = list(pool.map(found, zip(names, paths, strict=True)))
     missing = [name for name, match in zip(names, matches, strict=True) if not match]
     return list(dict.fromkeys(path for match in matches for path in match)), missing

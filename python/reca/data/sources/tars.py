@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from reca.data.errors import BadSample, DataError
+from reca.data.read_ahead import read_ahead
 from reca.data.sample import (
     IMAGE_SUFFIXES,
     MAX_CAPTION_BYTES,
@@ -16,7 +17,7 @@ from reca.data.sample import (
     digest,
 )
 from reca.data.sources.patterns import relative_names, some
-from reca.data.sources.remote import AnyPath, read_range
+from reca.data.sources.remote import REQUESTS, AnyPath, read_range
 from reca.data.sources.skipped import Skipped, log_once
 from reca.data.sources.tar_index import Member, Stored, kept_index
 
@@ -43,8 +44,10 @@ class Tars:
     def __init__(self, paths: Sequence[AnyPath], task: str):
         self.task, self.skipped = task, Skipped()
         self.entries: list[Entry] = []
-        for path, shard in zip(paths, relative_names(paths), strict=True):
-            for sample in _samples(path, self.skipped):
+        shards = read_ahead(_samples, paths, REQUESTS)
+        for path, shard, (samples, skipped) in zip(paths, relative_names(paths), shards, strict=True):
+            self.skipped.merge(skipped.counts, skipped.first)
+            for sample in samples:
                 if task == "t2i" and sample.text is None:
                     raise DataError(f"{path}: {sample.image.name} has no .txt caption, which t2i needs")
                 text = sample.text.stored if sample.text and task == "t2i" else None
@@ -79,9 +82,10 @@ class _Sample(NamedTuple):
     text: Member | None
 
 
-def _samples(path: AnyPath, skipped: Skipped) -> list[_Sample]:
-    """Return the samples of one tar. Raises DataError if the grouping of its members is ambiguous."""
+def _samples(path: AnyPath) -> tuple[list[_Sample], Skipped]:
+    """Return the samples of one tar, and what was skipped. Raises DataError if the grouping is ambiguous."""
     samples: list[_Sample] = []
+    skipped = Skipped()
     seen: dict[str, str] = {}  # key -> its first member; likewise dotted and plain
     dotted: dict[str, str] = {}
     plain: dict[str, str] = {}
@@ -114,7 +118,7 @@ def _samples(path: AnyPath, skipped: Skipped) -> list[_Sample]:
     if dotted:
         first = next(iter(dotted.values()))
         log_once(logging.INFO, f"{path}: images with dots in their names are separate samples (the first: {first})")
-    return samples
+    return samples, skipped
 
 
 def _groups(path: AnyPath, members: Iterable[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
