@@ -56,6 +56,16 @@ def has_values(*tensors: Tensor | None) -> bool:
     return all(tensor is None or not _keys_of(tensor).raw_repr() & _MORE for tensor in tensors)
 
 
+def mean_of(total: Tensor, count: int) -> Tensor:
+    """Return total / count, and total where the count is 0.
+
+    In a graph the bound is an operation on a tensor: torch.export takes max(count, 1) for count, also if 0 is allowed.
+    """
+    if not torch.compiler.is_compiling():
+        return total / max(count, 1)
+    return total / torch.full((), count, dtype=total.dtype, device=total.device).clamp(min=1)
+
+
 def graph_is_kept() -> bool:
     """Return whether the current backward pass keeps saved tensors for another one (retain_graph=True)."""
     return torch._C._autograd._get_current_graph_task_keep_graph()

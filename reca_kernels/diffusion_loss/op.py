@@ -10,7 +10,7 @@ from reca_kernels import checks, dispatch
 from reca_kernels.diffusion_loss import reference
 from reca_kernels.diffusion_loss.kernels import Kernels
 from reca_kernels.kernel_op import kernel_op
-from reca_kernels.memory import has_values, plain
+from reca_kernels.memory import has_values, mean_of, plain
 from reca_kernels.philox.address import NOISE_SCHEMA, Philox, checked, flattened, named, tensors_of, unflattened
 
 OP = "diffusion_loss"
@@ -105,7 +105,7 @@ def diffusion_loss(
         losses, _ = _losses(raw, out, x0, t, *flattened(noise), schedule, rows, learns, uneven, backend)
     if reduction == "none":
         return losses
-    return losses.sum() if reduction == "sum" else losses.sum() / max(t.shape[0], 1)
+    return losses.sum() if reduction == "sum" else mean_of(losses.sum(), t.shape[0])
 
 
 def _backend(tensor: Tensor, dtypes: Sequence[torch.dtype], x0: Tensor, backend: str | None) -> str:

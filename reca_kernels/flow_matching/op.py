@@ -12,7 +12,7 @@ from reca_kernels.flow_matching import reference
 from reca_kernels.flow_matching.kernels import Kernels
 from reca_kernels.flow_matching.runs import image_count
 from reca_kernels.kernel_op import kernel_op
-from reca_kernels.memory import has_values, plain
+from reca_kernels.memory import has_values, mean_of, plain
 from reca_kernels.philox.address import NOISE_SCHEMA, Philox, checked, flattened, named, tensors_of, unflattened
 
 OP = "flow_matching"
@@ -119,11 +119,11 @@ def flow_matching_loss(
     if reduction == "sum":
         return sums.sum()
     if reduction == "mean":
-        return sums.sum() / max(pred.numel(), 1)
+        return mean_of(sums.sum(), pred.numel())
     sizes = _sizes(batches)
     if all(n == sizes[0] for n in sizes):
-        return sums / max(sizes[0], 1)
-    return torch.stack([s / max(n, 1) for s, n in zip(sums.unbind(), sizes, strict=True)])  # no copy from the host
+        return mean_of(sums, sizes[0])
+    return torch.stack([mean_of(s, n) for s, n in zip(sums.unbind(), sizes, strict=True)])  # no copy from the host
 
 
 def _images_of(x0: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:

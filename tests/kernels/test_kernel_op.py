@@ -149,6 +149,24 @@ def test_an_exported_program_takes_other_sizes(op, strict):
     assert_equal(differentiated(program, more, other), differentiated(function, more, other))
 
 
+@pytest.mark.parametrize("loss", ["flow", "diffusion"])
+def test_the_mean_of_an_empty_batch_is_0_in_an_exported_program(loss):
+    """torch.export replaced max(n, 1) by n."""
+
+    class Module(torch.nn.Module):
+        def forward(self, x, t):
+            if loss == "flow":
+                return flow_matching_loss(x, x, t, torch.zeros_like(x))
+            x = x.flatten(1)
+            return diffusion_loss(torch.cat((x, x), 1), x, t.long(), torch.zeros_like(x), TABLE)
+
+    size = {0: torch.export.Dim("batch", min=0, max=64)}
+    program = torch.export.export(Module(), (torch.ones(5, 2, 2, 2), torch.zeros(5)), dynamic_shapes=(size, size))
+    for n in (0, 1, 4):
+        x, t = torch.ones(n, 2, 2, 2), torch.zeros(n)
+        assert torch.equal(program.module()(x, t), Module()(x, t)) and (n > 0 or Module()(x, t) == 0)
+
+
 def test_one_graph_for_any_bound():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
