@@ -18,6 +18,13 @@ static inline vfloat softcap_logits(vfloat z, float softcap) {
   return z;
 }
 
+// Softcaps z and returns d softcapped / d z.
+static inline vfloat bend(vfloat& z, float softcap) {
+  const vfloat t = tanh(z / softcap);
+  z = softcap * t;
+  return 1.0f - t * t;
+}
+
 struct RowStats {
   float row_max;      // m: the maximum logit
   float log_sum_exp;  // s: log of the sum of e^(z - m)
@@ -122,25 +129,19 @@ static void row_backward(const CrossEntropy& args, const T* row, int64_t label, 
   if (slope != slope) slope = std::numeric_limits<float>::quiet_NaN();  // for store_pair
 
   // The target's gradient is computed before the row may be overwritten, with p - 1 by expm1, without cancellation.
-  const float raw = widen(row[label]);
-  const float z_label = softcap_logits<CAP>(splat(raw), args.softcap)[0];
-  const float log_p = (z_label - stats.row_max) - stats.log_sum_exp;
+  vfloat z_label = splat(widen(row[label]));
+  const float bent = CAP ? bend(z_label, args.softcap)[0] : 1.0f;
+  const float log_p = (z_label[0] - stats.row_max) - stats.log_sum_exp;
   float target_grad = std::expm1(log_p) + std::exp(log_p) * by_z_loss + args.label_smoothing;
-  target_grad = scale * target_grad - level;
-  if constexpr (CAP) {
-    const float t = z_label / args.softcap;
-    target_grad *= 1 - t * t;
-  }
+  target_grad = (scale * target_grad - level) * bent;
 
   for_each_four(row, classes, [&](int64_t i, vfloat(&z)[4], int n) {
     for (int k = 0; k < 4; ++k) {
-      const vfloat softcapped = softcap_logits<CAP>(z[k], args.softcap);
-      z[k] = exp(softcapped - lse, slope);
+      vfloat slope_of_cap;
+      if constexpr (CAP) slope_of_cap = bend(z[k], args.softcap);
+      z[k] = exp(z[k] - lse, slope);
       if constexpr (SMOOTH) z[k] = z[k] - level;
-      if constexpr (CAP) {
-        const vfloat t = softcapped / args.softcap;
-        z[k] = z[k] * (1.0f - t * t);
-      }
+      if constexpr (CAP) z[k] = z[k] * slope_of_cap;
     }
     if (n == 4 * W) {
       store_pair(out + i, z[0], z[1]);
