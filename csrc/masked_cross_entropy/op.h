@@ -9,6 +9,10 @@
 
 namespace reca {
 
+// Logits are summed at this scale: exact, as a power of two, and neither a difference of two fp32 numbers nor a sum of
+// 2^31 of these overflows.
+constexpr float sum_scale = 0x1p-33f;
+
 struct CrossEntropy {
   DType dtype;
   const void* logits;  // [rows, classes], rows contiguous

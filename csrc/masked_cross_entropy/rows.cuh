@@ -48,7 +48,7 @@ __device__ __forceinline__ float power_of_e(float x) { return power_of_2(x * log
 struct OnlineSoftmax {
   float row_max = -inf;
   float total = 0;  // of e^(z - row_max)
-  float sum_z = 0;  // of z - pivot
+  float sum_z = 0;  // of sum_scale * (z - pivot)
 };
 
 // Adds n logits, of which the first how_many count. The others are -inf for `total` and left out of `sum_z`.
@@ -60,7 +60,7 @@ __device__ __forceinline__ void online_softmax_update(OnlineSoftmax& running, fl
   for (int i = 0; i < n; ++i) {
     if constexpr (general) {
       z[i] = softcap_logits<general>(z[i], terms);
-      if (i < how_many) running.sum_z += z[i] - pivot;
+      if (i < how_many) running.sum_z += fmaf(z[i], sum_scale, -pivot * sum_scale);
     }
     if (n > 1 && i >= how_many) z[i] = -inf;
     top = fmaxf(top, z[i]);
@@ -106,9 +106,10 @@ __device__ __forceinline__ RowStats finish(const OnlineSoftmax& running, float z
   if (threadIdx.x == 0) {
     const float log_sum_exp = log_of_sum(total);
     float loss = log_sum_exp - (z_label - row_max);
-    if constexpr (general) {
-      const float mean = float(sum_z / double(classes)) + (pivot - row_max);
-      if (terms.smoothing != 0) loss = (1 - terms.smoothing) * loss + terms.smoothing * (log_sum_exp - mean);
+    if (general && terms.smoothing != 0) {
+      const double s = log_sum_exp, m = row_max, smoothing = terms.smoothing;
+      const double mean = sum_z / (double(sum_scale) * double(classes)) + (double(pivot) - m);
+      loss = float((1 - smoothing) * (s - (double(z_label) - m)) + smoothing * (s - mean));
     }
     const float lse = row_max + log_sum_exp;
     broadcast[0] = row_max, broadcast[1] = log_sum_exp, broadcast[2] = loss + terms.z_loss * lse * lse;

@@ -59,7 +59,7 @@ static RowStats row_forward(const CrossEntropy& args, const T* row, int64_t labe
 
   const float z_label = softcap_logits<CAP>(splat(widen(row[label])), args.softcap)[0];
   const float pivot = SMOOTH && std::fabs(z_label) < inf ? z_label : 0.0f;  // so that no digits are lost to an offset
-  double sum_z = 0;
+  double sum_z = 0;  // of sum_scale * (z - pivot)
   float row_max = -inf;
   vdouble total = {};  // of e^(z - row_max)
   for (int64_t begin = 0; begin < classes; begin += block) {
@@ -77,7 +77,7 @@ static RowStats row_forward(const CrossEntropy& args, const T* row, int64_t labe
       for (int k = 0; k < 4; ++k) tops[k] = max(tops[k], z[k]);
       if constexpr (SMOOTH) {
         for (int k = count; k < 4 * W; ++k) z[k / W][k % W] = pivot;
-        for (int k = 0; k < 4; ++k) sums[k] += z[k] - pivot;
+        for (int k = 0; k < 4; ++k) sums[k] += z[k] * sum_scale - pivot * sum_scale;
       }
     });
     const float top = largest(max(max(tops[0], tops[1]), max(tops[2], tops[3])));
@@ -107,8 +107,9 @@ static RowStats row_forward(const CrossEntropy& args, const T* row, int64_t labe
   const float log_sum_exp = float(std::log(sum(total)));
   float value = log_sum_exp - (z_label - row_max);
   if constexpr (SMOOTH) {
-    const float mean = float(sum_z / double(classes) + (double(pivot) - double(row_max)));
-    value = (1 - args.label_smoothing) * value + args.label_smoothing * (log_sum_exp - mean);
+    const double s = log_sum_exp, m = row_max, smoothing = args.label_smoothing;
+    const double mean = sum_z / (double(sum_scale) * double(classes)) + (double(pivot) - m);
+    value = float((1 - smoothing) * (s - (double(z_label) - m)) + smoothing * (s - mean));
   }
   const float lse = row_max + log_sum_exp;
   if (args.z_loss != 0) value += args.z_loss * lse * lse;

@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+# Logits are compared and summed at this scale: exact, as a power of two, and without overflow.
+SUM_SCALE = 2.0**-33
+
 
 def masked_cross_entropy(
     logits: Tensor,  # [N, V]
@@ -27,14 +30,19 @@ def masked_cross_entropy(
         z = softcap * torch.tanh(z / softcap)
     row_max = z.detach().amax(dim=1, keepdim=True)
     # Only z_loss adds the maximum back: digits must not be lost to a common offset such as 1e4.
-    z = z - row_max
-    log_sum_exp = z.exp().sum(dim=1).log()
+    below = z - row_max
+    log_sum_exp = below.exp().sum(dim=1).log()
 
-    loss = log_sum_exp - z.gather(1, targets[:, None])[:, 0]
     if label_smoothing:
-        loss = (1 - label_smoothing) * loss + label_smoothing * (log_sum_exp - z.mean(dim=1))
+        scaled = z * SUM_SCALE - row_max * SUM_SCALE
+        of_label = log_sum_exp * SUM_SCALE - scaled.gather(1, targets[:, None])[:, 0]
+        of_mean = log_sum_exp * SUM_SCALE - scaled.mean(dim=1)
+        loss = (1 - label_smoothing) / SUM_SCALE * of_label + label_smoothing / SUM_SCALE * of_mean
+    else:
+        loss = log_sum_exp - below.gather(1, targets[:, None])[:, 0]
     if z_loss:
-        loss = loss + z_loss * (log_sum_exp + row_max[:, 0]).square()
+        lse = log_sum_exp + row_max[:, 0]
+        loss = loss + z_loss * lse * lse
     loss = torch.where(valid, loss, 0)
     loss = torch.where(outside, float("nan"), loss)
 

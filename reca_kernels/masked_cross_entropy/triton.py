@@ -18,6 +18,7 @@ from reca_kernels.masked_cross_entropy.options import CrossEntropyOptions
 
 UNITS = 512  # 16-byte units that a program handles at a time: two per thread
 LAUNCH = {"num_warps": 8, "enable_fp_fusion": True}  # explicit, because Triton 3.10 changes the defaults
+SUM_SCALE = tl.constexpr(2.0**-33)  # logits are summed at this scale: exact, and without overflow
 STEPS = 4  # iterations of UNITS units per piece of a row
 
 
@@ -85,10 +86,12 @@ def online_softmax_update(row_max, total, z):
 
 @triton.jit
 def row_loss(z_label, m, log_sum_exp, mean, smoothing, z_loss, SMOOTH: tl.constexpr):
-    """Return the loss of a row. `mean` is the mean of z - m."""
+    """Return the loss of a row. `mean` is the mean of z - m, fp64 because it may be beyond the range of fp32."""
     loss = log_sum_exp - (z_label - m)
     if SMOOTH:
-        loss = (1 - smoothing) * loss + smoothing * (log_sum_exp - mean)
+        s = log_sum_exp.to(tl.float64)
+        of_label = s - (z_label.to(tl.float64) - m.to(tl.float64))
+        loss = ((1 - smoothing) * of_label + smoothing * (s - mean)).to(tl.float32)
     return loss + z_loss * (m + log_sum_exp) * (m + log_sum_exp)
 
 
@@ -127,7 +130,7 @@ def row_forward(row, begin, label, classes, smoothing, z_loss, softcap, CAP: tl.
     edge = softcap_logits(tl.load(row + at, mask=there, other=0.0).to(tl.float32), softcap, CAP)
     # Relative to the label's logit, so that no digits are lost to a common offset.
     pivot = tl.where(tl.abs(z_label) < float("inf"), z_label, 0.0)
-    edge_sum = tl.sum(tl.where(there, edge - pivot, 0.0), 0)
+    edge_sum = tl.sum(tl.where(there, edge * SUM_SCALE - pivot * SUM_SCALE, 0.0), 0)
     edge = tl.where(there, edge, -float("inf"))
 
     # Every lane of UNITS has its own maximum and sum, so the loop has no reduction across threads.
@@ -142,14 +145,15 @@ def row_forward(row, begin, label, classes, smoothing, z_loss, softcap, CAP: tl.
         if CAP:
             z = tl.where(here, softcap_logits(z, softcap, CAP), -float("inf"))
         if SMOOTH:
-            sum_z += tl.sum(tl.where(here, z - pivot, 0.0), 1)
+            sum_z += tl.sum(tl.where(here, z * SUM_SCALE - pivot * SUM_SCALE, 0.0), 1)
         row_max, total = online_softmax_update(row_max, total, z)
 
     m = tl.maximum(tl.max(row_max, 0), tl.max(edge, 0))
     finite = tl.where(m == -float("inf"), 0.0, m)
     sums = tl.sum(total.to(tl.float64) * tl.exp(row_max - finite).to(tl.float64), 0)
     log_sum_exp = log_of_sum(sums + tl.sum(tl.exp(edge - finite).to(tl.float64), 0))
-    mean = (tl.sum(sum_z.to(tl.float64), 0) + edge_sum).to(tl.float32) / classes + (pivot - m)
+    mean = (tl.sum(sum_z.to(tl.float64), 0) + edge_sum) / SUM_SCALE / classes
+    mean += pivot.to(tl.float64) - m.to(tl.float64)
     return row_loss(z_label, m, log_sum_exp, mean, smoothing, z_loss, SMOOTH), m, log_sum_exp
 
 

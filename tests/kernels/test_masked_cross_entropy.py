@@ -90,6 +90,29 @@ def test_a_common_offset_costs_no_digits(backend, device, label_smoothing):
     close_to_exact(logits_of(leaves).detach() + 2**17, labels, backend, label_smoothing=label_smoothing)
 
 
+@pytest.mark.parametrize("options", [{}, {"z_loss": 1e-3}, {"softcap": 5.0}], ids=["alone", "z-loss", "softcap"])
+@pytest.mark.parametrize("label_smoothing", [0.1, 0.9])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in Triton's interpreter
+@EVERYWHERE
+def test_a_mean_of_huge_logits_does_not_overflow(backend, device, label_smoothing, options):
+    """Neither the sum of the logits nor their difference is an fp32 number, but the smoothed loss is."""
+    x = torch.randn(4, 5003, generator=torch.Generator().manual_seed(0))
+    x[0, ::2], x[1], x[2] = 3e38, 3e38, -3e38
+    x[0, [7, 9]] = x[1, 11] = -3e38
+    x[3] *= 1e37
+    x = x.to(device).requires_grad_()
+    labels = torch.tensor([2, 11, 4, int(x[3].argmax())], device=device)
+    (wide,) = exact([x])
+    options = {**options, "label_smoothing": label_smoothing, "reduction": "none"}
+    loss, want = (
+        masked_cross_entropy(x, labels, backend=backend, **options),
+        reference.masked_cross_entropy(wide, labels, **options),
+    )
+    torch.testing.assert_close(loss, want.float(), rtol=1e-5, atol=0)  # infinite only where the exact one is too large
+    (got,), (true,) = (torch.autograd.grad(y.sum(), z) for y, z in ((loss, x), (want, wide)))
+    torch.testing.assert_close(got, true.float(), rtol=1e-5, atol=1e-9)
+
+
 @pytest.mark.parametrize("masked", [slice(8192), slice(100, None), slice(1, None, 2)], ids=["first", "last", "odd"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @EVERYWHERE
