@@ -8,7 +8,7 @@ import pytest
 
 from reca.config.recipe_files import absolute_paths, as_dict, explain, load_recipe, recipe_names, save_recipe
 from reca.options.fields import RecipeError
-from reca.options.values import override_text
+from reca.options.values import SWITCHES, override_text
 
 # Texts that YAML, OmegaConf or Python would take for something else.
 TEXTS = [
@@ -42,10 +42,35 @@ def in_file(tmp_path, text, *overrides):
     return load_recipe(path, list(overrides))
 
 
-@pytest.mark.parametrize("text", [text for text in TEXTS if not text.startswith("~")])
+@pytest.mark.parametrize("text", [text for text in TEXTS if not text.startswith("~") and text not in SWITCHES])
 def test_a_path_takes_the_text_as_it_is(text):
     assert show_o(f"run_dir={text}").run_dir == text
     assert show_o(f"data.images={text}").data.images == text
+
+
+@pytest.mark.parametrize("word", ["false", "No", "off", "none", "true", "YES", "on", "0", "1"])
+def test_a_switch_is_no_path_and_no_optional_text(word, tmp_path):
+    """data.cache=false would cache in a folder of that name. In quotes, and from a string of Python, it is a name."""
+    for key in ("data.cache", "data.images", "model.weights", "eval.judge", "log.wandb", "data.columns.image"):
+        with pytest.raises(RecipeError, match=f"{key}={word} in the overrides: expected a .*; write null for none, or"):
+            show_o(f"{key}={word}")
+        by_key = "{".join(f"{part}: " for part in key.split(".")) + word + "}" * key.count(".")
+        with pytest.raises(RecipeError, match=f"{key}={word} in .*r.yaml: expected a"):
+            in_file(tmp_path, by_key)
+    with pytest.raises(RecipeError, match="data.cache=false in the overrides: expected a path"):
+        load_recipe("show_o_tiny", {"data": {"cache": False}})
+    if not word.isdigit():
+        with pytest.raises(RecipeError, match=f"run_dir={word} in the overrides: expected a path; write '\"{word}\"'"):
+            show_o(f"run_dir={word}")
+    for given in ([f"data.cache='{word}'", f'run_dir="{word}"'], {"data.cache": word, "run_dir": Path(word)}):
+        recipe = load_recipe("show_o_tiny", given)
+        assert (recipe.data.cache, recipe.run_dir) == (word, word)
+    save_recipe(recipe, tmp_path / "r.yaml")
+    assert load_recipe(tmp_path / "r.yaml").data.cache == word
+
+
+def test_a_run_folder_may_be_a_number():
+    assert show_o("run_dir=1").run_dir == "1"
 
 
 @pytest.mark.parametrize("text", WORDS[:-1])
@@ -226,11 +251,11 @@ def test_files_are_read_by_the_types_of_the_keys(tmp_path):
     recipe = in_file(
         tmp_path,
         "run_dir: 0010\nlog: {profile: 10:13, prompts: [no, 12:30, on, 1e3, 007, '']}\noptim: {lr: 1e-5}\n"
-        "data: {images: no, captions: !!str 1, cache: }\nmodel: {system_prompt: 'null'}\ntrain: {steps: '10'}\n",
+        "data: {images: 'no', captions: !!str 01, cache: }\nmodel: {system_prompt: 'null'}\ntrain: {steps: '10'}\n",
     )
     assert (recipe.run_dir, recipe.log.profile, recipe.optim.lr) == ("0010", "10:13", 1e-5)
     assert recipe.log.prompts == ["no", "12:30", "on", "1e3", "007", ""]
-    assert (recipe.data.images, recipe.data.captions, recipe.data.cache) == ("no", "1", None)
+    assert (recipe.data.images, recipe.data.captions, recipe.data.cache) == ("no", "01", None)
     assert (recipe.model.system_prompt, recipe.train.steps) == ("null", 10)
 
 

@@ -10,7 +10,6 @@ from reca.data.tasks import TASKS
 from reca.eval.config import EvalConfig
 from reca.models import UMMS
 from reca.options.fields import LOCAL, RecipeError, config_field, format_value, share
-from reca.options.values import FALSE, TRUE
 
 FIT_CHANGES = ("moments", "micro_batch")  # what train.fit may be allowed to change
 MAX_STEPS = 10**9  # limit of steps in a run: sample numbers have 56 bits
@@ -345,8 +344,6 @@ class LogConfig:
     )
 
     def check(self, prefix: str) -> None:
-        if self.wandb is not None and self.wandb.lower() in (*TRUE, *FALSE, "none"):
-            raise RecipeError(f"{prefix}wandb={self.wandb} must be the name of a project; write null for none")
         if self.profile is not None:
             match = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", self.profile)
             if not match or int(match[1]) > int(match[2]):

@@ -15,7 +15,7 @@ from reca.config.recipe import Recipe
 from reca.io.folders import write_atomically
 from reca.models import umm_package
 from reca.options.fields import RecipeError, check_heads, check_values, format_value
-from reca.options.values import BLANK, convert, override_text, read_override, read_yaml, write_yaml
+from reca.options.values import BLANK, convert, override_text, read_override, read_yaml, reject_switch, write_yaml
 
 _types = functools.cache(get_type_hints)
 
@@ -177,6 +177,8 @@ class _Layer:
                 )
             self.put(getattr(group, name), raw, f"{key}.")
             return
+        if not f.metadata.get("choices"):
+            reject_switch(raw, wanted, key, self.source, path=f.metadata.get("path") is not None)
         value = convert(raw, wanted, key, self.source)
         if f.metadata.get("path") and value is not None:
             value = each_path(value, functools.partial(self._path, key=key))

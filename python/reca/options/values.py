@@ -8,6 +8,7 @@ are overrides (`read_override`), and `convert` turns scalars into typed values.
 import functools
 import math
 import operator
+import os
 import re
 from types import NoneType, UnionType
 from typing import Any, NamedTuple, Union, get_args, get_origin
@@ -20,6 +21,7 @@ NULLS = ("null", "Null", "NULL", "None", "~")
 DEEPEST = 50  # maximum nesting of brackets in YAML
 BLANK = " \t\r\n"  # whitespace that is stripped from values
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+SWITCHES = (*TRUE, *FALSE, "none")
 
 _WHOLE = re.compile(r"[+-]?([0-9]{1,3}(_[0-9]{3})+|[0-9]+)")
 _NUMBER = re.compile(rf"({_WHOLE.pattern}(\.[0-9]*)?|[+-]?\.[0-9]+)([eE][+-]?[0-9]+)?")
@@ -65,7 +67,7 @@ class _Dumper(yaml.SafeDumper):
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
     if not text.isprintable():  # only double quotes preserve control characters and all kinds of line breaks
         return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"')
-    style = "'" if text in NULLS or text.lower() in TRUE + FALSE or _NUMBER.match(text) else None
+    style = "'" if text in NULLS or text.lower() in SWITCHES or _NUMBER.match(text) else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
@@ -136,6 +138,22 @@ def convert(raw: Any, wanted: Any, key: str, source: str) -> Any:
             else format_value(raw.text)
         )
         raise RecipeError(f"{key}={found} in {source}: expected {wrong}") from wrong
+
+
+def reject_switch(raw: Any, wanted: Any, key: str, source: str, path: bool) -> None:
+    """Raise RecipeError if a path or an optional text is `false`, `none` or the like without quotes.
+
+    Where it is meant to switch something off, null does. run_dir, which cannot be null, may be 0 or 1.
+    """
+    wanted, optional = _without_none(wanted)
+    if wanted not in (str, Sources) or not (path or optional) or not isinstance(raw, Scalar) or raw.quoted:
+        return
+    word = raw.text.strip(BLANK)
+    if word.lower() in SWITCHES and word not in NULLS and (optional or not word.isdigit()):
+        ways = ["null for none"] * optional + [f"'\"{word}\"' for this text"]
+        raise RecipeError(
+            f"{key}={word} in {source}: expected a {'path' if path else 'text'}; write {', or '.join(ways)}"
+        )
 
 
 def guess(text: str, key: str) -> Any:
@@ -347,9 +365,10 @@ def _text(value: Any, in_list: bool = False) -> str:
         return f"{{{', '.join(f'{name}: {_quoted(item)}' for name, item in value.items())}}}"
     if isinstance(value, bool):
         return str(value).lower()
-    value = str(value)  # a string, a number (possibly NumPy's) or a path
+    text = isinstance(value, str | os.PathLike)
+    value = str(value)  # possibly a number of NumPy's
     bare = value.isprintable() and value == value.strip(BLANK) and value not in ("", *NULLS) and value[0] not in "\"'"
-    if bare and not (in_list and ("," in value or value[0] in "[{")):
+    if bare and not ("," in value or value[0] in "[{" if in_list else text and value.lower() in SWITCHES):
         return value
     return _quoted(value)
 
