@@ -160,12 +160,14 @@ def test_lists_in_lists_are_no_texts(key, value):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("run_dir=", "run_dir= has no value; write run_dir='\"\"' for an empty text"),
-        ("data.cache= ", "write data.cache=null for none or data.cache='\"\"'"),
+        ("model.system_prompt=", "has no value; write model.system_prompt='\"\"' for an empty text"),
+        ("run_dir=", "run_dir= has no value; write one after the =$"),
+        ("data.cache= ", "data.cache= has no value; write data.cache=null for none$"),
         ("train.steps=", "train.steps= has no value; write one after the ="),
         ('run_dir=""', "run_dir in the overrides is empty; write a path"),
         ("run_dir=~nobody_of_this_name/x", "there is no such user"),
         ("run_dir=$HOME/x", "variables are not expanded"),
+        ("run_dir=runs/$USER/x", "variables are not expanded"),
         ("run_dir=runs/${train.seed}", "variables are not expanded"),
         ("run_dir=a\0b", "without NUL"),
         ("model.system_prompt=\udcff", "is not UTF-8"),

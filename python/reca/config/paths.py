@@ -43,7 +43,7 @@ def expand_home(text: str) -> str:
                 f"{format_value(text)}: there is no such user; write ./~ for a file whose name begins with ~"
             )
         return full
-    if re.match(r"\$[A-Za-z_]", text) or "${" in text:
+    if re.search(r"(^|/)\$[A-Za-z_]", text) or "${" in text:
         raise RecipeError(
             f"{format_value(text)}: variables are not expanded; write the path itself, or ~ for the home folder"
         )

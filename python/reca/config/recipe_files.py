@@ -204,8 +204,8 @@ class _Layer:
             if not is_dataclass(wanted):
                 raise self._unknown(key)
             group = getattr(group, part)
-        wanted, _ = self._declared(group, name, key)
-        self.put_key(group, name, read_override(key, text, wanted), key)
+        wanted, f = self._declared(group, name, key)
+        self.put_key(group, name, read_override(key, text, wanted, path=bool(f.metadata.get("path"))), key)
 
     def _declared(self, group: Any, name: str, key: str) -> tuple[Any, Any]:
         """Return the type and the field of a key; the type of a group is its dataclass."""

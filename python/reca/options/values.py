@@ -97,15 +97,16 @@ def write_yaml(values: dict) -> str:
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1 << 20)
 
 
-def read_override(key: str, text: str, wanted: Any) -> Any:
+def read_override(key: str, text: str, wanted: Any, path: bool = False) -> Any:
     """Parse the value of an override into the form that `read_yaml` returns. Text needs no quotes.
 
-    wanted: type of the key, or the dataclass of a group of keys, whose value is {key: value, ...}.
+    wanted: type of the key, or the dataclass of a group of keys, whose value is {key: value, ...}. path: the key names
+    files, so it cannot be an empty text.
     """
     wanted, optional = _without_none(wanted)
     inside = text.strip(BLANK)
     if not inside:
-        ways = [f"{key}=null for none"] * optional + [f"{key}='\"\"' for an empty text"] * (wanted is str)
+        ways = [f"{key}=null for none"] * optional + [f"{key}='\"\"' for an empty text"] * (wanted is str and not path)
         raise RecipeError(f"{key}= has no value; write {' or '.join(ways) or 'one after the ='}")
     if get_origin(wanted) is list and inside[0] == "[" and inside[-1] == "]" and len(inside) > 1:
         return _items(key, inside)
