@@ -11,7 +11,7 @@ from reca import distributed
 from reca.config.paths import expand_home
 from reca.config.recipe import Recipe
 from reca.config.recipe_files import by_key, load_recipe
-from reca.estimate import fit
+from reca.estimate import fit_run
 from reca.models import umm_package
 from reca.models.base import Adapter
 from reca.models.common.inference import warn_of_random_weights, warn_of_untrained
@@ -107,7 +107,7 @@ def train(
     if model is not None:
         _check_class(recipe, model)
         _check_keys(recipe, getattr(model, "config", recipe.model))
-    made = finished_steps(fit.recorded(recipe))
+    made = finished_steps(fit_run.recorded(recipe))
     if made is None:
         Trainer(recipe, model).run()
     distributed.shut_down()

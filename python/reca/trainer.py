@@ -13,7 +13,7 @@ from reca.config.recipe import Recipe, TaskConfig
 from reca.config.recipe_files import absolute_paths, as_dict, save_recipe
 from reca.data.batch import Batch
 from reca.data.loader import Loader, open_loader
-from reca.estimate import fit, out_of_memory
+from reca.estimate import fit_run, out_of_memory
 from reca.hardware.host_memory import FreedMemory
 from reca.io.folders import ensure_writable
 from reca.models import umm_package
@@ -105,7 +105,7 @@ class Trainer:
             if distributed.rank() == 0:
                 self.folder.reject_lost_checkpoints()
         self.folder.record_checkpoint(checkpoint.latest(self.run_dir))
-        self.recipe = recipe = fit.fit_on_ranks(self.recipe, adapter is None, self.folder.write_accepted)
+        self.recipe = recipe = fit_run.fit_on_ranks(self.recipe, adapter is None, self.folder.write_accepted)
         out_of_memory.record_history(recipe)
         if distributed.rank() == 0:
             checkpoint.remove_partial(self.run_dir)

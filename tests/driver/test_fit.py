@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from reca.config.recipe_files import load_recipe
-from reca.estimate import fit, memory, out_of_memory
+from reca.estimate import fit, fit_run, memory, out_of_memory
 from reca.estimate.held import Held
 from reca.estimate.memory import Memory
 from reca.options.fields import RecipeError
@@ -194,19 +194,19 @@ def test_a_run_keeps_what_was_chosen(peaks, tmp_path, caplog):
     caplog.set_level(logging.INFO, "reca")
     (tmp_path / "run").mkdir()
     keys = [f"run_dir={tmp_path / 'run'}", "train.fit=24GiB"]
-    first = fit.fit_run(recipe_of(*keys), 1, 1, lambda function, *a: function(*a))
+    first = fit_run.fit_run(recipe_of(*keys), 1, 1, lambda function, *a: function(*a))
     assert first.objective.reca.micro_batch == 8 and "train.fit chose" in caplog.text
-    written = json.loads((tmp_path / "run" / fit.FILE).read_text())
+    written = json.loads((tmp_path / "run" / fit_run.FILE).read_text())
     assert written["keys"][MICRO] == 8 and "24.00 GiB" in written["why"]
 
     def never(*arguments):
         raise AssertionError("chosen again")
 
     for again in (recipe_of(*keys), first):  # by the same command, or by the run's own recipe.yaml
-        assert fit.fit_run(again, 1, 1, never).objective.reca.micro_batch == 8
-    assert fit.recorded(recipe_of(*keys)).objective.reca.micro_batch == 8
+        assert fit_run.fit_run(again, 1, 1, never).objective.reca.micro_batch == 8
+    assert fit_run.recorded(recipe_of(*keys)).objective.reca.micro_batch == 8
     caplog.clear()
-    more = fit.fit_run(recipe_of(keys[0], "train.fit=64GiB"), 1, 1, lambda function, *a: function(*a))
+    more = fit_run.fit_run(recipe_of(keys[0], "train.fit=64GiB"), 1, 1, lambda function, *a: function(*a))
     assert more.objective.reca.micro_batch == 16
     assert "chooses again" in caplog.text and "train.fit 24GiB -> 64GiB" in caplog.text
 
@@ -217,7 +217,7 @@ def test_what_changes_memory_is_chosen_for_anew(change, peaks, tmp_path, caplog)
     (tmp_path / "run").mkdir()
     keys = [f"run_dir={tmp_path / 'run'}", "train.fit=24GiB"]
     for given in (keys, [*keys, change]):
-        fit.fit_run(recipe_of(*given), 2, 2, lambda function, *a: function(*a))
+        fit_run.fit_run(recipe_of(*given), 2, 2, lambda function, *a: function(*a))
     assert f"chooses again, because of changes: {change.partition('=')[0]}" in caplog.text
 
 
@@ -229,7 +229,7 @@ def test_a_key_given_on_resuming_is_followed(from_file, peaks, tmp_path, caplog)
     asked = recipe_of(f"run_dir={tmp_path / 'run'}", "train.fit=24GiB")
 
     def start(recipe):
-        return fit.fit_run(recipe, 1, 1, lambda function, *a: function(*a))
+        return fit_run.fit_run(recipe, 1, 1, lambda function, *a: function(*a))
 
     chosen = start(asked)
     assert not chosen.optim.offload
@@ -245,7 +245,7 @@ def test_choosing_again_keeps_what_alters_the_result(peaks, tmp_path):
     (tmp_path / "run").mkdir()
     for card in (13, 64, 32, 13):
         keys = [f"run_dir={tmp_path / 'run'}", f"train.fit={card}GiB", "train.fit_allow=[moments]"]
-        recipe = fit.fit_run(recipe_of(*keys), 1, 1, lambda function, *a: function(*a))
+        recipe = fit_run.fit_run(recipe_of(*keys), 1, 1, lambda function, *a: function(*a))
         assert (recipe.optim.name, recipe.optim.moments) == ("adamw", "bf16")
         assert recipe.train.fit_allow == ["moments"]
 
@@ -254,16 +254,34 @@ def test_choosing_again_changes_no_moments_that_were_not_changed_before(peaks, t
     (tmp_path / "run").mkdir()
     keys = [f"run_dir={tmp_path / 'run'}", "train.fit_allow=[moments]"]
     for card in (64, 13):
-        recipe = fit.fit_run(recipe_of(*keys, f"train.fit={card}GiB"), 1, 1, lambda function, *a: function(*a))
+        recipe = fit_run.fit_run(recipe_of(*keys, f"train.fit={card}GiB"), 1, 1, lambda function, *a: function(*a))
         assert (recipe.optim.name, recipe.optim.moments) == ("adamw", "fp32")
     assert recipe.optim.offload
+
+
+def test_refusal_on_resuming_names_nothing_that_a_run_may_not_change(peaks, tmp_path):
+    (tmp_path / "run").mkdir()
+    keys = [f"run_dir={tmp_path / 'run'}", "train.fit_allow=[]"]
+
+    def start(card):
+        return fit_run.fit_run(recipe_of(*keys, f"train.fit={card}GiB"), 1, 1, lambda function, *a: function(*a))
+
+    with pytest.raises(fit.DoesNotFit) as new:
+        start(3)
+    start(64)
+    with pytest.raises(fit.DoesNotFit) as resumed:
+        start(3)
+    helps = [str(error.value).partition("What would help: ")[2] for error in (new, resumed)]
+    may_change = [text.partition("in a new run, with another run_dir: ")[0] for text in helps]
+    for key in ("train.fit_allow=[moments]", "train.roles"):
+        assert key in may_change[0] and key in helps[1] and key not in may_change[1]
 
 
 def test_a_loss_over_micro_batches_keeps_them(peaks, tmp_path):
     (tmp_path / "run").mkdir()
     keys = [f"run_dir={tmp_path / 'run'}", "objective.mean=micro_batch", "train.fit_allow=[micro_batch]"]
-    first = fit.fit_run(recipe_of(*keys, "train.fit=24GiB"), 1, 1, lambda function, *a: function(*a))
-    more = fit.fit_run(recipe_of(*keys, "train.fit=64GiB"), 1, 1, lambda function, *a: function(*a))
+    first = fit_run.fit_run(recipe_of(*keys, "train.fit=24GiB"), 1, 1, lambda function, *a: function(*a))
+    more = fit_run.fit_run(recipe_of(*keys, "train.fit=64GiB"), 1, 1, lambda function, *a: function(*a))
     assert more.objective.reca.micro_batch == first.objective.reca.micro_batch == 8
 
 
@@ -344,7 +362,7 @@ def test_micro_batches_alone(peaks, monkeypatch, tmp_path):
     asked = recipe_of(*keys, "train.micro_batch=auto")
 
     def choose():
-        return fit.fit_run(asked, 1, 1, lambda function, *a: function(*a))
+        return fit_run.fit_run(asked, 1, 1, lambda function, *a: function(*a))
 
     recipe = choose()
     assert recipe.objective.reca.micro_batch == 4  # 12 + 8: of 16 samples in 1, 2, 3, 4 ... passes
@@ -377,7 +395,7 @@ def test_what_is_no_card_or_no_change(key, words):
 def test_auto_without_a_gpu_and_a_model_that_was_given(recipe, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RecipeError, match="train.fit=80GiB"):
-        fit._asked(recipe_of("train.fit=auto"), 1, 1)
+        fit_run._asked(recipe_of("train.fit=auto"), 1, 1)
     with pytest.raises(RecipeError, match="called with another"):
         Trainer(recipe("train.fit=80GiB"), ToyAdapter())
 

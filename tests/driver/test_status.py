@@ -201,7 +201,7 @@ def test_a_refused_start_leaves_a_run_as_it_is(case, state, recipe, monkeypatch)
         return recipe
 
     if not REFUSED.get(case):
-        monkeypatch.setattr("reca.estimate.fit.fit_on_ranks", chooses)
+        monkeypatch.setattr("reca.estimate.fit_run.fit_on_ranks", chooses)
         monkeypatch.setattr("reca.estimate.out_of_memory.advice", lambda _: "")
         monkeypatch.setattr("reca.trainer.check_finite", fails)
     with pytest.raises((ValueError, SystemExit), match=None if case == "signal" else words):

@@ -10,33 +10,23 @@ import bisect
 import copy
 import functools
 import itertools
-import json
-import logging
 from collections.abc import Callable, Iterator, Sequence
-from fnmatch import fnmatchcase
 from operator import attrgetter
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
-from reca import distributed, units
+from reca import units
 from reca.config.recipe import Recipe
 from reca.config.recipe_files import by_key
 from reca.estimate import memory
 from reca.estimate.held import held
 from reca.estimate.memory import Memory
 from reca.estimate.meta_model import build_meta
-from reca.io.folders import write_atomically
 from reca.models.base import Adapter
 from reca.options.fields import RecipeError
 from reca.options.values import override_text
 from reca.training.parallelize import replicas_fit
 
-log = logging.getLogger("reca")
-
 CHECKPOINTING, CAST_ONCE = "train.activation_checkpointing", "train.cast_once"
-FILE = "fit.json"  # in the run folder: what was chosen, for what, and why
 # Overheads in rows (tokens): a pass of PASS rows runs at half of a GPU's throughput. Heuristics to rank settings.
 PASS, GATHER, CAST = 1024, 1024, 512
 # With fp32 moments of all weights on the host, 16 bytes per parameter cross PCIe in a step, to the GPU and back in one
@@ -45,12 +35,6 @@ PASS, GATHER, CAST = 1024, 1024, 512
 OFFLOAD = 32768
 RECOMPUTED = (False, "selective", True)  # candidates for train.activation_checkpointing, besides the recipe's value
 SELECTIVE = 1.05  # relative work of a step with selective recomputation
-DEPENDS_ON = (  # keys that a choice depends on
-    "umm", "model.*", "objective.*", "lora.*", "parallel.shard", "parallel.strategy",
-    "parallel.reduce_every_micro_batch",
-    "ema.half_life", "optim.name", "optim.moments", "optim.offload", "optim.fused_backward", "train.roles",
-    "train.frozen", "train.precision", CAST_ONCE, "train.fit", "train.fit_allow", "train.micro_batch", CHECKPOINTING,
-)  # fmt: skip
 
 
 class Choice(NamedTuple):
@@ -115,15 +99,19 @@ class Predictions:
         return parts.weights + parts.moments + parts.ema + (0 if uncertain else parts.gradients)
 
 
-def choose(recipe: Recipe, gpus: int, node: int, card: int, predict: Predictions | None = None) -> Choice:
+def choose(
+    recipe: Recipe, gpus: int, node: int, card: int, predict: Predictions | None = None, resumes: bool = False
+) -> Choice:
     """Choose the settings with which a recipe fits `gpus` GPUs of `card` bytes.
 
-    predict: predictions for this recipe, to reuse its cache.
+    predict: predictions for this recipe, to reuse its cache. resumes: choose for a run that has begun, in which nothing
+    may change that alters the result, whatever train.fit_allow lists.
 
     Raises:
         DoesNotFit: With the smallest need that was found, and what would help.
         RecipeError, ValueError: For a recipe that `reca train` would reject.
     """
+    recipe = with_keys(recipe, {"train.fit_allow": []}) if resumes else recipe
     predict = predict or Predictions(recipe)
     rows, cards = sum(predict.adapter.sequence().values()), (gpus, node, card)
     smallest = {
@@ -170,7 +158,7 @@ def choose(recipe: Recipe, gpus: int, node: int, card: int, predict: Predictions
                 best = Choice(used, max(peaks, key=lambda found: found.total), time)
     if best is None:
         assert least is not None
-        raise DoesNotFit(_refusal(recipe, gpus, node, card, *least))
+        raise DoesNotFit(_refusal(recipe, gpus, card, *least, resumes))
     return best
 
 
@@ -270,22 +258,17 @@ def _changes(recipe: Recipe, keys: dict[str, Any]) -> int:
     return sum(value_of(recipe, key) != value for key, value in keys.items())
 
 
-def _refusal(recipe: Recipe, gpus: int, node: int, card: int, need: int, keys: dict[str, Any]) -> str:
-    helps = [f"more GPUs (there are {gpus})", "a smaller part of the model (train.roles, train.frozen) or LoRA"]
-    if "moments" not in recipe.train.fit_allow:
-        helps.append("train.fit_allow=[moments]: AdamW's moments in bf16 or 8 bits, which changes how they are rounded")
-    if recipe.objective.mean == "micro_batch" and not _may_change_micro_batch(recipe):
-        helps.append(
-            "train.fit_allow=[micro_batch]: smaller micro-batches, which change the average of "
-            "objective.mean=micro_batch"
-        )
+def _refusal(recipe: Recipe, gpus: int, card: int, need: int, keys: dict[str, Any], resumes: bool) -> str:
+    helps = [f"more GPUs (there are {gpus})"]
+    if asked_by(recipe) == "train.micro_batch":
+        helps.append("train.fit=auto, which may also choose recomputation, sharding and optim.offload")
+    if recipe.optim.fused_backward:
+        helps.append("optim.fused_backward=false, which allows several smaller passes per step")
     for task in recipe.active_tasks():
         if (most := getattr(recipe.objective, task).max_tokens) is not None:
             helps.append(f"a smaller objective.{task}.max_tokens than {most}")
-    if recipe.optim.fused_backward:
-        helps.append("optim.fused_backward=false, which allows several smaller passes per step")
-    if asked_by(recipe) == "train.micro_batch":
-        helps.insert(0, "train.fit=auto, which may also choose recomputation, sharding and optim.offload")
+    other = _help_that_alters_the_result(recipe)
+    helps += [f"in a new run, with another run_dir: {', or '.join(other)}"] if resumes else other
     return (
         f"{asked_by(recipe) or 'train.fit'}: this recipe does not fit {units.counted(gpus, 'GPU')} of "
         f"{units.size(card)}. The smallest need found is at least {units.size(need)} with its reserve, with "
@@ -293,108 +276,18 @@ def _refusal(recipe: Recipe, gpus: int, node: int, card: int, need: int, keys: d
     )
 
 
+def _help_that_alters_the_result(recipe: Recipe) -> list[str]:
+    helps = ["a smaller part of the model (train.roles, train.frozen) or LoRA"]
+    if "moments" not in recipe.train.fit_allow:
+        helps.append("train.fit_allow=[moments]: AdamW's moments in bf16 or 8 bits, which changes how they are rounded")
+    if recipe.objective.mean == "micro_batch" and not _may_change_micro_batch(recipe):
+        helps.append(
+            "train.fit_allow=[micro_batch]: smaller micro-batches, which change the average of "
+            "objective.mean=micro_batch"
+        )
+    return helps
+
+
 def describe(keys: dict[str, Any]) -> str:
     """Format settings as overrides."""
     return " ".join(f"{key}={override_text(value)}" for key, value in keys.items())
-
-
-# ---- a run ----
-
-
-def fit_on_ranks(recipe: Recipe, own_model: bool, write: Callable[[Path, bytes], object]) -> Recipe:
-    """Return the recipe with what train.fit or train.micro_batch chooses, on rank 0 for all ranks.
-
-    own_model: the run trains the recipe's model, not one that the caller passed. write: as in `fit_run`.
-    Raises RecipeError.
-    """
-    if not (asker := asked_by(recipe)):
-        return recipe
-    fitted = None
-    with distributed.fail_together():
-        if distributed.rank() == 0:
-            if not own_model:
-                raise RecipeError(
-                    f"{asker} needs the recipe's own model, and train was called with another: set it to null"
-                )
-            ranks, node = distributed.world_size(), distributed.local_world_size()
-            fitted = fit_run(recipe, ranks, node, memory.in_own_process, write)
-    return distributed.all_gather(fitted)[0]
-
-
-def fit_run(
-    recipe: Recipe,
-    gpus: int,
-    node: int,
-    call: Callable[..., Any],
-    write: Callable[[Path, bytes], object] = write_atomically,
-) -> Recipe:
-    """Return the recipe with the settings that train.fit chooses, and record them in the run folder.
-
-    A run that resumes on as many equal GPUs keeps its settings. call: runs `choose`, such as memory.in_own_process.
-    write: writes the record, at once or as soon as the start of the run is accepted.
-    Raises RecipeError.
-    """
-    file = Path(recipe.run_dir) / FILE
-    if (before := _read(file)) is not None:
-        # The run's recipe.yaml contains the chosen values: restore the original ones before comparing and choosing.
-        # Other values are given anew.
-        chosen = [key for key, value in before["keys"].items() if value_of(recipe, key) == value]
-        recipe = with_keys(recipe, {key: before["asked"][key] for key in chosen})
-    asked, kept, allowed = _asked(recipe, gpus, node), {}, recipe
-    if before is not None:
-        changed = sorted(key for key in asked | before["asked"] if before["asked"].get(key) != asked.get(key))
-        if not changed:
-            log.info("%s: unchanged since the run began, %s", asked_by(recipe), describe(before["keys"]))
-            return with_keys(recipe, before["keys"])
-        differences = ", ".join(f"{key} {before['asked'].get(key)} -> {asked.get(key)}" for key in changed)
-        patterns = ("optim.name", "optim.moments") + ("objective.*",) * (recipe.objective.mean == "micro_batch")
-        kept = {  # what alters the result, unless it is given anew, which ends the run with an error
-            key: value
-            for key, value in before["keys"].items()
-            if value_of(recipe, key) == before["asked"][key] and any(fnmatchcase(key, p) for p in patterns)
-        }
-        if recipe.train.fit is None and recipe.objective.mean == "micro_batch":
-            log.info("%s: objective.mean=micro_batch keeps %s", asked_by(recipe), describe(kept))
-            return with_keys(recipe, kept)
-        allowed = with_keys(recipe, kept | {"train.fit_allow": []})
-        if recipe.train.fit is not None:
-            allowed.train.micro_batch = None
-        log.info("%s chooses again, because of changes: %s", asked_by(recipe), differences)
-    choice = call(choose, allowed, gpus, node, asked["card"])
-    keys = kept | choice.keys
-    why = (
-        f"{units.size(choice.memory.total)} predicted, {units.size(memory.needed(choice.memory.total))} with a reserve "
-        f"for {memory.NOT_COUNTED}, of {units.size(asked['card'])}"
-    )
-    log.info("%s chose %s: %s", asked_by(recipe), describe(keys), why)
-    written = {"asked": asked, "keys": keys, "memory": choice.memory._asdict(), "why": why}
-    write(file, json.dumps(written, indent=1).encode())
-    return with_keys(recipe, keys)
-
-
-def recorded(recipe: Recipe) -> Recipe:
-    """Return the recipe with the settings that were chosen for this run; unchanged if none were chosen yet."""
-    before = _read(Path(recipe.run_dir) / FILE) if asked_by(recipe) else None
-    return recipe if before is None else with_keys(recipe, before["keys"])
-
-
-def _read(file: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(file.read_bytes())
-    except (OSError, ValueError):
-        return None
-
-
-def _asked(recipe: Recipe, gpus: int, node: int) -> dict[str, Any]:
-    """Return everything that a choice depends on."""
-    if recipe.train.fit not in (None, "auto"):
-        card = units.parse_size(recipe.train.fit)
-    elif torch.cuda.is_available():
-        card = torch.cuda.get_device_properties(0).total_memory
-    else:
-        raise RecipeError(
-            f"{asked_by(recipe)}=auto needs a GPU's memory size, and torch finds no GPU: give it, as in train.fit=80GiB"
-        )
-    values = by_key(recipe)
-    relevant = {key: values[key] for key in values if any(fnmatchcase(key, pattern) for pattern in DEPENDS_ON)}
-    return {"card": card, "gpus": gpus, "node": node, **json.loads(json.dumps(relevant))}
