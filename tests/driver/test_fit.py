@@ -160,6 +160,15 @@ def test_refusal_names_the_least_and_what_would_help(peaks):
         chosen(3, gpus=2)
 
 
+@pytest.mark.parametrize("key", ["optim.name=adamw_8bit", "optim.moments=bf16"])
+def test_refusal_offers_smaller_moments_only_for_large_ones(peaks, key):
+    with pytest.raises(fit.DoesNotFit, match=r"fit_allow=\[moments\]"):
+        chosen(3)
+    with pytest.raises(fit.DoesNotFit) as error:
+        chosen(3, key)
+    assert "fit_allow" not in str(error.value)
+
+
 @pytest.mark.parametrize("card", [4, 6])
 def test_refusal_is_of_the_smallest_micro_batches(card):
     """4 GiB hold no weights, and 6 GiB no sample besides them."""

@@ -199,7 +199,7 @@ def _settings(recipe: Recipe, gpus: int, node: int, copies: bool) -> Iterator[di
     optimizer: list[dict[str, Any]] = [{"optim.offload": recipe.optim.offload}]
     if not recipe.optim.offload and recipe.optim.name != "apex":
         optimizer.append({"optim.offload": True})
-    if "moments" in recipe.train.fit_allow and (recipe.optim.name, recipe.optim.moments) == ("adamw", "fp32"):
+    if "moments" in recipe.train.fit_allow and _has_fp32_moments(recipe):
         optimizer += [one | {"optim.moments": "bf16"} for one in optimizer] + [{"optim.name": "adamw_8bit"}]
     recomputing = dict.fromkeys((*RECOMPUTED, recipe.train.activation_checkpointing))
     for shards, recomputed, moments in itertools.product(_shards(recipe, gpus, node), recomputing, optimizer):
@@ -235,6 +235,10 @@ def _sizes(recipe: Recipe, task: str, gpus: int) -> list[int]:
 
 def _may_change_micro_batch(recipe: Recipe) -> bool:
     return "micro_batch" in recipe.train.fit_allow or recipe.train.micro_batch == "auto"
+
+
+def _has_fp32_moments(recipe: Recipe) -> bool:
+    return (recipe.optim.name, recipe.optim.moments) == ("adamw", "fp32")
 
 
 def _largest_sizes(recipe: Recipe, gpus: int) -> dict[str, int]:
@@ -278,7 +282,7 @@ def _refusal(recipe: Recipe, gpus: int, card: int, need: int, keys: dict[str, An
 
 def _help_that_alters_the_result(recipe: Recipe) -> list[str]:
     helps = ["a smaller part of the model (train.roles, train.frozen) or LoRA"]
-    if "moments" not in recipe.train.fit_allow:
+    if "moments" not in recipe.train.fit_allow and _has_fp32_moments(recipe):
         helps.append("train.fit_allow=[moments]: AdamW's moments in bf16 or 8 bits, which changes how they are rounded")
     if recipe.objective.mean == "micro_batch" and not _may_change_micro_batch(recipe):
         helps.append(
