@@ -15,6 +15,7 @@ from torch import Tensor
 from reca_kernels.masked_cross_entropy.options import CrossEntropyOptions
 from reca_kernels.masked_cross_entropy.triton import (
     LAUNCH,
+    SUM_SCALE,
     log_of_sum,
     non_target_grad,
     online_softmax_update,
@@ -113,12 +114,12 @@ def row_gradients_kernel(logits, pitch, bias, row_labels, rows, row_grad, scale,
         inside = u * VEC + element < classes
         z = tl.where(inside, softcap_logits(z, softcap, CAP), -float("inf"))
         if SMOOTH:
-            sum_z += tl.sum(tl.where(inside, z - pivot, 0.0), 1)
+            sum_z += tl.sum(tl.where(inside, z * SUM_SCALE - pivot * SUM_SCALE, 0.0), 1)
         row_max, total = online_softmax_update(row_max, total, z)
     m = tl.max(row_max, 0)
     finite = tl.where(m == -float("inf"), 0.0, m)
     log_sum_exp = log_of_sum(tl.sum(total.to(tl.float64) * tl.exp(row_max - finite).to(tl.float64), 0))
-    mean = tl.sum(sum_z.to(tl.float64), 0).to(tl.float32) / classes + (pivot - m)
+    mean = tl.sum(sum_z.to(tl.float64), 0) / SUM_SCALE / classes + (pivot.to(tl.float64) - m.to(tl.float64))
     tl.store(losses + row, row_loss(z_label, m, log_sum_exp, mean, smoothing, z_loss, SMOOTH))
 
     if GRADIENT:

@@ -67,6 +67,22 @@ def test_a_common_offset_of_smoothed_logits_costs_no_digits(backend, device):
         close(got, true, 1e-4)  # of hidden: sums of large terms that cancel
 
 
+@EVERYWHERE
+def test_a_mean_of_huge_logits_does_not_overflow(backend, device):
+    """Neither their sum nor their difference is an fp32 number. The rows of hidden are unit vectors: logits = weight.T."""
+    weight = torch.randn(5003, 3, generator=torch.Generator().manual_seed(0))
+    weight[::2, 0], weight[1::2, 0], weight[:, 1] = 3e38, -3e38, 3e38
+    weight[:, 2] *= 1e37
+    weight, hidden = weight.to(device).requires_grad_(), torch.eye(3, device=device)
+    labels = torch.tensor([2, 11, int(weight[:, 2].argmax())], device=device)
+    wide, options = exact([weight])[0], {"label_smoothing": 0.1, "reduction": "none"}
+    loss = masked_linear_cross_entropy(hidden, weight, labels, backend=backend, **options)
+    want = reference.masked_linear_cross_entropy(hidden.double(), wide, labels, **options)
+    torch.testing.assert_close(loss, want.float(), rtol=1e-5, atol=0)
+    (got,), (true,) = (torch.autograd.grad(y.sum(), z) for y, z in ((loss, weight), (want, wide)))
+    torch.testing.assert_close(got, true.float(), rtol=1e-5, atol=1e-9)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
