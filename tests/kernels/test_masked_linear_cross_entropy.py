@@ -69,7 +69,7 @@ def test_a_common_offset_of_smoothed_logits_costs_no_digits(backend, device):
 
 @EVERYWHERE
 def test_a_mean_of_huge_logits_does_not_overflow(backend, device):
-    """Neither their sum nor their difference is an fp32 number. The rows of hidden are unit vectors: logits = weight.T."""
+    """Neither their sum nor difference is an fp32 number. The rows of hidden are unit vectors: logits = weight.T."""
     weight = torch.randn(5003, 3, generator=torch.Generator().manual_seed(0))
     weight[::2, 0], weight[1::2, 0], weight[:, 1] = 3e38, -3e38, 3e38
     weight[:, 2] *= 1e37
