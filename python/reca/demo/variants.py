@@ -55,9 +55,8 @@ def pretrained_models(setup: DemoSetup) -> list[Pretrained]:
     made = [Pretrained(BEFORE, "the pre-trained model that the others start from", setup.overrides)]
     if setup.random_encoder:
         overrides = (*setup.overrides, *setup.random_encoder)
-        made.append(
-            Pretrained(BEFORE_RANDOM, "pre-trained in the same way with a randomly initialised encoder", overrides)
-        )
+        about = "pre-trained in the same way with a randomly initialised encoder"
+        made.append(Pretrained(BEFORE_RANDOM, about, overrides))
     return made
 
 
@@ -65,10 +64,8 @@ def rows(dataset: ToyDataset, setup: DemoSetup) -> list[Pretrained | Variant]:
     """List the rows of the report in order: every pre-trained model, followed by the variants that start from it."""
     made: list[Pretrained | Variant] = []
     for pretrained in pretrained_models(setup):
-        made += [
-            pretrained,
-            *(variant for variant in variants(dataset, setup) if variant.pretrained == pretrained.name),
-        ]
+        made.append(pretrained)
+        made += [variant for variant in variants(dataset, setup) if variant.pretrained == pretrained.name]
     return made
 
 

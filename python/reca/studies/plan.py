@@ -21,9 +21,8 @@ def plan(study: Study, asked: Asked) -> tuple[list[Task], dict[str, str]]:
     variants, omitted = study.of(asked)
     known = (*variants, BEFORE, *([PRETRAINED] if asked.recipe is None else []))
     if unknown := [name for name in asked.of_variant if name not in known]:
-        raise StudyError(
-            f"{unknown[0]!r} is no variant of {study.name} with {asked.umm}; there are {', '.join(variants)}"
-        )
+        there = ", ".join(variants)
+        raise StudyError(f"{unknown[0]!r} is no variant of {study.name} with {asked.umm}; there are {there}")
     for name, (variant, _) in variants.items():
         if variant.pretrained and (asked.recipe or variant.pretrained not in toy.MODIFICATIONS):
             there = ", ".join(toy.MODIFICATIONS)
@@ -48,20 +47,16 @@ def _of_seed(variants: Mapping[str, tuple[Variant, tuple[str, ...]]], asked: Ask
     ready: tuple[str, ...] = ()
     pretrained: Path | None = None
     if asked.recipe is None:
-        found = digest(recipe, asked.scale, *of_pretraining)
-        pretrained = asked.out / "pretrained" / f"{asked.dataset}-{asked.umm}-seed{seed}-{found}"
+        chosen, done = digest(recipe, asked.scale, *of_pretraining), "pretrained.json"
+        pretrained = asked.out / "pretrained" / f"{asked.dataset}-{asked.umm}-seed{seed}-{chosen}"
         modifications = sorted({variant.pretrained for variant, _ in variants.values() if variant.pretrained})
         names = {None: f"{seed}/{PRETRAINED}"} | {name: f"{seed}/{PRETRAINED}-{name}" for name in modifications}
-        tasks.append(
-            Task(
-                names[None], PRETRAINED, overrides=(), folder=pretrained, result=pretrained / "pretrained.json", **given
-            )
-        )
+        tasks.append(Task(names[None], PRETRAINED, overrides=(), folder=pretrained, result=pretrained / done, **given))
         ready = (names[None],)
         for name in modifications:
             folder = _modified(pretrained, name)
             tasks.append(
-                Task(names[name], PRETRAINED, overrides=(), folder=folder, result=folder / "pretrained.json",
+                Task(names[name], PRETRAINED, overrides=(), folder=folder, result=folder / done,
                      modification=name, after=ready, **given)
             )  # fmt: skip
 
