@@ -29,6 +29,14 @@ static RECA_HD int64_t label_of(const void* labels, bool are_int64, int64_t row)
   return are_int64 ? static_cast<const int64_t*>(labels)[row] : static_cast<const int32_t*>(labels)[row];
 }
 
+// Returns the loss of a row with label smoothing, without z_loss. sum_z: of sum_scale * (z - pivot). In double, since
+// differences of fp32 logits may be beyond its range.
+static RECA_HD float smoothed_loss(double log_sum_exp, double row_max, double z_label, double sum_z, double pivot,
+                                   int64_t classes, double smoothing) {
+  const double mean = sum_z / (double(sum_scale) * double(classes)) + (pivot - row_max);  // of z - row_max
+  return float((1 - smoothing) * (log_sum_exp - (z_label - row_max)) + smoothing * (log_sum_exp - mean));
+}
+
 }  // namespace reca
 
 // losses [rows]: 0 without a label, NaN for a label outside [0, classes). stats [rows, 2]: m and s, 0 without a label.

@@ -107,9 +107,7 @@ __device__ __forceinline__ RowStats finish(const OnlineSoftmax& running, float z
     const float log_sum_exp = log_of_sum(total);
     float loss = log_sum_exp - (z_label - row_max);
     if (general && terms.smoothing != 0) {
-      const double s = log_sum_exp, m = row_max, smoothing = terms.smoothing;
-      const double mean = sum_z / (double(sum_scale) * double(classes)) + (double(pivot) - m);
-      loss = float((1 - smoothing) * (s - (double(z_label) - m)) + smoothing * (s - mean));
+      loss = smoothed_loss(log_sum_exp, row_max, z_label, sum_z, pivot, classes, terms.smoothing);
     }
     const float lse = row_max + log_sum_exp;
     broadcast[0] = row_max, broadcast[1] = log_sum_exp, broadcast[2] = loss + terms.z_loss * lse * lse;

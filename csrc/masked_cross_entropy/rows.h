@@ -107,9 +107,7 @@ static RowStats row_forward(const CrossEntropy& args, const T* row, int64_t labe
   const float log_sum_exp = float(std::log(sum(total)));
   float value = log_sum_exp - (z_label - row_max);
   if constexpr (SMOOTH) {
-    const double s = log_sum_exp, m = row_max, smoothing = args.label_smoothing;
-    const double mean = sum_z / (double(sum_scale) * double(classes)) + (double(pivot) - m);
-    value = float((1 - smoothing) * (s - (double(z_label) - m)) + smoothing * (s - mean));
+    value = smoothed_loss(log_sum_exp, row_max, z_label, sum_z, pivot, classes, args.label_smoothing);
   }
   const float lse = row_max + log_sum_exp;
   if (args.z_loss != 0) value += args.z_loss * lse * lse;
