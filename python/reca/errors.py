@@ -14,10 +14,10 @@ from collections import Counter
 from collections.abc import Iterator
 from datetime import timedelta
 
-# The parts of messages of gloo, NCCL and the store that prove a lost connection or a late rank; group 1 is quoted.
+# The parts of messages of gloo, NCCL and the store that prove a lost connection or a late rank; the group is quoted.
 _LOST = re.compile(
     r"\[[^\]]*gloo[^\]]*\] ?(?:Read error |Write error )?(.*?(?:closed by peer|reset by peer|Broken pipe))"
-    r"|(?:NCCL|Nccl|nccl)[\s\S]*?(remote process exited|closed by remote peer|reset by peer|Broken pipe)"
+    r"|nccl[\s\S]*?(remote process exited|closed by remote peer|reset by peer|Broken pipe)"
     r"|(failed to recv, got 0 bytes)",
     re.IGNORECASE,
 )
