@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from reca.comparison import page
 from reca.comparison.curves import loss_curves, setting_differences
@@ -45,8 +45,8 @@ def _suites(before: Side, after: Side) -> tuple[list[dict[str, Any]], list[str]]
     results = [side.results() for side in (before, after)]
     chosen = [one_of_each(side) for side in results]
     compared = compare_each(results[1], results[0])
-    suites = [result for result, _ in compared.values() if result["against"]]
-    notes = [f"{chosen[1][key]} is not compared, because {reason}" for key, (_, reason) in compared.items() if reason]
+    suites = [one.result for one in compared if one.result["against"]]
+    notes = [f"{one.folder} is not compared, because {one.reason}" for one in compared if one.reason]
     notes += [
         f"{key[0]} was evaluated for {side.source} only; run reca eval {key[0]} for the other model to compare it"
         for mine, other, side in ((chosen[0], chosen[1], before), (chosen[1], chosen[0], after))
@@ -65,23 +65,29 @@ def _suites(before: Side, after: Side) -> tuple[list[dict[str, Any]], list[str]]
     return suites, notes
 
 
-def compare_each(
-    after: Mapping[Path, dict[str, Any]], before: Mapping[Path, dict[str, Any]]
-) -> dict[tuple[str, str], tuple[dict[str, Any], str]]:
-    """Compare the results of each suite. Return {suite: (result, reason why it cannot be compared, "" if none)}.
+class Compared(NamedTuple):
+    """A suite's result and its folder.
 
-    `against` of a result is filled in if `before` has a result that it can be compared with, otherwise it is None.
+    result  `against` is filled in if the other side has a result that it can be compared with, otherwise it is None
+    reason  why the result that the other side has cannot be compared; "" if there is no obstacle, or no such result
     """
-    mine, others = one_of_each(after), one_of_each(before)
-    compared = {}
-    for key, folder in mine.items():
+
+    folder: Path
+    result: dict[str, Any]
+    reason: str
+
+
+def compare_each(after: Mapping[Path, dict[str, Any]], before: Mapping[Path, dict[str, Any]]) -> list[Compared]:
+    """Compare one result of each suite in `after` with that in `before`."""
+    others, compared = one_of_each(before), []
+    for key, folder in one_of_each(after).items():
         result, reason = after[folder] | {"against": None}, ""
         if (other := others.get(key)) is not None:
             try:
                 result = report.compare(result, before[other], other)
             except EvaluationError as error:
                 reason = str(error)
-        compared[key] = result, reason
+        compared.append(Compared(folder, result, reason))
     return compared
 
 

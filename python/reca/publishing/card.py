@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import EvalResult, ModelCardData
 
 from reca import catalog
-from reca.comparison.build import compare_each, one_of_each, suite_of
+from reca.comparison.build import compare_each, suite_of
 from reca.comparison.sides import Side, find_sides
 from reca.comparison.weights import understanding
 from reca.config.recipe import Recipe
@@ -148,10 +148,11 @@ def _scores(base: Side, run: Side, weights: str) -> Scores:
     same = {
         folder: score for folder, score in results.items() if (score["model"] or {}).get("weights_sha256") == weights
     }
-    compared, chosen = dict(sorted(compare_each(same, before).items())), one_of_each(same)
-    not_compared = [score["protocol"] for score, reason in compared.values() if reason]
-    left_out = [score["protocol"] for folder, score in results.items() if chosen.get(suite_of(score)) != folder]
-    return Scores([score for score, _ in compared.values()], not_compared, sorted(set(left_out)))
+    compared = sorted(compare_each(same, before), key=lambda one: suite_of(one.result))
+    not_compared = [one.result["protocol"] for one in compared if one.reason]
+    shown = {one.folder for one in compared}
+    left_out = {score["protocol"] for folder, score in results.items() if folder not in shown}
+    return Scores([one.result for one in compared], not_compared, sorted(left_out))
 
 
 def _row(score: Mapping[str, Any]) -> dict[str, str]:
