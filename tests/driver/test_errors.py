@@ -116,14 +116,14 @@ LATE = {
 
 @pytest.mark.parametrize(("text", "words"), LOST.items())
 def test_a_lost_rank_is_recognised(text, words):
-    told = lost_rank(torch.distributed.DistBackendError(text))
-    assert told.startswith("another rank ended without reporting an error (") and words in told.partition("):")[0]
+    said = lost_rank(torch.distributed.DistBackendError(text))
+    assert said.startswith("another rank ended without reporting an error (") and words in said.partition("):")[0]
 
 
 @pytest.mark.parametrize(("text", "words"), LATE.items())
 def test_a_collective_that_timed_out_is_recognised(text, words):
-    told = lost_rank(torch.distributed.DistBackendError(text))
-    assert told.startswith("a collective did not complete") and words in told and "hangs or was killed" in told
+    said = lost_rank(torch.distributed.DistBackendError(text))
+    assert said.startswith("a collective did not complete") and words in said and "hangs or was killed" in said
 
 
 @pytest.mark.parametrize(

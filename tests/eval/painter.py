@@ -1,4 +1,4 @@
-"""A model that draws the toy dataset shapes's prompts without fault, but for those it is told to miss."""
+"""A model that draws the prompts of the toy dataset shapes without fault, except those in its list of misses."""
 
 import random
 
