@@ -104,14 +104,14 @@ class Trainer:
         with distributed.fail_together():
             if distributed.rank() == 0:
                 self.folder.reject_lost_checkpoints()
-        self.folder.record_checkpoint(checkpoint.latest(self.run_dir))
+                checkpoint.remove_partial(self.run_dir)
+                hang.clean(self.run_dir)
+            self.folder.record_checkpoint(checkpoint.latest(self.run_dir))
+            out_of_memory.record_history(self.recipe)
         self.recipe = recipe = fit_run.fit_on_ranks(self.recipe, adapter is None, self.folder.write_accepted)
-        out_of_memory.record_history(recipe)
-        if distributed.rank() == 0:
-            checkpoint.remove_partial(self.run_dir)
-            hang.clean(self.run_dir)
         newest = checkpoint.latest_valid(self.run_dir)
-        state = None if newest is None else checkpoint.read_state(newest)
+        with distributed.fail_together():
+            state = None if newest is None else checkpoint.read_state(newest)
         self.step = self.saved = 0 if state is None else state["step"]
         self.schedule_end = lineage.schedule_end(recipe, state)
         self.folder.record_checkpoint(newest)
@@ -133,22 +133,24 @@ class Trainer:
             self.adapter.inherited = frozenset(state["inherited"])
         with distributed.fail_together():
             check_finite(self.adapter)
-        self.optimizer = make_optimizer(self.adapter, recipe.optim, recipe.train.seed)
-        self.fused_backward = FusedBackward(self.optimizer) if recipe.optim.fused_backward else None
-        self.autocast = autocast(recipe.train.precision, self.device)
+            self.optimizer = make_optimizer(self.adapter, recipe.optim, recipe.train.seed)
+            self.fused_backward = FusedBackward(self.optimizer) if recipe.optim.fused_backward else None
+            self.autocast = autocast(recipe.train.precision, self.device)
+            self.skipped, self.monitor = SkippedSteps(self.run_dir, recipe.train), Monitor()
 
-        self.folder.accept()
-        distributed.barrier()  # no rank may write a final status before rank 0 has accepted the start
-        self.skipped, self.monitor = SkippedSteps(self.run_dir, recipe.train), Monitor()
-        if newest is not None and state is not None:
+        with distributed.fail_together():  # no rank may write a final status before rank 0 has accepted the start
+            self.folder.accept()
+        if newest is not None:
             checkpoint.load(newest, self.adapter, self.optimizer)
-            self.skipped.load_state(state["skipped"])
-            self.monitor.load_state(state["monitor"])
-            if distributed.rank() == 0:
+        with distributed.fail_together():
+            if state is not None:
+                self.skipped.load_state(state["skipped"])
+                self.monitor.load_state(state["monitor"])
+            if state is not None and distributed.rank() == 0:
                 log.info("resuming %s from step %d", self.run_dir, self.step)
                 for difference in lineage.resume_warnings(recipe, state, distributed.world_size()):
                     log.warning(difference)
-        self.ema = EMA(self.adapter, recipe.ema.half_life) if recipe.ema.half_life else None
+            self.ema = EMA(self.adapter, recipe.ema.half_life) if recipe.ema.half_life else None
         if self.ema and newest is not None and state is not None and self.ema.continues(state):
             checkpoint.load_ema(newest, self.ema.averages)
             self.ema.updates = state["ema"]["updates"]
@@ -192,23 +194,26 @@ class Trainer:
         return min(self.recipe.parallel.timeout_minutes, self.recipe.parallel.step_timeout_minutes)
 
     def _run(self, watch: hang.HangWatch) -> None:
-        recipe = self.recipe
-        with distributed.fail_together():
-            if distributed.rank() == 0:
-                save_recipe(absolute_paths(recipe), self.run_dir / "recipe.yaml")
-        streams = {task: loader.steps() for task, loader in self.loaders.items()}
-        with self._report() as report, contextlib.ExitStack() as running:
-            for loader in self.loaders.values():
-                running.callback(loader.close)  # which writes the rest of the feature cache
-            running.callback(lambda: watch.enter(self.step, "closing of loaders"))
-            report.begin(self.step)
+        recipe, streams = self.recipe, {task: loader.steps() for task, loader in self.loaders.items()}
+        with contextlib.ExitStack() as running:
+            with distributed.fail_together():
+                if distributed.rank() == 0:
+                    save_recipe(absolute_paths(recipe), self.run_dir / "recipe.yaml")
+                record = RunLog(recipe, self.run_dir, self.step, shown=self.progress is None)
+                given = recipe, self.adapter, self.roles, self.loaders, self.device, record, self.progress
+                report = running.enter_context(RunReport(*given, self.own_model, self.monitor))
+                for loader in self.loaders.values():
+                    running.callback(loader.close)  # which writes the rest of the feature cache
+                running.callback(lambda: watch.enter(self.step, "closing of loaders"))
+                report.begin(self.step)
             watch.enter(self.step, "drawing reconstructions")
             report.before_training(self.step, self.diagnostics)
             if not self.evaluations.begun:
                 self._evaluate(report, watch)
             first = self.step
-            if profiler := profiler_of(recipe.log.profile, self.step, recipe.train.steps, self.run_dir):
-                running.enter_context(profiler)
+            with distributed.fail_together():
+                if profiler := profiler_of(recipe.log.profile, self.step, recipe.train.steps, self.run_dir):
+                    running.enter_context(profiler)
             while self.step < recipe.train.steps:
                 watch.enter(self.step + 1, "loading of batches")
                 started = time.perf_counter()
@@ -233,6 +238,8 @@ class Trainer:
                 self._save_or_stop()
             watch.enter(self.step, "drawing reconstructions")
             report.after_training(self.step, self.diagnostics)
+            with distributed.fail_together():
+                running.close()
 
     def _evaluate(self, report: RunReport, watch: hang.HangWatch) -> None:
         """Evaluate the model if an evaluation is due."""
@@ -276,11 +283,6 @@ class Trainer:
         """Tell whether a checkpoint of this step is due and not yet written. ends: the run ends at this step."""
         ends = ends or self.step == self.recipe.train.steps
         return self.saved != self.step and (ends or due(self.step, self.recipe.checkpoint.every))
-
-    def _report(self) -> RunReport:
-        record = RunLog(self.recipe, self.run_dir, self.step, shown=self.progress is None)
-        given = self.recipe, self.adapter, self.roles, self.loaders, self.device, record, self.progress
-        return RunReport(*given, self.own_model, self.monitor)
 
     def next_batches(self, streams: Mapping[str, Iterator[list[Batch]]]) -> dict[str, list[Batch]]:
         """Take the micro-batches of a step from every task's stream: the same number on all ranks, for FSDP2."""

@@ -14,15 +14,21 @@ from pathlib import Path
 import torch
 from torch.distributed.tensor import DTensor
 
-from reca import checkpoint, distributed, exits
+from reca import checkpoint, distributed, exits, preflight
 from reca import trainer as driver
-from reca.checkpoint import reading, writing
+from reca.checkpoint import listing, reading, writing
 from reca.config.recipe_files import load_recipe
+from reca.data.loader import Loader
 from reca.models import umm_package
-from reca.runs import folder
+from reca.models.common import deferred_weights
+from reca.monitoring.log import RunLog
+from reca.monitoring.reporting import RunReport
+from reca.processes import hang
+from reca.runs import folder, lineage
+from reca.runs.folder import RunFolder
 from reca.runs.status import Status
 from reca.trainer import Trainer
-from reca.training import lora
+from reca.training import lora, parallelize
 from tests.driver.forks import exit_codes, fork_ranks
 from tests.driver.toy import ToyAdapter, write_images, write_recipe
 
@@ -41,11 +47,11 @@ def trainer(name: str, *overrides: str) -> Trainer:
     return Trainer(load_recipe(FOLDER / "toy.yaml", keys), ToyAdapter(), progress=lambda step: None)
 
 
-def failing(function, when) -> object:
-    """The function, which raises on rank 1 where `when(its arguments)` holds."""
+def failing(function, when, rank: int = 1) -> object:
+    """The function, which raises on one rank where `when(its arguments)` holds."""
 
     def wrapped(*args, **options):
-        if distributed.rank() == 1 and when(*args):
+        if distributed.rank() == rank and when(*args):
             raise FULL
         return function(*args, **options)
 
@@ -134,44 +140,75 @@ def killed_at_the_end(name: str) -> None:
     trainer(name).run()
 
 
-def no_data(name: str) -> None:
-    trainer(name, "data.images=/nowhere")
+def without(holder, attribute: str, rank: int = 1):
+    """Return the case in which one rank fails in a function that no other rank waits for."""
+
+    def case(name: str) -> None:
+        setattr(holder, attribute, failing(getattr(holder, attribute), lambda *_: True, rank))
+        trainer(name, "ema.half_life=2").run()
+
+    case.__name__ = f"no_{holder.__name__.rpartition('.')[2]}.{attribute}"
+    return case
 
 
-def no_weights(name: str) -> None:
-    """Rank 1 cannot read the model."""
-    driver.choose_trained = failing(driver.choose_trained, lambda *_: True)
-    trainer(name)
+# In the order of a run. Rank 0 alone writes files.
+WITHOUT = (
+    without(RunFolder, "reject_lost_checkpoints", rank=0),
+    without(hang, "clean", rank=0),
+    without(listing, "list_complete"),
+    without(preflight, "check", rank=0),
+    without(preflight, "open_run_sources"),
+    without(driver, "choose_trained"),
+    without(parallelize, "checkpoint_activations"),
+    without(parallelize, "fully_shard"),
+    without(driver, "make_optimizer"),
+    without(RunFolder, "accept", rank=0),
+    without(driver, "SkippedSteps"),
+    without(driver, "EMA"),
+    without(driver, "open_loader"),
+    without(driver, "Diagnostics"),
+    without(driver, "save_recipe", rank=0),
+    without(driver, "RunLog"),
+    without(RunReport, "begin", rank=0),
+    without(driver, "profiler_of"),
+    without(Loader, "close"),
+    without(RunLog, "close", rank=0),
+)
 
 
-def no_loader(name: str) -> None:
-    """Rank 1 cannot open its loader, such as a cache on a disk that only its machine lacks."""
-    driver.open_loader = failing(driver.open_loader, lambda *_: True)
-    trainer(name)
+def no_memory(name: str) -> None:
+    """The model does not fit into the memory that rank 1 finds."""
+    deferred_weights._give_memory = failing(deferred_weights._give_memory, lambda *_: True)
+    keys = [f"run_dir={FOLDER / name}", "parallel.strategy=fsdp", "parallel.timeout_minutes=1"]
+    Trainer(load_recipe("show_o_tiny", keys))
 
 
-def no_diagnostics(name: str) -> None:
-    """Rank 1 cannot read the samples that measure drift."""
-    driver.Diagnostics = failing(driver.Diagnostics, lambda *_: True)
-    trainer(name)
-
-
-def no_recipe_written(name: str) -> None:
-    """Rank 0 cannot write recipe.yaml; the other is about to train."""
-
-    def full(*_):
-        raise FULL
-
-    driver.save_recipe = full
+def no_stacks(name: str) -> None:
+    """The file to which rank 1 would write its stacks is a folder."""
+    (FOLDER / name / "hang/rank_1.txt").mkdir(parents=True, exist_ok=True)
     trainer(name).run()
+
+
+def no_state(name: str) -> None:
+    """A run is continued, and rank 1 cannot read the counters of its checkpoint."""
+    trainer(name).run()
+    distributed.barrier()
+    checkpoint.read_state = failing(checkpoint.read_state, lambda *_: True)
+    trainer(name, "train.steps=6").run()
+
+
+def no_recipe_of_the_parent(name: str) -> None:
+    """Rank 1 cannot read the recipe of the run in train.init_from."""
+    lineage.load_recipe = failing(lineage.load_recipe, lambda *_: True)
+    trainer(name, f"train.init_from={FOLDER / 'bare'}")
 
 
 def rows_of_zeros(name: str) -> None:
     """Rank 1 alone holds rows of zeros, by whose norms DoRA would divide."""
-    parallelize = driver.parallelize
+    whole = driver.parallelize
 
     def emptied(adapter, *given):
-        parallelize(adapter, *given)
+        whole(adapter, *given)
         if distributed.rank() == 1:
             to_local(next(iter(lora.layers(adapter).values())).get_base_layer().weight).zero_()
 
@@ -315,11 +352,11 @@ CASES = (
     full_once,
     full_at_the_end,
     killed_at_the_end,
-    no_data,
-    no_weights,
-    no_loader,
-    no_diagnostics,
-    no_recipe_written,
+    *WITHOUT,
+    no_memory,
+    no_stacks,
+    no_state,
+    no_recipe_of_the_parent,
     rows_of_zeros,
     damaged,
     interrupted,

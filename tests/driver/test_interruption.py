@@ -70,7 +70,7 @@ def test_a_signal_at_any_moment_waits_for_the_update(recipe, moment, monkeypatch
     owner, name = {
         "samples": (trainer.diagnostics, "images"),
         "save": (trainer, "save"),
-        "loading of the first batch": (trainer, "_report"),
+        "loading of the first batch": (trainer, "next_batches"),
     }[moment]
     original = getattr(owner, name)
 

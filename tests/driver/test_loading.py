@@ -67,7 +67,7 @@ def test_a_model_without_shards_is_filled():
             layer = nn.Linear(3, 2)
         assign_state_dict(layer, state, "file", lambda name: torch.bfloat16 if name == "weight" else torch.float32)
     assert layer.weight.is_meta and layer.bias.is_meta
-    DeferredWeights(layer).fill(layer, torch.device("cpu"))
+    DeferredWeights(layer).read(layer, torch.device("cpu"))
     assert layer.weight.dtype == torch.bfloat16 and layer.bias.dtype == torch.float32
     assert torch.equal(layer.weight, state["weight"].bfloat16()) and torch.equal(layer.bias, torch.ones(2))
 

@@ -42,7 +42,9 @@ def latest_valid(run_dir: Path) -> Path | None:
     faults: dict[Path, str] = {}
     while True:
         # Rank 0's list: on a network file system, the others may see a folder later.
-        there = distributed.all_gather(list_complete(run_dir))[0]
+        with distributed.fail_together():
+            own = list_complete(run_dir)
+        there = distributed.all_gather(own)[0]
         faults = {folder: fault for folder, fault in faults.items() if folder in there}  # a live run removes old ones
         if not (left := [folder for folder in there if folder not in faults]):
             break

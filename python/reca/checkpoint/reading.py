@@ -32,10 +32,10 @@ def load(folder: Path, adapter: Adapter, optimizer: torch.optim.Optimizer | None
 
     Raises CheckpointError if the checkpoint is incomplete or damaged, or contains other parameters than this run's.
     """
-    if not (folder / MARKER).exists():
-        raise CheckpointError(f"{folder} is not a complete checkpoint (no {MARKER} file); use an earlier one")
     weights = changed_parameters(adapter)
     with distributed.fail_together():
+        if not (folder / MARKER).exists():
+            raise CheckpointError(f"{folder} is not a complete checkpoint (no {MARKER} file); use an earlier one")
         saved, state = _saved(folder / "weights"), read_state(folder)
     wanted = {name: tuple(value.shape) for name, value in weights.items()}
     if saved != wanted:
@@ -48,10 +48,11 @@ def load(folder: Path, adapter: Adapter, optimizer: torch.optim.Optimizer | None
     if optimizer is not None:
         moments = get_optimizer_state_dict(adapter, optimizer, options=FLAT)
         _read(folder / "optimizer", tensors(moments))
-        set_optimizer_state_dict(adapter, optimizer, moments, options=FLAT)
-        for group, step in zip(optimizer.param_groups, state["group_steps"], strict=True):
-            if step is not None:
-                group["step"] = step
+        with distributed.fail_together():
+            set_optimizer_state_dict(adapter, optimizer, moments, options=FLAT)
+            for group, step in zip(optimizer.param_groups, state["group_steps"], strict=True):
+                if step is not None:
+                    group["step"] = step
     return state
 
 
@@ -61,9 +62,9 @@ def load_ema(folder: Path, averages: dict[str, Tensor], all_of_them: bool = True
     all_of_them: False leaves tensors unchanged of which the checkpoint has no average.
     Raises CheckpointError if it has no averages, or averages of other parameters.
     """
-    if not (folder / EMA).is_dir():
-        raise CheckpointError(f"{folder} has no EMA: its run had ema.half_life=0. Use the raw weights")
     with distributed.fail_together():
+        if not (folder / EMA).is_dir():
+            raise CheckpointError(f"{folder} has no EMA: its run had ema.half_life=0. Use the raw weights")
         saved = _saved(folder / EMA)
     wanted = {name: tuple(value.shape) for name, value in averages.items()}
     if any(wanted.get(name) != shape for name, shape in saved.items()) or (all_of_them and saved != wanted):
@@ -129,7 +130,8 @@ def load_lora(run_dir: Path, adapter: Adapter, config: LoraConfig) -> frozenset[
     _read(folder / "weights", {name: own[name] for name in plain & own.keys()})
     matrices = {name: torch.empty(shapes[name]) for name in names - plain if lora.weight_beside(name) in own}
     _read(folder / "weights", matrices)
-    return frozenset(plain | lora.merge_tensors(adapter, matrices, config))
+    with distributed.fail_together():
+        return frozenset(plain | lora.merge_tensors(adapter, matrices, config))
 
 
 def list_weights(folder: Path) -> dict[str, tuple[int, ...]]:

@@ -48,7 +48,7 @@ def record_collectives(run_dir: Path) -> None:
 
 
 class HangWatch:
-    """Watches that no phase of a step takes longer than `limit` seconds. A context manager.
+    """Watches that no phase of a step takes longer than `limit` seconds. A context manager that all ranks must enter.
 
     If one does on any rank, all ranks write what they are doing, and rank 0 logs which ranks wait for which. The run
     continues until its own timeout (parallel.step_timeout_minutes). limit: 0 disables the watch.
@@ -64,8 +64,9 @@ class HangWatch:
 
     def __enter__(self) -> "HangWatch":
         if self.limit:
-            self.folder.mkdir(exist_ok=True)
-            self.file = (self.folder / f"rank_{distributed.rank()}.txt").open("a")
+            with distributed.fail_together():
+                self.folder.mkdir(exist_ok=True)
+                self.file = (self.folder / f"rank_{distributed.rank()}.txt").open("a")
             self.thread = threading.Thread(target=self._watch, name="hang watch", daemon=True)
             self.thread.start()
         return self

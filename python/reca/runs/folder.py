@@ -42,9 +42,10 @@ class RunFolder:
         self.lock: int | None = _lock(run_dir)
         self.key = folder_lock.key(self.lock)
         folder_lock.holders[self.key] = self
-        if distributed.rank() == 0:
-            for part in run_dir.glob(f".*{PART}"):
-                part.unlink()
+        with distributed.fail_together():
+            if distributed.rank() == 0:
+                for part in run_dir.glob(f".*{PART}"):
+                    part.unlink()
         self.waiting: list[tuple[Path, bytes]] = []  # files to write in `accept`
         self.held, self.before = False, None
         with contextlib.suppress(ValueError):

@@ -231,13 +231,15 @@ def load_parent(adapter: Adapter, recipe: Recipe) -> None:
     if recipe.train.init_from is None:
         return
     folder = Path(recipe.train.init_from)
-    before = load_recipe(folder / "recipe.yaml")
+    with distributed.fail_together():
+        before = load_recipe(folder / "recipe.yaml")
     if before.lora.rank and not lora.continues(before, recipe):
         adapter.inherited = checkpoint.load_lora(folder, adapter, before.lora)
     else:
         adapter.inherited = checkpoint.load_weights(folder, adapter)
     if recipe.lora.rank and not lora.continues(before, recipe):
-        lora.reset(adapter, recipe.train.seed)  # DoRA magnitudes must match the loaded weights
+        with distributed.fail_together():  # each rank checks its own rows
+            lora.reset(adapter, recipe.train.seed)  # DoRA magnitudes must match the loaded weights
 
 
 def check_parent(recipe: Recipe, model: Adapter) -> None:

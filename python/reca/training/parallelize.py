@@ -35,21 +35,27 @@ def parallelize(adapter: Adapter, recipe: Recipe, device: torch.device, deferred
     Blocks are compiled before checkpointing is applied, because Dynamo does not trace into it. deferred: as returned by
     `load`.
     """
-    weights = DeferredWeights(adapter) if deferred else None
-    if recipe.train.float8:
-        float8.convert(adapter)
-    compiled = compiled_blocks.wanted(recipe.train, device)
-    if compiled:
-        compiled_blocks.compile_blocks(adapter)
-    checkpoint_activations(adapter, recipe.train, compiled)
+    with distributed.fail_together():
+        weights = DeferredWeights(adapter) if deferred else None
+        if recipe.train.float8:
+            float8.convert(adapter)
+        compiled = compiled_blocks.wanted(recipe.train, device)
+        if compiled:
+            compiled_blocks.compile_blocks(adapter)
+        checkpoint_activations(adapter, recipe.train, compiled)
     if dist.is_initialized():
         ranks, node = distributed.world_size(), _least(distributed.local_world_size(), device)
         fits = _least(replicas_fit(adapter, memory_per_rank(device)), device)
-        shard(adapter, shard_size(recipe.parallel, ranks, node, bool(fits)), device, recipe.train.precision)
-        distributed.set_timeout(recipe.parallel.timeout_minutes, device)  # of the mesh that `shard` has made
+        size = shard_size(recipe.parallel, ranks, node, bool(fits))
+        distributed.mesh(device, ranks // size, size)  # before what can fail, because all ranks create it together
+        with distributed.fail_together():
+            shard(adapter, size, device, recipe.train.precision)
+        distributed.set_timeout(recipe.parallel.timeout_minutes, device)  # also of the mesh
         adapter.reduces_every_micro_batch = recipe.parallel.reduce_every_micro_batch
     if weights is not None:
-        weights.fill(adapter, device)
+        with distributed.fail_together():
+            weights.read(adapter, device)
+        weights.receive(adapter, device)
 
 
 def shard(adapter: Adapter, size: int, device: torch.device, precision: str) -> None:

@@ -1,7 +1,7 @@
 """Deferred loading: build a model on the meta device, shard it, then read each rank's part of every tensor.
 
 Inside `deferring`, an adapter's `load` leaves parameters on the meta device. Tensors of a file are memory-mapped and
-stored as an attribute of their parameter; `fill` copies from them after sharding, so that no process holds more than
+stored as an attribute of their parameter; `read` copies from them after sharding, so that no process holds more than
 its own shards and the tensor being copied. Random weights are initialised on rank 0 only and broadcast tensor by
 tensor, so that they equal those of a run on one rank. Buffers are computed on every rank; floating-point ones are then
 broadcast from rank 0.
@@ -20,7 +20,7 @@ _active = False
 
 @contextlib.contextmanager
 def deferring() -> Iterator[None]:
-    """Defer the weights of models loaded in the context until `DeferredWeights.fill`."""
+    """Defer the weights of models loaded in the context until `DeferredWeights.read`."""
     global _active
     _active = True
     try:
@@ -57,20 +57,23 @@ class DeferredWeights:
                 self.random[name] = parameter.detach()
 
     @torch.no_grad()
-    def fill(self, module: nn.Module, device: torch.device) -> None:
-        """Allocate the parameters of a model, sharded or not, on `device` and load their values.
+    def read(self, module: nn.Module, device: torch.device) -> None:
+        """Allocate the parameters of a model, sharded or not, on `device`, and read the values that files contain."""
+        _give_memory(module, device)
+        for name, parameter in module.named_parameters():
+            if name in self.files:
+                local_part(parameter).copy_(self.files.pop(name)[own_rows(parameter)])
+
+    @torch.no_grad()
+    def receive(self, module: nn.Module, device: torch.device) -> None:
+        """Set the random parameters and buffers of a model to rank 0's, after `read`.
 
         Collective: every rank must call it.
         """
-        _give_memory(module, device)
         for name, parameter in module.named_parameters():
-            rows = own_rows(parameter)
-            local = local_part(parameter)
-            if name in self.files:
-                local.copy_(self.files.pop(name)[rows])
-                continue
-            whole = _sent(self.random.pop(name), parameter, device)
-            local.copy_(whole[rows])
+            if name in self.random:
+                whole = _sent(self.random.pop(name), parameter, device)
+                local_part(parameter).copy_(whole[own_rows(parameter)])
         _send_buffers(module)
 
     @torch.no_grad()
