@@ -3,6 +3,7 @@
 import gc
 import os
 import re
+import shutil
 import signal
 import threading
 from collections import namedtuple
@@ -128,6 +129,28 @@ def test_what_cannot_be_written_is_said_and_training_goes_on(recipe, monkeypatch
         assert ("Traceback" in caplog.text) == isinstance(error, TypeError)
         assert ("free space in" in caplog.text) == isinstance(error, OSError)
         caplog.clear()
+
+
+@pytest.mark.parametrize("gone", ["moved", "removed"])
+@pytest.mark.parametrize("moment", ["_make_room", "_write", "_write_state", "_checksums", "_publish"])
+def test_a_checkpoint_does_not_create_the_folder_of_its_run_again(recipe, moment, gone, monkeypatch, caplog):
+    """A folder at the old path would contain a part of the checkpoint, and the next start would begin in it."""
+    trainer = Trainer(recipe("ema.half_life=2"), ToyAdapter())
+    taken = checkpoint.snapshot({"step": 4}, trainer.adapter, trainer.optimizer, trainer.ema.averages)
+    original = getattr(writing, moment)
+
+    def after(*arguments):
+        monkeypatch.setattr(writing, moment, original)
+        if gone == "removed":
+            shutil.rmtree(trainer.run_dir)
+        else:
+            trainer.run_dir.rename(trainer.run_dir.with_name("elsewhere"))
+        return original(*arguments)
+
+    monkeypatch.setattr(writing, moment, after)
+    assert checkpoint.write(trainer.run_dir, taken, Keep(1)) is None
+    assert f"{trainer.run_dir} was moved or removed" in caplog.text and "free space" not in caplog.text
+    assert not trainer.run_dir.exists()
 
 
 def test_a_signal_waits_for_the_checkpoint_in_flight(recipe, gate):

@@ -6,6 +6,7 @@ threads that use the same group can deadlock.
 
 import json
 import logging
+import os
 import shutil
 import warnings
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.filesystem import FileSystem
 
 from reca import distributed, exits, units
 from reca.checkpoint import manifest
@@ -32,8 +34,10 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 def save(run_dir: Path, state: dict, adapter: Adapter, optimizer: torch.optim.Optimizer, keep: Keep) -> Path | None:
     """Write a checkpoint and return its folder; None, with an error in the log, if it could not be written.
 
+    The folder run_dir/checkpoints is created if needed.
     state: JSON-serialisable, with the number of completed steps as "step".
     """
+    (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
     return write(run_dir, snapshot(state, adapter, optimizer), keep)
 
 
@@ -59,12 +63,13 @@ def write(run_dir: Path, taken: Snapshot, keep: Keep) -> Path | None:
         with distributed.fail_together(group):
             _publish(partial, final, listed)
     except Exception as error:
-        disk = exits.code_of(error) == exits.DATA
-        log.error(
-            "checkpoint at step %d NOT saved: %s. Earlier checkpoints are untouched%s",
-            step, getattr(error, "reason", None) or first_reason(error), f"; free space in {run_dir}" if disk else "",
-            exc_info=None if isinstance(error, OSError | RuntimeError) else error,
-        )  # fmt: skip
+        reason = f"{getattr(error, 'reason', None) or first_reason(error)}. Earlier checkpoints are untouched"
+        if not final.parent.is_dir():
+            reason = f"the run folder {run_dir} was moved or removed"
+        elif exits.code_of(error) == exits.DATA:
+            reason += f"; free space in {run_dir}"
+        bug = not isinstance(error, OSError | RuntimeError)
+        log.error("checkpoint at step %d NOT saved: %s", step, reason, exc_info=error if bug else None)
         if distributed.rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
         return None
@@ -80,14 +85,22 @@ def write(run_dir: Path, taken: Snapshot, keep: Keep) -> Path | None:
 def _make_room(run_dir: Path, partial: Path, need: int) -> None:
     if distributed.rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        partial.mkdir()  # without parents, as the folders in it: a run folder that was moved is not created again
         free = free_space(run_dir)
         if need > free:
             raise OSError(f"it needs about {units.size(need)} and {units.size(free)} are free")
 
 
+class _WithoutParents(FileSystem):
+    """The file system, on which a writer does not create the parents of its folder."""
+
+    def mkdir(self, path: str | os.PathLike) -> None:
+        Path(path).mkdir(exist_ok=True)
+
+
 def _write(folder: Path, part: dict[str, Tensor], files: dict[str, int]) -> None:
     writer = HuggingFaceStorageWriter(str(folder), files, save_distributed=True)
+    writer.fs = _WithoutParents()
     try:
         dcp.save(part, storage_writer=writer, process_group=distributed.gloo_group())
     except dcp.api.CheckpointException as error:  # a BaseException
