@@ -25,6 +25,7 @@ _LATE = re.compile(
     r"gloo[\s\S]*?Timed out waiting (?P<gloo>\d+) ?ms"
     r"|Watchdog caught collective operation timeout[\s\S]*?ran for (?P<nccl>\d+) milliseconds"
 )
+_ADDRESS = re.compile(r"\[[\w.:%-]+\]:\d+|[\w.:%-]+<\d+>")  # of a peer, as gloo and NCCL write it
 HEAD_START = 3.0  # seconds that other ranks wait for rank 0 to print the same message
 
 
@@ -55,10 +56,11 @@ def lost_rank(error: BaseException) -> str | None:
             "command resumes the run"
         )
     if lost := _LOST.search(str(error)):
+        how = _ADDRESS.sub("", lost[lost.lastindex or 0]).strip(": ")
         return (
-            f"another rank ended without reporting an error ({lost[lost.lastindex or 0]}): it was killed, or its "
-            "machine ran out of memory or went down. See the output of the other ranks and the kernel's log (dmesg); "
-            "the same command resumes the run"
+            f"another rank ended without reporting an error ({how}): it was killed, or its machine ran out of memory "
+            "or went down. See the output of the other ranks and the kernel's log (dmesg); the same command resumes "
+            "the run"
         )
     return None
 
@@ -132,7 +134,8 @@ class OncePerMessage(logging.Filter):
 
 
 def _key(what: str, message: str) -> str:
-    digest = hashlib.sha256(message.encode(errors="backslashreplace")).hexdigest()[:16]
+    """Name a message in the store. Those that differ in the addresses of peers only are one: each rank has its own."""
+    digest = hashlib.sha256(_ADDRESS.sub("", message).encode(errors="backslashreplace")).hexdigest()[:16]
     return f"reca/{what}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{digest}"
 
 

@@ -120,6 +120,30 @@ def test_a_lost_rank_is_recognised(text, words):
     assert said.startswith("another rank ended without reporting an error (") and words in said.partition("):")[0]
 
 
+PEERS = {"[10.0.0.2]:4711": "[10.0.0.3]:815", "10.0.0.2<33759>": "fe80::3%eth0<815>", "node2<57859>": "node3<815>",
+         "[::1]:4711": "[fe80::3]:815"}  # fmt: skip
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_ranks_that_lost_different_peers_print_one_report(peer, monkeypatch, capfd):
+    """Of several ranks that survive another, each has its own connection to it."""
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr("reca.errors._store", lambda: store)
+    monkeypatch.setattr("reca.errors.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("reca.errors.HEAD_START", 0.01)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    reports = [
+        f"Traceback: in step 3\nRuntimeError: Connection closed by peer {other}" for other in (PEERS[peer], peer)
+    ]
+    for rank, report in enumerate([*reports, f"Traceback: in step 4\nRuntimeError: closed by peer {peer}"]):
+        monkeypatch.setenv("RANK", str(rank))
+        print_once(report)
+    told = capfd.readouterr().err
+    assert told.count("step 3") == told.count("step 4") == 1
+    said = [lost_rank(RuntimeError(f"[/gloo/transport/tcp/pair.cc:1] Read error {p}: Broken pipe")) for p in PEERS]
+    assert len(set(said)) == 1 and "Broken pipe" in said[0]
+
+
 @pytest.mark.parametrize(("text", "words"), LATE.items())
 def test_a_collective_that_timed_out_is_recognised(text, words):
     said = lost_rank(torch.distributed.DistBackendError(text))
