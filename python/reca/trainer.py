@@ -333,11 +333,11 @@ class Trainer:
 
         in_background: return as soon as it is copied to host memory, with the folder of an earlier checkpoint that has
         completed in the meantime, or None.
-        Raises OSError if the run folder was moved.
+        Raises OSError if the run folder was moved or removed.
         """
         with distributed.fail_together():
             if distributed.rank() == 0:
-                self.folder.reject_moved()
+                self.folder.reject_lost()
         state = {
             "step": self.step,
             "samples": {task: self._position(task) for task in self.tasks},

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -402,6 +403,14 @@ def test_a_folder_that_is_moved_while_it_trains_is_not_made_again(recipe, tmp_pa
     again = Trainer(made, ToyAdapter())
     assert again.step == 2
     again.run()
+
+
+def test_a_folder_that_is_removed_while_it_trains_is_not_made_again(recipe):
+    made = recipe("checkpoint.every=2", "train.steps=6")
+    trainer = Trainer(made, ToyAdapter(), lambda step: step == 3 and shutil.rmtree(made.run_dir))
+    with pytest.raises(OSError, match=f"{made.run_dir} was removed during the run"):
+        trainer.run()
+    assert trainer.step == 4 and not Path(made.run_dir).exists()
 
 
 def test_files_are_readable_as_the_umask_allows(recipe, tmp_path):

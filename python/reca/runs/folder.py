@@ -87,8 +87,8 @@ class RunFolder:
         """Schedule a file to be written by `accept`."""
         self.waiting.append((path, content))
 
-    def reject_moved(self) -> None:
-        """Raise OSError where the folder has another path by now: what follows would lie in a new one at the old path.
+    def reject_lost(self) -> None:
+        """Raise OSError if the folder was moved or removed: what follows would lie in a new one at the old path.
 
         The status is written where the folder is, as far as the system tells that.
         """
@@ -98,8 +98,10 @@ class RunFolder:
         with contextlib.suppress(FileNotFoundError):
             if folder_lock.key(old / folder_lock.FILE) == folder_lock.key(self.lock):
                 return
-        if not os.fstat(self.lock).st_nlink:
-            return  # the lock file was deleted
+        if not os.fstat(self.lock).st_nlink:  # the lock file was deleted
+            if old.is_dir():
+                return
+            raise OSError(f"the run folder {old} was removed during the run, with its checkpoints and logs")
         place = "where it was moved to"
         with contextlib.suppress(OSError):
             self.path = Path(os.readlink(f"/proc/self/fd/{self.lock}")).parent
