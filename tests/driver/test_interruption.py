@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 
 from reca import exits
+from reca import trainer as driver
+from reca.processes.interruption import Interruption
 from reca.runs.folder import RunFolder
 from reca.runs.status import Status
 from reca.trainer import Trainer
+from tests.driver.forks import exit_codes, fork_ranks
 from tests.driver.toy import ToyAdapter, run_toy
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP]
@@ -41,6 +44,30 @@ def test_signals_end_a_run_behind_the_update(recipe, number):
     trainer = Trainer(recipe(), ToyAdapter(), lambda step: step == 2 and os.kill(os.getpid(), number))
     assert interrupted(trainer) == 2
     assert [signal.getsignal(n) for n in SIGNALS] == before
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_signals_before_the_first_step_end_a_run_at_once(recipe, number, monkeypatch):
+    """There is nothing to save, and loading of weights may take minutes."""
+    made, choose = recipe(), driver.choose_trained
+    monkeypatch.setattr(driver, "choose_trained", lambda *given: [os.kill(os.getpid(), number), choose(*given)][1])
+    monkeypatch.setattr(driver, "make_optimizer", lambda *given: pytest.fail("the start went on"))
+    with pytest.raises(SystemExit) as stop:
+        Trainer(made, ToyAdapter())
+    assert (stop.value.code, Status.read(Path(made.run_dir)).state) == (exits.INTERRUPTED, "interrupted")
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_second_signal_of_a_kind_ends_the_process(number):
+    def twice(rank: int) -> None:
+        interruption = Interruption()
+        with interruption.handle_signals():
+            interruption.deferred = True
+            os.kill(os.getpid(), number)
+            assert interruption.requested
+            os.kill(os.getpid(), number)
+
+    assert exit_codes(fork_ranks(1, twice)) == [-number]
 
 
 @pytest.mark.parametrize("embedded", [True, False])
