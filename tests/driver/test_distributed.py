@@ -354,3 +354,22 @@ def test_every_process_has_a_gpu_of_its_own(monkeypatch):
     for visible in (1, 2):
         with pytest.raises(RecipeError, match=f"4 processes on a machine with {visible} GPUs"):
             gpu(visible, **TORCHRUN)
+    assert gpu(1, RANK="11", LOCAL_WORLD_SIZE="4") == 0
+    with pytest.raises(RecipeError, match="4 processes on a machine with 2 GPUs"):
+        gpu(2, RANK="11", LOCAL_WORLD_SIZE="4")
+
+
+def test_a_rank_with_a_gpu_joins_with_it(monkeypatch):
+    """By NCCL, and with a gloo group for numbers of the host."""
+    joined, groups, chosen = {}, [], []
+    monkeypatch.setattr(os, "environ", TORCHRUN)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(dist, "is_initialized", lambda: bool(joined))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **given: joined.update(given, backend=backend))
+    monkeypatch.setattr(distributed, "_gloo", lambda use, timeout: groups.append(use))
+    device = distributed.initialize(30)
+    assert chosen == [device] == [torch.device("cuda", 3)]
+    assert joined == {"backend": "nccl", "timeout": timedelta(minutes=30), "device_id": device}
+    assert sorted(groups) == ["host", "threads"]
