@@ -297,6 +297,17 @@ def test_collectives_may_take_less_time_after_the_first_step(alone):
     distributed.set_timeout(5, alone)  # without a group, nothing
 
 
+def test_a_process_joins_a_second_group_after_the_first(alone):
+    """As runs of one script do: nothing of the first group may be used again."""
+    for _ in range(2):
+        assert distributed.initialize(30) == alone and distributed.is_joined()
+        sum_of_one = torch.ones(1)
+        dist.all_reduce(sum_of_one, group=distributed.mesh(alone, 1, 1).get_group("shard"))
+        assert sum_of_one == 1 and distributed.all_gather("own", distributed.gloo_group()) == ["own"]
+        distributed.shut_down()
+        assert not distributed.is_joined() and distributed.gloo_group() is None and distributed.world_size() == 1
+
+
 def test_a_run_after_another_in_the_same_group_has_its_own_timeout(alone):
     distributed.set_timeout(5, alone)
     assert distributed.initialize(45) == alone and minutes(alone) == 45
