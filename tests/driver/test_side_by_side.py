@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from reca.processes import side_by_side
+from reca.processes.environment import environment
 from reca.processes.side_by_side import Failure, Job
 
 
@@ -178,3 +179,12 @@ def test_slots(monkeypatch):
     assert side_by_side.cores() == [None] * 3
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,MIG-7")
     assert side_by_side.gpus() == ["2", "MIG-7"]
+
+
+def test_variables_of_the_environment_are_restored(monkeypatch):
+    monkeypatch.setenv("RECA_SET", "before")
+    monkeypatch.delenv("RECA_UNSET", raising=False)
+    with pytest.raises(KeyError, match="job"), environment(RECA_SET="now", RECA_UNSET="now"):
+        assert (os.environ["RECA_SET"], os.environ["RECA_UNSET"]) == ("now", "now")
+        raise KeyError("job")
+    assert os.environ["RECA_SET"] == "before" and "RECA_UNSET" not in os.environ
