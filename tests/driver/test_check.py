@@ -259,6 +259,8 @@ def test_shards_by_default():
     sizes = {(1, 1): 1, (3, 3): 3, (6, 6): 6, (8, 8): 8, (16, 8): 8, (64, 8): 8, (12, 8): 12, (12, 4): 4, (7, 2): 7}
     assert {key: shard_size(ParallelConfig(), *key) for key in sizes} == sizes
     assert shard_size(ParallelConfig(shard=2), 8, 4) == 2
+    with pytest.raises(ValueError, match="one of 1, 2, 4, 8, or"):
+        shard_size(ParallelConfig(shard=3), 8, 4)
 
 
 def test_every_gpu_holds_all_weights_where_they_fit():
