@@ -4,13 +4,14 @@ import contextlib
 import json
 import multiprocessing
 import os
+import shutil
 
 import pytest
 
 from reca.data.bad_samples import _count_keys
 from reca.data.errors import DataError
 from reca.data.sources import conversations as module
-from reca.data.sources import index_files, json_stream, tar_index
+from reca.data.sources import index_files, json_stream, tar_index, tars
 from reca.data.sources.factory import open_source
 from reca.data.sources.json_stream import read_items
 from tests.data.files import conversations, image_bytes, row, tar
@@ -229,6 +230,7 @@ def test_a_tar_is_scanned_once(tmp_path, monkeypatch):
     expected = open_source(str(path), "reca")
     monkeypatch.setattr(index_files, "LARGE", 0)
     first = open_source(str(path), "reca")
+    assert {name.rpartition(".")[2] for name in kept(tmp_path)} == {"tar", "samples"}
     monkeypatch.setattr(tar_index, "read_index", None)
     again = open_source(str(path), "reca")
     for source in (first, again):
@@ -245,12 +247,45 @@ def test_a_tar_that_is_another_is_scanned_again(tmp_path):
     assert open_source(str(path), "reca").key(0) == "a.tar/b.png"
 
 
-@pytest.mark.parametrize("harm", [lambda data: data[:-5], lambda data: b"0" + data[1:], lambda data: b""])
-def test_a_damaged_tar_index_is_made_again(tmp_path, harm):
+def test_the_samples_of_tars_are_grouped_once(tmp_path, monkeypatch):
+    """Those of one task, as only some tasks need captions."""
+    for name in "ab":
+        tar(tmp_path / f"{name}.tar", (f"{name}.png", image_bytes()), (f"{name}.txt", name.encode()))
+    grouped, group = [], tars._samples
+    monkeypatch.setattr(tars, "_samples", lambda path: grouped.append(path.name) or group(path))
+    for _ in range(2):
+        sources = [open_source(f"{tmp_path}/*.tar", task) for task in ("reca", "t2i")]
+        assert [[source[i].text for i in range(2)] for source in sources] == [[None, None], ["a", "b"]]
+    assert grouped == ["a.tar", "b.tar"] * 2
+    tar(tmp_path / "b.tar", ("c.png", image_bytes()))  # one of them changes
+    assert open_source(f"{tmp_path}/*.tar", "reca").key(1) == "b.tar/c.png"
+    tar(tmp_path / "c.tar", ("d.png", image_bytes()))  # one more
+    assert len(open_source(f"{tmp_path}/*.tar", "reca")) == 3
+
+
+def test_many_small_tars_have_an_index_as_one_large_tar(tmp_path, monkeypatch):
+    for name in "ab":
+        tar(tmp_path / f"{name}.tar", (f"{name}.png", image_bytes()))
+    monkeypatch.setattr(index_files, "LARGE", 2 * (tmp_path / "a.tar").stat().st_size)
+    open_source(f"{tmp_path}/a.tar", "reca")
+    assert kept(tmp_path) == []
+    open_source(f"{tmp_path}/*.tar", "reca")
+    assert len(kept(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "harm"),
+    [(kind, harm) for kind in ("tar", "samples") for harm in (lambda data: data[:-5], lambda data: b"")]
+    + [("tar", lambda data: b"0" + data[1:]), ("samples", lambda data: data[:-5] + b"?" + data[-4:])],
+)
+def test_a_damaged_tar_index_is_made_again(tmp_path, kind, harm):
     path = tar(tmp_path / "a.tar", ("a.png", image_bytes()))
     open_source(str(path), "reca")
-    (index,) = (tmp_path / "cache" / "index").glob("*.tar")
-    index.write_bytes(harm(index.read_bytes()))
+    (index,) = (tmp_path / "cache" / "index").glob(f"*.{kind}")
+    damaged = harm(index.read_bytes())
+    shutil.rmtree(index.parent)
+    index.parent.mkdir()
+    index.write_bytes(damaged)
     assert open_source(str(path), "reca")[0].image == image_bytes()
 
 

@@ -74,6 +74,14 @@ def test_tars_are_what_they_are_here(memory, tmp_path):
         there[1]
 
 
+def test_a_tar_that_is_packed_again_is_not_read_at_the_old_places(memory, tmp_path):
+    put(memory, fill(tmp_path / "x", {"a.tar": tar(tmp_path / "one.tar", ("a.png", image_bytes())).read_bytes()}))
+    source = open_source("memory://data/a.tar", "reca")
+    memory.pipe("/data/a.tar", tar(tmp_path / "two.tar", ("b.png", image_bytes())).read_bytes())
+    with pytest.raises(DataError, match=r"memory://.*a\.tar has other members than when the run began"):
+        source[0]
+
+
 def test_the_index_of_a_tar_is_one_of_its_version(memory, tmp_path, monkeypatch):
     monkeypatch.setenv("RECA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(index_files, "LARGE", 0)

@@ -1,12 +1,16 @@
 """Which members of a tar make a sample, and which tars are refused."""
 
 import gzip
+import os
 import subprocess
 import tarfile
 
 import pytest
 
 from reca.data.errors import BadSample, DataError
+from reca.data.order import make_order
+from reca.data.sample import digest
+from reca.data.sources import index_files
 from reca.data.sources.factory import open_source
 from tests.data.files import image_bytes, tar
 
@@ -234,6 +238,23 @@ def test_identity_is_of_members_and_not_of_the_place(tmp_path):
     assert opened(tar(tmp_path / "there/s.tar", ("a.jpg", DARK + b"0"))).identity() != one
 
 
+@pytest.mark.parametrize("large", [0, 10**9])  # with an index file, and without
+def test_the_order_of_samples_stays_that_of_earlier_versions(tmp_path, monkeypatch, large):
+    """So that a run begun with one resumes: neither keys, sizes nor positions may change."""
+    monkeypatch.setenv("RECA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(index_files, "LARGE", large)
+    monkeypatch.setattr(index_files, "SETTLED", 0.0)
+    for shard in range(3):
+        members = [(f"d/{n}.{suffix}", bytes(n + 1)) for n in range(4) for suffix in ("jpg", "json", "txt")]
+        tar(tmp_path / f"{shard}.tar", *members, ("v1.5_ü.png", DARK), ("v1.5_ü.txt", b"x"))
+    for task, identity in {"reca": "129dfa0827c39ac6", "t2i": "4ab9e3589b5d6cb1"}.items():
+        source = opened(tmp_path / "{0..2}.tar", task)
+        order = make_order(source, 5)
+        drawn = [source.key(order.index(position)) for position in range(30)]
+        assert source.identity()[:16] == identity and digest(drawn)[:16] == "bcd38b0fa5a8eee1"
+        assert drawn[:3] == ["1.tar/d/2.jpg", "1.tar/v1.5_ü.png", "2.tar/d/1.jpg"]
+
+
 def test_captions_that_are_none_are_bad_samples(tmp_path):
     source = opened(
         tar(tmp_path / "s.tar", ("a.jpg", DARK), ("a.txt", b"caf\xe9"), ("b.jpg", DARK), ("b.txt", b" ")), "t2i"
@@ -248,4 +269,27 @@ def test_a_tar_that_shrinks_is_a_bad_sample(tmp_path):
     source = opened(path)
     path.write_bytes(path.read_bytes()[:520])
     with pytest.raises(BadSample, match="shorter than when the run began"):
+        source[0]
+
+
+@pytest.mark.parametrize("names", [("b.jpg", "c.jpg"), ("a.jpg", "bb.jpg"), ("c.jpg", "b.jpg")])
+def test_members_of_a_tar_that_was_packed_again_are_not_read_for_others(tmp_path, names):
+    """Even of the same sizes, and with the time of the old file: the header before a member's bytes tells."""
+    path, new = tar(tmp_path / "s.tar", ("a.jpg", DARK), ("b.jpg", DARK)), bytes(len(DARK))
+    source, stamp = opened(path), path.stat()
+    tar(path, *((name, new) for name in names))
+    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    for index, name in enumerate(("a.jpg", "b.jpg")):
+        if names[index] == name:
+            assert source[index].image == new  # the same member
+        else:
+            with pytest.raises(DataError, match=r"s\.tar has other members than when the run began"):
+                source[index]
+
+
+def test_a_caption_of_another_sample_is_not_read(tmp_path):
+    path = tar(tmp_path / "s.tar", ("a.jpg", DARK), ("a.txt", b"one"))
+    source = opened(path, "t2i")
+    tar(path, ("a.jpg", DARK), ("b.txt", b"two"))
+    with pytest.raises(DataError, match="there is another caption at byte 1536"):
         source[0]

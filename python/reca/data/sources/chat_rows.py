@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from reca.data.sources.remote import AnyPath, RemotePath
 from reca.data.sources.skipped import Skipped
@@ -15,13 +15,6 @@ ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "s
 
 class BadRow(ValueError):
     """A row that cannot be used. The message is the reason, and completes the sentence "N rows that ..."."""
-
-
-class Row(NamedTuple):
-    """An image, and the turns about it."""
-
-    image: str  # below the image root, without ".."
-    turns: tuple[Turn, ...]
 
 
 def _value(item: dict, name: str, other: str) -> Any:

@@ -1,7 +1,7 @@
 """Indexes of large data files, stored in a cache folder and shared by all ranks and runs.
 
-An index is valid as long as its data file has the same path, size and times. It is written under a temporary name and
-renamed, so it is either complete or absent. One process per machine builds it while the others wait.
+An index is valid as long as its data files have the same paths, sizes and times. It is written under a temporary name
+and renamed, so it is either complete or absent. One process per machine builds it while the others wait.
 """
 
 import contextlib
@@ -12,16 +12,18 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from reca.data.sources.remote import AnyPath, RemotePath
+from reca.data.read_ahead import read_ahead
+from reca.data.sources.patterns import some
+from reca.data.sources.remote import REQUESTS, AnyPath, RemotePath
 from reca.data.sources.skipped import log_once
 
-LARGE = 2**24  # bytes; files of at least this size get an index file
+LARGE = 2**24  # bytes; files of at least this size, together, get an index file
 SETTLED = 2.0  # seconds; a file that changed more recently could change again with the same time stamp
-VERSION = 3  # of all index formats; increment when the content of an index changes
+VERSION = 4  # of all index formats; increment when the content of an index changes
 
 
 def cache_folder() -> Path:
@@ -32,29 +34,33 @@ def cache_folder() -> Path:
     return Path(root) / "index"
 
 
+def worth_keeping(paths: Sequence[AnyPath]) -> bool:
+    """Return whether files get an index file: they are large, and servers identify their versions. Raises OSError."""
+    remote = [path for path in paths if isinstance(path, RemotePath)]
+    if any(version is None for version in read_ahead(RemotePath.version, remote, REQUESTS)):
+        return False
+    return sum(found.st_size for found in read_ahead(lambda path: path.stat(), paths, REQUESTS)) >= LARGE
+
+
 class IndexFile:
-    """Path of a file's index, and the stamp by which it is valid.
+    """Path of the index of files, and the stamp by which it is valid.
 
     depends: everything else that the index depends on, JSON-serialisable.
     """
 
-    def __init__(self, source: AnyPath, kind: str, *depends: Any):
-        self.source, self.depends = source, [VERSION, kind, *depends]
-        name = hashlib.sha256(json.dumps([_address(source), *self.depends]).encode("utf-8", "replace"))
+    def __init__(self, sources: Sequence[AnyPath], kind: str, *depends: Any):
+        self.sources, self.depends, self.name = sources, [VERSION, kind, *depends], some(sources)
+        name = hashlib.sha256(json.dumps([*map(_address, sources), *self.depends]).encode("utf-8", "replace"))
         self.path = cache_folder() / f"{name.hexdigest()[:32]}.{kind}"
         self.stamp = self.now()
-        age = time.time() - max(self.stamp[2], self.stamp[3]) / 1e9
+        age = time.time() - max(max(found[2], found[3]) for found in self.stamp[0]) / 1e9
         if 0 <= age < SETTLED:
             time.sleep(SETTLED - age)
             self.stamp = self.now()
 
     def now(self) -> list:
-        """Return the current stamp: path, size and times of the file, and everything else the index depends on."""
-        if isinstance(self.source, RemotePath):
-            return [str(self.source), 0, 0, 0, *(self.source.version() or []), *self.depends]
-        found = os.stat(self.source)
-        path = os.path.abspath(self.source).encode("utf-8", "surrogateescape").hex()
-        return [path, found.st_size, found.st_mtime_ns, found.st_ctime_ns, *self.depends]
+        """Return the current stamp: path, size and times of the files, and everything else the index depends on."""
+        return [list(read_ahead(_stamp, self.sources, REQUESTS)), *self.depends]
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -82,9 +88,17 @@ class IndexFile:
         """Warn that the index has to be rebuilt at every start."""
         log_once(
             logging.WARNING,
-            f"the index of {self.source} cannot be saved in {self.path.parent} ({error.strerror or error}): every "
+            f"the index of {self.name} cannot be saved in {self.path.parent} ({error.strerror or error}): every "
             "process rebuilds it. Set RECA_CACHE to a writable folder",
         )
+
+
+def _stamp(source: AnyPath) -> list:
+    if isinstance(source, RemotePath):
+        return [str(source), 0, 0, 0, *(source.version() or [])]
+    found = os.stat(source)
+    path = os.path.abspath(source).encode("utf-8", "surrogateescape").hex()
+    return [path, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 
 
 def _address(source: AnyPath) -> str:

@@ -12,9 +12,8 @@ log = logging.getLogger("reca")
 class Skipped:
     """Counts of skipped files by reason, each with the first file's name as it is printed."""
 
-    def __init__(self) -> None:
-        self.counts: dict[str, int] = {}
-        self.first: dict[str, str] = {}
+    def __init__(self, counts: dict[str, int] | None = None, first: dict[str, str] | None = None):
+        self.counts, self.first = counts or {}, first or {}
 
     def add(self, reason: str, name: str) -> None:
         self.counts[reason] = self.counts.get(reason, 0) + 1

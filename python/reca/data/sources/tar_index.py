@@ -9,13 +9,14 @@ nor links, keeps the last of two members with the same name, and accepts truncat
 
 import posixpath
 import tarfile
+import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from reca.data.errors import DataError
 from reca.data.sample import IMAGE_SUFFIXES, hidden
 from reca.data.sources import index_files
-from reca.data.sources.remote import AnyPath, RemotePath
+from reca.data.sources.remote import AnyPath
 from reca.data.sources.skipped import Skipped
 from reca.io.files import HEAD, packed, placeholder
 
@@ -24,10 +25,15 @@ MAX_LINKS = 10
 
 
 class Stored(NamedTuple):
-    """Location of a member's bytes. pieces: of a sparse file, (offset in it, length) of the stored parts, in order."""
+    """Location of a member's bytes.
+
+    header: CRC-32 of the block before them, which tells whether the tar still has this member there.
+    pieces: of a sparse file, (offset in it, length) of the stored parts, in order.
+    """
 
     offset: int
     size: int
+    header: int
     pieces: tuple[tuple[int, int], ...] = ()
 
 
@@ -39,10 +45,9 @@ class Member(NamedTuple):
 def kept_index(path: AnyPath, skipped: Skipped) -> list[Member]:
     """Return the result of `read_index`; for a large tar from its index file, which is built if missing."""
     try:
-        unversioned = isinstance(path, RemotePath) and path.version() is None
-        if unversioned or path.stat().st_size < index_files.LARGE:
+        if not index_files.worth_keeping([path]):
             return read_index(path, skipped)
-        index = index_files.IndexFile(path, "tar")
+        index = index_files.IndexFile([path], "tar")
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
     content = index_files.read_json(index)
@@ -56,12 +61,14 @@ def kept_index(path: AnyPath, skipped: Skipped) -> list[Member]:
                 index_files.write_json(index, content)
     members, counts, first = content
     skipped.merge(counts, first)
-    return [Member(name, Stored(offset, size, tuple(map(tuple, pieces)))) for name, offset, size, pieces in members]
+    return [Member(name, Stored(*stored)) for name, *stored in members]
 
 
 def read_index(path: AnyPath, skipped: Skipped) -> list[Member]:
     """Return all files of a tar in order, with links resolved. Raises DataError if the tar is damaged or truncated."""
-    infos = list(_headers(path))
+    found = list(_headers(path))
+    infos = [info for info, _ in found]
+    headers = {info.offset_data: header for info, header in found}
     files: dict[str, Stored] = {}
     members = []
     targets = {_clean(info.name): info for info in infos}  # of repeated names, the last
@@ -75,11 +82,11 @@ def read_index(path: AnyPath, skipped: Skipped) -> list[Member]:
                 skipped.add("hidden files", f"{path}: {name}")
             continue
         if info.isreg():
-            stored: Stored | None = _stored(info)
+            stored: Stored | None = _stored(info, headers)
         elif info.islnk():  # usually to an earlier file
-            stored = files.get(_clean(info.linkname)) or _follow(info, targets)
+            stored = files.get(_clean(info.linkname)) or _follow(info, targets, headers)
         else:
-            stored = _follow(info, targets) if info.issym() else None
+            stored = _follow(info, targets, headers) if info.issym() else None
         if stored:
             files[name] = stored
             members.append(Member(name, stored))
@@ -88,7 +95,8 @@ def read_index(path: AnyPath, skipped: Skipped) -> list[Member]:
     return members
 
 
-def _headers(path: AnyPath) -> Iterator[tarfile.TarInfo]:
+def _headers(path: AnyPath) -> Iterator[tuple[tarfile.TarInfo, int]]:
+    """Yield every member, and the CRC-32 of the block before its data."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -97,7 +105,7 @@ def _headers(path: AnyPath) -> Iterator[tarfile.TarInfo]:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def _walk(path: AnyPath, file, size: int) -> Iterator[tarfile.TarInfo]:
+def _walk(path: AnyPath, file, size: int) -> Iterator[tuple[tarfile.TarInfo, int]]:
     try:
         tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 (the file is closed by its owner)
     except OSError:
@@ -122,7 +130,8 @@ def _walk(path: AnyPath, file, size: int) -> Iterator[tarfile.TarInfo]:
         if info.size < 0 or tar.offset <= info.offset or any(at < 0 or n < 0 for at, n in sparse or ()):
             raise DataError(_damage(path, size, info.offset, last, "a negative size"))
         place, last = tar.offset, info.name
-        yield info
+        file.seek(info.offset_data - tarfile.BLOCKSIZE)
+        yield info, zlib.crc32(file.read(tarfile.BLOCKSIZE))
     _check_end(path, file, size, tar.offset, last)
 
 
@@ -162,12 +171,12 @@ def _what(file, error: Exception) -> str:
     return f"it {cause}" if (cause := placeholder(head) or packed(head)) else str(error)
 
 
-def _stored(info: tarfile.TarInfo) -> Stored:
+def _stored(info: tarfile.TarInfo, headers: dict[int, int]) -> Stored:
     sparse: Any = info.sparse
-    return Stored(info.offset_data, info.size, tuple(sparse or ()))
+    return Stored(info.offset_data, info.size, headers[info.offset_data], tuple(sparse or ()))
 
 
-def _follow(info: tarfile.TarInfo, targets: dict[str, tarfile.TarInfo]) -> Stored | None:
+def _follow(info: tarfile.TarInfo, targets: dict[str, tarfile.TarInfo], headers: dict[int, int]) -> Stored | None:
     """Resolve a link within the tar. Return None if it does not lead to a file."""
     for _ in range(MAX_LINKS):
         name = info.linkname
@@ -178,7 +187,7 @@ def _follow(info: tarfile.TarInfo, targets: dict[str, tarfile.TarInfo]) -> Store
             return None
         info = target
         if info.isreg():
-            return _stored(info)
+            return _stored(info, headers)
     return None
 
 

@@ -1,8 +1,11 @@
 """Images in webdataset tars: how members are grouped into samples and read."""
 
+import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+import tarfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 from reca.data.errors import BadSample, DataError
 from reca.data.read_ahead import read_ahead
@@ -16,6 +19,8 @@ from reca.data.sample import (
     decode_caption,
     digest,
 )
+from reca.data.sources import records
+from reca.data.sources.index_files import IndexFile, worth_keeping
 from reca.data.sources.patterns import relative_names, some
 from reca.data.sources.remote import REQUESTS, AnyPath, read_range
 from reca.data.sources.skipped import Skipped, log_once
@@ -23,10 +28,10 @@ from reca.data.sources.tar_index import Member, Stored, kept_index
 
 
 class Entry(NamedTuple):
-    """Location of a sample's image and caption."""
+    """A sample: number of its tar, name of its image, and location of image and caption."""
 
-    path: AnyPath
-    key: str
+    shard: int
+    name: str
     image: Stored
     text: Stored | None
 
@@ -39,41 +44,74 @@ class Tars:
     are not read. If a key has no such member, but images with dots in their names (v1.5_a.jpg, v1.5_b.jpg), each of
     them is a sample, whose key is the name up to the last dot. A repeated key, a repeated member and a second image of
     a sample are errors. Unused image members are counted.
+    The samples of large tars are listed in an index file, from which a rank reads only those it needs.
     """
 
     def __init__(self, paths: Sequence[AnyPath], task: str):
-        self.task, self.skipped = task, Skipped()
-        self.entries: list[Entry] = []
-        shards = read_ahead(_samples, paths, REQUESTS)
-        for path, shard, (samples, skipped) in zip(paths, relative_names(paths), shards, strict=True):
-            self.skipped.merge(skipped.counts, skipped.first)
-            for sample in samples:
-                if task == "t2i" and sample.text is None:
-                    raise DataError(f"{path}: {sample.image.name} has no .txt caption, which t2i needs")
-                text = sample.text.stored if sample.text and task == "t2i" else None
-                self.entries.append(Entry(path, f"{shard}/{sample.image.name}", sample.image.stored, text))
+        self.paths, self.task = list(paths), task
+        self.shards = relative_names(paths)
+        try:
+            large = worth_keeping(paths)
+            self.entries, facts = (
+                records.kept(IndexFile(paths, "samples", task == "t2i"), self._write)
+                if large
+                else records.in_memory(self._write)
+            )
+        except OSError as error:
+            raise DataError(f"{some(paths)} cannot be read: {error.strerror or error}") from error
+        self._identity: str = facts["identity"]
+        self.skipped = Skipped(*facts["skipped"])
         if not self.entries:
             why = f": skipped {self.skipped}" if self.skipped else ""
             raise DataError(f"no images in {some(paths)}{why}")
         self.skipped.warn(some(paths))
 
+    def _write(self, write: Callable[[bytes], Any]) -> records.Facts:
+        """Write an entry per sample, as JSON."""
+        skipped = Skipped()
+
+        def described() -> Iterator[tuple[str, int]]:
+            shards = read_ahead(_samples, self.paths, REQUESTS)
+            for number, (path, (samples, found)) in enumerate(zip(self.paths, shards, strict=True)):
+                skipped.merge(found.counts, found.first)
+                for sample in samples:
+                    if self.task == "t2i" and sample.text is None:
+                        raise DataError(f"{path}: {sample.image.name} has no .txt caption, which t2i needs")
+                    text = sample.text.stored if sample.text and self.task == "t2i" else None
+                    entry = Entry(number, sample.image.name, sample.image.stored, text)
+                    write(json.dumps(entry).encode())
+                    yield self._key(entry), _size(entry)
+
+        return {"identity": digest(described()), "skipped": [skipped.counts, skipped.first]}
+
     def __len__(self) -> int:
         return len(self.entries)
 
+    def _entry(self, index: int) -> Entry:
+        number, name, image, text = json.loads(self.entries[index])
+        return Entry(number, name, Stored(*image), text and Stored(*text))
+
+    def _key(self, entry: Entry) -> str:
+        return f"{self.shards[entry.shard]}/{entry.name}"
+
     def __getitem__(self, index: int) -> Sample:
-        entry = self.entries[index]
-        text = entry.text and decode_caption(_read(entry.path, entry.text, MAX_CAPTION_BYTES, "caption"))
-        return Sample(entry.key, _read(entry.path, entry.image, MAX_IMAGE_BYTES, "image"), text)
+        entry = self._entry(index)
+        path = self.paths[entry.shard]
+        text = entry.text and decode_caption(_read(path, entry.text, MAX_CAPTION_BYTES, "caption"))
+        return Sample(self._key(entry), _read(path, entry.image, MAX_IMAGE_BYTES, "image"), text)
 
     def key(self, index: int) -> str:
-        return self.entries[index].key
+        return self._key(self._entry(index))
 
     def size(self, index: int) -> int:
-        entry = self.entries[index]
-        return entry.image.size + (entry.text.size if entry.text else 0)
+        return _size(self._entry(index))
 
     def identity(self) -> str:
-        return digest((self.key(index), self.size(index)) for index in range(len(self)))
+        return self._identity
+
+
+def _size(entry: Entry) -> int:
+    return entry.image.size + (entry.text.size if entry.text else 0)
 
 
 class _Sample(NamedTuple):
@@ -175,16 +213,24 @@ def _last_suffix(name: str) -> str:
 
 
 def _read(path: AnyPath, stored: Stored, limit: int, what: str) -> bytes:
+    """Read a member with the block before it. Raises DataError if the tar was written again since it was indexed."""
     checked_size(stored.size, limit, what)
-    if not stored.pieces:
-        data = read_range(path, stored.offset, stored.size)
-    else:  # a sparse file: gaps between the pieces are zeros
-        packed = read_range(path, stored.offset, sum(length for _, length in stored.pieces))
-        whole, taken = bytearray(stored.size), 0
-        for place, length in stored.pieces:
-            whole[place : place + length] = packed[taken : taken + length]
-            taken += length
-        data = bytes(whole)
-    if len(data) != stored.size:
+    length = sum(length for _, length in stored.pieces) if stored.pieces else stored.size
+    data = read_range(path, stored.offset - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE + length)
+    if len(data) < tarfile.BLOCKSIZE + length:
         raise BadSample(f"{path} is shorter than when the run began")
-    return data
+    header, data = data[: tarfile.BLOCKSIZE], data[tarfile.BLOCKSIZE :]
+    if zlib.crc32(header) != stored.header:
+        raise DataError(
+            f"{path} has other members than when the run began: there is another {what} at byte {stored.offset}. Put "
+            "the old file back to resume the run, or start a new one"
+        )
+    if not stored.pieces:
+        return data
+    whole, taken = bytearray(stored.size), 0  # a sparse file: gaps between the pieces are zeros
+    for place, length in stored.pieces:
+        whole[place : place + length] = data[taken : taken + length]
+        taken += length
+    if len(whole) != stored.size:
+        raise BadSample(f"{path}: the pieces of the sparse {what} at byte {stored.offset} exceed its size")
+    return bytes(whole)
