@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,8 +17,10 @@ from reca.data.errors import DataError
 from reca.data.loader import open_loader
 from reca.data.pixels import BadImage
 from reca.data.sources.factory import open_source
+from reca.data.sources.mixture import Mixture, Subset
+from reca.data.sources.tars import Tars
 from reca.data.views import View, Views
-from tests.data.files import conversations, fill, image_bytes, row
+from tests.data.files import conversations, fill, image_bytes, row, tar
 
 VIEWS = Views(gen=View(4), und=None)
 
@@ -95,6 +98,24 @@ def test_the_share_is_of_images_and_not_of_rows_about_them(tmp_path):
     bad_samples = BadSamples(None, open_source(str(conversations(tmp_path, *rows)), "i2t"), 0.4)
     with pytest.raises(DataError, match="1 of 2 samples"):
         bad_samples.add(1, "junk")
+
+
+def test_samples_with_keys_of_their_own_are_not_counted_one_by_one(tmp_path, monkeypatch):
+    """That would read every entry of the index during the run. The images of a subset of rows are still counted."""
+    first, second = (tar(tmp_path / f"{n}.tar", *((f"{i}.png", b"") for i in range(20))) for n in range(2))
+    talk = conversations(tmp_path, *(row("human", str(i), "gpt", "A", image="a.png") for i in range(10)))
+    single, rows = open_source(str(first), "reca"), open_source(str(talk), "i2t")
+    some = np.arange(5)
+    mixed = Mixture([Subset(single, some), open_source(str(second), "reca")], [1, 1])
+    for source, images in ((single, 20), (Subset(single, some), 5), (mixed, 25), (Subset(mixed, some), 5)):
+        with pytest.raises(DataError, match=f"1 of {images} samples"):
+            BadSamples(None, source, 0.01).add(0, "junk")
+    for source in (Subset(rows, some), Mixture([Subset(rows, some)], [1])):
+        with pytest.raises(DataError, match="1 of 1 samples"):
+            BadSamples(None, source, 0.5).add(0, "junk")
+    monkeypatch.setattr(Tars, "key", lambda *_: "0.tar/0.png")
+    with pytest.raises(DataError, match="1 of 25 samples"):
+        BadSamples(None, mixed, 0.01).add(0, "junk")
 
 
 def test_starts_write_each_bad_file_once(root, tmp_path):

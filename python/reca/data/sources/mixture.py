@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -29,6 +30,12 @@ class Mixture:
 
     def __len__(self) -> int:
         return int(self.first[-1])
+
+    @property
+    def images(self) -> int | None:
+        """Return the number of distinct images; None if it is not known."""
+        images: list[Any] = [getattr(part, "images", None) for part in self.parts]
+        return None if None in images else sum(images)
 
     def _place(self, index: int) -> tuple[int, int]:
         """Return the number of a sample's source, and its index in that source."""
@@ -77,6 +84,8 @@ class Subset:
 
     def __init__(self, source: Source, indices: np.ndarray, images: int | None = None):
         self.source, self.indices, self.images = source, indices, images
+        if images is None and getattr(source, "images", None) == len(source):
+            self.images = len(indices)
         self.skipped = getattr(source, "skipped", None)
         blocks = getattr(source, "blocks", None)
         if blocks is not None:

@@ -59,6 +59,7 @@ class Tars:
             )
         except OSError as error:
             raise DataError(f"{some(paths)} cannot be read: {error.strerror or error}") from error
+        self.images = len(self.entries)  # distinct ones: no two have the same key
         self._identity: str = facts["identity"]
         self.skipped = Skipped(*facts["skipped"])
         if not self.entries:
