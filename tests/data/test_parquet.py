@@ -320,6 +320,13 @@ def test_files_that_are_not_whole(tmp_path):
         opened(empty)
 
 
+def test_a_file_written_again_is_not_read_for_the_old_one(tmp_path):
+    source = opened(midjourney(tmp_path / "a.parquet", 0, 8))
+    midjourney(tmp_path / "a.parquet", 100, 12)
+    with pytest.raises(BadSample, match=r"a\.parquet has other rows than when the run began"):
+        source[0]
+
+
 def test_the_splits_of_a_folder_are_not_mixed(tmp_path):
     for split in ("train", "test"):
         midjourney(tmp_path / f"{split}-00000-of-00001.parquet", 0, 2)

@@ -112,7 +112,10 @@ class Parquet:
         return number, index - int(self.starts[number])
 
     def _metadata(self, file: int) -> Any:
-        return read_footer(self.paths[file])[0]
+        metadata, footer = read_footer(self.paths[file])
+        if footer != self.footers[file]:
+            raise DataError(f"{self.paths[file]} has other rows than when the run began")
+        return metadata
 
     def _load(self, number: int) -> Any:
         """Read a row group's columns. Raises BadSample if its bytes are damaged."""
