@@ -22,12 +22,15 @@ from reca.io.files import HEAD, packed, placeholder
 
 MAX_PADDING = 2**20  # zeros after the archive: writers pad to a record, interrupted downloads to the whole file
 MAX_LINKS = 10
+# Bytes of the header before a member's data that are checked when it is read. The header's checksum covers its first
+# byte. A request from byte 0 would not reveal a server that ignores ranges.
+HEADER = tarfile.BLOCKSIZE - 1
 
 
 class Stored(NamedTuple):
     """Location of a member's bytes.
 
-    header: CRC-32 of the block before them, which tells whether the tar still has this member there.
+    header: CRC-32 of the HEADER bytes before them, which tells whether the tar still has this member there.
     pieces: of a sparse file, (offset in it, length) of the stored parts, in order.
     """
 
@@ -96,7 +99,7 @@ def read_index(path: AnyPath, skipped: Skipped) -> list[Member]:
 
 
 def _headers(path: AnyPath) -> Iterator[tuple[tarfile.TarInfo, int]]:
-    """Yield every member, and the CRC-32 of the block before its data."""
+    """Yield every member, and the CRC-32 of the HEADER bytes before its data."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -130,8 +133,8 @@ def _walk(path: AnyPath, file, size: int) -> Iterator[tuple[tarfile.TarInfo, int
         if info.size < 0 or tar.offset <= info.offset or any(at < 0 or n < 0 for at, n in sparse or ()):
             raise DataError(_damage(path, size, info.offset, last, "a negative size"))
         place, last = tar.offset, info.name
-        file.seek(info.offset_data - tarfile.BLOCKSIZE)
-        yield info, zlib.crc32(file.read(tarfile.BLOCKSIZE))
+        file.seek(info.offset_data - HEADER)
+        yield info, zlib.crc32(file.read(HEADER))
     _check_end(path, file, size, tar.offset, last)
 
 

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -24,7 +23,7 @@ from reca.data.sources.index_files import IndexFile, worth_keeping
 from reca.data.sources.patterns import relative_names, some
 from reca.data.sources.remote import REQUESTS, AnyPath, read_range
 from reca.data.sources.skipped import Skipped, log_once
-from reca.data.sources.tar_index import Member, Stored, kept_index
+from reca.data.sources.tar_index import HEADER, Member, Stored, kept_index
 
 
 class Entry(NamedTuple):
@@ -214,13 +213,13 @@ def _last_suffix(name: str) -> str:
 
 
 def _read(path: AnyPath, stored: Stored, limit: int, what: str) -> bytes:
-    """Read a member with the block before it. Raises DataError if the tar was written again since it was indexed."""
+    """Read a member with its header. Raises DataError if the tar was written again since it was indexed."""
     checked_size(stored.size, limit, what)
     length = sum(length for _, length in stored.pieces) if stored.pieces else stored.size
-    data = read_range(path, stored.offset - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE + length)
-    if len(data) < tarfile.BLOCKSIZE + length:
+    data = read_range(path, stored.offset - HEADER, HEADER + length)
+    if len(data) < HEADER + length:
         raise BadSample(f"{path} is shorter than when the run began")
-    header, data = data[: tarfile.BLOCKSIZE], data[tarfile.BLOCKSIZE :]
+    header, data = data[:HEADER], data[HEADER:]
     if zlib.crc32(header) != stored.header:
         raise DataError(
             f"{path} has other members than when the run began: there is another {what} at byte {stored.offset}. Put "
