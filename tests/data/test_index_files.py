@@ -1,6 +1,7 @@
 """Large conversation files and tars: read in pieces, indexed once, and never by an index that is not theirs."""
 
 import contextlib
+import errno
 import json
 import multiprocessing
 import os
@@ -11,7 +12,7 @@ import pytest
 from reca.data.bad_samples import _count_keys
 from reca.data.errors import DataError
 from reca.data.sources import conversations as module
-from reca.data.sources import index_files, json_stream, tar_index, tars
+from reca.data.sources import index_files, json_stream, records, tar_index, tars
 from reca.data.sources.factory import open_source
 from reca.data.sources.json_stream import read_items
 from tests.data.files import conversations, image_bytes, row, tar
@@ -168,6 +169,34 @@ def test_a_damaged_index_is_made_again(tmp_path, harm):
     index.write_bytes(harm(whole))
     assert contents(open_source(str(path), "i2t")) == expected
     assert len(index.read_bytes()) == len(whole)
+
+
+def test_a_damaged_offset_is_found(tmp_path):
+    path = conversations(tmp_path, *ROWS)
+    expected = contents(open_source(str(path), "i2t"))
+    (index,) = (tmp_path / "cache" / "index").glob("*.rows")
+    whole = index.read_bytes()
+    place = whole.index(b'{"stamp"') - 16  # that of the row before the last
+    index.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    assert contents(open_source(str(path), "i2t")) == expected and index.read_bytes() == whole
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_a_full_disk_costs_the_index_alone(tmp_path, monkeypatch, number):
+    path = conversations(tmp_path, *ROWS)
+    expected = contents(open_source(str(path), "i2t"))
+    shutil.rmtree(tmp_path / "cache")
+
+    def full(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(records, "_finish", full)
+    if number == errno.EIO:
+        with pytest.raises(DataError, match=r"rows\.json cannot be read: Input/output error"):
+            open_source(str(path), "i2t")
+    else:
+        assert contents(open_source(str(path), "i2t")) == expected
+    assert kept(tmp_path) == []
 
 
 def test_a_file_that_changes_while_it_is_read_leaves_no_index(tmp_path, monkeypatch):

@@ -23,6 +23,21 @@ def test_files_cut_anywhere(tmp_path, save):
         refused(path)
 
 
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
+def test_a_cut_safetensors_file_is_not_called_damaged(tmp_path, metadata):
+    path = tmp_path / "m.safetensors"
+    save_file(STATE, path, metadata)
+    whole = path.read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    for cut in (start, start + 1, len(whole) - 1):
+        path.write_bytes(whole[:cut])
+        refused(path, f"is cut off: it declares {len(whole)} bytes and has {cut}")
+    path.write_bytes(whole[: start - 1])
+    refused(path, f"is cut off: it declares a header of {start - 8} bytes and has {start - 1}")
+    path.write_bytes(whole)
+    same(read_tensors(path))
+
+
 @pytest.mark.parametrize("save", [torch.save, legacy, save_file], ids=["zip", "legacy", "safetensors"])
 def test_damaged_bytes_end_in_a_sentence_or_in_tensors(tmp_path, save):
     path, rng = tmp_path / ("m.safetensors" if save is save_file else "m.pth"), random.Random(0)

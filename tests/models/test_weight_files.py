@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from reca.io.files import read_json
 from reca.models.common.text import read_tokenizer
 from reca.models.common.tiny_tokenizer import word_tokenizer
-from reca.models.common.weight_files import assign_state_dict, read_tensors, weight_file
+from reca.models.common.weight_files import assign_state_dict, init_on_meta, read_tensors, weight_file
 
 STATE = {"a.weight": torch.arange(4.0).view(2, 2), "b.bias": torch.ones(300)}
 
@@ -89,6 +89,8 @@ def test_other_suffixes(tmp_path):
     refused(tmp_path / "m.pkl", "rename it to m.pth")
     torch.save(STATE, tmp_path / "m.pth.tar")
     refused(tmp_path / "m.pth.tar", "rename it to m.pth")
+    save_file(STATE, tmp_path / "m.pth.zip")
+    refused(tmp_path / "m.pth.zip", "rename it to m.safetensors")
     (tmp_path / "m.safetensors.incomplete").write_bytes(b"12345678{")
     refused(tmp_path / "m.safetensors.incomplete")
     (tmp_path / "notes.txt").write_text("notes")
@@ -165,11 +167,12 @@ WRAPPED = {
     "ema": lambda s: {"ema": s, "steps": 3},
     "model_ema": lambda s: {"model_ema": {"module": s}},
     "params": lambda s: {"params": s, "params_ema": {n: t + 1 for n, t in s.items()}},
+    "no key": lambda s: s | {"epoch": 3, "averages": {"x": torch.ones(1)}},
     "another name": lambda s: {"denoiser_weights": s, "step": 1},
 }
 NAMES = [
     "module.{}", "_orig_mod.{}", "module._orig_mod.{}", "_orig_mod.module.{}", "module.module.{}",
-    "_fsdp_wrapped_module.{}",
+    "_fsdp_wrapped_module.{}", "_checkpoint_wrapped_module.{}", "_forward_module.{}",
 ]  # fmt: skip
 
 
@@ -177,6 +180,35 @@ NAMES = [
 @pytest.mark.parametrize("save", [torch.save, legacy])
 def test_wrapped_state_dicts(tmp_path, wrap, save):
     save(WRAPPED[wrap](STATE), tmp_path / "m.pth")
+    same(read_tensors(tmp_path / "m.pth"))
+
+
+OTHERS = {"discriminator": {"x": torch.ones(1)}, "step": 3}  # what a file holds besides the weights
+TRAINED = ["state_dict", "model", "module", "model_state_dict", "weights", "params", "net", "checkpoint"]
+AVERAGED = ["ema", "ema_state_dict", "state_dict_ema", "model_ema", "ema_model", "params_ema"]
+
+
+@pytest.mark.parametrize("key", TRAINED + AVERAGED)
+def test_the_keys_under_which_trainers_save_weights(tmp_path, key):
+    torch.save({key: STATE, **OTHERS}, tmp_path / "m.pth")
+    same(read_tensors(tmp_path / "m.pth"))
+    if key in TRAINED:
+        torch.save({key: STATE, **{ema: {"x": torch.ones(1)} for ema in AVERAGED}}, tmp_path / "both.pth")
+        same(read_tensors(tmp_path / "both.pth"))
+
+
+@pytest.mark.parametrize("key", TRAINED + AVERAGED)
+def test_the_keys_in_a_state_dict_of_other_keys(tmp_path, key):
+    torch.save({"model": {"version": 2, key: {"version": 2, **STATE}}, **OTHERS}, tmp_path / "m.pth")
+    same(read_tensors(tmp_path / "m.pth"))
+
+
+def test_a_model_may_have_a_tensor_named_as_that_of_an_average(tmp_path):
+    state = STATE | {"n_averaged": torch.ones(1)}
+    torch.save(state, tmp_path / "m.pth")
+    same(read_tensors(tmp_path / "m.pth"), state)
+    named = {f"module.{name}": tensor for name, tensor in STATE.items()}
+    torch.save(named, tmp_path / "m.pth")
     same(read_tensors(tmp_path / "m.pth"))
 
 
@@ -377,6 +409,18 @@ def test_shards_of_two_files(tmp_path):
 def test_an_index_that_is_not_there(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         read_tensors(tmp_path / "model.safetensors.index.json")
+
+
+def test_parameters_on_the_meta_device_and_after_it():
+    with pytest.raises(KeyError), init_on_meta():
+        norm = torch.nn.BatchNorm1d(3)
+        norm.weight = norm.weight  # one that is there already
+        assert norm.weight.is_meta and norm.bias.is_meta and not norm.running_mean.is_meta
+        frozen = torch.nn.Module()
+        frozen.weight = torch.nn.Parameter(torch.ones(2), requires_grad=False)
+        assert frozen.weight.is_meta and not frozen.weight.requires_grad
+        raise KeyError
+    assert not torch.nn.Linear(2, 2).weight.is_meta
 
 
 def test_integers_keep_their_type():
