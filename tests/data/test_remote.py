@@ -9,6 +9,7 @@ from reca.data.errors import BadSample, DataError
 from reca.data.sources import columns, index_files, remote, tar_index
 from reca.data.sources import conversations as conversations_module
 from reca.data.sources.factory import open_source
+from reca.data.sources.remote import RemotePath
 from tests.data.files import conversations, fill, image_bytes, row, said, tar
 
 fsspec = pytest.importorskip("fsspec")
@@ -96,6 +97,34 @@ def test_the_index_of_a_tar_is_one_of_its_version(memory, tmp_path, monkeypatch)
     for _ in range(2):
         open_source("memory://data/a.tar", "reca")
     assert len(scans) == 4
+
+
+TAGS = ["ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created", "md5Hash", "blob_id"]
+
+
+@pytest.mark.parametrize("tag", TAGS)
+def test_versions_by_what_file_systems_tell_of_a_file(tag):
+    """s3fs, HTTP and the hub, adlfs, sftp, gcsfs and others each name it in their own way."""
+
+    class Files:
+        def __init__(self, **facts):
+            self.facts = facts
+
+        def info(self, path):
+            return {"name": path, "size": 7, "type": "file"} | self.facts
+
+    one, two = (RemotePath(Files(**{tag: value}), "a").version() for value in ("1", "2"))
+    assert one and two and one != two and RemotePath(Files(**{tag: None}), "a").version() is None
+
+
+def test_a_stream_of_ranges_may_be_read_from_any_place(memory, monkeypatch):
+    monkeypatch.setattr(remote, "BLOCK", 4)
+    memory.pipe("/data/a", bytes(range(40)))
+    with remote.open_stream(remote.remote_path("memory://data/a")) as file:
+        assert file.read(10) == bytes(range(10)) and file.tell() == 10
+        for place, whence, start in ((3, 0, 3), (-5, 2, 35), (-2, 1, 38), (0, 2, 40), (0, 0, 0)):
+            assert file.seek(place, whence) == start and file.read(5) == bytes(range(start, min(start + 5, 40)))
+            file.seek(min(start + 5, 40))
 
 
 def test_parquet_is_what_it_is_here(memory, tmp_path, monkeypatch):
