@@ -92,9 +92,20 @@ def test_other_suffixes(tmp_path):
     save_file(STATE, tmp_path / "m.pth.zip")
     refused(tmp_path / "m.pth.zip", "rename it to m.safetensors")
     (tmp_path / "m.safetensors.incomplete").write_bytes(b"12345678{")
-    refused(tmp_path / "m.safetensors.incomplete")
+    refused(tmp_path / "m.safetensors.incomplete", "fetch it again")
     (tmp_path / "notes.txt").write_text("notes")
     refused(tmp_path / "notes.txt", "expected .safetensors")
+
+
+@pytest.mark.parametrize("suffix", ["incomplete", "part", "partial", "crdownload", "download", "aria2", "tmp"])
+def test_a_download_that_has_not_finished_is_told_by_its_name(tmp_path, suffix):
+    """Its first bytes may be those of a weight file; renaming it would not help."""
+    path = tmp_path / f"m.pth.{suffix}"
+    for save in (torch.save, legacy, save_file):
+        save(STATE, path)
+        refused(path, "is a download that has not finished; fetch it again")
+    path.write_bytes(b"GGUF")
+    refused(path, "GGUF")
 
 
 @pytest.mark.parametrize(

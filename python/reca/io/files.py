@@ -86,17 +86,15 @@ def damage(path: Path) -> str | None:
     """Describe what is wrong with a file that should contain weights or JSON, with its size; None if nothing is."""
     with path.open("rb") as file:
         head = file.read(HEAD)
-    if is_safetensors(head):
-        return None
-    cause = placeholder(head) or packed(head, zipped=False)
-    if cause is None:
-        foreign = (
-            f"is {what}; give {instead}" for magic, (what, instead) in _NO_WEIGHTS.items() if head.startswith(magic)
-        )
-        cause = next(foreign, None)
+    cause = None if is_safetensors(head) else placeholder(head) or packed(head, zipped=False) or _foreign(head)
     if cause is None and path.suffix in DOWNLOADS:
         cause = f"is a download that has not finished; {AGAIN}"
     return cause and f"({size_of(path)}) {cause}"
+
+
+def _foreign(head: bytes) -> str | None:
+    found = (f"is {what}; give {instead}" for magic, (what, instead) in _NO_WEIGHTS.items() if head.startswith(magic))
+    return next(found, None)
 
 
 def pickle_damage(path: Path) -> str:
