@@ -42,6 +42,8 @@ class Hub:
     drops: int = 0  # how many of the next uploads of a large file end half way, without an answer
     objects: dict[str, bytes] = field(default_factory=dict)  # large files that were uploaded, by SHA-256
     taken: int = 0  # bytes of large files that came
+    storage: str = ""  # address of another host that large files are fetched from
+    tokens: list[tuple[str, str | None]] = field(default_factory=list)  # host asked for a large file, token sent to it
     xet_status: int = 404  # that a token for the store of hf_xet is answered with; 404: this hub has none
 
     def paths(self, method: str = "GET") -> list[str]:
@@ -200,6 +202,10 @@ class Handler(BaseHTTPRequestHandler):
         content = repository.files[file]
         large = len(content) >= LARGE
         headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{digest(content) if large else git_hash(content)}"'}
+        if large:
+            self.hub.tokens.append((self.headers["Host"], self.headers.get("Authorization")))
+        if large and self.hub.storage and not self.hub.storage.endswith(f"//{self.headers['Host']}"):
+            return self._send(302, b"", headers | {"Location": f"{self.hub.storage}{self.path}"}, 0)
         start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").split("-")[0])
         if start and self.hub.expired:
             self.hub.expired -= 1

@@ -15,7 +15,7 @@ from reca.config.recipe_files import load_recipe, recipe_names
 from reca.hub import downloads, files
 from reca.models import UMMS
 from reca.models.common.hub import fetch, hub_name
-from tests.driver.hub_server import Hub, Repository, digest, point_to, serve
+from tests.driver.hub_server import COMMIT, TOKEN, Hub, Repository, digest, point_to, serve
 
 LARGE = bytes(range(256)) * 40
 CLIP = "models/openai/clip-vit-large-patch14-336"
@@ -182,10 +182,12 @@ def test_llava_says_where_its_images_are(hub, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("to_cache", [False, True], ids=["folder", "cache"])
-def test_a_cut_connection_is_taken_up_where_it_was_cut(hub, tmp_path, to_cache):
+def test_a_cut_connection_is_taken_up_where_it_was_cut(hub, tmp_path, to_cache, capsys):
     hub.cuts = 2
     arguments = ["weights", "owner/parts/deep/one.pth"]
     assert get(*arguments, *([] if to_cache else ["--to", str(tmp_path)])) == 0
+    place = tmp_path / "parts" if not to_cache else tmp_path / "cache/models--owner--parts/snapshots" / COMMIT
+    assert f"owner/parts is in {place}\n" in capsys.readouterr().out and (place / "deep/one.pth").is_file()
     ranges = [part for method, _, part in hub.asked if method == "GET" and part]
     assert ranges == [f"bytes={len(LARGE) // 2}-", f"bytes={len(LARGE) * 3 // 4}-"]
     assert hub.sent == len(LARGE)
@@ -217,6 +219,17 @@ def test_an_address_that_ends_while_a_file_comes_is_asked_for_again(hub, tmp_pat
     hub.cuts, hub.expired = 1, 1
     assert get("weights", "owner/parts/deep/one.pth", "--to", str(tmp_path)) == 0
     assert (tmp_path / "parts/deep/one.pth").read_bytes() == LARGE and hub.sent == len(LARGE)
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["one host", "storage"])
+def test_the_token_goes_to_the_hub_and_not_to_the_storage_of_files(hub, tmp_path, monkeypatch, apart):
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", False)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    own, other = (f"{name}:{constants.ENDPOINT.rpartition(':')[2]}" for name in ("127.0.0.1", "localhost"))
+    hub.storage = f"http://{other}" if apart else ""
+    assert get("weights", "owner/parts/deep/one.pth", "--to", str(tmp_path)) == 0
+    assert (tmp_path / "parts/deep/one.pth").read_bytes() == LARGE
+    assert set(hub.tokens) == {(own, f"Bearer {TOKEN}")} | ({(other, None)} if apart else set())
 
 
 def test_a_hub_that_goes_on_refusing_is_not_asked_forever(hub, tmp_path, capsys):

@@ -77,6 +77,41 @@ def test_what_does_not_fit_is_refused(model, folder, tmp_path):
         again(model, tmp_path)
 
 
+LANGUAGE = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
+            "vocab_size", "rms_norm_eps")  # fmt: skip
+UVIT = ("hidden_size", "block_out_channels", "layers_in_middle", "norm_eps")
+SIZES = [f"language_config.{key}" for key in LANGUAGE]
+SIZES += [f"vision_gen_enc_config.params.{key}" for key in (*UVIT, "input_channels")]
+SIZES += [f"vision_gen_dec_config.params.{key}" for key in (*UVIT, "out_channels")]
+
+
+@pytest.mark.parametrize("place", [*SIZES, "vision_und_enc_config.params.image_size"])
+def test_every_size_of_a_published_file_is_compared_with_the_recipe(folder, tmp_path, place):
+    """Some would load: heads and epsilons have no tensor."""
+    config = json.loads((folder / "config.json").read_text())
+    *path, key = place.split(".")
+    section = config
+    for part in path:
+        section = section[part]
+    section[key] = [7] if isinstance(section[key], list) else section[key] + 1
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=rf"config.json does not fit the recipe: {place} is .*has model\.\w+\.\w+="):
+        weights.check_files(tmp_path, shared("janusflow vae").config)
+
+
+def test_pixels_that_are_not_normalised_are_told_unless_the_tower_has_its_mean(folder, tmp_path, caplog):
+    preprocessor = json.loads((folder / weights.PREPROCESSOR).read_text())
+    (tmp_path / weights.PREPROCESSOR).write_text(json.dumps(preprocessor | {"do_normalize": False}))
+    config = json.loads((folder / "config.json").read_text())
+    weights.check_files(tmp_path, shared("janusflow vae").config)
+    assert "do_normalize False, but True is used here" in caplog.text
+    caplog.clear()
+    config["vision_und_enc_config"]["params"]["pixel_mean"] = [0.5, 0.5, 0.5]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    weights.check_files(tmp_path, shared("janusflow vae").config)
+    assert not caplog.records
+
+
 def test_pixels_that_would_be_made_otherwise_are_told(folder, tmp_path, caplog):
     config = json.loads((folder / "config.json").read_text())
     config["vision_und_enc_config"]["params"]["pixel_mean"] = [0.4, 0.4, 0.4]
