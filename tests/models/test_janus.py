@@ -18,6 +18,7 @@ from reca.data.tasks import Turn
 from reca.data.views import View
 from reca.models.common.text import encode
 from reca.models.janus import Adapter, prompt, sampling, weights
+from reca.models.janus.published import check_config
 from reca.rng import CounterRNG
 from tests.golden import janus as golden_janus
 from tests.golden.conftest import DATA, Golden
@@ -135,6 +136,35 @@ def test_what_does_not_fit_is_refused(published, folder, tmp_path):
     sizes = replace(published.config.language, num_hidden_layers=3)
     with pytest.raises(ValueError, match=r"num_hidden_layers is 2, but the recipe has model.language.num_hidden"):
         loaded(published, tmp_path, language=sizes)
+
+
+LANGUAGE = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
+            "vocab_size", "rms_norm_eps")  # fmt: skip
+VISION = ("hidden_size", "num_attention_heads", "num_hidden_layers", "patch_size", "image_size")
+VQ = ("num_embeddings", "embed_dim", "base_channels", "channel_multiplier", "num_res_blocks", "latent_channels",
+      "image_token_embed_dim")  # fmt: skip
+SIZES = {
+    "deepseek": [f"language_config.{key}" for key in LANGUAGE]
+    + ["vision_config.params.image_size", "aligner_config.params.input_dim", "gen_head_config.params.image_token_embed"]
+    + [f"gen_vision_config.params.{key}" for key in ("image_token_size", "n_embed")],
+    "transformers": [f"text_config.{key}" for key in LANGUAGE]
+    + [f"vision_config.{key}" for key in VISION]
+    + [f"vq_config.{key}" for key in VQ],
+}
+
+
+@pytest.mark.parametrize(("layout", "place"), [(layout, place) for layout, places in SIZES.items() for place in places])
+def test_every_size_of_a_published_file_is_compared_with_the_recipe(published, exports, tmp_path, layout, place):
+    """Some would load: heads and epsilons have no tensor."""
+    config = json.loads((exports[layout] / "config.json").read_text())
+    *path, key = place.split(".")
+    section = config
+    for part in path:
+        section = section[part]
+    section[key] = [7] if isinstance(section[key], list) else section[key] + 1
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=rf"config.json does not fit the recipe: {place} is .*has model\.\w+"):
+        check_config(tmp_path, published.config)
 
 
 def test_a_tokenizer_is_wanted_with_all_control_tokens(published, folder, tmp_path, golden):
