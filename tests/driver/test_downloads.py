@@ -221,6 +221,20 @@ def test_an_address_that_ends_while_a_file_comes_is_asked_for_again(hub, tmp_pat
     assert (tmp_path / "parts/deep/one.pth").read_bytes() == LARGE and hub.sent == len(LARGE)
 
 
+def test_keys_that_name_one_repository_are_one_download_of_the_files_of_both():
+    overrides = [f"model.{key}=owner/whole" for key in ("weights", "clip_weights", "tokenizer")]
+    (one,) = [one for one in downloads.weights_of("show_o_512", overrides) if one.repository == "owner/whole"]
+    assert {key for key, _ in one.settings} == {"model.weights", "model.clip_weights", "model.tokenizer"}
+    assert one.patterns and {"*.json", "*.txt", "*.safetensors"} <= set(one.patterns)  # of tokenizers, and of weights
+
+
+@pytest.mark.parametrize("name", catalog.DATASETS)
+def test_every_dataset_of_the_catalog_is_a_download(name):
+    (one,) = downloads.data_of(name)
+    known = catalog.DATASETS[name]
+    assert (one.repository, one.patterns, one.kind) == (known.repository, known.files and list(known.files), "dataset")
+
+
 @pytest.mark.parametrize("apart", [False, True], ids=["one host", "storage"])
 def test_the_token_goes_to_the_hub_and_not_to_the_storage_of_files(hub, tmp_path, monkeypatch, apart):
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", False)

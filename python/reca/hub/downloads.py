@@ -49,6 +49,10 @@ def weights_of(name: str, overrides: Sequence[str] = ()) -> list[Download]:
         for download in _of_recipe(recipe):
             known = wanted.setdefault((download.repository, download.file), download)
             known.settings = list(dict.fromkeys(known.settings + download.settings))
+            if known.patterns is None or download.patterns is None:
+                known.patterns = None
+            else:
+                known.patterns = list(dict.fromkeys(known.patterns + download.patterns))
     if not wanted:
         raise RecipeError(f"{name} names no files of the hub: all its model.* keys are null or local files")
     return list(wanted.values())
