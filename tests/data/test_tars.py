@@ -238,6 +238,13 @@ def test_identity_is_of_members_and_not_of_the_place(tmp_path):
     assert opened(tar(tmp_path / "there/s.tar", ("a.jpg", DARK + b"0"))).identity() != one
 
 
+def test_an_image_without_a_caption_is_an_error_where_captions_are_wanted(tmp_path):
+    path = tar(tmp_path / "s.tar", ("a.jpg", DARK), ("a.txt", b"one"), ("b.jpg", DARK))
+    with pytest.raises(DataError, match=r"s\.tar: b\.jpg has no \.txt caption"):
+        opened(path, "t2i")
+    assert len(opened(path)) == 2
+
+
 @pytest.mark.parametrize("large", [0, 10**9])  # with an index file, and without
 def test_the_order_of_samples_stays_that_of_earlier_versions(tmp_path, monkeypatch, large):
     """So that a run begun with one resumes: neither keys, sizes nor positions may change."""
