@@ -213,6 +213,8 @@ def test_lists_in_recipes(two, tmp_path, monkeypatch):
         ("[{weight: 1}]", r"\{source: TEXT, weight: NUMBER\}"),
         ("[{source: a, wieght: 1}]", r"data.images\[0\] .* 'source, wieght': .*\{source: TEXT, weight: NUMBER\}"),
         ("[{source: a, weight: 0}]", r"data.images\[0\].weight=0 in the overrides must be above 0"),
+        ("{source: a}", "expected a text or a list of at least one"),
+        ("{source:a}", "expected a text or a list of at least one"),
         ("[{source: a, weight: many}]", r"data.images\[0\].weight='many'.*expected a number"),
         ("[{source: ''}]", "is empty"),
         ("[a, [b]]", "data.images"),

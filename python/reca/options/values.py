@@ -111,6 +111,8 @@ def read_override(key: str, text: str, wanted: Any, path: bool = False) -> Any:
     if get_origin(wanted) is list and inside[0] == "[" and inside[-1] == "]" and len(inside) > 1:
         return _items(key, inside)
     if wanted is Sources:
+        if inside[0] + inside[-1] == "{}" and ":" in inside:  # one source without the list's brackets: convert refuses
+            return read_yaml(text, f"{key} in the overrides")
         if inside[0] + inside[-1] != "[]":
             return _scalar(key, text)
         return read_yaml(text, f"{key} in the overrides") if _NESTED.search(inside) else _items(key, inside)
