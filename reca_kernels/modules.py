@@ -109,7 +109,7 @@ class MaskedLinearCrossEntropy(_Loss):
         labels: Tensor,  # [N]
         bias: Tensor | None = None,  # [V]
         max_labelled: int | None = None,
-    ) -> Tensor:  # fp32 (fp64 for fp64 inputs), [] or [N]
+    ) -> Tensor:  # fp32 (fp64 for fp64 hidden), [] or [N]
         """Return the loss of hidden @ weight.T + bias. `max_labelled` is an upper bound on the rows with a label."""
         return masked_linear_cross_entropy(hidden, weight, labels, bias, max_labelled=max_labelled, **self.options)
 

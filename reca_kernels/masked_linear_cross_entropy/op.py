@@ -34,7 +34,7 @@ def masked_linear_cross_entropy(
     chunk_rows: int | None = None,
     max_labelled: int | None = None,
     backend: str | None = None,
-) -> Tensor:  # fp32 (fp64 for fp64 inputs), [] or [N]
+) -> Tensor:  # fp32 (fp64 for fp64 hidden), [] or [N]
     """Compute masked_cross_entropy(hidden @ weight.T + bias, labels) without the logits.
 
     Rows that carry no label are excluded from every matmul. The full logits matrix is never materialised: at most
@@ -43,12 +43,15 @@ def masked_linear_cross_entropy(
     "none" the backward pass recomputes the logits.
 
     Shapes       hidden [N, D], weight [V, D], labels [N], bias [V]; fp32, bf16, fp16 (fp64 on the reference).
-    Returns      fp32 (fp64 for fp64 inputs): reduction "mean" over the rows that carry a label, 0 if there are none;
+    Returns      fp32 (fp64 for fp64 hidden): reduction "mean" over the rows that carry a label, 0 if there are none;
                  "sum"; "none": [N].
     Dtypes       Matmuls run in the dtype of hidden, or in autocast's dtype; fp16 on a CPU runs in fp32. The weight's
                  gradient is accumulated in fp32 over chunks and has the dtype of the weight, so it is not rounded to
                  autocast's dtype for an fp32 weight. Gradients of fp16 parameters stay in fp32 until backward() applies
                  the loss scale.
+    fp64         fp64 hidden runs on the reference, under autocast too: weight and bias are converted to fp64, and the
+                 logits of all rows, or of max_labelled rows, are materialised. Other backends refuse it. With hidden of
+                 another dtype an fp64 weight or bias is converted to that dtype.
     max_labelled An upper bound on the rows that carry a label. If None, the op synchronises with a GPU once per call to
                  count them, and a captured CUDA graph multiplies all N rows. Matmuls run over as many rows as the
                  bound. A bound that is too small is detected on CPUs, and on GPUs with RECA_CHECK=1; without the check

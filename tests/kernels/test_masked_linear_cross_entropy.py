@@ -403,3 +403,15 @@ def test_the_definition_is_fp32_whatever_the_default_dtype():
     finally:
         torch.set_default_dtype(torch.float32)
     assert loss.dtype == torch.float32
+
+
+def test_fp64_hidden_runs_in_fp64_and_an_fp64_weight_alone_does_not():
+    leaves, labels = problem()
+    narrow, wide = leaves[:2], exact(leaves)[:2]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert masked_linear_cross_entropy(*wide, labels).dtype == torch.float64
+    want = reference.masked_linear_cross_entropy(*wide, labels)
+    torch.testing.assert_close(masked_linear_cross_entropy(wide[0], narrow[1], labels), want)
+    assert masked_linear_cross_entropy(narrow[0], wide[1], labels).dtype == torch.float32
+    with pytest.raises(RuntimeError, match="takes fp32, bf16 or fp16, got torch.float64"):
+        masked_linear_cross_entropy(*wide, labels, backend="cpu")
