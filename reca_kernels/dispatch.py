@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from reca_kernels import native
+from reca_kernels import compiling, native
 
 # Backend -> its file in an op's folder.
 FILES = {"reference": "reference.py", "cpu": "native.py", "cuda": "native.py", "triton": "triton.py"}
@@ -124,7 +124,7 @@ def choose(
     return _choose(op, tensor.device, dtype or tensor.dtype, numel, forced)
 
 
-@torch.compiler.assume_constant_result  # a compiled graph keeps the choice made when it was traced
+@compiling.assume_constant_result  # a compiled graph keeps the choice made when it was traced
 def _choose(op: str, device: torch.device, dtype: torch.dtype, numel: int | None, forced: str) -> str:
     return _decide(op, device, dtype, numel, forced)
 

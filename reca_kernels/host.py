@@ -11,6 +11,8 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
+from reca_kernels import compiling
+
 
 def on_device(x: Tensor, device: torch.device | str) -> Tensor:
     """Copy x to `device` without host synchronisation.
@@ -24,7 +26,7 @@ def on_device(x: Tensor, device: torch.device | str) -> Tensor:
     return x.to(device, non_blocking=True)
 
 
-@torch.compiler.assume_constant_result
+@compiling.assume_constant_result
 def indexed(device: torch.device | str) -> torch.device:
     """Return the device with its index, which can be compared and cached: "cuda" becomes the current device."""
     device = torch.device(device)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from reca_kernels import compiling
 from reca_kernels.attention.gather import Spread, put, take
 from reca_kernels.attention.plan import AttentionPlan, AttentionSpan
 from reca_kernels.attention.reference import allowed
@@ -61,7 +62,7 @@ def _padded(x: Tensor, lines: int, length: int, places: Tensor | None) -> Tensor
     return x.transpose(1, 2)
 
 
-@torch.compiler.disable
+@compiling.disable
 def _dense_mask(plan: AttentionPlan) -> _Mask:
     return _mask_of(plan)
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
+from reca_kernels import compiling
 
 NAME = "flash_attn_varlen_func"
 KEYWORDS = frozenset("cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k softmax_scale causal deterministic".split())
@@ -110,7 +110,7 @@ def varlen_parameters() -> frozenset[str]:
     return frozenset(inspect.signature(varlen_attn).parameters)
 
 
-@torch.compiler.assume_constant_result
+@compiling.assume_constant_result
 def varlen_is_told_of_groups() -> bool:
     """Return whether enable_gqa must be set when q has more heads; older versions always group heads."""
     return "enable_gqa" in varlen_parameters()

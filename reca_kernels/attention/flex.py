@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reca_kernels import compiling
 from reca_kernels.attention.gather import flat, put, take
 from reca_kernels.attention.plan import AttentionPlan
 from reca_kernels.host import no_modes, on_device, outside_of_modes
@@ -30,7 +31,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function)
 
 
-@torch.compiler.disable
+@compiling.disable
 def _blocks(plan: AttentionPlan) -> tuple[Tensor | None, Tensor | None, Any]:
     # Not cached under a dispatch mode: the block mask reads tensors by closure, which in_mode cannot convert.
     return _make_blocks(plan) if torch._C._len_torch_dispatch_stack() else _blocks_of(plan)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reca_kernels import checks
+from reca_kernels import checks, compiling
 from reca_kernels.attention.flash_functions import problems
 from reca_kernels.attention.implementations import IMPLS, unusable
 from reca_kernels.attention.order import basis, order
@@ -167,13 +167,13 @@ def _computed(groups: tuple[QueryGroup, ...]) -> int:
     return pairs
 
 
-@torch.compiler.assume_constant_result  # torch's guards trigger recompilation when it changes
+@compiling.assume_constant_result  # torch's guards trigger recompilation when it changes
 def _torch_is_deterministic() -> bool:
     """Return whether torch runs only deterministic algorithms; with warn_only it merely warns about others."""
     return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
 
 
-@torch.compiler.assume_constant_result  # a compiled graph keeps the choice made when it was traced
+@compiling.assume_constant_result  # a compiled graph keeps the choice made when it was traced
 def _choose(device: torch.device, dtype: torch.dtype, head_dim: int, deterministic: bool, forced: str) -> str:
     return choose(device, dtype, head_dim, deterministic, forced, _torch_is_deterministic())
 

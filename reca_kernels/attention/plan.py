@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from reca_kernels import compiling
 from reca_kernels.host import in_mode, indexed, no_modes, on_device
 
 MODES = ("causal", "full", "noise", "pad")
@@ -267,7 +268,7 @@ def _pairs(group: QueryGroup) -> int:
     return rows * keys - (rows * (rows - 1) // 2 if group.causal else 0)
 
 
-@torch.compiler.disable  # made once, on the host
+@compiling.disable  # made once, on the host
 def _make_calls(plan: AttentionPlan) -> None:
     with no_modes():
         plan._cached_calls.append(_calls(plan))

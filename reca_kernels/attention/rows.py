@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from reca_kernels import checks
+from reca_kernels import checks, compiling
 from reca_kernels.attention.plan import AttentionPlan
 from reca_kernels.host import on_device, outside_of_modes
 
@@ -31,7 +31,7 @@ def has_hidden(plan: AttentionPlan) -> bool:
     return any(span.mode in ("noise", "pad") for sample in plan.samples for span in sample)
 
 
-@torch.compiler.disable
+@compiling.disable
 def _hidden(plan: AttentionPlan) -> Hidden:
     return _hidden_of(plan)
 

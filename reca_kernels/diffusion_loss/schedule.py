@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from reca_kernels import compiling
 from reca_kernels.diffusion_loss import reference
 from reca_kernels.host import indexed, on_device, outside_of_modes
 
@@ -25,7 +26,7 @@ def diffusion_schedule(
     return schedule.detach() if torch.compiler.is_compiling() else schedule
 
 
-@torch.compiler.assume_constant_result  # the schedule becomes a constant of a compiled graph
+@compiling.assume_constant_result  # the schedule becomes a constant of a compiled graph
 def _constant(steps: int, keep: int | None, device: torch.device) -> Tensor:
     schedule: Tensor = _schedule(steps, keep, indexed(device))
     return schedule

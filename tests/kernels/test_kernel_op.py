@@ -1,5 +1,8 @@
 """Kernel ops: raw in eager mode, one node of every graph, one gradient for both."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -312,3 +315,14 @@ def test_once_differentiable_costs_nothing_without_create_graph():
         backward = once_differentiable("toy")(lambda ctx, grad: (grad,))
         grad = torch.ones(1, requires_grad=True)
         assert backward(None, grad)[0] is grad  # and ctx.saved_tensors is not asked for
+
+
+def test_the_import_and_an_eager_op_leave_the_compiler_out():
+    """torch._dynamo takes longer to import than this package, in every process."""
+    code = (
+        "import sys, torch, reca_kernels\n"
+        "logits = torch.ones(2, 3, requires_grad=True)\n"
+        "reca_kernels.masked_cross_entropy(logits, torch.tensor([0, 1])).backward()\n"
+        "assert 'torch._dynamo' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
