@@ -111,6 +111,6 @@ def varlen_parameters() -> frozenset[str]:
 
 
 @compiling.assume_constant_result
-def varlen_is_told_of_groups() -> bool:
+def varlen_takes_enable_gqa() -> bool:
     """Return whether enable_gqa must be set when q has more heads; older versions always group heads."""
     return "enable_gqa" in varlen_parameters()

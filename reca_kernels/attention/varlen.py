@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reca_kernels.attention.flash_functions import flash_function, varlen_is_told_of_groups
+from reca_kernels.attention.flash_functions import flash_function, varlen_takes_enable_gqa
 from reca_kernels.attention.gather import flat, put, take
 from reca_kernels.attention.plan import AttentionPlan, Call
 
@@ -56,7 +56,7 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, d
 def _varlen_call(q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float, deterministic: bool) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    grouped: dict[str, Any] = {"enable_gqa": q.shape[1] != k.shape[1]} if varlen_is_told_of_groups() else {}
+    grouped: dict[str, Any] = {"enable_gqa": q.shape[1] != k.shape[1]} if varlen_takes_enable_gqa() else {}
     out: Any = varlen_attn(
         q,
         k,
