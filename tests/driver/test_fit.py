@@ -220,6 +220,19 @@ def test_a_run_keeps_what_was_chosen(peaks, tmp_path, caplog):
     assert "chooses again" in caplog.text and "train.fit 24GiB -> 64GiB" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "content", ["[]", "1", "{}", '{"asked": {}}', '{"asked": [], "keys": {}}', '{"asked": {}, "keys": {"a": 1}}', "{"]
+)
+def test_a_record_that_is_not_of_a_choice_is_replaced(peaks, tmp_path, content):
+    file = tmp_path / "run" / fit_run.FILE
+    file.parent.mkdir()
+    file.write_text(content)
+    recipe = recipe_of(f"run_dir={file.parent}", "train.fit=24GiB")
+    assert fit_run.recorded(recipe) == recipe
+    assert fit_run.fit_run(recipe, 1, 1, lambda function, *a: function(*a)).objective.reca.micro_batch == 8
+    assert json.loads(file.read_text())["keys"][MICRO] == 8
+
+
 @pytest.mark.parametrize("change", ["lora.rank=4", "parallel.reduce_every_micro_batch=true"])
 def test_what_changes_memory_is_chosen_for_anew(change, peaks, tmp_path, caplog):
     caplog.set_level(logging.INFO, "reca")

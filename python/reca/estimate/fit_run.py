@@ -106,9 +106,11 @@ def recorded(recipe: Recipe) -> Recipe:
 
 
 def _read(file: Path) -> dict[str, Any] | None:
+    """Read the record of a choice; None if there is none, or the file contains something else."""
     try:
-        return json.loads(file.read_bytes())
-    except (OSError, ValueError):
+        before = json.loads(file.read_bytes())
+        return before if before["keys"].keys() <= before["asked"].keys() else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
 
 
