@@ -406,7 +406,7 @@ def test_a_folder_that_is_moved_while_it_trains_is_not_made_again(recipe, tmp_pa
 
 
 def test_a_folder_that_is_removed_while_it_trains_is_not_made_again(recipe):
-    made = recipe("checkpoint.every=2", "train.steps=6")
+    made = recipe("checkpoint.every=2", "train.steps=6", "checkpoint.async_save=false")
     trainer = Trainer(made, ToyAdapter(), lambda step: step == 3 and shutil.rmtree(made.run_dir))
     with pytest.raises(OSError, match=f"{made.run_dir} was removed during the run"):
         trainer.run()

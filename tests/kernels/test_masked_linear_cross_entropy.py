@@ -413,5 +413,10 @@ def test_fp64_hidden_runs_in_fp64_and_an_fp64_weight_alone_does_not():
     want = reference.masked_linear_cross_entropy(*wide, labels)
     torch.testing.assert_close(masked_linear_cross_entropy(wide[0], narrow[1], labels), want)
     assert masked_linear_cross_entropy(narrow[0], wide[1], labels).dtype == torch.float32
+
+
+@KERNELS
+def test_kernels_refuse_fp64_hidden(backend, device):
+    leaves, labels = problem(device=device)
     with pytest.raises(RuntimeError, match="takes fp32, bf16 or fp16, got torch.float64"):
-        masked_linear_cross_entropy(*wide, labels, backend="cpu")
+        masked_linear_cross_entropy(*exact(leaves)[:2], labels, backend=backend)
