@@ -71,7 +71,7 @@ def test_every_row_is_used_or_counted(root, rows):
         assert len(source) + sum(unused.values()) == len(rows)
         answers, questions = said(rows, ("gpt", "assistant")), said(rows, ("human", "user"))
         for index in range(len(source)):
-            image, turns = source.rows[index]
+            image, turns = source.row(index)
             assert image and not image.startswith(("/", "..")) and source.key(index) == image and turns
             for turn in turns:
                 assert turn.answer and turn.answer in answers

@@ -91,10 +91,13 @@ class Conversations:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Sample:
-        name, _, said = self.rows[index].partition(b"\0")
-        image = name.decode()
-        data = read_whole(self.root / image, MAX_IMAGE_BYTES, "image")
-        return Sample(image, data, [Turn(*turn) for turn in json.loads(said)])
+        image, said = self.row(index)
+        return Sample(image, read_whole(self.root / image, MAX_IMAGE_BYTES, "image"), said)
+
+    def row(self, index: int) -> tuple[str, list[Turn]]:
+        """Return the name of a sample's image, and the turns about it."""
+        image, _, said = self.rows[index].partition(b"\0")
+        return image.decode(), [Turn(*turn) for turn in json.loads(said)]
 
     def key(self, index: int) -> str:
         return _image(self.rows[index])
