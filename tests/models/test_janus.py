@@ -22,6 +22,7 @@ from reca.models.janus.published import check_config
 from reca.rng import CounterRNG
 from tests.golden import janus as golden_janus
 from tests.golden.conftest import DATA, Golden
+from tests.models.config_files import LANGUAGE, change_size
 from tests.models.contract import batch, images, load, shared
 
 
@@ -138,8 +139,6 @@ def test_what_does_not_fit_is_refused(published, folder, tmp_path):
         loaded(published, tmp_path, language=sizes)
 
 
-LANGUAGE = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
-            "vocab_size", "rms_norm_eps")  # fmt: skip
 VISION = ("hidden_size", "num_attention_heads", "num_hidden_layers", "patch_size", "image_size")
 VQ = ("num_embeddings", "embed_dim", "base_channels", "channel_multiplier", "num_res_blocks", "latent_channels",
       "image_token_embed_dim")  # fmt: skip
@@ -156,13 +155,7 @@ SIZES = {
 @pytest.mark.parametrize(("layout", "place"), [(layout, place) for layout, places in SIZES.items() for place in places])
 def test_every_size_of_a_published_file_is_compared_with_the_recipe(published, exports, tmp_path, layout, place):
     """Some would load: heads and epsilons have no tensor."""
-    config = json.loads((exports[layout] / "config.json").read_text())
-    *path, key = place.split(".")
-    section = config
-    for part in path:
-        section = section[part]
-    section[key] = [7] if isinstance(section[key], list) else section[key] + 1
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    change_size(exports[layout], place, tmp_path)
     with pytest.raises(ValueError, match=rf"config.json does not fit the recipe: {place} is .*has model\.\w+"):
         check_config(tmp_path, published.config)
 

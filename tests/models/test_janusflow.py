@@ -14,6 +14,7 @@ from reca.models.janusflow import Adapter, prompt, sampling, weights
 from reca.models.janusflow.loss import t2i_prompt
 from reca.rng import CounterRNG
 from reca_kernels import TextSegment, VisualSegment
+from tests.models.config_files import LANGUAGE, change_size
 from tests.models.contract import batch, load, shared
 
 
@@ -77,8 +78,6 @@ def test_what_does_not_fit_is_refused(model, folder, tmp_path):
         again(model, tmp_path)
 
 
-LANGUAGE = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
-            "vocab_size", "rms_norm_eps")  # fmt: skip
 UVIT = ("hidden_size", "block_out_channels", "layers_in_middle", "norm_eps")
 SIZES = [f"language_config.{key}" for key in LANGUAGE]
 SIZES += [f"vision_gen_enc_config.params.{key}" for key in (*UVIT, "input_channels")]
@@ -88,18 +87,12 @@ SIZES += [f"vision_gen_dec_config.params.{key}" for key in (*UVIT, "out_channels
 @pytest.mark.parametrize("place", [*SIZES, "vision_und_enc_config.params.image_size"])
 def test_every_size_of_a_published_file_is_compared_with_the_recipe(folder, tmp_path, place):
     """Some would load: heads and epsilons have no tensor."""
-    config = json.loads((folder / "config.json").read_text())
-    *path, key = place.split(".")
-    section = config
-    for part in path:
-        section = section[part]
-    section[key] = [7] if isinstance(section[key], list) else section[key] + 1
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    change_size(folder, place, tmp_path)
     with pytest.raises(ValueError, match=rf"config.json does not fit the recipe: {place} is .*has model\.\w+\.\w+="):
         weights.check_files(tmp_path, shared("janusflow vae").config)
 
 
-def test_pixels_that_are_not_normalised_are_told_unless_the_tower_has_its_mean(folder, tmp_path, caplog):
+def test_pixels_that_are_not_normalised_are_reported_unless_the_tower_has_its_mean(folder, tmp_path, caplog):
     preprocessor = json.loads((folder / weights.PREPROCESSOR).read_text())
     (tmp_path / weights.PREPROCESSOR).write_text(json.dumps(preprocessor | {"do_normalize": False}))
     config = json.loads((folder / "config.json").read_text())
@@ -112,7 +105,7 @@ def test_pixels_that_are_not_normalised_are_told_unless_the_tower_has_its_mean(f
     assert not caplog.records
 
 
-def test_pixels_that_would_be_made_otherwise_are_told(folder, tmp_path, caplog):
+def test_pixels_that_would_be_made_otherwise_are_reported(folder, tmp_path, caplog):
     config = json.loads((folder / "config.json").read_text())
     config["vision_und_enc_config"]["params"]["pixel_mean"] = [0.4, 0.4, 0.4]
     (tmp_path / "config.json").write_text(json.dumps(config))
