@@ -176,7 +176,7 @@ WITHOUT = (
 )
 
 
-def no_memory(name: str) -> None:
+def out_of_memory(name: str) -> None:
     """The model does not fit into the memory that rank 1 finds."""
     deferred_weights._give_memory = failing(deferred_weights._give_memory, lambda *_: True)
     keys = [f"run_dir={FOLDER / name}", "parallel.strategy=fsdp", "parallel.timeout_minutes=1"]
@@ -190,7 +190,7 @@ def no_stacks(name: str) -> None:
 
 
 def no_state(name: str) -> None:
-    """A run is continued, and rank 1 cannot read the counters of its checkpoint."""
+    """A run is resumed, and rank 1 cannot read the counters of its checkpoint."""
     trainer(name).run()
     distributed.barrier()
     checkpoint.read_state = failing(checkpoint.read_state, lambda *_: True)
@@ -354,7 +354,7 @@ CASES = (
     full_at_the_end,
     killed_at_the_end,
     *WITHOUT,
-    no_memory,
+    out_of_memory,
     no_stacks,
     no_state,
     no_recipe_of_the_parent,

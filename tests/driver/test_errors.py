@@ -138,8 +138,8 @@ def test_ranks_that_lost_different_peers_print_one_report(peer, monkeypatch, cap
     for rank, report in enumerate([*reports, f"Traceback: in step 4\nRuntimeError: closed by peer {peer}"]):
         monkeypatch.setenv("RANK", str(rank))
         print_once(report)
-    told = capfd.readouterr().err
-    assert told.count("step 3") == told.count("step 4") == 1
+    printed = capfd.readouterr().err
+    assert printed.count("step 3") == printed.count("step 4") == 1
     said = [lost_rank(RuntimeError(f"[/gloo/transport/tcp/pair.cc:1] Read error {p}: Broken pipe")) for p in PEERS]
     assert len(set(said)) == 1 and "Broken pipe" in said[0]
 

@@ -52,7 +52,7 @@ def outcomes(tmp_path_factory):
         ("no_trainer.profiler_of", [4, 4], "failed", 4, []),
         ("no_Loader.close", [4, 4], "failed", 4, ["000002", "000004"]),
         ("no_RunLog.close", [4, 4], "failed", 4, ["000002", "000004"]),
-        ("no_memory", [4, 4], "failed", 4, []),
+        ("out_of_memory", [4, 4], "failed", 4, []),
         ("no_state", [4, 4], "finished", 0, ["000002", "000004"]),
         ("no_recipe_of_the_parent", [4, 4], "failed", 4, []),
         ("rows_of_zeros", [3, 3], "failed", 3, []),

@@ -98,7 +98,7 @@ def test_other_suffixes(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["incomplete", "part", "partial", "crdownload", "download", "aria2", "tmp"])
-def test_a_download_that_has_not_finished_is_told_by_its_name(tmp_path, suffix):
+def test_a_download_that_has_not_finished_is_recognised_by_its_name(tmp_path, suffix):
     """Its first bytes may be those of a weight file; renaming it would not help."""
     path = tmp_path / f"m.pth.{suffix}"
     for save in (torch.save, legacy, save_file):
