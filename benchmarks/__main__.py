@@ -16,6 +16,7 @@ from benchmarks.devices import Device, ceilings, opened
 from benchmarks.plot import plot
 from benchmarks.rows import BY_SIZE, CEILING, OURS, RESULTS, Row, read, write
 from benchmarks.runner import Case, ceiling_rows, facts, measure, show
+from reca.errors import first_line
 from reca_kernels import dispatch
 
 OPS = (*dispatch.OPS, "row_gradients", "attention")
@@ -59,18 +60,26 @@ def run(
     held = [row for row in read(path) if row.op != CEILING] if path else []
     held = [row for row in held if row.op not in ops or _case(row) in known]
     done = {_case(row) for row in held if (row.commit, row.command) == (about["commit"], about["command"])}
-    rows = held + ceiling_rows(most, about)
+    rows, failed = held + ceiling_rows(most, about), 0
     for case in every:
         own = case.op, case.shape, case.dtype
         if resume and own in done:
             continue
-        measured = measure(case, device, most, about, rounds=2 if quick else None)
+        device.free()  # what a case that failed had
+        try:
+            measured = measure(case, device, most, about, rounds=2 if quick else None)
+        except Exception as error:  # of its inputs, or of the device: a provider's is a note in its row
+            print(f"{' '.join(own)}  not measured: {type(error).__name__}: {first_line(error)}", flush=True)
+            failed += 1
+            continue
         print(show(measured, case.best), flush=True)
         rows = [row for row in rows if _case(row) != own] + measured
         if path:  # after every case, so that an interrupted run keeps its results
             write(path, sorted(rows, key=lambda row: (CEILING, *OPS).index(row.op)))
     written = [path, plot(path)] if path else []
     print("wrote " + " and ".join(map(str, filter(None, written))) if path else "--quick: nothing was written")
+    if failed:
+        sys.exit(f"{failed} of {len(every)} cases were not measured")
 
 
 def _case(row: Row) -> tuple[str, str, str]:

@@ -82,7 +82,7 @@ KERNEL_TESTS = ("tests/kernels", "tests/benchmarks")
 DRIVER_TESTS = ("tests/models", "tests/data", "tests/driver/test_memory.py")  # need the driver's dependencies
 # KiB of cuBLAS workspace: the default is larger than a whole tiny model, and these tests compare peak memory.
 SMALL_WORKSPACES = {"CUBLAS_WORKSPACE_CONFIG": ":16:8", "CUBLASLT_WORKSPACE_SIZE": "128"}
-REPORT = "import subprocess, reca_kernels; subprocess.run('nvidia-smi'); print(reca_kernels.backend_report())"
+REPORT = "import subprocess, reca_kernels; print(reca_kernels.backend_report()); subprocess.run('nvidia-smi')"
 # Sanitizer tests start a process each, and tests with more than 2^31 elements need most of the memory.
 LARGE, SANITIZED = "more_than_2_31", "sanitizer"
 # ON: without a compiler, CMake or nvcc the build fails, instead of making a module without CUDA.

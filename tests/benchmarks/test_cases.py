@@ -250,6 +250,22 @@ def test_cases_that_are_measured_are_left_out_when_a_run_is_resumed(tmp_path):
         assert ([row for row in rows.read(tmp_path / "cpu.csv") if row.op == "philox"] == first) == same
 
 
+def test_a_case_whose_inputs_fail_does_not_end_the_others(tmp_path, monkeypatch, capfd):
+    every = __main__.cases
+
+    def first_fails(op, device, quick):
+        for i, case in enumerate(every(op, device, quick)):
+            if i == 0:
+                case.inputs = lambda seed: torch.empty(1 << 60)
+            yield case
+
+    monkeypatch.setattr(__main__, "cases", first_fails)
+    with pytest.raises(SystemExit, match="1 of 2 cases were not measured"):
+        __main__.main(["--ops", "flow_matching", "--quick", "--out", str(tmp_path)])
+    assert "float32  not measured: RuntimeError: " in capfd.readouterr().out
+    assert {row.dtype for row in rows.read(tmp_path / "cpu.csv") if row.op == "flow_matching"} == {"bfloat16"}
+
+
 def test_rows_survive_writing_and_reading(tmp_path):
     row = Row(
         "philox", "a, b", 'ours: "x"', FORWARD, "float32", "graph", 5, 0.125, 1e-05, 3.0, commit="1234567", note=""
