@@ -4,15 +4,12 @@ import math
 
 import torch
 from torch import Tensor
-from torch.torch_version import TorchVersion
 
 from reca_kernels.masked_cross_entropy.options import CrossEntropyOptions
 from reca_kernels.masked_linear_cross_entropy.kernels import Kernels, LabelledRows
 from reca_kernels.masked_linear_cross_entropy.plan import machine, plan
 
 ONES = 8  # columns of ones in the matmul that sums over rows: 16 bytes of 16-bit elements
-# Before pytorch#167931 addmm did not support adding 16-bit products to an fp32 matrix.
-MIXED_SUMS = TorchVersion(torch.__version__) >= "2.11"
 
 
 def labelled_rows(labels: Tensor, ignore_index: int, max_labelled: int | None) -> int:
@@ -170,7 +167,5 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool, gpu: bool) 
         total.copy_(product) if first else total.add_(product)
     elif first:
         torch.mm(a, b, out_dtype=torch.float32, out=total)
-    elif MIXED_SUMS:
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
-        total += torch.mm(a, b, out_dtype=torch.float32)
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from reca_kernels import masked_linear_cross_entropy
@@ -261,16 +260,6 @@ def test_weight_gradient_adds_up_in_fp32_over_chunks(backend, device):
     got = masked_linear_cross_entropy(*leaves[:2], labels, reduction="sum", chunk_rows=1, backend=backend)
     want = masked_linear_cross_entropy(*wide[:2], labels, reduction="sum", backend="reference")
     close(torch.autograd.grad(got, leaves[1])[0], torch.autograd.grad(want, wide[1])[0], 5e-3)
-
-
-def test_an_older_torch_adds_16_bit_products_without_addmm(monkeypatch):
-    monkeypatch.setattr("torch.addmm", lambda *_, **__: pytest.fail("torch 2.9 raises here"))
-    monkeypatch.setattr(linear_chunks, "MIXED_SUMS", False)
-    with FakeTensorMode():
-        a, b = (torch.empty(shape, dtype=torch.bfloat16, device="cuda") for shape in ((4, 5), (5, 6)))
-        total = torch.empty(4, 6, device="cuda")
-        for first in (True, False):
-            linear_chunks.add_product(total, a, b, first=first, gpu=True)
 
 
 @KERNELS
