@@ -196,6 +196,14 @@ def test_condition_of_another_image_changes_the_loss(model):
     assert model(sample, CounterRNG(1), "other").sum != model(sample, CounterRNG(1)).sum
 
 
+def test_the_loss_by_sample_under_another_image(model):
+    """Images of other sizes have h_v of other lengths, so that a layout is made again."""
+    sample = batch(model, "reca")
+    sample.prepared = model.prepare(sample, CounterRNG(3)).asked_by_sample()
+    found = model(sample, CounterRNG(3), "other")
+    torch.testing.assert_close(found.samples[:, 0].sum(), found.sum.detach(), rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize(("model", "task"), CASE_TASKS, indirect=["model"])
 def test_gradients_reach_what_is_trained_and_nothing_else(model, task):
     term = model(batch(model, task), CounterRNG(0))

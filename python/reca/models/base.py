@@ -1,7 +1,6 @@
 """The interface between a UMM and the driver: `Adapter`, `Prepared` and `LossTerm`."""
 
 import contextlib
-import copy
 import functools
 import inspect
 from collections.abc import Callable, Sequence
@@ -51,7 +50,7 @@ class Prepared:
     task: str
     seed: int
     weight: float
-    by_sample: bool = field(default=False, init=False)
+    by_sample: bool = field(default=False, kw_only=True)
     packed: ClassVar[bool] = False  # samples are concatenated; False: padded to the longest
 
     @property
@@ -61,13 +60,11 @@ class Prepared:
 
     def asked_by_sample(self: P) -> P:
         """Return a copy whose loss is also computed per sample."""
-        asked = copy.copy(self)
-        object.__setattr__(asked, "by_sample", True)
-        return asked
+        return replace(self, by_sample=True)
 
     def to(self: P, device: torch.device | str) -> P:
         """Copy the tensors to `device` without synchronising with a GPU."""
-        return replace(self, **{f.name: _moved(getattr(self, f.name), device) for f in fields(self) if f.init})
+        return replace(self, **{f.name: _moved(getattr(self, f.name), device) for f in fields(self)})
 
 
 def _moved(value: Any, device: torch.device | str) -> Any:
