@@ -243,6 +243,16 @@ def test_autocast_stays_near(model):
     torch.testing.assert_close(term.sum, model(sample, CounterRNG(0)).sum, rtol=2e-2, atol=0)
 
 
+def test_codecs_are_exact_under_autocast(model):
+    sample = batch(model, "reca")
+    wanted = model.encode(sample)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model.encode(sample)
+    for key in wanted.keys() - model.condition_keys:
+        for a, b in zip(found[key], wanted[key], strict=True):
+            assert torch.equal(a, b) and a.dtype == b.dtype
+
+
 def gradients(model) -> dict[str, torch.Tensor]:
     model.zero_grad()
     loss(model, batch(model, "reca")).backward()

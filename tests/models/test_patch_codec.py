@@ -27,6 +27,14 @@ def test_a_random_codec_projects():
     torch.testing.assert_close(codec.decode(codec.encode(once)), once)
 
 
+def test_it_is_exact_under_autocast():
+    codec, x = PatchCodec(4, 16), torch.rand(2, 3, 8, 20)
+    z = codec.encode(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = codec.encode(x), codec.decode(z)
+    assert torch.equal(found[0], z) and torch.equal(found[1], codec.decode(z))
+
+
 def test_toy_images_survive_sixteen_channels():
     split, x = pixels(600)
     codec = PatchCodec(4, 16)

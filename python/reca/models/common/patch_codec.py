@@ -20,6 +20,8 @@ class PatchSizes:
 class PatchCodec(nn.Module):
     """A codec whose latents are the first `channels` principal components of p x p pixel patches. No gradient.
 
+    It runs in fp32 regardless of autocast.
+
     mean   fp32 [3 p²]
     basis  fp32 [3 p², channels], orthonormal columns; random until `fit`
     scale  fp32 [channels], factor of each component
@@ -52,13 +54,15 @@ class PatchCodec(nn.Module):
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:  # [B, 3, H, W] in [-1, 1]
         """Encode pixels to latents, [B, channels, H / p, W / p]."""
-        rows = (self._patches(pixels) - self.mean) @ (self.basis * self.scale)
+        with torch.autocast(pixels.device.type, enabled=False):
+            rows = (self._patches(pixels) - self.mean) @ (self.basis * self.scale)
         return rows.transpose(1, 2).unflatten(2, (pixels.shape[2] // self.factor, -1))
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:  # [B, channels, h, w]
         """Decode latents to pixels, [B, 3, h p, w p] in about [-1, 1]."""
-        rows = latents.flatten(2).transpose(1, 2) @ (self.basis / self.scale).T + self.mean
+        with torch.autocast(latents.device.type, enabled=False):
+            rows = latents.flatten(2).transpose(1, 2) @ (self.basis / self.scale).T + self.mean
         height, width = (side * self.factor for side in latents.shape[2:])
         return F.fold(rows.transpose(1, 2), (height, width), self.factor, stride=self.factor)
 
