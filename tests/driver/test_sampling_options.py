@@ -10,7 +10,7 @@ from tests.models.contract import quick
 @pytest.mark.parametrize("name", UMMS)
 def test_options_of_every_model(name):
     adapter = umm_package(name).Adapter
-    given = {**quick(name, 3), "guidance": 2}
+    given = {**quick(name, 3), "guidance": 2, "batch": 2}
     assert check_sampling_options(adapter.generate, given) == given
     for ability in adapter.abilities & {"generate", "edit"}:
         for key in given:

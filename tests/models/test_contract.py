@@ -474,7 +474,7 @@ def test_editing_sees_image_and_instruction(model):
         with pytest.raises(NotImplementedError, match=f"{model.name} cannot edit images"):
             model.edit(shown, texts, seeds)
         return
-    together = model.edit(shown, texts, seeds, steps=3)
+    together = model.edit(shown, texts, seeds, steps=3, batch=2)
     assert all(image.dtype == torch.uint8 and image.shape[0] == 3 for image in together)
     alone = [model.edit([p], [text], [seed], steps=3)[0] for p, text, seed in zip(shown, texts, seeds, strict=True)]
     assert all(near(one, other) for one, other in zip(alone, together, strict=True))

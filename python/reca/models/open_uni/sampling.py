@@ -50,13 +50,19 @@ def edit(
     guidance: float = 4.5,
     height: int | None = None,
     width: int | None = None,
+    batch: int = 16,
 ) -> list[Tensor]:
-    """Edit images. Both guidance branches see the image; the unconditional one has the instruction to keep it."""
-    cond = [prompt.with_image(net.tokenizer, text) for text in instructions]
-    uncond = [prompt.with_image(net.tokenizer, prompt.KEEP)] * len(instructions)
-    view = View(net.config.image_size)
-    h_v = torch.cat([encode_input(net, [image], view) for image in images])
-    return sample(net, cond, uncond, h_v, seeds, steps=steps, guidance=guidance, height=height, width=width)
+    """Edit images, `batch` at a time.
+
+    Both guidance branches see the image; the unconditional one has the instruction to keep it.
+    """
+    size, view, edited = {"height": height, "width": width}, View(net.config.image_size), []
+    for i in range(0, len(images), batch):
+        cond = [prompt.with_image(net.tokenizer, text) for text in instructions[i : i + batch]]
+        uncond, own = [prompt.with_image(net.tokenizer, prompt.KEEP)] * len(cond), seeds[i : i + batch]
+        h_v = encode_input(net, images[i : i + batch], view)
+        edited += sample(net, cond, uncond, h_v, own, steps=steps, guidance=guidance, **size)
+    return edited
 
 
 @torch.no_grad()
