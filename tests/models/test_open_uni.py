@@ -173,6 +173,20 @@ def test_guidance_is_away_from_no_text_and_in_edits_from_the_same_image(model, m
     assert moved(edited, "a red square") > 1e-2 and moved(edited, prompt.KEEP) < 1e-4
 
 
+def test_the_unconditional_branch_runs_with_guidance_only(model, monkeypatch):
+    read, condition = [], model.condition
+    monkeypatch.setattr(
+        model, "condition", lambda layout, h_v: (read.append(len(layout.src)), condition(layout, h_v))[1]
+    )
+    for guidance, passes in ((4.5, 2), (1.0, 1), (0.0, 1)):
+        read.clear()
+        model.generate(["a red square", "a"], [0, 1], steps=1, guidance=guidance)
+        assert read == [2] * passes
+    read.clear()
+    model.reconstruct(batch(model, "reca", (0, 1, 2)), [0, 1, 2], steps=1)
+    assert read == [3]
+
+
 @pytest.mark.parametrize("task", ["reca", "t2i", "i2t"])
 def test_a_language_model_that_is_trained_gets_all_of_its_gradient(task):
     """That of the prompt's rows too, and token embeddings: against differences of the loss in fp64."""

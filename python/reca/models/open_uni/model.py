@@ -84,7 +84,7 @@ class OpenUni(Network, Adapter):
         """Reconstruct images with DPM-Solver++ (`sampling.sample`). Seeds are in [0, 2**56)."""
         with self.inference_autocast():
             prompts, h_v = reca_prompts(self, batch.text), self.encode(batch)["h_v"]
-            return sampling.sample(self, prompts, prompts, h_v, seeds, steps=steps, guidance=1.0)
+            return sampling.sample(self, prompts, [], h_v, seeds, steps=steps, guidance=1.0)
 
     @options_of(sampling.edit)
     def edit(self, images: list[Tensor], instructions: list[str], seeds: list[int], **options: Any) -> list[Tensor]:

@@ -121,6 +121,7 @@ def sample(
 ) -> list[Tensor]:
     """Generate an image per prompt, uint8 [3, height, width]. The initial noise of an image depends on its seed only.
 
+    With guidance of 1 or below the unconditional branch does not run.
     Raises ValueError unless height and width are multiples of a latent's pixels: 32 with the published autoencoder.
     """
     height, width = height or net.config.image_size, width or net.config.image_size
@@ -128,8 +129,9 @@ def sample(
     check_multiple(latents.size, height, width)
     shape = (latents.channels, height // latents.size, width // latents.size)
     start = torch.stack([seeded_normal(seed, RandomStream.NOISE, shape, net.device) for seed in seeds])
-    conditions = (condition(net, prompts, h_v) for prompts in (cond, uncond))
-    return list(to_uint8(denoise(net, *conditions, start, steps, guidance)))
+    wanted = condition(net, cond, h_v)
+    unwanted = condition(net, uncond, h_v) if guidance > 1 else wanted
+    return list(to_uint8(denoise(net, wanted, unwanted, start, steps, guidance)))
 
 
 def condition(net: Network, prompts: list[Prompt], h_v: Tensor | None) -> Tensor:
