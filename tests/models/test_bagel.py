@@ -585,6 +585,8 @@ def test_guidance_formulas():
 def test_bad_sampling_options(plain):
     for options, words in (
         ({"steps": 1}, "steps=1: the time grid needs at least 2 points"),
+        ({"shift": 0.0}, "shift=0 must be above 0; 1 is no shift"),
+        ({"shift": -1.0}, "shift=-1 must be above 0"),
         ({"renorm": "local"}, "renorm='local' is not one of global, channel, text_channel"),
     ):
         with pytest.raises(ValueError, match=words):

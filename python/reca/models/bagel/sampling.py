@@ -161,6 +161,8 @@ def denoise(
     """
     if steps < 2:
         raise ValueError(f"steps={steps}: the time grid needs at least 2 points")
+    if shift <= 0:
+        raise ValueError(f"shift={shift:g} must be above 0; 1 is no shift")
     if renorm not in RENORMS:
         raise ValueError(f"renorm={renorm!r} is not one of {', '.join(RENORMS)}")
     grid = modules.shift_timesteps(torch.linspace(1, 0, steps, dtype=torch.float32, device=x.device), shift)
