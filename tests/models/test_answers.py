@@ -4,16 +4,27 @@ import io
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from reca.config.recipe_files import load_recipe
 from reca.data.batch import Batch
 from reca.data.pixels import make_view
 from reca.models import UMMS, umm_package
+from reca.models.common.greedy import greedy_tokens
 from reca.rng import CounterRNG
 from reca.toy_datasets.shapes import understood
 from reca_kernels import masked_linear_cross_entropy
 from tests.models.fake_gpu import modules_of
+
+
+def test_decoding_stops_when_every_sequence_has_ended():
+    """Sequences end at different steps, and one that has ended goes on until the last has."""
+    script = torch.tensor([[3, 1, 4, 4, 4], [5, 5, 5, 1, 4]])  # 1 is the end
+    steps = iter(F.one_hot(script.T, 6).float())
+    assert torch.equal(greedy_tokens(lambda _: next(steps), 2, 5, eos=1), script[:, :4])
+    steps = iter(F.one_hot(script.T, 6).float())
+    assert torch.equal(greedy_tokens(lambda _: next(steps), 2, 5, eos=None), script)
 
 
 @pytest.mark.parametrize("umm", UMMS)

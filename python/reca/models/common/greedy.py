@@ -17,9 +17,10 @@ def greedy_tokens(
     eos: decoding stops when every sequence has generated it; None never stops early.
     """
     tokens: list[Tensor] = []
+    ended: Tensor | bool = False  # [B]: the sequence has generated eos
     for _ in range(max_new_tokens):
         tokens.append(next_logits(tokens[-1] if tokens else None).argmax(-1))
-        if eos is not None and bool((torch.stack(tokens, 1) == eos).any(1).all()):
+        if eos is not None and (ended := (tokens[-1] == eos) | ended).all():
             break
     return torch.stack(tokens, 1) if tokens else torch.empty(batch, 0, dtype=torch.int64)
 
