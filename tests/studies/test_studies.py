@@ -1,5 +1,6 @@
 """A study of two variants from its file to its page, what is done twice, and what its figures are taken to say."""
 
+import errno
 import json
 import os
 import re
@@ -31,6 +32,7 @@ from reca.toy_datasets.dataset import load_dataset
 
 SCALE = ["--scale", "0.004"]
 PUBLISHED = ("show_o_512", "harmon_1_5b", "open_uni_l_512", "bagel_7b", "janus_pro_1b", "janusflow_1_3b")
+CLAIM = "says: x, measure: y, variant: a, than: before"
 STUDY = """
 question: Does it run?
 paper: [{says: it does, source: Table 0}]
@@ -139,10 +141,13 @@ def test_a_variant_may_have_another_rate_than_the_others(umm, usual, tmp_path):
 
 
 def test_a_variant_that_fails_is_named_and_stops_no_other(study, tmp_path, in_this_process, capsys):
-    command = ["study", study, "SFT:data.captions=nowhere/*.tar", "--out", str(tmp_path / "out"), *SCALE]
+    for name in ("unreadable/a.jpg", "unreadable/a.txt"):
+        (tmp_path / "unreadable").mkdir(exist_ok=True)
+        (tmp_path / name).write_text("no image")
+    command = ["study", study, f"SFT:data.captions={tmp_path}/unreadable", "--out", str(tmp_path / "out"), *SCALE]
     assert main(command) == 1
     printed = capsys.readouterr().out
-    assert "SFT, seed 0: DataError: " in printed and "nowhere" in printed
+    assert "SFT, seed 0: DataError: " in printed and "unreadable" in printed
     found = json.loads((tmp_path / "out/does_it_run-show_o-shapes/study.json").read_text())
     assert [variant["name"] for variant in found["variants"] if variant["means"]] == ["before", "RECA"]
     assert found["claims"][0]["verdict"] == "not measured"
@@ -279,7 +284,7 @@ def test_slurm_submits_each_task_once_after_those_it_needs(study, tmp_path, monk
     assert calls[3].startswith("--dependency=afterany:3") and calls[3].endswith("--report")
     assert "--slurm" not in (here / "task.sbatch").read_text()
 
-    assert main([*arguments, "--task", "0/RECA"]) == 2
+    assert main([*arguments, "--task", "0/RECA"]) == exits.RECIPE
     assert "depends on 0/pretrained, which is not done" in capsys.readouterr().err
 
 
@@ -383,6 +388,18 @@ def test_a_swapped_encoder_takes_red_for_blue(umm):
             "expect",
         ),
         ("question: a\nvariants: {a: {about: b}}\nclaims: {says: x}", "claims must be a list"),
+        ("question: a\nvariants: {a: {about: b}}\nclaims: [{says: x, measure: y, variant: a, than: a}]", "with itself"),
+        (f"question: a\nvariants: {{a: {{about: b}}}}\nclaims: [{{{CLAIM}, expect: equal, margin: -1}}]", "at least 0"),
+        (f"question: a\nvariants: {{a: {{about: b}}}}\nclaims: [{{{CLAIM}, margin: 5}}]", "is for expect: equal"),
+        (
+            "question: a\nvariants: {a: {about: b}}\nclaims: [{says: x, measure: {toys: y}, variant: a, than: before}]",
+            "claims[0].measure names 'toys', which is not one of toy, published",
+        ),
+        ("question: a\nvariants: {a: {about: b, toy: {shapez: []}}}", "variants.a.toy names 'shapez', which is not"),
+        ("question: a\nvariants: {a: {about: b, published: {showo: []}}}", "variants.a.published names 'showo'"),
+        ("question: a\nvariants: {a: {about: b}}\numms: [showo]", "umms names 'showo', which is not one of bagel"),
+        ("question: a\nvariants: {a: {about: b}}\ndatasets: [shape]", "datasets names 'shape', which is not one of"),
+        ("question: a\nvariants: {a: {about: b}}\nname: ../b", "the study name '../b', which names its folder, must"),
         ("question: [", "is not YAML"),
     ],
 )
@@ -393,16 +410,71 @@ def test_a_study_that_is_none_is_refused(text, said, tmp_path):
         load_study(str(path))
 
 
+@pytest.mark.parametrize(
+    "measure, recipe, said",
+    [
+        ("hold-out", None, "the measure 'hold-out' of 'x' does not exist; there are toy: overall, seen, held-out"),
+        ("{toy: held_out}", "show_o_tiny", "the measure 'held_out' of 'x' does not exist; there are toy: overall"),
+        ("{toy: seen, published: genevl/counting}", None, "'genevl' of 'x' does not exist; there are published: toy"),
+        ("held-out", None, None),
+        ("geneval/counting", None, None),
+        ("{published: 'toy?dataset=emoji', toy: loss}", None, None),
+    ],
+)
+def test_a_measure_that_no_variant_has_is_refused(measure, recipe, said, tmp_path):
+    path = tmp_path / "a.yaml"
+    claim = f"{{says: x, measure: {measure}, variant: a, than: before}}"
+    path.write_text(f"question: a\nvariants: {{a: {{about: b}}}}\nclaims: [{claim}]")
+    asked = Asked("show_o", (0,), tmp_path, recipe)
+    if said is None:
+        plan(load_study(str(path)), asked)
+        return
+    with pytest.raises(StudyError, match=re.escape(said)):
+        plan(load_study(str(path)), asked)
+
+
+@pytest.mark.parametrize(
+    "override, said",
+    [
+        ("train.stps=4", "variant a: unknown key 'train.stps' in the overrides; did you mean train.steps?"),
+        (
+            "data.images={unlabelled}&size=9",
+            "variant a: data.images={unlabelled}&size=9: there is no {unlabelled}; the",
+        ),
+        ("run_dir=b", "run_dir=b in a: a study sets run_dir itself; --out names"),
+        ("train.seed=3", "train.seed=3 in a: a study sets train.seed itself; --seeds names"),
+    ],
+)
+def test_an_override_that_a_study_cannot_use_is_refused_with_its_variant(override, said, tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text(f'question: a\nvariants: {{a: {{about: b, overrides: ["{override}"]}}}}')
+    with pytest.raises(ValueError, match=re.escape(said)):
+        plan(load_study(str(path)), Asked("show_o", (0,), tmp_path))
+
+
+def test_a_study_file_that_cannot_be_read_is_not_called_missing(tmp_path, monkeypatch):
+    path = tmp_path / "a.yaml"
+    with pytest.raises(StudyError, match=r"no study '.*a.yaml': give a .yaml file, or one of blur"):
+        load_study(str(path))
+
+    def refused(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    with pytest.raises(StudyError, match=r"study .*a.yaml cannot be read \(Permission denied\)"):
+        load_study(str(path))
+
+
 def test_names_of_variants_are_texts_however_they_look(tmp_path):
     """YAML takes 64 for a number and no for false."""
     path = tmp_path / "a.yaml"
-    claim = "{says: x, measure: y, variant: 64, than: no, margin: 1}"
+    claim = "{says: x, measure: y, variant: 64, than: no, expect: equal, margin: 1}"
     path.write_text(
         f"question: a\nvariants: {{64: {{about: b}}, no: {{about: c, after: 64}}}}\nclaims: [{claim}]\npaper:"
     )
     study = load_study(str(path))
     assert [(variant.name, variant.after) for variant in study.variants] == [("64", None), ("no", "64")]
-    assert study.claims == (Claim("x", "y", "64", "no", margin=1.0),)
+    assert study.claims == (Claim("x", "y", "64", "no", "equal", 1.0),)
 
 
 def test_a_variant_takes_a_group_of_keys_in_braces(tmp_path):
@@ -432,7 +504,7 @@ def test_a_modification_that_is_not_there_is_refused(pretrained, recipe, tmp_pat
         (["main", "--recipe", "show_o_512"], "--recipe needs --suite"),
         (["main", "--suite", "geneval"], "are for --recipe"),
         (["main", "--recipe", "show_o_512", "--suite", "geneval", "--data", "x"], "--data 'x' must be SUITE=..."),
-        (["main", "--recipe", "show_o_512", "--suite", "geneval"], "geneval needs a judge"),
+        (["main", "--recipe", "show_o_512", "--suite", "geneval"], "name the suite: --judge geneval=..."),
         (["main", "--recipe", "show_o_512", "--suite", "gedit", "--judge", "gedit=local:x"], "gedit needs a model"),
         (["main", "--recipe", "show_o_512", "--suite", "toy", "--limit", "0"], "--limit must be at least 1, got 0"),
         (["main", "--recipe", "show_o_512", "--suite", "toy", "--sampling", "stepz=1"], "no sampling option 'stepz'"),
@@ -455,7 +527,7 @@ def test_a_modification_that_is_not_there_is_refused(pretrained, recipe, tmp_pat
     ],
 )
 def test_what_cannot_be_run_is_said(arguments, said, tmp_path, capsys):
-    assert main(["study", *arguments, "--out", str(tmp_path)]) in (exits.USAGE, exits.RECIPE, exits.DATA)
+    assert main(["study", *arguments, "--out", str(tmp_path)]) in (exits.RECIPE, exits.DATA)
     assert said in capsys.readouterr().err
 
 
@@ -507,6 +579,8 @@ def test_every_prompt_is_drawn_as_often_as_asked_and_shown_once():
             "variant before: codec.codebook has the shape (99, 48), but (145, 48) in the pre-trained model",
         ),
         ("--slurm SFT:train.frozen=[nothing]", "variant SFT: train.frozen: no parameter matches 'nothing'"),
+        ("SFT:data.captions=nowhere/*.tar", "variant SFT: "),
+        ("RECA:train.init_from=nowhere", "variant RECA: train.init_from=nowhere is not a run folder"),
     ],
 )
 def test_a_recipe_that_a_variant_cannot_run_is_refused_before_anything_runs(
@@ -520,13 +594,13 @@ def test_a_recipe_that_a_variant_cannot_run_is_refused_before_anything_runs(
 
 @pytest.mark.parametrize("umm", UMMS)
 def test_the_variants_of_the_catalogue_can_run(umm, tmp_path):
-    check(plan(load_study("main"), Asked(umm, (0,), tmp_path))[0])
+    check(plan(load_study("main"), Asked(umm, (0,), tmp_path))[0], here=True)
 
 
 def test_variants_of_missing_parents_are_refused(study, tmp_path):
     asked = Asked("show_o", (0,), tmp_path, "show_o_tiny", of_variant={"SFT": (f"model.weights={tmp_path}/none",)})
     with pytest.raises(RecipeError, match=r"variant SFT: model.weights=.*none does not exist"):
-        check(plan(load_study(study), asked)[0])
+        check(plan(load_study(study), asked)[0], here=True)
 
 
 def rate(hits, trials=100):

@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
     out = report.folder(study, asked)
     if options.slurm:
         tasks, _ = plan(study, asked)
-        check([task for task in tasks if done(task) is None])
+        check([task for task in tasks if done(task) is None], here=False)
         print(f"submit with: {slurm.write(tasks, command, out, options.recipe is not None, study.name)}")
         return 0
     if options.report:

@@ -1,13 +1,16 @@
 """The tasks of a study: recipe, overrides, pre-trained model and folder of every variant and seed."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from reca.config.recipe_files import as_dict, load_recipe
+from reca.eval.suites import SUITES
+from reca.options.fields import RecipeError
 from reca.studies import published, toy
-from reca.studies.study import BEFORE, PRETRAINED, Study, StudyError, Variant
+from reca.studies.study import BEFORE, LOSS, PRETRAINED, SETTINGS, Study, StudyError, Variant
 from reca.studies.task import Asked, Task, digest, short
 
 
@@ -19,6 +22,12 @@ def plan(study: Study, asked: Asked) -> tuple[list[Task], dict[str, str]]:
     Raises StudyError for overrides of an unknown variant and for an unknown modification, RecipeError for unknown keys.
     """
     variants, omitted = study.of(asked)
+    _check_measures(study)
+    for text in (*asked.common, *(key for keys in asked.of_variant.values() for key in keys)):
+        _reject_chosen(text, "the overrides")
+    for name, (_, keys) in variants.items():
+        for text in keys:
+            _reject_chosen(text, name)
     known = (*variants, BEFORE, *([PRETRAINED] if asked.recipe is None else []))
     if unknown := [name for name in asked.of_variant if name not in known]:
         there = ", ".join(variants)
@@ -88,14 +97,37 @@ def _of_seed(variants: Mapping[str, tuple[Variant, tuple[str, ...]]], asked: Ask
         folders[name] = folder
 
     folders: dict[str, Path] = {}
-    for name, (variant, keys) in variants.items():
+    before = BEFORE, (Variant(BEFORE, "not trained"), ())
+    for name, (variant, keys) in (*variants.items(), before):
         after = ready
         if variant.after or variant.pretrained:
             after = (f"{seed}/{variant.after or f'{PRETRAINED}-{variant.pretrained}'}",)
-        filled = tuple(setting.filled(asked, key, seed) for key in keys)
-        add(name, variant, filled, after)
-    add(BEFORE, Variant(BEFORE, "not trained"), (), ready)
+        try:
+            add(name, variant, tuple(setting.filled(asked, key, seed) for key in keys), after)
+        except RecipeError as error:
+            raise RecipeError(f"variant {name}: {error}") from error
     return tasks
+
+
+def _check_measures(study: Study) -> None:
+    """Raise StudyError for a claim whose measure does not exist: in its setting or, without one, in any."""
+    known = {"toy": (*toy.MEASURES, LOSS), "published": (*SUITES, LOSS)}
+    for claim in study.claims:
+        by_setting = isinstance(claim.measure, Mapping)
+        names = {setting: str(claim.measured(setting)) for setting in (claim.measure if by_setting else SETTINGS)}
+        names |= {"published": re.split("[/?]", names["published"])[0]} if "published" in names else {}
+        wrong = [setting for setting, name in names.items() if name not in known[setting]]
+        if wrong and (by_setting or len(wrong) == len(SETTINGS)):
+            there = "; ".join(f"{setting}: {', '.join(known[setting])}" for setting in wrong)
+            raise StudyError(f"the measure {names[wrong[0]]!r} of {claim.says!r} does not exist; there are {there}")
+
+
+def _reject_chosen(override: str, where: str) -> None:
+    """Raise StudyError for keys that the study itself sets in every run."""
+    ways = {"run_dir": "--out names the folder of all runs", "train.seed": "--seeds names the seeds"}
+    key = override.partition("=")[0]
+    if key in ways:
+        raise StudyError(f"{override} in {where}: a study sets {key} itself; {ways[key]}")
 
 
 def _modified(pretrained: Path, modification: str) -> Path:

@@ -1,5 +1,6 @@
 """Studies at real size: recipes with published weights, measured by `reca eval`."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from reca import api
 from reca.eval import figures
 from reca.eval.checks import check as check_evaluation
+from reca.eval.errors import EvaluationError
 from reca.eval.settings import open_settings
 from reca.eval.targets import target
 from reca.studies.study import BEFORE
@@ -30,8 +32,16 @@ def overrides(asked: Asked, name: str, seed: int) -> tuple[str, ...]:
 def check(recipe: str, evaluations: Evaluations) -> None:
     """Validate the evaluations before anything is trained. Raises EvaluationError or RecipeError."""
     for name in evaluations.suites:
-        settings = open_settings(**{"suite": name, "data": None} | evaluations.of(name))
-        check_evaluation(settings, [target(recipe, (), settings.suite.name, None)], None, None)
+        try:
+            settings = open_settings(**{"suite": name, "data": None} | evaluations.of(name))
+            check_evaluation(settings, [target(recipe, (), settings.suite.name, None)], None, None)
+        except EvaluationError as error:
+            if not re.search("--(judge|data) ", str(error)):
+                raise
+            raise EvaluationError(
+                f"{str(error).rstrip('.')}. In a study these options name the suite: --judge {name}=..., "
+                f"--data {name}=..."
+            ) from error
 
 
 def measured(task: Task) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def run(
     tasks, omitted = plan(study, asked)
     results: Results = {task.name: found for task in tasks if (found := done(task)) is not None}
     left = [task for task in tasks if task.name not in results]
-    check(left)
+    check(left, here=True)
     if len(left) < len(tasks):
         say(f"{len(tasks) - len(left)} of {len(tasks)} tasks were already done")
     jobs = [Job(task.name, work, (task,), tuple(name for name in task.after if name not in results)) for task in left]

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
-from reca import exits
+from reca.models import UMMS
 from reca.options.fields import RecipeError
 from reca.options.values import Scalar, convert, read_yaml
 from reca.studies.task import Asked
@@ -16,6 +16,7 @@ from reca.studies.task import Asked
 CATALOG = Path(__file__).parent / "catalog"
 BEFORE = "before"  # the variant without post-training
 PRETRAINED = "pretrained"  # pre-training on a toy dataset; `pretrained:key=value` applies to it and to all variants
+LOSS = "loss"  # measure of every variant that is trained
 SETTINGS = ("toy", "published")
 EXPECTED = ("higher", "lower", "equal", "not_lower", "not_higher")
 Texts = tuple[str, ...]
@@ -23,8 +24,6 @@ Texts = tuple[str, ...]
 
 class StudyError(ValueError):
     """A study that cannot be run as asked."""
-
-    exit_code = exits.USAGE
 
 
 @dataclass(frozen=True)
@@ -143,8 +142,10 @@ def load_study(name: str) -> Study:
     path = Path(name) if name.endswith((".yaml", ".yml")) else CATALOG / f"{name}.yaml"
     try:
         return _read(read_yaml(path.read_bytes(), str(path)), path)
-    except OSError as error:
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         raise StudyError(f"no study {name!r}: give a .yaml file, or one of {', '.join(study_names())}") from error
+    except OSError as error:
+        raise StudyError(f"study {path} cannot be read ({error.strerror})") from error
     except RecipeError as error:
         raise StudyError(str(error)) from error
 
@@ -196,10 +197,16 @@ def _value(raw: Any, wanted: Any, key: str, where: str) -> Any:
 
 def _check(study: Study, path: Path) -> None:
     names = [variant.name for variant in study.variants]
+    if not _is_plain(study.name):
+        raise StudyError(
+            f"{path}: the study name {study.name!r}, which names its folder, must consist of letters, digits, - and _: "
+            "rename the file, or write name: NAME in it"
+        )
+    _check_known(study, path)
     for place, variant in enumerate(study.variants):
         if variant.name in (BEFORE, PRETRAINED):
             raise StudyError(f"{path}: {variant.name!r} is reserved and cannot name a variant")
-        if not variant.name.replace("-", "").replace("_", "").isalnum():
+        if not _is_plain(variant.name):
             raise StudyError(f"{path}: the variant name {variant.name!r} must consist of letters, digits, - and _")
         if variant.longer < 1:
             raise StudyError(f"{path}: longer={variant.longer} of {variant.name} must be at least 1")
@@ -215,3 +222,31 @@ def _check(study: Study, path: Path) -> None:
         for name in (claim.variant, claim.than):
             if name not in (BEFORE, *names):
                 raise StudyError(f"{path}: {claim.says!r} names {name}, which is not a variant")
+        if claim.variant == claim.than:
+            raise StudyError(f"{path}: {claim.says!r} compares {claim.variant} with itself")
+        if claim.margin < 0 or (claim.margin and claim.expect in ("higher", "lower")):
+            raise StudyError(
+                f"{path}: margin={claim.margin:g} of {claim.says!r} must be at least 0, and is for expect: equal, "
+                "not_lower and not_higher"
+            )
+
+
+def _is_plain(name: str) -> bool:
+    return name.replace("-", "").replace("_", "").isalnum()
+
+
+def _check_known(study: Study, path: Path) -> None:
+    """Raise StudyError for a model, toy dataset or setting that does not exist. A model may be importable (a.b)."""
+    from reca.toy_datasets.dataset import PACKAGES
+
+    named = [("umms", study.umms, UMMS), ("datasets", study.datasets, PACKAGES)]
+    for variant in study.variants:
+        for setting, known in (("toy", (*PACKAGES, *UMMS)), ("published", UMMS)):
+            if isinstance(own := getattr(variant, setting), Mapping):
+                named.append((f"variants.{variant.name}.{setting}", tuple(own), known))
+    for i, claim in enumerate(study.claims):
+        if isinstance(claim.measure, Mapping):
+            named.append((f"claims[{i}].measure", tuple(claim.measure), SETTINGS))
+    for key, names, known in named:
+        if unknown := [name for name in names if name not in known and (known is SETTINGS or "." not in name)]:
+            raise StudyError(f"{path}: {key} names {unknown[0]!r}, which is not one of {', '.join(known)}")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -15,12 +16,14 @@ from reca.demo.pretrain import DemoSetup, demo_setup, run_overrides, scaled
 from reca.demo.pretrain.optimize import save_as_run
 from reca.io.image_grid import make_grid
 from reca.models.base import Adapter
+from reca.options.fields import RecipeError
 from reca.runs import lineage
 from reca.studies.task import Asked, Task
 from reca.toy_datasets.captions import caption
 from reca.toy_datasets.dataset import load_dataset
 from reca.toy_datasets.scene import Scene, Thing
 
+SOURCES = ("captioned", "understood", "unlabeled")
 MEASURES = ("overall", "seen", "held-out", "single", "two", "position", "understanding")
 
 
@@ -30,10 +33,16 @@ def recipe(asked: Asked) -> str:
 
 
 def filled(asked: Asked, override: str, seed: int) -> str:
-    """Replace {unlabeled}, {captioned} and {understood} by the toy dataset's sources."""
+    """Replace {unlabeled}, {captioned} and {understood} by the toy dataset's sources.
+
+    Raises RecipeError for another {name}.
+    """
     dataset = load_dataset(asked.dataset)
-    for name in ("captioned", "understood", "unlabeled"):  # str.format would fail on braces that group keys
+    for name in SOURCES:  # str.format would fail on braces that group keys
         override = override.replace(f"{{{name}}}", dataset.spec(name, seed))
+    if unknown := re.search(r"\{\w+\}", override):
+        there = ", ".join(f"{{{name}}}" for name in SOURCES)
+        raise RecipeError(f"{override}: there is no {unknown[0]}; the sources of a toy dataset are {there}")
     return override
 
 

@@ -12,7 +12,7 @@ from reca.io.folders import write_atomically
 from reca.runs import folder_lock
 from reca.runs.lineage import finished_steps, load_trained, recipe_of
 from reca.studies import published, toy
-from reca.studies.study import BEFORE, PRETRAINED
+from reca.studies.study import BEFORE, LOSS, PRETRAINED
 from reca.studies.task import Task
 from reca.trainer import Trainer
 
@@ -101,4 +101,4 @@ def _curve(run_dir: Path) -> list[tuple[int, float]]:
 def _loss(curve: list[tuple[int, float]]) -> dict[str, Any]:
     """Compute the mean loss at the end of training, on training images and without an interval."""
     last = [loss for _, loss in curve[-max(1, round(LAST * len(curve))) :]]
-    return {"loss": {"value": sum(last) / len(last)}} if last else {}
+    return {LOSS: {"value": sum(last) / len(last)}} if last else {}
