@@ -1,6 +1,6 @@
 """The format of a study: question, findings of the paper, variants, and the claims that are tested."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, fields
 from functools import reduce
 from operator import or_
@@ -239,11 +239,12 @@ def _check_known(study: Study, path: Path) -> None:
     """Raise StudyError for a model, toy dataset or setting that does not exist. A model may be importable (a.b)."""
     from reca.toy_datasets.dataset import PACKAGES
 
-    named = [("umms", study.umms, UMMS), ("datasets", study.datasets, PACKAGES)]
+    named: list[tuple[str, Texts, Collection[str]]]
+    named = [("umms", study.umms, UMMS), ("datasets", study.datasets, tuple(PACKAGES))]
     for variant in study.variants:
-        for setting, known in (("toy", (*PACKAGES, *UMMS)), ("published", UMMS)):
+        for setting, there in (("toy", (*PACKAGES, *UMMS)), ("published", UMMS)):
             if isinstance(own := getattr(variant, setting), Mapping):
-                named.append((f"variants.{variant.name}.{setting}", tuple(own), known))
+                named.append((f"variants.{variant.name}.{setting}", tuple(own), there))
     for i, claim in enumerate(study.claims):
         if isinstance(claim.measure, Mapping):
             named.append((f"claims[{i}].measure", tuple(claim.measure), SETTINGS))
