@@ -80,7 +80,7 @@ class Trainer:
                 ensure_writable(self.run_dir / "checkpoints", "folder")
         self.folder = RunFolder(self.run_dir, recipe.train.steps)
         self.keep = checkpoint.Keep(recipe.checkpoint.keep, recipe.checkpoint.keep_every)
-        self.writer = checkpoint.BackgroundWriter(self.run_dir, self.keep)
+        self.writer = checkpoint.BackgroundWriter(self.run_dir, self.keep, self.folder.is_lost)
         self.interruption = Interruption()
         with self.around():
             self._set_up(adapter)
@@ -257,11 +257,14 @@ class Trainer:
     def _save_or_stop(self) -> None:
         """Write a checkpoint if one is due.
 
-        Raises SystemExit(75) after a signal and CollapseError after an alarm, both after saving.
+        Raises SystemExit(75) after a signal and CollapseError after an alarm, both after saving; OSError as `save`.
         """
         self._record(self.writer.collect())
         last = self.step == self.recipe.train.steps
-        stop = distributed.any_rank(self.interruption.requested)
+        asked, gone = self.interruption.requested, distributed.rank() == 0 and self.folder.is_lost()
+        stop, lost = map(bool, distributed.max_over_ranks([int(asked), int(gone)]))
+        if lost:
+            self.folder.reject_lost()
         if self._checkpoint_due(ends=stop or bool(self.alarms)):
             if last or stop or self.alarms:
                 self._save_last()
@@ -335,9 +338,7 @@ class Trainer:
         completed in the meantime, or None.
         Raises OSError if the run folder was moved or removed.
         """
-        with distributed.fail_together():
-            if distributed.rank() == 0:
-                self.folder.reject_lost()
+        self.folder.reject_lost()
         state = {
             "step": self.step,
             "samples": {task: self._position(task) for task in self.tasks},
@@ -355,7 +356,7 @@ class Trainer:
         if in_background:
             return self._record(self.writer.start(taken))
         self._record(self.writer.wait())
-        return self._record(checkpoint.write(self.run_dir, taken, self.keep))
+        return self._record(checkpoint.write(self.run_dir, taken, self.keep, self.folder.is_lost))
 
     def _record(self, saved: Path | None) -> Path | None:
         if saved is not None:

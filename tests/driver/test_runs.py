@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -381,36 +380,6 @@ def test_memory_is_checked_before_weights_are_read(tmp_path, monkeypatch):
         RecipeError, match=r"offload=true needs 48.7\d GiB of host memory .* this one has 16.00 GiB.*adamw_8bit"
     ):
         Trainer(recipe)
-
-
-def test_a_folder_that_is_moved_while_it_trains_is_not_made_again(recipe, tmp_path):
-    made = recipe("checkpoint.every=2", "train.steps=6", "checkpoint.async_save=false", "log.tensorboard=false")
-    trainer, moved = Trainer(made, ToyAdapter()), tmp_path / "moved"
-    step, old = trainer.train_step, trainer.run_dir
-
-    def moving(batches):
-        if trainer.step == 3:
-            old.rename(moved)
-        return step(batches)
-
-    trainer.train_step = moving
-    with pytest.raises(OSError, match=f"{old} was moved during the run: .* lie in {moved}. Move it"):
-        trainer.run()
-    assert not old.exists()
-    status = Status.read(moved)
-    assert (status.state, status.step, status.exit_code) == ("failed", 2, exits.DATA)
-    made.run_dir = str(moved)
-    again = Trainer(made, ToyAdapter())
-    assert again.step == 2
-    again.run()
-
-
-def test_a_folder_that_is_removed_while_it_trains_is_not_made_again(recipe):
-    made = recipe("checkpoint.every=2", "train.steps=6", "checkpoint.async_save=false")
-    trainer = Trainer(made, ToyAdapter(), lambda step: step == 3 and shutil.rmtree(made.run_dir))
-    with pytest.raises(OSError, match=f"{made.run_dir} was removed during the run"):
-        trainer.run()
-    assert trainer.step == 4 and not Path(made.run_dir).exists()
 
 
 def test_files_are_readable_as_the_umask_allows(recipe, tmp_path):

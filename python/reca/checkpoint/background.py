@@ -3,6 +3,7 @@
 import logging
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,14 @@ LONG_WAIT = 1.0  # seconds of waiting that cause a warning
 class BackgroundWriter:
     """Writes the checkpoints of a run, one at a time. All ranks must make the same calls.
 
+    is_lost: as of `write`.
+
     The copy is in pinned memory if there is a GPU, and the memory is reused for the next checkpoint. If it does not fit
     into host memory, checkpoints are written synchronously from then on, after a warning.
     """
 
-    def __init__(self, run_dir: Path, keep: Keep):
-        self.run_dir, self.keep = run_dir, keep
+    def __init__(self, run_dir: Path, keep: Keep, is_lost: Callable[[], bool]):
+        self.run_dir, self.keep, self.is_lost = run_dir, keep, is_lost
         self.stager: DefaultStager | None = None
         self.fits = True
         self.thread: threading.Thread | None = None
@@ -49,7 +52,7 @@ class BackgroundWriter:
             )  # fmt: skip
         copy = self._copy(taken) if self.fits else None
         if copy is None:
-            return write(self.run_dir, taken, self.keep) or before
+            return write(self.run_dir, taken, self.keep, self.is_lost) or before
         gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
         self.thread = threading.Thread(target=self._write, args=(copy, gpu), name="checkpoint")
         self.thread.start()
@@ -71,7 +74,7 @@ class BackgroundWriter:
     def _write(self, copy: Snapshot, gpu: int | None) -> None:
         if gpu is not None:
             torch.cuda.set_device(gpu)  # a new thread starts with device 0
-        self.written = write(self.run_dir, copy, self.keep)
+        self.written = write(self.run_dir, copy, self.keep, self.is_lost)
 
     def _copy(self, taken: Snapshot) -> Snapshot | None:
         """Copy this rank's tensors to host memory. Return None, on all ranks, if they do not fit on one of them."""

@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -41,16 +42,19 @@ def save(run_dir: Path, state: dict, adapter: Adapter, optimizer: torch.optim.Op
     return write(run_dir, snapshot(state, adapter, optimizer), keep)
 
 
-def write(run_dir: Path, taken: Snapshot, keep: Keep) -> Path | None:
+def write(run_dir: Path, taken: Snapshot, keep: Keep, is_lost: Callable[[], bool] = lambda: False) -> Path | None:
     """Write a snapshot as a checkpoint and return its folder; None, with an error in the log, if that failed.
 
     Older checkpoints are removed only after it is complete.
+    is_lost: tells whether `run_dir` is no longer the folder of this run; nothing is written then.
     """
     step, group = taken.state["step"], distributed.gloo_group()
     final = run_dir / "checkpoints" / f"{step:06d}"
     partial = final.with_name(final.name + PARTIAL)
     try:
         with distributed.fail_together(group):
+            if is_lost():
+                raise OSError(f"{run_dir} is lost")
             _make_room(run_dir, partial, taken.bytes)
         for name, part in taken.parts.items():
             with distributed.fail_together(group):
@@ -64,7 +68,7 @@ def write(run_dir: Path, taken: Snapshot, keep: Keep) -> Path | None:
             _publish(partial, final, listed)
     except Exception as error:
         reason = f"{getattr(error, 'reason', None) or first_reason(error)}. Earlier checkpoints are untouched"
-        if not final.parent.is_dir():
+        if is_lost() or not final.parent.is_dir():
             reason = f"the run folder {run_dir} was moved or removed"
         elif exits.code_of(error) == exits.DATA:
             reason += f"; free space in {run_dir}"

@@ -18,6 +18,7 @@ from reca.estimate.meta_model import build_meta
 from reca.eval.errors import EvaluationError
 from reca.eval.files import write
 from reca.eval.targets import Target
+from reca.io.folders import ensure_writable
 from reca.models import umm_package
 from reca.monitoring.reconstructions import images_to_show, named_images, reconstruct
 from reca.options.sampling import check_sampling_options
@@ -75,6 +76,7 @@ def draw(
     wanted = json.loads(json.dumps(made_from, default=str))
     made = _made(place, wanted)
     if made is None:
+        ensure_writable(place, "folder")
         (place / MADE).unlink(missing_ok=True)  # it describes images that are about to be overwritten
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         made = _draw(targets, run.recipe, source, images, count, place, device, sampling or {})

@@ -71,7 +71,6 @@ class BadSamples:
         if self.path is None:
             return
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a+b") as file:
                 with contextlib.suppress(OSError):  # without locks, a line may be written twice
                     fcntl.flock(file, fcntl.LOCK_EX)

@@ -3,16 +3,19 @@
 from pathlib import Path
 
 from reca.eval.errors import EvaluationError
-from reca.io.folders import write_atomically
+from reca.io.folders import make_inside, write_atomically
 
 # Encoding error handler: lone surrogates, which a truncated reply can contain, are written as their JSON escapes.
 HALVES = "backslashreplace"
 
 
-def write(path: Path, content: bytes | str, sync: bool = True) -> None:
-    """Write a file atomically. Raises EvaluationError if that fails; an existing file is then unchanged."""
+def write(path: Path, content: bytes | str, sync: bool = True, root: Path | None = None) -> None:
+    """Write a file atomically. Raises EvaluationError if that fails; an existing file is then unchanged.
+
+    root: existing folder below which missing parents of the file are created; None: its parent exists.
+    """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_inside(root or path.parent, path.parent)
         write_atomically(path, content.encode("utf-8", HALVES) if isinstance(content, str) else content, sync)
     except OSError as error:
         raise EvaluationError(

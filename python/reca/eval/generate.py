@@ -85,7 +85,7 @@ def generate_images(
             for (item, k), image in list(zip(chunk, drawn, strict=True))[: wanted - made]:
                 _write_companions(suite, item, images)
                 data = encode_png(image)
-                write(images / suite.path(item, k), data, sync=False)
+                write(images / suite.path(item, k), data, sync=False, root=images)
                 made, size = made + 1, size + len(data)
             check_room(images, (wanted - made) * size // max(made, 1))
     return made
@@ -150,7 +150,8 @@ def is_drawn(path: Path) -> bool:
 def _write_companions(suite: Suite, item: Item, images: Path) -> None:
     for name, content in suite.companions(item).items():
         if not (images / name).is_file():
-            write(images / name, content.read_bytes() if isinstance(content, Path) else content, sync=False)
+            data = content.read_bytes() if isinstance(content, Path) else content
+            write(images / name, data, sync=False, root=images)
 
 
 def check_room(folder: Path, size: int) -> None:

@@ -20,6 +20,7 @@ from reca.eval.evaluation import judge_and_score, sampling_of, save
 from reca.eval.generate import generate_images
 from reca.eval.settings import Settings, open_settings
 from reca.eval.targets import Target, write_generation
+from reca.io.folders import make_inside
 from reca.models.base import Adapter
 from reca.models.common.inference import eval_mode
 from reca.options.fields import RecipeError, format_value
@@ -75,7 +76,7 @@ class TrainingSuite:
         with distributed.fail_together():
             if distributed.rank() == 0:
                 shutil.rmtree(side.folder, ignore_errors=True)  # from an interrupted or repeated step
-                (side.folder / "images").mkdir(parents=True)
+                make_inside(self.run_dir, side.folder / "images")
                 write_generation(side.folder, self._made(side, step), self.settings.items())
         with eval_mode(adapter), autocast:
             generate_images(

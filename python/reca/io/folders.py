@@ -25,6 +25,16 @@ def ensure_writable(folder: Path, name: str) -> Path:
     return folder
 
 
+def make_inside(root: Path, folder: Path) -> None:
+    """Create a folder and its parents below `root`.
+
+    `root` itself must exist. A run folder that was moved or removed during the run is thus not created again.
+    """
+    if folder != root:
+        make_inside(root, folder.parent)
+        folder.mkdir(exist_ok=True)
+
+
 def write_atomically(path: Path, content: str | bytes, sync: bool = True) -> None:
     """Write a file so that it has the old or the new content at any time, even if the process is killed.
 

@@ -23,6 +23,7 @@ from reca.data.errors import BadSample, DataError
 from reca.data.loader import Row, open_loader
 from reca.data.pixels import read_image
 from reca.data.sample import Source
+from reca.io.folders import make_inside
 from reca.io.image_grid import make_grid
 from reca.models.base import Adapter
 from reca.models.common.inference import eval_mode
@@ -100,7 +101,7 @@ def side_by_side(*columns: Sequence[Tensor]) -> Image.Image:
 def save_before(run_dir: Path, made: Sequence[Tensor]) -> None:
     """Save the reconstructions of a model before its first step; earlier ones are removed."""
     shutil.rmtree(run_dir / BEFORE, ignore_errors=True)
-    (run_dir / BEFORE).mkdir(parents=True)
+    make_inside(run_dir, run_dir / BEFORE)
     for number, image in enumerate(made):
         make_grid([image]).save(run_dir / BEFORE / f"{number:03d}.png")
 

@@ -87,29 +87,47 @@ class RunFolder:
         """Schedule a file to be written by `accept`."""
         self.waiting.append((path, content))
 
-    def reject_lost(self) -> None:
-        """Raise OSError if the folder was moved or removed: what follows would lie in a new one at the old path.
+    def is_lost(self) -> bool:
+        """Tell whether its path leads to another folder or to none, because it was moved or removed during the run.
 
-        The status is written where the folder is, as far as the system tells that.
+        A lock file that was removed alone, and a file system that does not answer, are no evidence of that.
         """
         if self.lock is None:
-            return
+            return False
+        try:
+            return folder_lock.key(self.path / folder_lock.FILE) != self.key
+        except FileNotFoundError:
+            return not self.path.is_dir() or self._has_lock_file()
+        except OSError:
+            return False
+
+    def reject_lost(self) -> None:
+        """Raise OSError on rank 0 if the folder is lost, and PeerFailed on the others. All ranks must call it.
+
+        The status is then written where the folder is, as far as the system tells that.
+        """
+        with distributed.fail_together():
+            if distributed.rank() == 0 and self.is_lost():
+                raise self._loss()
+
+    def _loss(self) -> OSError:
         old = self.path
-        with contextlib.suppress(FileNotFoundError):
-            if folder_lock.key(old / folder_lock.FILE) == folder_lock.key(self.lock):
-                return
-        if not os.fstat(self.lock).st_nlink:  # the lock file was deleted
-            if old.is_dir():
-                return
-            raise OSError(f"the run folder {old} was removed during the run, with its checkpoints and logs")
+        if not self._has_lock_file():
+            return OSError(f"the run folder {old} was removed during the run, with its checkpoints and logs")
         place = "where it was moved to"
         with contextlib.suppress(OSError):
             self.path = Path(os.readlink(f"/proc/self/fd/{self.lock}")).parent
             place = f"in {self.path}"
-        raise OSError(
+        return OSError(
             f"the run folder {old} was moved during the run: its checkpoints and logs so far lie {place}. Move "
             "it back, or give its new path as run_dir; the same command then resumes from the newest checkpoint"
         )
+
+    def _has_lock_file(self) -> bool:
+        """Tell whether the lock file still has a name, in whatever folder."""
+        with contextlib.suppress(OSError):
+            return self.lock is not None and os.fstat(self.lock).st_nlink > 0
+        return False
 
     def reject_lost_checkpoints(self) -> None:
         """Raise CheckpointError if the status of the start before names a checkpoint and the run has none now.
@@ -126,7 +144,7 @@ class RunFolder:
 
     def record_checkpoint(self, checkpoint: Path | None) -> None:
         """Record the latest complete checkpoint in the status; None if there is none."""
-        self.status.checkpoint = None if checkpoint is None else str(checkpoint.relative_to(self.path))
+        self.status.checkpoint = None if checkpoint is None else f"{checkpoint.parent.name}/{checkpoint.name}"
         self.status.step = 0 if checkpoint is None else int(checkpoint.name)
         self.write_status("running")
 
@@ -139,8 +157,9 @@ class RunFolder:
         """Write the status, on rank 0 or on a rank that failed.
 
         The first final state is kept: later writes are ignored, and until `accept` also those over a finished run.
+        Nothing is written to the folder of another run at this one's path.
         """
-        if self.held:
+        if self.held or self.is_lost():
             return
         status = self.status
         status.state, status.exit_code, status.reason = state, exit_code, reason

@@ -113,7 +113,7 @@ class GEdit(Suite):
                         source = Path("images") / f"{row['key']}.png"
                         if source.parent.name != "images":
                             raise KeyError(f"key {row['key']!r} is not a file name")
-                        write(path.parent / source, row.pop(IMAGE)["bytes"], sync=False)
+                        write(path.parent / source, row.pop(IMAGE)["bytes"], sync=False, root=path.parent)
                         lines.append(json.dumps(row | {"source": str(source)}, ensure_ascii=False) + "\n")
         except (pyarrow.ArrowException, KeyError, TypeError) as error:
             raise EvaluationError(f"{table} is not a table of GEdit-Bench ({error}). {self.data_help}") from error
