@@ -48,15 +48,18 @@ def load_encoders(recipe: Recipe, device: torch.device) -> Adapter:
     Other parameters are on the meta device. If the model does not declare `encoder_roles`, all weights are loaded.
     All ranks must call it. Raises as `check_parent` for train.init_from.
     """
-    kind = umm_package(recipe.umm).Adapter
-    if kind.encoder_roles is None:
-        adapter = kind.load(recipe.model, device)
-    else:
-        with deferring():
-            adapter = kind.load(recipe.model, torch.device("cpu"))
-        DeferredWeights(adapter).fill_only(adapter, device, _encoders(adapter))
-    plain = replace(recipe, lora=LoraConfig())
-    check_parent(plain, adapter)
+    kind, plain, weights = umm_package(recipe.umm).Adapter, replace(recipe, lora=LoraConfig()), None
+    with distributed.fail_together(), out_of_memory.memory_errors():  # a node may lack a file
+        if kind.encoder_roles is None:
+            adapter = kind.load(recipe.model, device)
+        else:
+            with deferring():
+                adapter = kind.load(recipe.model, torch.device("cpu"))
+            weights = DeferredWeights(adapter)
+            weights.read_only(adapter, device, _encoders(adapter))
+        check_parent(plain, adapter)
+    if weights is not None:
+        weights.receive(adapter, device)
     load_parent(adapter, plain)
     return adapter
 
@@ -71,8 +74,9 @@ def cache_features(recipe: Recipe) -> list[str]:
     if recipe.data.cache is None:
         raise RecipeError("data.cache is null: set the folder of the features, as in data.cache=/fast/disk/features")
     device = distributed.initialize(60 * distributed.HOURS)  # shares differ in size if some features are cached
+    adapter = load_encoders(recipe, device).train()
     with distributed.fail_together(), out_of_memory.memory_errors():
-        adapter = cast(load_encoders(recipe, device).train(), recipe.train.precision)
+        cast(adapter, recipe.train.precision)
         identity = features_identity(recipe, adapter, parent_digest(recipe))
     context = autocast(recipe.train.precision, device)
     lines = []
@@ -93,7 +97,7 @@ def cache_features(recipe: Recipe) -> list[str]:
         started, reader, folder = time.perf_counter(), _Reader(loader), loader.cache.folder
         with distributed.fail_together():
             done = fill(iter(reader), config.micro_batch, encode, folder)
-        loader.close()
+            loader.close()
         took = time.perf_counter() - started
         counts = distributed.all_gather((done.images, done.bytes, reader.cached))
         images, size, cached = map(sum, zip(*counts, strict=True))

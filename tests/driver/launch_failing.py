@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch.distributed.tensor import DTensor
 
-from reca import checkpoint, distributed, exits, preflight
+from reca import checkpoint, distributed, exits, precompute, preflight
 from reca import trainer as driver
 from reca.checkpoint import listing, reading, writing
 from reca.config.recipe_files import load_recipe
@@ -173,6 +173,29 @@ WITHOUT = (
     without(driver, "profiler_of"),
     without(Loader, "close"),
     without(RunLog, "close", rank=0),
+)
+
+
+def uncached(holder, attribute: str, rank: int = 1):
+    """Return the case in which one rank of `reca cache` fails in a function that no other rank waits for."""
+
+    def case(name: str) -> None:
+        setattr(holder, attribute, failing(getattr(holder, attribute), lambda *_: True, rank))
+        keys = [f"data.images={FOLDER / 'images'}", f"data.cache={FOLDER / name}", "objective.i2t.weight=0"]
+        precompute.cache_features(load_recipe("show_o_tiny", keys))
+
+    case.__name__ = f"uncached_{holder.__name__.rpartition('.')[2]}.{attribute}"
+    return case
+
+
+UNCACHED = (
+    uncached(umm_package("show_o").Adapter, "load"),
+    uncached(deferred_weights.DeferredWeights, "read_only"),
+    uncached(precompute, "check_parent"),
+    uncached(precompute, "parent_digest"),
+    uncached(precompute, "open_loader"),
+    uncached(precompute, "fill"),
+    uncached(Loader, "close"),
 )
 
 
@@ -354,6 +377,7 @@ CASES = (
     full_at_the_end,
     killed_at_the_end,
     *WITHOUT,
+    *UNCACHED,
     out_of_memory,
     no_stacks,
     no_state,

@@ -66,7 +66,7 @@ class DeferredWeights:
 
     @torch.no_grad()
     def receive(self, module: nn.Module, device: torch.device) -> None:
-        """Set the random parameters and buffers of a model to rank 0's, after `read`.
+        """Set the random parameters and buffers of a model to rank 0's, after `read` or `read_only`.
 
         Collective: every rank must call it.
         """
@@ -77,11 +77,8 @@ class DeferredWeights:
         _send_buffers(module)
 
     @torch.no_grad()
-    def fill_only(self, module: nn.Module, device: torch.device, names: Container[str]) -> None:
-        """Allocate the parameters in `names` on `device` and load their values; move all others to the meta device.
-
-        Collective: every rank must call it.
-        """
+    def read_only(self, module: nn.Module, device: torch.device, names: Container[str]) -> None:
+        """Do what `read` does for the parameters in `names` alone; move all others to the meta device."""
         made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # keeps the old one alive: ids must stay unique
         for prefix, part in module.named_modules():
             for own, parameter in list(part.named_parameters(recurse=False)):
@@ -89,19 +86,16 @@ class DeferredWeights:
                 if id(parameter) in made:  # tied weights stay tied
                     setattr(part, own, made[id(parameter)][1])
                     continue
-                if name not in names:
-                    value = parameter.to("meta")
-                elif name in self.files:
+                if name in names and name in self.files:
                     value = self.files[name].to(device, parameter.dtype)
                 else:
-                    value = _sent(self.random[name], parameter, device).to(device)
+                    value = torch.empty_like(parameter, device=device if name in names else "meta")
                 made[id(parameter)] = parameter, nn.Parameter(value, requires_grad=parameter.requires_grad)
                 setattr(part, own, made[id(parameter)][1])
             for own, buffer in list(part.named_buffers(recurse=False)):
                 part._buffers[own] = buffer.to(device)
         self.files.clear()
-        self.random.clear()
-        _send_buffers(module)
+        self.random = {name: value for name, value in self.random.items() if name in names}
 
 
 def _send_buffers(module: nn.Module) -> None:
