@@ -244,6 +244,10 @@ def test_dpg(tmp_path):
     imported = suite.import_answers(tmp_path / "r_detail.txt", [item])
     assert imported == {("p1", 0): [{"1": "yes", "2": "no"}] * 2}
     assert suite.score(imported, [item]).values[0].value == 50
+    # At the last image it was stopped after the first cell of two.
+    lines = [*lines[:4], *(f"out, a/p4.png, {cells[0]}, question {n}?, yes" for n in (1, 2))]
+    (tmp_path / "r_detail.txt").write_text("\n".join(lines))
+    assert suite.import_answers(tmp_path / "r_detail.txt", [item, dataclasses.replace(item, id="p4")]) == imported
     (tmp_path / "r_detail.txt").write_text("x/p1_3.png, None, question 1?, yes, it is\n")
     assert suite.import_answers(tmp_path / "r_detail.txt", [item]) == {("p1", 3): [{"1": "yes, it is"}]}
     for last, answers in (("no", {"1": "yes", "2": "no"}), ("y", {"1": "yes"})):  # cut off, or only without a line feed

@@ -168,7 +168,10 @@ class Dpg(Suite):
         ]
 
     def import_answers(self, path: Path, items: Sequence[Item]) -> dict[Key, Any] | None:
-        """Read the public script's file *_detail.txt, with lines IMAGE, CELL, QUESTION, ANSWER."""
+        """Read the public script's file *_detail.txt, with lines IMAGE, CELL, QUESTION, ANSWER.
+
+        The script asks about as many cells of every image. One with fewer, at which it was interrupted, is omitted.
+        """
         known, cells = {item.id: item for item in items}, dict[Key, dict[str, dict[str, str]]]()
         for line in files.read_answer_lines(path, lambda last: last.endswith((", yes", ", no"))):
             if (parts := DETAIL.fullmatch(line)) is None:
@@ -180,7 +183,8 @@ class Dpg(Suite):
                 for question in known[name].metadata["questions"]:
                     if parts[3].startswith(f"{question.text}, "):
                         answers[str(question.id)] = parts[3].removeprefix(f"{question.text}, ")
-        return {key: list(found.values()) for key, found in cells.items()} or None
+        whole = max(map(len, cells.values()), default=0)
+        return {key: list(found.values()) for key, found in cells.items() if len(found) == whole} or None
 
     def score(self, answers: Mapping[Key, Any], items: Sequence[Item]) -> Score:
         tables = {item.id: item.metadata["questions"] for item in items}
