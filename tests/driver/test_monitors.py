@@ -45,6 +45,16 @@ def test_the_gap_counts_where_text_to_image_gets_worse_and_it_is_wide(t2i, i2t, 
     assert len(found) == (t2i > 2) + (i2t > 1) and not any("relies on h_v" in text for text in found)
 
 
+def test_the_gap_and_the_drift_may_be_measured_at_different_steps():
+    watch = monitors.Monitor()
+    assert warnings(watch, {"t2i/drift": 2.0}) == warnings(watch, {"reca/gap": 0.1}) == []
+    assert len(warnings(watch, {"t2i/drift": 2.2})) == 1
+    found = warnings(watch, {"reca/gap": 0.5}, 3)
+    assert len(found) == 1 and "relies on h_v" in found[0]
+    assert warnings(watch, {"t2i/drift": 2.0}) == warnings(watch, {"reca/gap": 0.5}) == []
+    assert len(warnings(watch, {"t2i/drift": 2.2, "reca/gap": 0.5})) == 2  # both conditions had cleared
+
+
 def test_a_run_that_goes_on_compares_with_its_own_first_steps(recipe, monkeypatch):
     """The loss falls, the run is stopped, and goes on: neither a new baseline, nor the same warning again."""
     monkeypatch.setattr(monitors, "BASELINE_STEPS", 3)

@@ -78,12 +78,12 @@ class Monitor:
                 "lower the understanding resolution or blur that view"
             )
             conditions["copying"] = len(early) == BASELINE_STEPS and self.smooth["reca"] < COPY_RATIO * level, text
-        drifted = False
+        drifted = "t2i/drift" in self.active  # as last measured: the gap may have another period
         for name in ("t2i/drift", "i2t/drift"):
             if (value := metrics.get(name)) is not None:
                 base = self.first.setdefault(name, value)
                 worse = value > DRIFT_RATIO * base
-                drifted |= worse and name == "t2i/drift"
+                drifted = worse if name == "t2i/drift" else drifted
                 what = "text-to-image" if name.startswith("t2i") else "understanding"
                 conditions[name] = worse, f"{what} loss on the fixed batch rose from {base:.4g} to {value:.4g}"
         if (gap := metrics.get("reca/gap")) is not None:
