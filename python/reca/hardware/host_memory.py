@@ -18,7 +18,12 @@ def total() -> int:
 
 
 def available() -> int:
-    """Return the bytes that are available without swapping, including reclaimable file cache."""
+    """Return the bytes that are available without swapping, including reclaimable file cache.
+
+    Only Linux reports them; on other systems, return an upper bound: all memory.
+    """
+    if not MEMINFO.exists():
+        return total()
     fields = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
     return min(int(fields["MemAvailable"].split()[0]) << 10, *_cgroup_rests())
 
