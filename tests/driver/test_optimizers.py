@@ -24,7 +24,7 @@ from reca.training.parallelize import shard
 from reca.training.skipped_steps import NonFiniteError
 from tests.driver.toy import ToyAdapter, run_toy, weights
 
-SHAPES = [(37,), (64, 300), (7, 5, 3), (1,), (33, 1000), ()]
+SHAPES = [(37,), (150, 300), (7, 5, 3), (1,), (33, 1000), ()]
 SMALL = [{"moments": "bf16"}, {"name": "adamw_8bit"}]
 ALL = [*SMALL, {"offload": True}, {"moments": "bf16", "offload": True}, {"name": "adamw_8bit", "offload": True}]
 
@@ -118,6 +118,16 @@ def test_parameters_in_bf16_are_rounded_stochastically(config, exact):
     assert 430 < int((model.weight < 1).sum()) < 590 and not torch.equal(model.weight, model.other)
 
 
+def test_one_parameter_in_bf16_is_rounded_stochastically_beside_others_in_fp32():
+    model = nn.Linear(1, 1)
+    model.small, model.decays = nn.Parameter(torch.ones(1, 20000, dtype=torch.bfloat16)), lambda *_: False
+    optimizer = make_optimizer(model, OptimConfig(lr=1e-4))
+    model.small.grad = torch.ones_like(model.small)
+    optimizer.step()
+    assert 400 < int((model.small < 1).sum()) < 620  # one in 39: 1e-4 of the 2^-8 to the next
+    assert {state["exp_avg"].dtype for state in optimizer.state.values()} == {torch.float32}
+
+
 @pytest.mark.parametrize("config", ALL)
 def test_a_parameter_that_is_not_contiguous_makes_the_same_step(config):
     found = []
@@ -195,8 +205,16 @@ def test_codes_are_those_of_torchao():
 @pytest.mark.parametrize("config", ALL)
 def test_pieces_and_the_host_change_no_bit(config, monkeypatch):
     whole, _ = steps(**(config | {"offload": False}))
-    monkeypatch.setattr(adamw, "PIECE", 70_000)
+    update, rows = adamw.AdamW._update_piece, set()
+
+    def counted(self, stored, *given):
+        rows.add(len(stored["parameter"]))
+        update(self, stored, *given)
+
+    monkeypatch.setattr(adamw.AdamW, "_update_piece", counted)
+    monkeypatch.setattr(adamw, "PIECE", 20_000)
     pieces, optimizer = steps(**config)
+    assert {64, 22} <= rows and max(rows) == 64  # the 150 rows of p1 in three pieces
     assert optimizer.offload == config.get("offload", False)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), pieces.parameters(), strict=True))
 
