@@ -15,7 +15,7 @@ from typing_extensions import Self
 from reca.data.batch import Batch
 from reca.data.views import Views
 from reca.models.common import deferred_weights, likelihood
-from reca.models.common.inference import check_pairs
+from reca.models.common.inference import check_pairs, eval_mode
 from reca.options.sampling import check_limits
 from reca.rng import CounterRNG
 from reca_kernels.host import on_device
@@ -104,7 +104,10 @@ def in_fp32(function: Callable) -> Callable:
 
 
 def _checked(method: Callable) -> Callable:
-    """Validate the arguments of generate, edit, answer or reconstruct. Return [] for empty input without a call."""
+    """Validate the arguments of generate, edit, answer or reconstruct, and run it in eval mode.
+
+    Return [] for empty input without a call.
+    """
     signature = inspect.signature(method)
 
     @functools.wraps(method)
@@ -117,7 +120,10 @@ def _checked(method: Callable) -> Callable:
             lists["images"] = batch.text
         check_pairs(**lists)
         check_limits(given)
-        return method(*args, **options) if all(map(len, lists.values())) else []
+        if not all(map(len, lists.values())):
+            return []
+        with eval_mode(args[0]):
+            return method(*args, **options)
 
     return call
 

@@ -12,7 +12,7 @@ from reca.data.batch import Batch
 from reca.data.views import View, Views
 from reca.models.base import Adapter, LossTerm
 from reca.models.common.images import fit_to_view, to_uint8, to_unit
-from reca.models.common.inference import check_multiple, eval_mode, warn_of_cut
+from reca.models.common.inference import check_multiple, warn_of_cut
 from reca.models.harmon import modules, prompt, sampling, weights
 from reca.models.harmon.config import HarmonConfig
 from reca.models.harmon.loss import Prepared, compute_loss, prepare
@@ -98,23 +98,22 @@ class Harmon(Network, Adapter):
         check_multiple(factor, height, width)
         warn_of_cut([prompt.whole_caption(self.tokenizer, text) for text in prompts], prompt.MAX_TEXT)
         images = []
-        with eval_mode(self):
-            for i in range(0, len(prompts), batch):
-                cond = [prompt.caption(self.tokenizer, text) for text in prompts[i : i + batch]]
-                latents = sampling.sample_latents(
-                    self,
-                    cond,
-                    [prompt.caption(self.tokenizer, None)] * len(cond),
-                    sampling.SamplerNoise(torch.tensor(seeds[i : i + batch], device=self.device)),
-                    (height // factor, width // factor),
-                    steps=steps,
-                    guidance=guidance,
-                    guidance_schedule=guidance_schedule,
-                    diffusion=diffusion_steps,
-                    temperature=temperature,
-                    clip_sample_range=clip_sample_range,
-                )
-                images += list(to_uint8(self.pixels(latents)))
+        for i in range(0, len(prompts), batch):
+            cond = [prompt.caption(self.tokenizer, text) for text in prompts[i : i + batch]]
+            latents = sampling.sample_latents(
+                self,
+                cond,
+                [prompt.caption(self.tokenizer, None)] * len(cond),
+                sampling.SamplerNoise(torch.tensor(seeds[i : i + batch], device=self.device)),
+                (height // factor, width // factor),
+                steps=steps,
+                guidance=guidance,
+                guidance_schedule=guidance_schedule,
+                diffusion=diffusion_steps,
+                temperature=temperature,
+                clip_sample_range=clip_sample_range,
+            )
+            images += list(to_uint8(self.pixels(latents)))
         return images
 
     @torch.no_grad()
@@ -129,28 +128,26 @@ class Harmon(Network, Adapter):
         clip_sample_range: float | None = None,
     ) -> list[Tensor]:
         """Reconstruct images with MAR (`sampling.sample_latents`). Seeds are in [0, 2**56)."""
-        with eval_mode(self):
-            features = self.encode(batch)
-            latents = sampling.sample_latents(
-                self,
-                [prompt.template(self.tokenizer, text) for text in batch.text],
-                [],
-                sampling.SamplerNoise(torch.tensor(seeds, device=self.device)),
-                tuple(features["latents"].shape[1:3]),
-                self.mar.encode(features["h_v"]),
-                steps=steps,
-                guidance=1,
-                diffusion=diffusion_steps,
-                temperature=temperature,
-                clip_sample_range=clip_sample_range,
-            )
-            return list(to_uint8(self.pixels(latents)))
+        features = self.encode(batch)
+        latents = sampling.sample_latents(
+            self,
+            [prompt.template(self.tokenizer, text) for text in batch.text],
+            [],
+            sampling.SamplerNoise(torch.tensor(seeds, device=self.device)),
+            tuple(features["latents"].shape[1:3]),
+            self.mar.encode(features["h_v"]),
+            steps=steps,
+            guidance=1,
+            diffusion=diffusion_steps,
+            temperature=temperature,
+            clip_sample_range=clip_sample_range,
+        )
+        return list(to_uint8(self.pixels(latents)))
 
     def answer(self, images: list[Tensor], questions: list[str], max_new_tokens: int = 100) -> list[str]:
         view = self.views("i2t").und
         assert view is not None
-        with eval_mode(self):
-            return sampling.answer(self, [fit_to_view(image, view) for image in images], questions, max_new_tokens)
+        return sampling.answer(self, [fit_to_view(image, view) for image in images], questions, max_new_tokens)
 
     def export(self, folder: Path) -> list[str]:
         """Write harmon.pth, which Harmon's code loads like harmon_1.5b.pth.
