@@ -1,13 +1,13 @@
 """Held-out images, on which no task trains. The choice depends only on the seed."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 
 import numpy as np
 
 from reca.data.errors import DataError
 from reca.data.order import make_order
 from reca.data.sample import Source
-from reca.data.sources.mixture import Mixture, Subset
+from reca.data.sources.mixture import Mixture, Subset, indices_of
 from reca.rng import CounterRNG
 
 
@@ -87,9 +87,9 @@ def _emptied(task: str, before: Source, after: Source) -> list[str]:
     ]
 
 
-def _without(source: Source, keys: Iterable[str]) -> Source:
+def _without(source: Source, keys: Set[str]) -> Source:
     """Return the source without the samples of these keys; the source itself if it has none of them."""
     if isinstance(source, Mixture):
         return Mixture([_without(part, keys) for part in source.parts], source.weights, source.labels)
-    kept = np.array([i for i in range(len(source)) if source.key(i) not in keys], np.int64)
-    return source if len(kept) == len(source) else Subset(source, kept)
+    found = indices_of(source, keys)
+    return Subset(source, np.delete(np.arange(len(source)), found)) if found else source

@@ -2,7 +2,7 @@
 
 import json
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ FORM = Form(
     "LLaVA-style",
     '{"image": NAME, "conversations": [{"from": "human", "value": TEXT}, {"from": "gpt", "value": TEXT}, ...]}',
 )
+
+END = b"\0"  # of the image's name in a record
 
 
 class Conversations:
@@ -80,7 +82,7 @@ class Conversations:
             except BadRow as error:
                 skipped.add(f"rows that {error}", f"row {number}")
                 continue
-            write(image.encode() + b"\0" + json.dumps(said, ensure_ascii=False).encode())
+            write(image.encode() + END + json.dumps(said, ensure_ascii=False).encode())
             images.append(hash(image))
         if not found:
             raise FORM.wrong(path)
@@ -96,11 +98,15 @@ class Conversations:
 
     def row(self, index: int) -> tuple[str, list[Turn]]:
         """Return the name of a sample's image, and the turns about it."""
-        image, _, said = self.rows[index].partition(b"\0")
+        image, _, said = self.rows[index].partition(END)
         return image.decode(), [Turn(*turn) for turn in json.loads(said)]
 
     def key(self, index: int) -> str:
         return _image(self.rows[index])
+
+    def indices_of(self, keys: Set[str]) -> list[int]:
+        """Return the indices of the samples with these keys."""
+        return self.rows.find({key.encode() for key in keys}, END)
 
     def size(self, index: int) -> int:
         """Return the bytes of the image; 0 if it is at a URL."""
@@ -126,4 +132,4 @@ class Conversations:
 
 def _image(record: bytes) -> str:
     """Return the name of a row's image."""
-    return record.partition(b"\0")[0].decode()
+    return record.partition(END)[0].decode()

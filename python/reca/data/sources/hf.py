@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -50,6 +50,11 @@ class HuggingFace:
 
     def key(self, index: int) -> str:
         return f"{self.split}:{index}"
+
+    def indices_of(self, keys: Set[str]) -> list[int]:
+        """Return the indices of the samples with these keys."""
+        numbers = (int(row) for row in (key.rpartition(":")[2] for key in keys) if row.isdecimal())
+        return [number for number in set(numbers) if number < len(self) and self.key(number) in keys]
 
     def size(self, index: int) -> int:
         """Return the bytes of all files of the dataset, which change when it is rewritten; -1 if one is missing."""

@@ -2,10 +2,11 @@
 
 import functools
 import hashlib
+import itertools
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -138,6 +139,17 @@ class Parquet:
         number, row = self._place(index)
         group = self.groups[number]
         return f"{self.names[group.file]}:{group.first + row}"
+
+    def indices_of(self, keys: Set[str]) -> list[int]:
+        """Return the indices of the samples with these keys."""
+        first = np.searchsorted([group.file for group in self.groups], range(len(self.paths) + 1))  # group of each file
+        rows: dict[str, list[range]] = {}
+        for name, (start, stop) in zip(self.names, itertools.pairwise(self.starts[first].tolist()), strict=True):
+            rows.setdefault(name, []).append(range(start, stop))
+        parts = (key.rpartition(":") for key in keys)
+        wanted = ((own, int(row)) for name, _, row in parts if row.isdecimal() for own in rows.get(name, ()))
+        found = {own[row] for own, row in wanted if row < len(own)}
+        return [index for index in found if self.key(index) in keys]  # a number can have more than one form
 
     def size(self, index: int) -> int:
         """Return the bytes of the row's file, which change when the file is rewritten; -1 if it is missing."""

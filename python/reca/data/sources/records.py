@@ -9,11 +9,12 @@ end       length of the header in 8 bytes, MAGIC
 import errno
 import hashlib
 import io
+import itertools
 import json
 import logging
 import os
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,6 +24,7 @@ from reca.data.sources.index_files import IndexFile
 from reca.data.sources.skipped import log_once
 
 MAGIC = b"RECAROWS"
+AT_ONCE = 4096  # records per read, if all are read
 Facts = dict[str, Any]  # JSON-serialisable: what is known of all records
 Make = Callable[[Callable[[bytes], Any]], Facts]  # calls a function with every record, in order
 
@@ -39,10 +41,22 @@ class Records:
     def __getitem__(self, number: int) -> bytes:
         if not 0 <= number < len(self):
             raise IndexError(number)
-        start, end = int(self.offsets[number]), int(self.offsets[number + 1])
+        return self._read(int(self.offsets[number]), int(self.offsets[number + 1]))
+
+    def _read(self, start: int, end: int) -> bytes:
         if isinstance(self.data, bytes):
             return self.data[start:end]
         return os.pread(self.data.fileno(), end - start, start)  # mapped pages would count as memory of the process
+
+    def find(self, heads: Set[bytes], end: bytes) -> list[int]:
+        """Return the numbers of the records whose bytes before the first `end` are one of `heads`."""
+        found: list[int] = []
+        for first in range(0, len(self), AT_ONCE):
+            places = self.offsets[first : first + AT_ONCE + 1].tolist()
+            begin, data = places[0], self._read(places[0], places[-1])
+            records = (data[start - begin : stop - begin] for start, stop in itertools.pairwise(places))
+            found += [first + n for n, record in enumerate(records) if record.partition(end)[0] in heads]
+        return found
 
 
 def in_memory(make: Make) -> tuple[Records, Facts]:

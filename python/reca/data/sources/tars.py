@@ -3,7 +3,7 @@
 import json
 import logging
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from typing import Any, NamedTuple
 
 from reca.data.errors import BadSample, DataError
@@ -24,6 +24,8 @@ from reca.data.sources.patterns import relative_names, some
 from reca.data.sources.remote import REQUESTS, AnyPath, read_range
 from reca.data.sources.skipped import Skipped, log_once
 from reca.data.sources.tar_index import HEADER, Member, Stored, kept_index
+
+END = b'", ['  # of the name in the JSON of an Entry
 
 
 class Entry(NamedTuple):
@@ -79,7 +81,7 @@ class Tars:
                         raise DataError(f"{path}: {sample.image.name} has no .txt caption, which t2i needs")
                     text = sample.text.stored if sample.text and self.task == "t2i" else None
                     entry = Entry(number, sample.image.name, sample.image.stored, text)
-                    write(json.dumps(entry).encode())
+                    write(_encoded(entry))
                     yield self._key(entry), _size(entry)
 
         return {"identity": digest(described()), "skipped": [skipped.counts, skipped.first]}
@@ -103,11 +105,26 @@ class Tars:
     def key(self, index: int) -> str:
         return self._key(self._entry(index))
 
+    def indices_of(self, keys: Set[str]) -> list[int]:
+        """Return the indices of the samples with these keys."""
+        shards: dict[str, list[int]] = {}
+        for number, name in enumerate(self.shards):
+            shards.setdefault(name, []).append(number)
+        splits = ((key[:place], key[place + 1 :]) for key in keys for place, letter in enumerate(key) if letter == "/")
+        named = ((number, name) for shard, name in splits for number in shards.get(shard, ()))
+        heads = {_encoded(Entry(*own, Stored(0, 0, 0), None)).partition(END)[0] for own in named}
+        # A name can contain END, so that other names have the same head.
+        return [index for index in self.entries.find(heads, END) if self.key(index) in keys]
+
     def size(self, index: int) -> int:
         return _size(self._entry(index))
 
     def identity(self) -> str:
         return self._identity
+
+
+def _encoded(entry: Entry) -> bytes:
+    return json.dumps(entry).encode()
 
 
 def _size(entry: Entry) -> int:
