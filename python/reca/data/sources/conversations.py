@@ -10,7 +10,7 @@ import numpy as np
 
 from reca.data.errors import DataError
 from reca.data.sample import MAX_IMAGE_BYTES, Sample, digest
-from reca.data.sources import index_files, records
+from reca.data.sources import records
 from reca.data.sources.chat_rows import BadRow, absolute, image_name, turns
 from reca.data.sources.folder import total_size
 from reca.data.sources.index_files import IndexFile
@@ -65,12 +65,10 @@ class Conversations:
         def streamed(write: Callable[[bytes], Any]) -> records.Facts:
             return self._write_rows(stream_rows(path, FORM), path, write)
 
-        if isinstance(path, RemotePath):
-            if path.version() is None:
-                return records.in_memory(streamed)
-        elif path.stat().st_size < index_files.LARGE:
+        index = IndexFile([path], "rows", absolute(self.root))
+        if isinstance(path, Path) and not index.is_large:
             return records.in_memory(lambda write: self._write_rows(load_rows(path, FORM), path, write))
-        return records.kept(IndexFile([path], "rows", absolute(self.root)), streamed)
+        return records.kept(index, streamed) if index.is_safe else records.in_memory(streamed)
 
     def _write_rows(self, items: Iterable[Any], path: AnyPath, write: Callable[[bytes], Any]) -> records.Facts:
         """Write the usable rows: the image's name, a zero byte, JSON of the turns. Count the others."""

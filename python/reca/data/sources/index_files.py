@@ -6,6 +6,7 @@ and renamed, so it is either complete or absent. One process per machine builds 
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import logging
@@ -14,7 +15,7 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from reca.data.read_ahead import read_ahead
 from reca.data.sources.patterns import some
@@ -34,33 +35,52 @@ def cache_folder() -> Path:
     return Path(root) / "index"
 
 
-def worth_keeping(paths: Sequence[AnyPath]) -> bool:
-    """Return whether files get an index file: they are large, and servers identify their versions. Raises OSError."""
-    remote = [path for path in paths if isinstance(path, RemotePath)]
-    if any(version is None for version in read_ahead(RemotePath.version, remote, REQUESTS)):
-        return False
-    return sum(found.st_size for found in read_ahead(lambda path: path.stat(), paths, REQUESTS)) >= LARGE
+class Stamp(NamedTuple):
+    """State of a file. version: of a remote file, None if the server reports none."""
+
+    path: str
+    size: int
+    modified: int = 0  # nanoseconds, as `changed`; 0 for a remote file
+    changed: int = 0
+    version: list[str] | None = None
 
 
 class IndexFile:
-    """Path of the index of files, and the stamp by which it is valid.
+    """Path of the index of files, and the stamp by which it is valid. Each file is asked about once.
 
     depends: everything else that the index depends on, JSON-serialisable.
+    Raises OSError if a file cannot be asked about.
     """
 
     def __init__(self, sources: Sequence[AnyPath], kind: str, *depends: Any):
         self.sources, self.depends, self.name = sources, [VERSION, kind, *depends], some(sources)
         name = hashlib.sha256(json.dumps([*map(_address, sources), *self.depends]).encode("utf-8", "replace"))
         self.path = cache_folder() / f"{name.hexdigest()[:32]}.{kind}"
-        self.stamp = self.now()
-        age = time.time() - max(max(found[2], found[3]) for found in self.stamp[0]) / 1e9
+        self.files = list(read_ahead(_stamp, sources, REQUESTS))
+
+    @property
+    def is_safe(self) -> bool:
+        """Tell whether a change of the files would be noticed: servers identify versions of remote ones."""
+        remote = (isinstance(source, RemotePath) for source in self.sources)
+        return all(file.version or not far for file, far in zip(self.files, remote, strict=True))
+
+    @property
+    def is_large(self) -> bool:
+        """Tell whether reading the files takes so long that their index is worth a file."""
+        return sum(file.size for file in self.files) >= LARGE
+
+    @functools.cached_property
+    def stamp(self) -> list:
+        """Stamp of the files and everything else the index depends on. Waits until they have settled."""
+        age = time.time() - max(max(file.modified, file.changed) for file in self.files) / 1e9
         if 0 <= age < SETTLED:
             time.sleep(SETTLED - age)
-            self.stamp = self.now()
+            return self.now()
+        return [list(map(list, self.files)), *self.depends]
 
     def now(self) -> list:
-        """Return the current stamp: path, size and times of the files, and everything else the index depends on."""
-        return [list(read_ahead(_stamp, self.sources, REQUESTS)), *self.depends]
+        """Return the current stamp."""
+        return [list(map(list, read_ahead(_stamp, self.sources, REQUESTS))), *self.depends]
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -93,12 +113,13 @@ class IndexFile:
         )
 
 
-def _stamp(source: AnyPath) -> list:
+def _stamp(source: AnyPath) -> Stamp:
     if isinstance(source, RemotePath):
-        return [str(source), 0, 0, 0, *(source.version() or [])]
+        size, version = source.version()
+        return Stamp(str(source), size, version=version)
     found = os.stat(source)
     path = os.path.abspath(source).encode("utf-8", "surrogateescape").hex()
-    return [path, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+    return Stamp(path, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
 def _address(source: AnyPath) -> str:

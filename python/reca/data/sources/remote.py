@@ -33,6 +33,7 @@ class RemotePath:
 
     def __init__(self, fs: Any, path: str):
         self.fs, self.path = fs, path
+        self.type: str | None = None  # once it is known
 
     def __str__(self) -> str:
         return self.fs.unstrip_protocol(self.path)
@@ -70,10 +71,10 @@ class RemotePath:
 
     def _type(self) -> str | None:
         """Return "file", "directory", or None if missing. fsspec's `exists` and `isfile` would hide other errors."""
-        try:
-            return self.ask(self.fs.info, self.path)["type"]
-        except FileNotFoundError:
-            return None
+        if self.type is None:
+            with contextlib.suppress(FileNotFoundError):
+                self.type = self.ask(self.fs.info, self.path)["type"]
+        return self.type
 
     def stat(self) -> SimpleNamespace:
         size = self.ask(self.fs.info, self.path).get("size")
@@ -81,11 +82,11 @@ class RemotePath:
             raise OSError(f"{self}: the server does not report the size of the file")
         return SimpleNamespace(st_size=size)
 
-    def version(self) -> list[str] | None:
-        """Return values that identify this version of the file; None if the server reports none."""
+    def version(self) -> tuple[int, list[str] | None]:
+        """Return the size, 0 if unknown, and values that identify this version; None if the server reports none."""
         found = self.ask(self.fs.info, self.path)
         tags = [f"{name}={found[name]}" for name in CHANGES if found.get(name)]
-        return [str(found.get("size")), *tags] if tags else None
+        return found.get("size") or 0, tags or None
 
     def open(self, mode: str = "rb") -> BinaryIO:
         file = self.ask(self.fs.open, self.path, mode, block_size=BLOCK)

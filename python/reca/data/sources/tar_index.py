@@ -48,9 +48,9 @@ class Member(NamedTuple):
 def kept_index(path: AnyPath, skipped: Skipped) -> list[Member]:
     """Return the result of `read_index`; for a large tar from its index file, which is built if missing."""
     try:
-        if not index_files.worth_keeping([path]):
-            return read_index(path, skipped)
         index = index_files.IndexFile([path], "tar")
+        if not (index.is_safe and index.is_large):
+            return read_index(path, skipped)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
     content = index_files.read_json(index)

@@ -19,7 +19,7 @@ from reca.data.sample import (
     digest,
 )
 from reca.data.sources import records
-from reca.data.sources.index_files import IndexFile, worth_keeping
+from reca.data.sources.index_files import IndexFile
 from reca.data.sources.patterns import relative_names, some
 from reca.data.sources.remote import REQUESTS, AnyPath, read_range
 from reca.data.sources.skipped import Skipped, log_once
@@ -52,12 +52,9 @@ class Tars:
         self.paths, self.task = list(paths), task
         self.shards = relative_names(paths)
         try:
-            large = worth_keeping(paths)
-            self.entries, facts = (
-                records.kept(IndexFile(paths, "samples", task == "t2i"), self._write)
-                if large
-                else records.in_memory(self._write)
-            )
+            index = IndexFile(paths, "samples", task == "t2i")
+            kept = index.is_safe and index.is_large
+            self.entries, facts = records.kept(index, self._write) if kept else records.in_memory(self._write)
         except OSError as error:
             raise DataError(f"{some(paths)} cannot be read: {error.strerror or error}") from error
         self.images = len(self.entries)  # distinct ones: no two have the same key
