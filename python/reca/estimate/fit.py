@@ -24,7 +24,6 @@ from reca.estimate.meta_model import build_meta
 from reca.models.base import Adapter
 from reca.options.fields import RecipeError
 from reca.options.values import override_text
-from reca.training.parallelize import replicas_fit
 
 CHECKPOINTING, CAST_ONCE = "train.activation_checkpointing", "train.cast_once"
 # Overheads in rows (tokens): a pass of PASS rows runs at half of a GPU's throughput. Heuristics to rank settings.
@@ -84,9 +83,7 @@ class Predictions:
         self, keys: dict[str, Any], gpus: int, node: int, card: int, tasks: Sequence[str] | None = None
     ) -> Memory:
         recipe, tasks = with_keys(self.recipe, keys), tuple(tasks or self.recipe.active_tasks())
-        # The size of a GPU only decides, by parallel.strategy=auto, whether each holds all weights.
-        replicas = gpus > 1 and replicas_fit(self.adapter, card)
-        key = tasks, gpus, node, replicas, str(by_key(recipe))
+        key = tasks, gpus, node, card, str(by_key(recipe))
         if key not in self._found:
             self._found[key] = memory.peak_of(recipe, list(tasks), gpus, node, card)
         return self._found[key]
