@@ -73,9 +73,11 @@ def descendants(pid):
 def test_processes_end_with_a_parent_that_is_killed(tmp_path):
     """A run saves first; a process that waits for a job just ends."""
     code = f"""
+        import signal
         from pathlib import Path
         from reca.processes.side_by_side import Job, run
         from tests.driver.test_side_by_side import report, save_on_signal
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a script starts with &
         folder = Path({str(tmp_path)!r})
         run([Job("run", save_on_signal, (folder,)), Job("short", report, (folder, "short"))], [None, None])
     """
@@ -92,9 +94,11 @@ def test_processes_end_with_a_parent_that_is_killed(tmp_path):
 def test_ctrl_c_ends_all_processes_without_a_word(tmp_path):
     """A terminal sends it to all of them. One that waited for a job printed a traceback."""
     code = f"""
+        import signal
         from pathlib import Path
         from reca.processes.side_by_side import Job, run
         from tests.driver.test_side_by_side import report, save_on_signal
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a script starts with &
         folder = Path({str(tmp_path)!r})
         try:
             run([Job("run", save_on_signal, (folder,)), Job("short", report, (folder, "short"))], [None, None])
