@@ -245,6 +245,17 @@ def test_an_alarm_is_said_and_stands_in_the_status(recipe, caplog):
     assert len(lines(trainer.run_dir, "warning")) == 1
 
 
+def test_an_alarm_of_the_last_evaluation_is_not_said_again_by_a_resumed_run(recipe, caplog):
+    keys = ["eval.every=2", "eval.holdout=4"]
+    Trainer(recipe(*keys, "train.steps=4"), Forgetting()).run()
+    assert caplog.text.count("alarm: the held-out") == 1
+    resumed = Forgetting()
+    resumed.seen = [0] * 41
+    Trainer(recipe(*keys), resumed).run()
+    assert caplog.text.count("alarm: the held-out") == 1
+    assert [bool(line["alarms"]) for line in lines(Path(recipe().run_dir))] == [False, False, True, True]
+
+
 def test_an_alarm_can_end_the_run(recipe):
     r = recipe("eval.every=2", "eval.holdout=4", "eval.stop_on_alarm=true")
     with pytest.raises(CollapseError, match=r"stopped at step 4 by an alarm: the held-out .* eval.stop_on_alarm=false"):

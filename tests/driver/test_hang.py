@@ -129,6 +129,35 @@ def test_a_call_that_holds_the_interpreter(tmp_path):
     assert "test_a_call_that_holds_the_interpreter" in (tmp_path / "hang/rank_0.txt").read_text()
 
 
+def test_a_rank_that_is_not_late_answers_the_request_of_another(tmp_path, monkeypatch, caplog):
+    """Once in each phase, and the request stays until the rank that made it goes on."""
+    monkeypatch.setattr(hang, "LONGEST_POLL", 0.01)
+    folder = tmp_path / hang.FOLDER
+
+    def wait_for_answer(phase: str) -> None:
+        end = time.monotonic() + 60
+        while caplog.text.count(f"in {phase} of step 3") == 0:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+
+    with HangWatch(tmp_path, 1000.0) as watch:
+        for rank, age in ((1, 500.0), (7, 2000.0)):  # the last of an earlier hang, with more ranks
+            (folder / f"rank_{rank}.json").write_text(json.dumps(report(rank, "all_reduce", time=time.time() - age)))
+        watch.enter(3, "training")
+        time.sleep(0.05)
+        assert "progress" not in caplog.text
+        (folder / hang.REQUEST).touch()
+        wait_for_answer("training")
+        time.sleep(0.05)
+        watch.enter(3, "saving")
+        wait_for_answer("saving")
+    assert caplog.text.count("rank 0 has been in training of step 3") == 1
+    assert caplog.text.count("ranks waiting for others: 1 (in all_reduce at f (a.py:1)). Stacks of all ranks") == 2
+    assert (folder / hang.REQUEST).exists()
+    stacks = (folder / "rank_0.txt").read_text()
+    assert "rank 0, step 3: training for" in stacks and "rank 0, step 3: saving for" in stacks
+
+
 def test_the_flight_recorder_of_nccl(monkeypatch):
     """The names of a build with NCCL, which this machine may lack; and one that fails costs nothing."""
     module = torch._C._distributed_c10d
