@@ -89,8 +89,9 @@ def set_timeout(minutes: int, device: torch.device) -> None:
         *(group for (_, use), group in _groups.items() if use == "host"),
         *(group for mesh in _meshes.values() for group in mesh.get_all_groups()),
     ]
+    set_group_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout  # public from torch 2.15
     for group in groups:
-        distributed_c10d._set_pg_timeout(timedelta(minutes=minutes), group)
+        set_group_timeout(timedelta(minutes=minutes), group)
 
 
 # Gloo groups by training group and use. "host": host-side collectives of the training thread, if training uses NCCL.

@@ -37,6 +37,9 @@ def test_doctor_imports_apex(capsys, tmp_path, monkeypatch):
     (tmp_path / "apex/optimizers/__init__.py").write_text("class FusedAdam: ...")
     (tmp_path / "amp_C.py").write_text("raise ImportError('undefined symbol: _ZN3c10')")
     monkeypatch.syspath_prepend(tmp_path)
+    for name in ("apex", "apex.optimizers", "amp_C"):  # what is imported here is not left to other tests
+        monkeypatch.setitem(sys.modules, name, None)
+        del sys.modules[name]
     assert main(["doctor"]) == 0
     assert "cannot be imported (undefined symbol: _ZN3c10)" in capsys.readouterr().out
     (tmp_path / "amp_C.py").write_text("")
