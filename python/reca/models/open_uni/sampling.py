@@ -32,10 +32,9 @@ def generate(
 ) -> list[Tensor]:
     """Generate images with DPM-Solver++ (`sample`), `batch` at a time. Seeds are in [0, 2**56)."""
     warn_of_cut([prompt.whole_caption(net.tokenizer, text) for text in prompts], prompt.MAX_TEXT)
-    size, images = {"height": height, "width": width}, []
+    size, images, uncond = {"height": height, "width": width}, [], [prompt.caption(net.tokenizer, None)]
     for i in range(0, len(prompts), batch):
-        cond = [prompt.caption(net.tokenizer, text) for text in prompts[i : i + batch]]
-        uncond, own = [prompt.caption(net.tokenizer, None)] * len(cond), seeds[i : i + batch]
+        cond, own = [prompt.caption(net.tokenizer, text) for text in prompts[i : i + batch]], seeds[i : i + batch]
         images += sample(net, cond, uncond, None, own, steps=steps, guidance=guidance, **size)
     return images
 
@@ -110,7 +109,7 @@ def scheduler() -> DPMSolverMultistepScheduler:
 def sample(
     net: Network,
     cond: list[Prompt],
-    uncond: list[Prompt],
+    uncond: list[Prompt],  # one per prompt, or one for all
     h_v: Tensor | None,  # [B, n, H], used by both branches
     seeds: list[int],
     *,
@@ -130,7 +129,7 @@ def sample(
     shape = (latents.channels, height // latents.size, width // latents.size)
     start = torch.stack([seeded_normal(seed, RandomStream.NOISE, shape, net.device) for seed in seeds])
     wanted = condition(net, cond, h_v)
-    unwanted = condition(net, uncond, h_v) if guidance > 1 else wanted
+    unwanted = condition(net, uncond, h_v).expand_as(wanted) if guidance > 1 else wanted
     return list(to_uint8(denoise(net, wanted, unwanted, start, steps, guidance)))
 
 
