@@ -2,16 +2,21 @@
 
 import functools
 import json
+import shutil
+
+import pytest
 
 from reca import checkpoint
 from reca.comparison import triplets
-from reca.comparison.build import compare
+from reca.comparison.build import _suites, compare
+from reca.comparison.sides import find_sides
 from reca.config.recipe_files import load_recipe, save_recipe
+from reca.eval.errors import EvaluationError
 from reca.eval.report import FORMAT
 from tests.driver.toy import write_images
 
 
-def evaluation(folder, value, suite="geneval", protocol="GenEval"):
+def evaluation(folder, value, suite="geneval", protocol="GenEval", model=None):
     """Write results of two prompts, with the images' values."""
     items = [
         {"item": str(n), "tag": "t", "prompt": f"p{n}", "value": value,
@@ -20,7 +25,7 @@ def evaluation(folder, value, suite="geneval", protocol="GenEval"):
     ]  # fmt: skip
     interval = {"value": value, "interval": [value, value]}
     found = {
-        "format": FORMAT, "suite": suite, "protocol": protocol, "model": None, "sampling": None, "images_per_item": 1,
+        "format": FORMAT, "suite": suite, "protocol": protocol, "model": model, "sampling": None, "images_per_item": 1,
         "counts": {"items": 2, "images": 2}, "judge": {"name": "rule"}, "overall": {**interval, "unit": "fraction"},
         "weights": {"t": 1.0}, "tags": {"t": interval}, "items": items, "against": None, "power": None,
     }  # fmt: skip
@@ -75,3 +80,24 @@ def test_the_evaluation_that_is_named_after_its_suite_is_compared(tmp_path):
     (tmp_path / "eval/geneval/results.json").unlink()
     (suite,) = compare("base", str(tmp_path))["suites"]
     assert suite["overall"]["value"] == 0.0
+
+
+def test_scores_of_an_earlier_step_are_said_to_be_so(tmp_path):
+    save_recipe(load_recipe("show_o_tiny", {"run_dir": str(tmp_path)}), tmp_path / "recipe.yaml")
+    for step in (4, 8):
+        (tmp_path / f"checkpoints/{step:06}").mkdir(parents=True)
+        (tmp_path / f"checkpoints/{step:06}" / checkpoint.MARKER).write_text("of the weights")
+    evaluation(tmp_path / "eval/base/geneval", 0.5, model={"step": None})
+    evaluation(tmp_path / "eval/geneval", 1.0, model={"step": 4})
+    sides = find_sides("base", str(tmp_path))
+    (note,) = _suites(*sides)[1]
+    assert note.startswith(f"{tmp_path}/eval/geneval is of step 4, and {tmp_path} is at step 8 now: delete")
+    shutil.rmtree(tmp_path / "eval/geneval")
+    evaluation(tmp_path / "eval/geneval", 1.0, model={"step": 8})
+    assert _suites(*find_sides("base", str(tmp_path)))[1] == []
+
+
+def test_a_model_is_not_compared_with_itself(tmp_path):
+    evaluation(tmp_path / "a", 1.0)
+    with pytest.raises(EvaluationError, match="both sides are .*: pass two folders, or base as one side"):
+        compare(str(tmp_path / "a"), f"{tmp_path}/b/../a")

@@ -53,6 +53,13 @@ def _suites(before: Side, after: Side) -> tuple[list[dict[str, Any]], list[str]]
         for key in mine
         if key not in other
     ]
+    notes += [
+        f"{folder} is of step {step}, and {side.source} is at step {side.step} now: delete that folder and run "
+        f"reca eval {key[0]} {side.source} for scores of these weights"
+        for found, mine, side in zip(results, chosen, (before, after), strict=True)
+        for key, folder in mine.items()
+        if side.kind == "run" and (step := (found[folder]["model"] or {}).get("step")) not in (None, side.step)
+    ]
     if not suites and not notes:
         notes.append("neither model was evaluated; run reca eval SUITE RUN --against base to add scores and images")
     notes += [

@@ -33,12 +33,16 @@ class Side:
     def run_dir(self) -> Path | None:
         return Path(self.source) if self.kind == "run" else None
 
+    @property
+    def step(self) -> int | None:
+        return None if self.weights is None else int(self.weights.name)
+
     def results(self) -> dict[Path, dict[str, Any]]:
         """Read the results of all evaluations by folder. Raises EvaluationError for damaged ones."""
         return {folder: report.read(folder / RESULTS) for folder in self.evaluations}
 
     def describe(self) -> dict[str, Any]:
-        return {"source": self.source, "kind": self.kind, "step": self.weights and int(self.weights.name)}
+        return {"source": self.source, "kind": self.kind, "step": self.step}
 
 
 def find_sides(before: str, after: str) -> tuple[Side, Side]:
@@ -48,6 +52,8 @@ def find_sides(before: str, after: str) -> tuple[Side, Side]:
     """
     if before == BASE and after == BASE:
         raise EvaluationError("both sides are base: pass a run on one side")
+    if BASE not in (before, after) and Path(before).resolve() == Path(after).resolve():
+        raise EvaluationError(f"both sides are {after}: pass two folders, or base as one side")
     if before == BASE:
         return _base_of(after), _side(after)
     if after == BASE:
