@@ -24,6 +24,11 @@ except PackageNotFoundError:  # a source tree on the path that was never install
     __version__ = "0+source"
 
 
+def __dir__() -> list[str]:
+    """List the lazy functions, too, which notebooks complete."""
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     if name in ("evaluate", "load", "train"):
         from reca import api

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -194,6 +195,12 @@ def evaluate(
 
     if isinstance(steps, str):
         raise EvaluationError(f"steps={steps!r} must be a list; write steps=[{steps!r}]")
+    for name, options in (("judge_options", judge_options), ("sampling", sampling)):
+        if not isinstance(options, Mapping | None):
+            raise EvaluationError(f"{name}={options!r} must be a dict, such as {{'steps': 8}}")
+    for name, number in (("images_per_item", images_per_item or 0), ("limit", limit or 0), ("seed", seed)):
+        if not isinstance(number, Integral):
+            raise EvaluationError(f"{name}={number!r} must be a whole number")
 
     def path(given: str | Path | None) -> Path | None:
         return None if given is None else Path(expand_home(str(given)))

@@ -14,6 +14,7 @@ import torch
 import reca
 from reca import api, cli
 from reca.config.recipe_files import load_recipe, save_recipe
+from reca.eval.errors import EvaluationError
 from reca.options.fields import RecipeError
 from reca.runs.lineage import recipe_of
 from tests.driver.toy import ToyAdapter, ToyConfig, write_images, write_recipe
@@ -33,6 +34,26 @@ def test_what_reca_offers():
     assert reca.load is api.load and reca.train is api.train
     with pytest.raises(AttributeError, match="'reca' has no attribute 'lode'; it offers .*load, train"):
         reca.lode  # noqa: B018
+
+
+def test_what_reca_offers_is_completed():
+    """`dir` is what a notebook completes from, and the functions are loaded by the first access."""
+    assert set(reca.__all__) <= set(dir(reca))
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ({"sampling": "steps=8"}, "sampling='steps=8' must be a dict, such as {'steps': 8}"),
+        ({"judge_options": ["workers=2"]}, "judge_options=['workers=2'] must be a dict"),
+        ({"limit": 2.5}, "limit=2.5 must be a whole number"),
+        ({"images_per_item": "4"}, "images_per_item='4' must be a whole number"),
+        ({"seed": None}, "seed=None must be a whole number"),
+    ],
+)
+def test_arguments_of_another_type_are_named(given, said, tmp_path):
+    with pytest.raises(EvaluationError, match=re.escape(said)):
+        reca.evaluate("toy", "show_o_tiny", out=tmp_path, **given)
 
 
 def test_a_run_is_trained_continued_and_loaded(tmp_path, caplog, monkeypatch):
