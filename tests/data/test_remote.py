@@ -6,8 +6,7 @@ import threading
 import pytest
 
 from reca.data.errors import BadSample, DataError
-from reca.data.sources import columns, index_files, remote, tar_index
-from reca.data.sources import conversations as conversations_module
+from reca.data.sources import columns, index_files, json_rows, remote, tar_index
 from reca.data.sources.factory import open_source
 from reca.data.sources.remote import RemotePath
 from tests.data.files import conversations, fill, image_bytes, row, said, tar
@@ -176,8 +175,8 @@ def test_conversations_are_what_they_are_here(memory, tmp_path, monkeypatch):
     lines = path.with_suffix(".jsonl")
     lines.write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in rows))
     put(memory, tmp_path / "here")
-    reads, read = [], conversations_module.stream_rows
-    monkeypatch.setattr(conversations_module, "stream_rows", lambda *args: reads.append(1) or read(*args))
+    reads, read = [], json_rows.stream_rows
+    monkeypatch.setattr(json_rows, "stream_rows", lambda *args: reads.append(1) or read(*args))
     monkeypatch.setattr(remote, "BLOCK", 64)
     for name in ("rows.json", "rows.jsonl"):
         here = open_source(str(tmp_path / "here" / name), "i2t")

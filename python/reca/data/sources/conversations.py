@@ -2,7 +2,8 @@
 
 import json
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator, Set
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,10 @@ import numpy as np
 
 from reca.data.errors import DataError
 from reca.data.sample import MAX_IMAGE_BYTES, Sample, digest
-from reca.data.sources import records
 from reca.data.sources.chat_rows import BadRow, absolute, image_name, turns
 from reca.data.sources.folder import total_size
-from reca.data.sources.index_files import IndexFile
-from reca.data.sources.json_rows import Form, cannot_be_read, load_rows, stream_rows
+from reca.data.sources.json_rows import Form, kept_rows
+from reca.data.sources.records import Facts, Write
 from reca.data.sources.remote import AnyPath, RemotePath, read_whole, to_path
 from reca.data.sources.skipped import Skipped
 from reca.data.tasks import Turn
@@ -49,10 +49,7 @@ class Conversations:
                 f"conversations file {path} {fault}; give a LLaVA-style .json or .jsonl as data.conversations"
             )
         self.root = to_path(image_root) if image_root else path.parent
-        try:
-            self.rows, facts = self._open(path)
-        except OSError as error:
-            raise cannot_be_read(path, FORM, error) from error
+        self.rows, facts = kept_rows(path, FORM, partial(self._write_rows, path), "rows", absolute(self.root))
         self.images: int = facts["images"]  # number of distinct ones
         self.skipped = Skipped(*facts["skipped"])
         if not self.rows:
@@ -61,16 +58,7 @@ class Conversations:
             raise DataError(f"data.image_root {self.root} is not a folder; set the folder that image names start from")
         self.skipped.warn(str(path))
 
-    def _open(self, path: AnyPath) -> tuple[records.Records, records.Facts]:
-        def streamed(write: Callable[[bytes], Any]) -> records.Facts:
-            return self._write_rows(stream_rows(path, FORM), path, write)
-
-        index = IndexFile([path], "rows", absolute(self.root))
-        if isinstance(path, Path) and not index.is_large:
-            return records.in_memory(lambda write: self._write_rows(load_rows(path, FORM), path, write))
-        return records.kept(index, streamed) if index.is_safe else records.in_memory(streamed)
-
-    def _write_rows(self, items: Iterable[Any], path: AnyPath, write: Callable[[bytes], Any]) -> records.Facts:
+    def _write_rows(self, path: AnyPath, items: Iterable[Any], write: Write) -> Facts:
         """Write the usable rows: the image's name, a zero byte, JSON of the turns. Count the others."""
         root, found, skipped, images = absolute(self.root), False, Skipped(), array("q")
         for number, item in enumerate(items, 1):

@@ -1,12 +1,15 @@
 """Rows of a JSON list or a JSON lines file, local or at a URL."""
 
 import json
-from collections.abc import Iterator
-from pathlib import PurePosixPath
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from reca.data.errors import DataError
+from reca.data.sources import records
+from reca.data.sources.index_files import IndexFile
 from reca.data.sources.json_stream import parse_lines, read_items
+from reca.data.sources.records import Facts, Records, Write
 from reca.data.sources.remote import AnyPath, read_range
 from reca.data.text import decode_text
 from reca.io.files import HEAD, packed, placeholder
@@ -41,7 +44,7 @@ def load_rows(path: AnyPath, form: Form) -> list[Any]:
             raise form.wrong(path)
         return items
     except OSError as error:
-        raise cannot_be_read(path, form, error) from error
+        raise _cannot_be_read(path, form, error) from error
     except DataError:
         raise
     except (ValueError, RecursionError) as error:  # invalid JSON or invalid text
@@ -63,7 +66,28 @@ def stream_rows(path: AnyPath, form: Form) -> Iterator[Any]:
         raise _no_json(path, error) from error
 
 
-def cannot_be_read(path: AnyPath, form: Form, error: OSError) -> DataError:
+def kept_rows(
+    path: AnyPath, form: Form, make: Callable[[Iterable[Any], Write], Facts], kind: str, *depends: Any
+) -> tuple[Records, Facts]:
+    """Return the records that `make` writes of a file's rows, and its facts.
+
+    A large file, and a remote one of any size, is streamed once; its index file is of `kind` and depends on `depends`.
+    Raises DataError like `load_rows`.
+    """
+    try:
+        index = IndexFile([path], kind, *depends)
+        if isinstance(path, Path) and not index.is_large:
+            return records.in_memory(lambda write: make(load_rows(path, form), write))
+
+        def streamed(write: Write) -> Facts:
+            return make(stream_rows(path, form), write)
+
+        return records.kept(index, streamed) if index.is_safe else records.in_memory(streamed)
+    except OSError as error:
+        raise _cannot_be_read(path, form, error) from error
+
+
+def _cannot_be_read(path: AnyPath, form: Form, error: OSError) -> DataError:
     return DataError(f"{form.file} {path} cannot be read: {error.strerror or error}")
 
 

@@ -26,7 +26,8 @@ from reca.data.sources.skipped import log_once
 MAGIC = b"RECAROWS"
 AT_ONCE = 4096  # records per read, if all are read
 Facts = dict[str, Any]  # JSON-serialisable: what is known of all records
-Make = Callable[[Callable[[bytes], Any]], Facts]  # calls a function with every record, in order
+Write = Callable[[bytes], Any]
+Make = Callable[[Write], Facts]  # calls a function with every record, in order
 
 
 class Records:

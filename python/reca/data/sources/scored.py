@@ -1,6 +1,8 @@
 """Generated images with scores of their regions, the training data of SRUM."""
 
+import json
 import sys
+from collections.abc import Iterable, Set
 from typing import Any, NamedTuple
 
 from reca.data.errors import BadSample, DataError
@@ -8,13 +10,15 @@ from reca.data.pixels import shown_size
 from reca.data.sample import MAX_IMAGE_BYTES, Sample, digest
 from reca.data.sources.chat_rows import BadRow, image_name
 from reca.data.sources.folder import total_size
-from reca.data.sources.json_rows import Form, load_rows
+from reca.data.sources.json_rows import Form, kept_rows
+from reca.data.sources.records import Facts, Write
 from reca.data.sources.remote import AnyPath, RemotePath, read_whole, to_path
 from reca.data.sources.skipped import Skipped
 from reca.data.tasks import Scored, ScoredBox
 from reca.data.text import encodable
 
 LARGEST = sys.float_info.max
+END = b"\0"  # of the key in a record
 FORM = Form(
     "file of scored images",
     "of scored images",
@@ -50,12 +54,8 @@ class ScoredImages:
             fault = "is not a file" if path.exists() else "does not exist"
             raise DataError(f"{FORM.file} {path} {fault}; set data.scored to a .json or .jsonl file")
         self.root: AnyPath = to_path(image_root) if image_root else path.parent
-        self.skipped, self.rows = Skipped(), []
-        for number, item in enumerate(load_rows(path, FORM), 1):
-            try:
-                self.rows.append(_row(item)._replace(number=number))
-            except BadRow as error:
-                self.skipped.add(f"rows that {error}", f"row {number}")
+        self.rows, facts = kept_rows(path, FORM, _write_rows, "scored")
+        self.skipped = Skipped(*facts["skipped"])
         if not self.rows:
             raise DataError(
                 f"{path} has no scored image: {self.skipped or 'it is empty'}. Expected rows are {FORM.row}"
@@ -65,8 +65,12 @@ class ScoredImages:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def _row(self, index: int) -> Row:
+        image, caption, boxes, *others = json.loads(self.rows[index].partition(END)[2])
+        return Row(image, caption, tuple((tuple(box), score) for box, score in boxes), *others)
+
     def __getitem__(self, index: int) -> Sample:
-        row = self.rows[index]
+        row = self._row(index)
         image = self._read(row.image)
         width, height = shown_size(image)
         boxes = tuple(_fractions(box, score, width, height) for box, score in row.boxes)
@@ -77,21 +81,38 @@ class ScoredImages:
         return read_whole(self.root / name, MAX_IMAGE_BYTES, "image")
 
     def key(self, index: int) -> str:
-        row = self.rows[index]
-        return f"{row.image}#{row.number}"  # several rows may share an image
+        return self.rows[index].partition(END)[0].decode()
+
+    def indices_of(self, keys: Set[str]) -> list[int]:
+        """Return the indices of the samples with these keys."""
+        return self.rows.find({key.encode() for key in keys}, END)
 
     def size(self, index: int) -> int:
         """Return the bytes of the row's images; 0 if they are at a URL, -1 if one is missing."""
         if isinstance(self.root, RemotePath):
             return 0
-        row = self.rows[index]
+        row = self._row(index)
         return total_size(self.root / name for name in (row.image, row.target) if name is not None)
 
     def identity(self) -> str:
-        return digest((tuple(self.rows[index]), self.size(index)) for index in range(len(self)))
+        return digest((tuple(self._row(index)), self.size(index)) for index in range(len(self)))
 
 
-def _row(item: Any) -> Row:
+def _write_rows(items: Iterable[Any], write: Write) -> Facts:
+    """Write the usable rows: the key, a zero byte, the Row as JSON. Count the others."""
+    skipped = Skipped()
+    for number, item in enumerate(items, 1):
+        try:
+            row = _parse(item)._replace(number=number)
+        except BadRow as error:
+            skipped.add(f"rows that {error}", f"row {number}")
+        else:
+            key = f"{row.image}#{number}"  # several rows may share an image
+            write(key.encode() + END + json.dumps(row, ensure_ascii=False).encode())
+    return {"skipped": [skipped.counts, skipped.first]}
+
+
+def _parse(item: Any) -> Row:
     """Parse a row. Raises BadRow."""
     root = "/images"  # a placeholder: names are relative
     image = image_name(item, root)
