@@ -168,6 +168,19 @@ def test_every_order_covers_its_blocks(tmp_path):
     assert epochs[0] != epochs[1]  # one row group is shuffled anew, too
 
 
+def test_a_global_order_holds_this_epoch_and_the_next(monkeypatch):
+    """At 4 bytes per sample each. A substitute takes none: its own permutation held as much, and stalled the loader."""
+    made, make = [], order._permutation
+    monkeypatch.setattr(order, "_permutation", lambda *given: made.append(make(*given)) or made[-1])
+    shuffled = order.Shuffled(8, seed=3)
+    places = [3, 9, 7, 10, 0, 15]
+    assert [shuffled.index(p) for p in places] == [4, 3, 2, 6, 6, 1]  # as runs that are resumed had them
+    assert [one.dtype for one in made] == [np.int32] * 2
+    others = np.array([[shuffled.substitute(p, attempt) for p in range(800)] for attempt in range(1, 6)])
+    assert len(made) == 2 and np.bincount(others.ravel(), minlength=8).min() > 400  # of 500 on average
+    assert len({tuple(row) for row in others}) == 5
+
+
 # ---- recipes ----
 
 

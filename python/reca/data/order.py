@@ -51,22 +51,21 @@ def make_order(source: Source, seed: int, shuffle: bool = True) -> Order:
 
 
 class Shuffled:
-    """Global shuffle: every epoch is a permutation of all samples. A substitute has the same slot in another one."""
+    """Global shuffle: every epoch is a permutation of all samples. A substitute is any sample."""
 
     def __init__(self, size: int, seed: int):
         self.size, self.seed = size, seed
-        self._order = functools.lru_cache(maxsize=4)(self._order_of)  # one per instance
+        self._order = functools.lru_cache(maxsize=2)(self._order_of)  # one per instance, for this epoch and the next
 
     def index(self, position: int) -> int:
         epoch, slot = divmod(position, self.size)
-        return int(self._order(self.seed, epoch)[slot])
+        return int(self._order(epoch)[slot])
 
     def substitute(self, position: int, attempt: int) -> int:
-        epoch, slot = divmod(position, self.size)
-        return int(self._order(CounterRNG(self.seed, 1 + attempt).seed, epoch)[slot])
+        return CounterRNG(self.seed, position, 1 + attempt).seed % self.size
 
-    def _order_of(self, seed: int, epoch: int) -> np.ndarray:
-        return _permutation(CounterRNG(seed, epoch), self.size).astype(np.int32)
+    def _order_of(self, epoch: int) -> np.ndarray:
+        return _permutation(CounterRNG(self.seed, epoch), self.size)
 
 
 class Stored(Shuffled):
@@ -164,4 +163,5 @@ class Mixed:
 
 
 def _permutation(rng: CounterRNG, size: int) -> np.ndarray:
-    return torch.randperm(size, generator=torch.Generator().manual_seed(rng.seed)).numpy()
+    generator = torch.Generator().manual_seed(rng.seed)
+    return torch.randperm(size, generator=generator, dtype=torch.int32).numpy()
