@@ -95,7 +95,7 @@ class RunFolder:
         if self.lock is None:
             return False
         try:
-            return folder_lock.key(self.path / folder_lock.FILE) != self.key
+            return folder_lock.key(self.path / folder_lock.FILE) != folder_lock.key(self.lock)
         except FileNotFoundError:
             return not self.path.is_dir() or self._has_lock_file()
         except OSError:
