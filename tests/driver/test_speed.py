@@ -3,13 +3,14 @@
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
 from reca.config.recipe_files import load_recipe
 from reca.data.batch import task_rng
-from reca.estimate import check
+from reca.estimate import check, memory
 from reca.estimate.meta_model import build_meta
 from reca.hardware.peaks import known_peak
 from reca.monitoring import speed
@@ -89,6 +90,18 @@ def test_a_step_counts_every_task_with_all_its_samples(tmp_path):
     assert both == pytest.approx(reca + i2t) and min(reca, i2t) > 0.02 * both
     adapter, fake = build_meta(recipe)
     assert reca == pytest.approx(6 * sum(check.flops(adapter, fake, 3)), rel=0.1)  # texts are of other lengths
+
+
+def test_the_image_that_a_scored_one_stays_close_to_is_encoded_too():
+    keys = ["objective.reca.weight=0", "objective.srum.weight=1", "objective.srum.batch_size=2"]
+    recipe = load_recipe("bagel_tiny", keys)
+    adapter, fake = build_meta(recipe)
+    batch = memory._batch(adapter, recipe, "srum", memory.Fill(3, 2), 0, fake)
+    work = [
+        check.batch_flops(adapter, check.without_memory(one, fake), task_rng(0, "srum"))
+        for one in (batch, replace(batch, target=None))
+    ]
+    assert batch.und is None and work[0].encode == 2 * work[1].encode > 0
 
 
 def test_a_head_is_counted_on_the_tokens_that_the_step_hides(tmp_path):

@@ -81,9 +81,9 @@ def without_memory(batch: Batch, fake: FakeTensorMode) -> Batch:
         return [blank(item) for item in value] if isinstance(value, list) else value
 
     with fake:
-        gen, und = blank(batch.gen), blank(batch.und)
+        gen, und, target = blank(batch.gen), blank(batch.und), blank(batch.target)
         features = batch.features and {key: blank(value) for key, value in batch.features.items()}
-    return Batch(batch.task, batch.host_ids, batch.text, gen, und, features)
+    return Batch(batch.task, batch.host_ids, batch.text, gen, und, features, target=target)
 
 
 def batch_flops(adapter: Adapter, batch: Batch, rng: CounterRNG) -> Flops:
