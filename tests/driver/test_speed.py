@@ -43,6 +43,8 @@ CPU = torch.device("cpu")
         ("NVIDIA GeForce RTX 3090 Ti", None),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
         ("NVIDIA H800 PCIe", 756.4),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),  # a part of a card
+        ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", None),
     ],
 )
 def test_peaks_of_cards_as_cuda_names_them(name, tflops):

@@ -30,7 +30,7 @@ PEAK_TFLOPS = (
 )
 
 
-OTHER_CARD = re.compile(r"\b(Laptop|Ti|D|SUPER)\b")  # variants of a card with a different peak
+OTHER_CARD = re.compile(r"\b(Laptop|Ti|D|SUPER|MIG)\b")  # variants and parts of a card, with a different peak
 
 
 def known_peak(name: str) -> float | None:
