@@ -183,6 +183,9 @@ def test_slots(monkeypatch):
     assert side_by_side.cores() == [None] * 3
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,MIG-7")
     assert side_by_side.gpus() == ["2", "MIG-7"]
+    for given, wanted in (("", []), ("-1", []), ("1, 0", ["1", "0"]), ("1,-1,0", ["1"])):  # as CUDA reads it
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+        assert side_by_side.gpus() == wanted
 
 
 def test_variables_of_the_environment_are_restored(monkeypatch):

@@ -3,6 +3,7 @@
 Results do not depend on the number of parallel jobs: every process uses a single CPU thread and sees at most one GPU.
 """
 
+import itertools
 import os
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -104,12 +105,16 @@ def cores() -> list[None]:
 
 
 def gpus() -> list[str]:
-    """Return one slot per GPU that this process may use, named as in CUDA_VISIBLE_DEVICES."""
+    """Return one slot per GPU that this process may use, named as in CUDA_VISIBLE_DEVICES.
+
+    CUDA ignores what follows an invalid name, such as -1, which hides all GPUs.
+    """
     import torch
 
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     if given is not None:
-        return [name for name in given.split(",") if name]
+        names = (name.strip() for name in given.split(","))
+        return list(itertools.takewhile(lambda name: name and not name.startswith("-"), names))
     return [str(number) for number in range(torch.cuda.device_count())]
 
 
