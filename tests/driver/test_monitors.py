@@ -25,6 +25,15 @@ def test_a_fall_is_measured_from_a_hundred_steps_that_have_a_loss():
     assert all("no sample" in text for text in warnings(watch, {"reca/loss": 0.0, "reca/weight": 0.0}, 100))
 
 
+def test_a_step_that_is_not_finite_is_left_out():
+    """It is skipped, and training goes on; its loss would make every mean after it NaN."""
+    watch, steady = monitors.Monitor(), {"reca/loss": 5.0, "reca/weight": 1.0}
+    for loss in (float("nan"), float("inf")):
+        assert warnings(watch, steady, 50) == warnings(watch, steady | {"reca/loss": loss}) == []
+    found = warnings(watch, steady | {"reca/loss": 0.1}, 100)
+    assert len(found) == 1 and "fell to" in found[0] and "(5)" in found[0]
+
+
 def test_dead_batch():
     found = warnings(monitors.Monitor(), {"i2t/weight": 0.0, "i2t/loss": 0.0}, 3, ("i2t",))
     assert len(found) == 1 and "no sample of task i2t" in found[0]

@@ -4,6 +4,7 @@ No threshold here has been calibrated at scale.
 """
 
 import copy
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -66,7 +67,8 @@ class Monitor:
         for task in tasks:
             text = f"no sample of task {task} in this step has a label; its loss was skipped. Check the {task} data"
             conditions[f"no {task} labels"] = metrics.get(f"{task}/weight") == 0, text
-        if (loss := metrics.get("reca/loss")) is not None and metrics.get("reca/weight"):
+        loss = metrics.get("reca/loss", math.nan)
+        if math.isfinite(loss) and metrics.get("reca/weight"):  # steps that are not finite are skipped
             early = self.start.setdefault("reca", [])
             if len(early) < BASELINE_STEPS:
                 early.append(loss)
