@@ -22,9 +22,10 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks.step.release.eager import UNPADDED, extended, recompute
 from reca.data.batch import Batch
 from reca.models.base import LossTerm
+from reca.models.common.vit_blocks import Block
 from reca.models.harmon import loss as ours
 from reca.models.harmon.model import Harmon
-from reca.models.harmon.modules import FREQUENCIES, STEPS, Block, DiffusionHead, HeadBlock, Mar
+from reca.models.harmon.modules import FREQUENCIES, STEPS, DiffusionHead, HeadBlock, Mar
 from reca.models.harmon.prompt import SLOT
 from reca.rng import CounterRNG, RandomStream
 from reca_kernels import Philox, diffusion_schedule, philox_normal

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Qwen2ForCausalLM
 
 from reca.models.base import in_fp32
-from reca.models.common.dropout import attention, dropout
 from reca.models.common.images import check_side
 from reca.models.common.patch_codec import PatchCodec
 from reca.models.common.qwen2 import Qwen2Sizes, qwen2_config
 from reca.models.common.text import Remembered
+from reca.models.common.vit_blocks import Block
 from reca.models.harmon import prompt
 from reca.models.harmon.config import AutoencoderSizes, HarmonConfig, MarSizes
 from reca.models.harmon.masking import Masking
@@ -92,43 +92,10 @@ def check_sizes(config: HarmonConfig, factor: int) -> None:
 # encoder and decoder
 
 
-class Attention(nn.Module):
-    def __init__(self, width: int, heads: int, dropout: float):
-        super().__init__()
-        self.heads, self.dropout = heads, dropout
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-
-    def forward(self, x: Tensor, seen: Tensor | None) -> Tensor:  # x [B, L, D], seen bool [B, 1, 1, L]
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        x = attention(q, k, v, seen, self.dropout if self.training else 0.0).transpose(1, 2).flatten(2)
-        return dropout(self.proj(x), self.dropout, self.training)
-
-
-class Mlp(nn.Module):
-    def __init__(self, width: int, hidden: int, dropout: float):
-        super().__init__()
-        self.dropout = dropout
-        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = dropout(F.gelu(self.fc1(x)), self.dropout, self.training)
-        return dropout(self.fc2(x), self.dropout, self.training)
-
-
-class Block(nn.Module):
-    """Pre-norm ViT block."""
-
-    def __init__(self, width: int, heads: int, c: MarSizes):
-        super().__init__()
-        if width % heads:
-            raise ValueError(f"model.mar: a width of {width} is not a multiple of the number of heads, {heads}")
-        self.norm1, self.norm2 = nn.LayerNorm(width, EPS), nn.LayerNorm(width, EPS)
-        self.attn = Attention(width, heads, c.dropout)
-        self.mlp = Mlp(width, int(width * c.mlp_ratio), c.dropout)
-
-    def forward(self, x: Tensor, seen: Tensor | None = None) -> Tensor:
-        x = x + self.attn(self.norm1(x), seen)
-        return x + self.mlp(self.norm2(x))
+def _blocks(c: MarSizes, depth: int, width: int, heads: int) -> nn.ModuleList:
+    if width % heads:
+        raise ValueError(f"model.mar: a width of {width} is not a multiple of the number of heads, {heads}")
+    return nn.ModuleList(Block(width, heads, int(width * c.mlp_ratio), EPS, c.dropout) for _ in range(depth))
 
 
 class Mar(nn.Module):
@@ -148,10 +115,10 @@ class Mar(nn.Module):
         self.class_emb = nn.Module()
         self.class_emb.register_buffer("weight", torch.randn(c.classes, c.width) * 0.02)
         self.z_proj, self.z_proj_ln = nn.Linear(channels, c.width), nn.LayerNorm(c.width, EPS)
-        self.encoder_blocks = nn.ModuleList(Block(c.width, c.heads, c) for _ in range(c.encoder_depth))
+        self.encoder_blocks = _blocks(c, c.encoder_depth, c.width, c.heads)
         self.encoder_norm = nn.LayerNorm(c.width, EPS)
         self.decoder_embed = nn.Linear(c.width, wide)
-        self.decoder_blocks = nn.ModuleList(Block(wide, c.decoder_heads or c.heads, c) for _ in range(c.decoder_depth))
+        self.decoder_blocks = _blocks(c, c.decoder_depth, wide, c.decoder_heads or c.heads)
         self.decoder_norm = nn.LayerNorm(wide, EPS)
         self.diffloss = DiffusionLoss(DiffusionHead(channels, wide, c.head_width, c.head_depth))
 

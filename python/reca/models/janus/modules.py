@@ -17,6 +17,7 @@ from reca.models.common.images import check_side, to_unit
 from reca.models.common.patch_codebook import PatchCodebook, square
 from reca.models.common.planned import PLANNED
 from reca.models.common.text import Remembered, encode
+from reca.models.common.vit_blocks import Block, Mlp
 from reca.models.janus.config import JanusConfig, LlamaSizes, VisionSizes, VqSizes
 from reca.models.janus.prompt import Layout, Vocabulary
 from reca.precision import fp32_products
@@ -48,38 +49,6 @@ def llama(sizes: LlamaSizes) -> LlamaForCausalLM:
 # pixels -> h_v
 
 
-class Attention(nn.Module):
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:  # [B, L, D]
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-class Mlp(nn.Module):
-    def __init__(self, width: int, hidden: int):
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
-class Block(nn.Module):
-    def __init__(self, sizes: VisionSizes):
-        super().__init__()
-        width, eps = sizes.hidden_size, sizes.layer_norm_eps
-        self.norm1, self.attn = nn.LayerNorm(width, eps), Attention(width, sizes.num_attention_heads)
-        self.norm2, self.mlp = nn.LayerNorm(width, eps), Mlp(width, sizes.intermediate_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
-
-
 class AttentionPool(nn.Module):
     """SigLIP's attention pooling. Published files have its weights, but Janus never runs it."""
 
@@ -99,7 +68,10 @@ class Tower(nn.Module):
         width, patch = sizes.hidden_size, sizes.patch_size
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch, stride=patch)})
         self.pos_embed = nn.Parameter(torch.randn(1, (sizes.image_size // patch) ** 2, width) * 0.02)
-        self.blocks = nn.ModuleList(Block(sizes) for _ in range(sizes.num_hidden_layers))
+        self.blocks = nn.ModuleList(
+            Block(width, sizes.num_attention_heads, sizes.intermediate_size, sizes.layer_norm_eps)
+            for _ in range(sizes.num_hidden_layers)
+        )
         self.norm, self.attn_pool = nn.LayerNorm(width, sizes.layer_norm_eps), AttentionPool(sizes)
 
     def forward(self, pixels: Tensor) -> Tensor:  # [B, 3, S, S] in [-1, 1] -> [B, n, C], row-major
