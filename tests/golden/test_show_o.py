@@ -13,6 +13,7 @@ from reca.models.show_o.config import ClipSizes, MagvitSizes, PhiSizes, ShowOCon
 from reca.models.show_o.loss import cross_entropy
 from reca.models.show_o.masking import cosine, sample_mask
 from reca.models.show_o.prompt import image_rows
+from reca_kernels import IGNORE_INDEX, AttentionSpan, TextSegment
 from tests.golden.show_o import (
     LOGITS,
     allowed_keys,
@@ -135,7 +136,11 @@ def t2i_layout(golden, model) -> prompt.Layout:
 def lm_layout(golden, model) -> prompt.Layout:
     v = model.vocabulary
     texts = [row[1:-1] for row in stripped(golden.data["lm.input_ids"], v.pad)]
-    return prompt.layout([prompt.lm(text, v, golden.data["lm.input_ids"].shape[1]) for text in texts], v)
+    rows = [prompt.add_bos_eos(text, v, golden.data["lm.input_ids"].shape[1]) for text in texts]
+    samples = [
+        prompt.Sample([TextSegment(row, [*row[1:], IGNORE_INDEX])], [AttentionSpan(len(row), "causal")]) for row in rows
+    ]
+    return prompt.layout(samples, v)
 
 
 def i2t_vq_layout(golden, model) -> prompt.Layout:

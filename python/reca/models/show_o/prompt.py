@@ -1,7 +1,6 @@
 """Show-o's sequences: token order, attention layout and labels.
 
     t2i        (PAD…) t2i bos text eos | soi image eoi                the text ends at a fixed position
-    lm         bos text eos
     i2t vq     mmu soi h_v eoi text                                   h_v: embeddings of the image's codes
     i2t clip   mmu system soi h_v eoi text                            h_v: projected CLIP features
     reca clip  mmu soi h_v eoi bos template eos (PAD…) | soi image eoi    the part before | has a fixed length
@@ -179,12 +178,6 @@ def t2i(text: list[int], v: Vocabulary, budget: int, image_tokens: int) -> Sampl
         [AttentionSpan(len(ids), "causal"), AttentionSpan(image_tokens + 2, "full")],
         ((0, budget + 1 - len(ids)),),
     )
-
-
-def lm(text: list[int], v: Vocabulary, budget: int) -> Sample:
-    """Build a text-only sequence in which every next token is labelled."""
-    ids = add_bos_eos(text, v, budget)
-    return Sample([TextSegment(ids, [*ids[1:], IGNORE_INDEX])], [AttentionSpan(len(ids), "causal")])
 
 
 def i2t_vq(text: list[int], labels: list[int], v: Vocabulary, visual: int) -> Sample:
