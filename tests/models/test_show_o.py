@@ -433,6 +433,13 @@ def test_sizes_that_do_not_divide(given, said):
         Adapter.load(config(**given))
 
 
+def test_the_scale_of_codes_matters_only_where_h_v_is_codes():
+    """Conversations read codes at full size, so an image size that hv_down_scale does not divide is no fault there."""
+    Adapter.load(config(understanding="vq", hv_source="efficientnet", hv_down_scale=8))
+    with pytest.raises(ValueError, match="model.hv_down_scale is 2.5 pixels"):
+        Adapter.load(config(understanding="efficientnet", hv_source="vq", hv_down_scale=8))
+
+
 def test_templates_and_conversations_without_room():
     model = Adapter.load(config(max_reca_tokens=12))
     with pytest.raises(ValueError, match=r"a template has \d+ tokens; model.max_reca_tokens=12 leaves room for 7"):

@@ -204,10 +204,11 @@ def check_sizes(config: ShowOConfig, factor: int) -> None:
     factor: pixels per code in height and width.
     """
     sides: dict[str, tuple[float, int]] = {"model.image_size": (config.image_size, factor)}
-    if "vq" in (config.hv_source, config.understanding):
+    given = config.hv_source or config.understanding
+    if given == "vq":
         step = 1 if config.hv_resize_back else factor
         sides["model.image_size / model.hv_down_scale"] = (config.image_size / config.hv_down_scale, step)
-    read = {config.hv_source, config.understanding}
+    read = {given, config.understanding}
     if {"clip", "efficientnet"} <= read:
         raise ValueError(
             "model.understanding and model.hv_source name clip and efficientnet, but Show-o has one projector, for one "
