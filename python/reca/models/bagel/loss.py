@@ -103,15 +103,15 @@ def compute_loss(net: Network, prepared: Prepared, features: dict[str, Any], rng
     return LossTerm.of(total, prepared, samples)
 
 
-def answer_loss(net: Network, given: Prompt, layout: Layout, wanted: bool = False) -> tuple[Tensor, Tensor | None]:
-    """Compute the sum of the next-token cross-entropy of answers, and with `wanted` that of each sample.
+def answer_loss(net: Network, given: Prompt, layout: Layout, per_sample: bool) -> tuple[Tensor, Tensor | None]:
+    """Compute the sum of the next-token cross-entropy of answers, and with `per_sample` that of each sample.
 
     Logits are computed for labelled rows only.
     """
     hidden, _ = net.prefill(given, layout=layout)
     labels, head, samples = on_device(layout.labels, hidden.device), net.language_model.lm_head, None
     total = masked_linear_cross_entropy(hidden, head.weight, labels, reduction="sum", max_labelled=layout.labelled)
-    if wanted:
+    if per_sample:
         rows = [split.und for split in layout.splits]
         owners = torch.repeat_interleave(torch.tensor([split.sample for split in layout.splits]), torch.tensor(rows))
         owners = on_device(owners, hidden.device)
@@ -129,43 +129,39 @@ def flow_loss(
     rng: CounterRNG,
     rewards: Tensor | None = None,  # [T, 1], of image tokens
     target: Sequence[Tensor] | Tensor | None = None,  # moments of SRUM's constraint images
-    wanted: bool = False,
+    per_sample: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute the sum of the velocity's MSE over image tokens, and with `wanted` that of each image.
+    """Compute the sum of the velocity's MSE over image tokens, and with `per_sample` that of each image.
 
     With rewards it is SRUM's loss.
     """
     patch = net.config.latent_patch_size
     latents = sample_posterior(net, moments, rng, sample_ids)
     t = noise_level(net, rng, sample_ids)
-    near = None if target is None else sample_posterior(net, target, rng, sample_ids)
+    constraint = None if target is None else sample_posterior(net, target, rng, sample_ids)
     if net.config.parity:
         latents, t = [z.bfloat16() for z in latents], t.bfloat16().float()
-        near = near and [z.bfloat16() for z in near]
+        constraint = constraint and [z.bfloat16() for z in constraint]
     noise = rng.noise(RandomStream.NOISE, sample_ids)
     tokens = flow_matching_add_noise(latents, t, noise, patch=patch)
     _, cache = net.prefill(given, layout=layout)
     velocity = net.predict_velocity(cache, image, tokens, t)
-    width, samples, tokens_of = velocity.shape[1], None, image_tokens(latents, velocity, wanted)
+    width, samples = velocity.shape[1], None
+    counts = torch.tensor([latent.numel() // width for latent in latents])  # tokens per image, on the host
     if rewards is None:
         total = flow_matching_loss(velocity, latents, t, noise, patch=patch, reduction="sum")
-        if tokens_of is not None:
+        if per_sample:
             with torch.no_grad():
                 means = flow_matching_loss(velocity, latents, t, noise, patch=patch, reduction="sample")
-            counts = on_device(tokens_of, means.device)
+            counts = on_device(counts, means.device)
             samples = by_sample.table(means * counts, counts)
     else:
-        each = scored_flow_loss(velocity, latents, near, noise, rewards, net.config.srum_constraint, patch)
+        each = scored_flow_loss(velocity, latents, constraint, noise, rewards, net.config.srum_constraint, patch)
         total = each.sum()
-        if tokens_of is not None:
-            owners = on_device(torch.repeat_interleave(tokens_of), each.device)
+        if per_sample:
+            owners = on_device(torch.repeat_interleave(counts), each.device)
             samples = by_sample.add_up(each.detach().mean(1), owners, len(latents))
     return total / width, samples
-
-
-def image_tokens(latents: Sequence[Tensor], velocity: Tensor, wanted: bool) -> Tensor | None:
-    """Return the number of tokens of each image, int64 [B] on the host, if `wanted`."""
-    return torch.tensor([latent.numel() // velocity.shape[1] for latent in latents]) if wanted else None
 
 
 def sample_posterior(net: Network, moments: Sequence[Tensor] | Tensor, rng: CounterRNG, ids: Tensor) -> list[Tensor]:
