@@ -50,12 +50,12 @@ def log_likelihood(
             pixels = fit_to_view(image, view).to(device)
             sample = Batch("i2t", torch.zeros(1, dtype=torch.int64), [[Turn(question, answer)]], und=[pixels])
             found.append(model(sample.to(device), CounterRNG(0)))
-    sums = torch.stack([term.sum for term in found]).tolist() if found else []  # one host synchronisation for all
-    tokens = [round(float(term.weight)) for term in found]
-    for question, read in zip(questions, tokens, strict=True):
-        if not read:
+    terms = [torch.stack((term.sum, term.weight)) for term in found]
+    rows = torch.stack(terms).tolist() if terms else []  # one host synchronisation for all
+    for question, (_, tokens) in zip(questions, rows, strict=True):
+        if not tokens:
             _warn_of_unread(type(model).__name__, question)
-    return [LogLikelihood(-total if n else -math.inf, n) for total, n in zip(sums, tokens, strict=True)]
+    return [LogLikelihood(-total if tokens else -math.inf, round(tokens)) for total, tokens in rows]
 
 
 @functools.lru_cache(maxsize=1024)  # warn once per question
