@@ -22,12 +22,17 @@ def main(arguments: list[str] | None = None) -> int:
     Returns the exit code, one of reca/exits.py.
     """
     _set_up_output()
-    options = _parse(arguments)
+    try:
+        options = _parse(arguments)
+    except SystemExit:  # of --help or a usage error
+        exits.finish_output(exits.DONE)
+        raise
     try:
         code = options.run(options) or exits.DONE
     except (Exception, SystemExit, KeyboardInterrupt) as error:
         code = exits.code_of(error)
         _report(error)
+    code = exits.finish_output(code)
     exits.exit_process(code)
     return code
 

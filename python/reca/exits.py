@@ -36,6 +36,33 @@ def code_of(error: BaseException) -> int:
     return expected(error) or BUG
 
 
+def finish_output(code: int) -> int:
+    """Write what stdout still holds. Return the exit code of the process, which is DATA if a full disk lost output.
+
+    A reader that has ended, such as head, changes nothing. Otherwise the interpreter writes it at its end, and exits
+    with 120 if that fails.
+    """
+    if sys.stdout is None:  # closed by the shell, as `>&-`
+        return code
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        discard_output()
+    except OSError as error:
+        discard_output()
+        print(f"reca: the output is lost ({error.strerror})", file=sys.stderr)
+        return code or DATA
+    return code
+
+
+def discard_output() -> None:
+    """Send what stdout still holds, and all that follows, to the null device."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    with contextlib.suppress(OSError, ValueError):  # not a file
+        os.dup2(null, sys.stdout.fileno())
+    os.close(null)
+
+
 def exit_process(code: int) -> None:
     """End the process without interpreter shutdown if torchrun started it.
 

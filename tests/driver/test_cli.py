@@ -1,5 +1,6 @@
 import contextlib
 import json
+import os
 import subprocess
 import sys
 
@@ -184,8 +185,29 @@ def test_output_on_a_full_disk_ends_nothing(more, code, monkeypatch, tmp_path):
         patch.setattr(sys, "stdout", full)
         assert main(["train", "show_o_tiny", *TINY, "log.every=1", f"run_dir={run}", *more]) == code
     assert json.loads((run / "status.json").read_text())["exit_code"] == code
+    if code == 0:
+        full.flush()  # as the interpreter does at its end: where that fails it exits with 120
     with contextlib.suppress(OSError):
         full.close()
+
+
+@pytest.mark.parametrize("arguments", [["study", "list"], ["status", "--help"]])
+@pytest.mark.parametrize("reader", ["full disk", "ended"])
+def test_output_that_cannot_be_written_has_an_exit_code_of_ours(arguments, reader):
+    if reader == "full disk":
+        out = os.open("/dev/full", os.O_WRONLY)
+    else:
+        unread, out = os.pipe()
+        os.close(unread)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-m", "reca", *arguments]
+    done = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, text=True, env=environment)
+    os.close(out)
+    if reader == "full disk":
+        assert done.stderr == "reca: the output is lost (No space left on device)\n"
+        assert done.returncode == (0 if "--help" in arguments else 4)
+    else:
+        assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_what_nobody_foresaw_keeps_its_traceback(monkeypatch, capsys):

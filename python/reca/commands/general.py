@@ -4,7 +4,6 @@ Each takes the parsed arguments and returns the exit code, or None for 0.
 """
 
 import argparse
-import contextlib
 import os
 import runpy
 import shlex
@@ -16,7 +15,7 @@ MOST_GPUS = 2**20
 
 
 def train(options: argparse.Namespace) -> None:
-    from reca import api, distributed
+    from reca import api, distributed, exits
     from reca.config.recipe_files import explain, load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)
@@ -30,8 +29,10 @@ def train(options: argparse.Namespace) -> None:
     run = api.train(recipe)
     if not distributed.is_main_process():
         return
-    with contextlib.suppress(OSError):  # the run has succeeded even if its output cannot be printed
+    try:
         _tell(recipe, run)
+    except OSError:  # the run has succeeded even if its output cannot be printed
+        exits.discard_output()
 
 
 def _tell(recipe: Any, run: Any) -> None:

@@ -57,16 +57,16 @@ def add(sub: argparse.ArgumentParser, path, takes_overrides) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the unfinished tasks of a study. Print the results and the path of the page. Return 1 if a task failed."""
+    if options.name == LIST:
+        for name in study_names():
+            print(f"{name:<11} {load_study(name).question}")
+        return 0
     from reca.io.folders import ensure_writable
     from reca.studies import report, runner, slurm
     from reca.studies.check import check
     from reca.studies.plan import plan
     from reca.studies.work import done
 
-    if options.name == LIST:
-        for name in study_names():
-            print(f"{name:<11} {load_study(name).question}")
-        return 0
     study, asked = load_study(options.name), _asked(options)
     ensure_writable(options.out, "--out")
     command = ["reca", *(word for word in sys.argv[1:] if word not in ("--slurm", "--report"))]
