@@ -4,6 +4,7 @@ import argparse
 import io
 import logging
 import os
+import re
 import shlex
 import sys
 import traceback
@@ -78,7 +79,10 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     options, rest = parser.parse_known_args(arguments)
     more = [text for text in rest if hasattr(options, "overrides") and not text.startswith("-")]
     if unknown := [text for text in rest if text not in more]:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        hint = ""
+        if keys := [text.lstrip("-") for text in unknown if re.match(r"--\w+(\.\w+)+(=|$)", text)]:
+            hint = f"; recipe keys are written without dashes, as {keys[0].partition('=')[0]}=VALUE"
+        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     if more:
         options.overrides += more
     for text in getattr(options, "overrides", []):
@@ -278,7 +282,7 @@ def _parser() -> argparse.ArgumentParser:
     suite.add_argument("name", help=", ".join(SUITES))
     suite.add_argument("--to", type=_path, help="destination folder (default: ./benchmarks)")
     suite.add_argument("--dry-run", action="store_true", help="only print the list")
-    suite.set_defaults(run=general.get_suite)
+    suite.set_defaults(run=general.get_suite, parser=suite)
 
     _add_data(subparsers)
     takes_recipe(command("cache", general.cache, "Compute the features of all images before training, in data.cache."))

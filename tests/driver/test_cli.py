@@ -175,6 +175,21 @@ def test_a_run_is_found_from_another_folder(tmp_path, monkeypatch, capsys):
     assert main(["train", "show_o_tiny", *TINY, "run_dir=second", "train.init_from=first"]) == 0  # goes on
 
 
+@pytest.mark.parametrize(
+    ("arguments", "usage", "said"),
+    [
+        (["train", "show_o_tiny", "--train.steps=4"], "train", "keys are written without dashes, as train.steps=VALUE"),
+        (["status", "run", "--json"], "status", "unrecognized arguments: --json"),
+        (["get", "suite", "dpg", "--json"], "get suite", "unrecognized arguments: --json"),
+    ],
+)
+def test_an_unknown_option_shows_the_usage_of_its_command(arguments, usage, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith(f"usage: reca {usage} ") and said in error
+
+
 @pytest.mark.parametrize(("more", "code"), [([], 0), (["data.images=/nowhere"], 4)])
 def test_output_on_a_full_disk_ends_nothing(more, code, monkeypatch, tmp_path):
     """As where a batch job's output is beside its runs. The exit code stays that of the run."""

@@ -172,8 +172,9 @@ class _Layer:
         wanted, f = self._declared(group, name, key)
         if is_dataclass(wanted):
             if not isinstance(raw, dict):
+                way = f"{key}.sub=value" if self.source == OVERRIDES else f"{name}: {{sub: value}}"
                 raise RecipeError(
-                    f"{format_value(key)[1:-1]} in {self.source} is a group of keys; set its keys, as {key}.sub=value"
+                    f"{format_value(key)[1:-1]} in {self.source} is a group of keys; set its keys, as {way}"
                 )
             self.put(getattr(group, name), raw, f"{key}.")
             return

@@ -84,7 +84,8 @@ def read_yaml(data: bytes | str, source: str) -> Any:
         node = yaml.compose(data, _Loader)
         return None if node is None else _raw(node, source, {})
     except (yaml.YAMLError, UnicodeError) as error:
-        reason = "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))
+        reason = re.sub(r' in "<\w+ string>",', " at", " ".join(str(error).split()))
+        reason = "".join(c if c.isprintable() else "?" for c in reason)
         raise RecipeError(f"{source} is not YAML: {reason[:300]}") from error
     except (RecursionError, ValueError, OverflowError) as error:
         if isinstance(error, RecipeError):
