@@ -14,7 +14,7 @@ from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from reca import exits
-from reca.errors import PeerFailed
+from reca.errors import PeerFailed, first_line
 from reca.options.fields import RecipeError
 
 HOURS = 24  # that ranks wait for one that works alone, such as generating images or asking a judge
@@ -25,7 +25,7 @@ def initialize(timeout_minutes: int) -> torch.device:
 
     The launcher, such as torchrun, must set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
     timeout_minutes: timeout of collectives, until `set_timeout`; also in a process group that exists already.
-    Raises RecipeError if this machine runs more processes than it has GPUs.
+    Raises RecipeError if this machine runs more processes than it has GPUs, or if not all join within the timeout.
     """
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -36,7 +36,10 @@ def initialize(timeout_minutes: int) -> torch.device:
         set_timeout(timeout_minutes, device)
     elif "RANK" in os.environ:
         gpu = device if device.type == "cuda" else None  # given, so NCCL connects now and knows each rank's GPU
-        dist.init_process_group("nccl" if gpu else "gloo", timeout=timeout, device_id=gpu)
+        try:
+            dist.init_process_group("nccl" if gpu else "gloo", timeout=timeout, device_id=gpu)
+        except (dist.DistStoreError, dist.DistNetworkError) as error:
+            raise RecipeError(_not_joined(error)) from error
     if dist.is_initialized():
         _gloo("threads", timeout)
         if device.type == "cuda":
@@ -45,6 +48,15 @@ def initialize(timeout_minutes: int) -> torch.device:
         hosts = all_gather(socket.gethostname())
         os.environ["LOCAL_WORLD_SIZE"] = str(hosts.count(hosts[rank()]))
     return device
+
+
+def _not_joined(error: Exception) -> str:
+    rank, size, address, port = (os.environ.get(n) for n in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    return (
+        f"rank {rank} could not join the {size} processes of this run at {address}:{port} ({first_line(error)}). One "
+        "that failed earlier has printed why. Otherwise check that all were started, with the address of the machine "
+        "of rank 0 (MASTER_ADDR) and a port that is free and reachable there (MASTER_PORT)"
+    )
 
 
 def _gpu(visible: int) -> int:

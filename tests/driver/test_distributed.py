@@ -353,6 +353,22 @@ def test_ranks_wait_for_a_judge_longer_than_for_a_step(alone, tmp_path, monkeypa
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "1", "RANK": "11", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}
 
 
+@pytest.mark.parametrize(("rank", "said"), [(0, "1/2 clients joined"), (1, "The client socket has timed out")])
+def test_a_rank_whose_peer_does_not_come_says_so(rank, said, monkeypatch):
+    """As where another machine has too few GPUs, or the wrong address of rank 0; it was a traceback of torch."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    given = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(
+        RecipeError, match=f"rank {rank} could not join the 2 processes of this run at 127.0.0.1:{port} "
+    ) as told:
+        distributed.initialize(0.001)
+    assert said in str(told.value) and "MASTER_ADDR" in str(told.value)
+
+
 def test_every_process_has_a_gpu_of_its_own(monkeypatch):
     def gpu(visible: int, **environment: str) -> int:
         monkeypatch.setattr(os, "environ", environment)
