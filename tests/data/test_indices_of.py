@@ -1,8 +1,12 @@
-"""Samples found by their keys: as by asking for every key, but without doing so."""
+"""Samples found by their keys, and counted: as by asking for every key, but without doing so."""
+
+import json
 
 import numpy as np
 import pytest
 
+from reca.data.bad_samples import BadSamples
+from reca.data.errors import DataError
 from reca.data.held_out import hold_out
 from reca.data.sources import index_files, records
 from reca.data.sources.factory import open_source
@@ -53,8 +57,14 @@ def folder(root):
     return str(fill(root / "images", {f"{n}.png": IMAGE for n in range(5)})), "reca"
 
 
+def scored(root):
+    rows = [{"image": name, "caption": "c", "boxes": []} for name in [*NAMES, *NAMES[:2]]]
+    (root / "scored.json").write_text(json.dumps(rows))
+    return str(root / "scored.json"), "srum"
+
+
 @pytest.mark.parametrize("large", [0, 10**9])
-@pytest.mark.parametrize("write", [tars, talks, tables, saved, folder])
+@pytest.mark.parametrize("write", [tars, talks, tables, saved, folder, scored])
 def test_they_are_those_that_have_the_keys(write, large, tmp_path, monkeypatch):
     monkeypatch.setenv("RECA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(index_files, "LARGE", large)
@@ -70,7 +80,7 @@ def test_they_are_those_that_have_the_keys(write, large, tmp_path, monkeypatch):
         assert [half.key(index) for index in indices_of(half, some | others)] == [k for k in own[1::2] if k in some]
 
 
-@pytest.mark.parametrize("write", [tars, talks, tables, saved])
+@pytest.mark.parametrize("write", [tars, talks, tables, saved, scored])
 def test_holding_out_does_not_ask_for_every_key(write, tmp_path, monkeypatch):
     """That took 14 us per sample of tars at each start."""
     source = open_source(*write(tmp_path))
@@ -81,3 +91,14 @@ def test_holding_out_does_not_ask_for_every_key(write, tmp_path, monkeypatch):
     asked.clear()
     keys = {aside.key(0), aside.key(1)}
     assert not keys & {left["other"].key(index) for index in range(len(left["other"]))}
+
+
+@pytest.mark.parametrize("write", [tars, tables, saved, folder, scored])
+def test_a_bad_sample_does_not_ask_for_every_key(write, tmp_path, monkeypatch):
+    """Its share is of distinct samples, and where no two have the same key, these are all."""
+    source = open_source(*write(tmp_path))
+    asked, key = [], type(source).key
+    monkeypatch.setattr(type(source), "key", lambda own, index: asked.append(index) or key(own, index))
+    with pytest.raises(DataError, match=f"1 of {len(source)} samples are unreadable"):
+        BadSamples(None, source, 0.01).add(0, "junk")
+    assert asked == [0]

@@ -42,6 +42,7 @@ class ImageFolder:
         if not self.names:
             message = f"{root} has no images ({', '.join(sorted(IMAGE_SUFFIXES))}){holds(files)}"
             raise NoImages(message, files)
+        self.images = len(self.names)  # distinct ones: no two have the same key
         for name in sorted(name for suffix in OTHER_IMAGE_SUFFIXES for name in files.get(suffix, ())):
             skipped.add("images in unsupported formats", name)
         for kind in ("tar", "parquet"):

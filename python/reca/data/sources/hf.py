@@ -41,6 +41,7 @@ class HuggingFace:
         self.rows = dataset.select_columns(self.columns.names).with_format("arrow")
         if not len(self.rows):
             raise DataError(f"{where} has no rows")
+        self.images = len(self.rows)  # distinct ones: no two have the same key
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -59,6 +59,7 @@ class Parquet:
         if not self.groups:
             raise DataError(f"{some(self.paths)}: the parquet files have no rows")
         self.starts = np.cumsum([0, *(group.rows for group in self.groups)])
+        self.images = int(self.starts[-1])  # distinct ones: no two have the same key
         self.blocks = [Block(group.rows, group.bytes) for group in self.groups]
         self.metadata = functools.lru_cache(maxsize=64)(self._metadata)
         self.tables = RecentlyUsed(self._load, lambda number: self.groups[number].bytes, 2 * WINDOW)

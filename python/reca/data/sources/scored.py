@@ -60,6 +60,7 @@ class ScoredImages:
             raise DataError(
                 f"{path} has no scored image: {self.skipped or 'it is empty'}. Expected rows are {FORM.row}"
             )
+        self.images = len(self.rows)  # distinct ones: no two have the same key
         self.skipped.warn(str(path))
 
     def __len__(self) -> int:
