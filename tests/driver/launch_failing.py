@@ -319,6 +319,18 @@ def one_breaks(name: str) -> None:
     job.run()
 
 
+def moved(name: str) -> None:
+    """The run folder is moved in the third step, which rank 0 alone looks for."""
+    job = trainer(name)
+
+    def progress(step: int) -> None:
+        if step == 3 and distributed.rank() == 0:
+            job.run_dir.rename(FOLDER / "elsewhere")
+
+    job.progress = progress
+    job.run()
+
+
 def another_recipe(name: str) -> None:
     """One machine was started with another command. Else its copy of the weights would become another one."""
     trainer(name, f"optim.lr={0.1 * (1 + int(os.environ['RANK']))}", f"data.images={FOLDER / 'images'}/").run()
@@ -390,6 +402,7 @@ CASES = (
     one_cannot_read,
     gone_while_read,
     one_breaks,
+    moved,
     another_recipe,
     another_folder,
     no_folder,

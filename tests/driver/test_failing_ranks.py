@@ -70,6 +70,7 @@ def outcomes(tmp_path_factory):
         ("one_cannot_read", [4, 4], "failed", 4, ["000002", "000004"]),
         ("gone_while_read", [3, 3], "failed", 3, ["000002", "000004"]),
         ("one_breaks", [1, 4], "failed", 4, ["000002"]),
+        ("moved", [4, 4], "none", None, []),
         ("another_recipe", [3, 3], "failed", 3, []),
         ("another_folder", [4, 4], "none", None, []),
         ("no_folder", [4, 4], "none", None, []),
