@@ -1,5 +1,7 @@
 """What a run ends in: its images, and what the model made of them before and after."""
 
+import functools
+
 import pytest
 import torch
 from PIL import Image
@@ -7,6 +9,7 @@ from PIL import Image
 import reca
 from reca import checkpoint, cli
 from reca.config.recipe_files import load_recipe
+from reca.models import umm_package
 from reca.monitoring.diagnostics import Diagnostics
 from reca.monitoring.reconstructions import BEFORE, GRID, image_batch, reconstruct, side_by_side
 from reca.trainer import Trainer
@@ -49,8 +52,9 @@ def test_the_grid_has_images_before_and_after(keys, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("umm", ["show_o", "harmon"])  # harmon: dropout
-def test_drawing_changes_no_bit_of_the_training(keys, tmp_path, umm):
-    states = []
+def test_drawing_changes_no_bit_of_the_training(keys, tmp_path, umm, monkeypatch):
+    kind, states = umm_package(umm).Adapter, []
+    monkeypatch.setattr(kind, "reconstruct", functools.partialmethod(kind.reconstruct, steps=2))
     for count in (0, 1):
         run = reca.train(keys(umm, run_dir=str(tmp_path / f"run{count}"), **{"log.reconstructions": count}))
         folder = checkpoint.latest(run.folder)
