@@ -240,7 +240,13 @@ def test_the_command_and_training_on_what_it_kept(tmp_path, umm, capsys, monkeyp
         with Image.open(tmp_path / "kept" / record["image"]) as image:
             assert image.size == tuple(drawn[0].shape[1:])
     keys = ["data.captions=kept", "objective.t2i.weight=1", "objective.reca.weight=0", "objective.i2t.weight=0"]
-    keys += ["train.steps=1", "objective.t2i.batch_size=2", "run_dir=sft", "log.tensorboard=false"]
+    keys += [
+        "train.steps=1",
+        "objective.t2i.batch_size=2",
+        "run_dir=sft",
+        "log.tensorboard=false",
+        "log.reconstructions=0",
+    ]
     assert main(["train", f"{umm}_tiny", *keys]) == 0
     assert main(["best-of", "sft", "prompts.txt", "--candidates", "2", "--out", "kept", "--sampling", "steps=2"]) == 3
     assert "made with other settings: model was" in capsys.readouterr().err

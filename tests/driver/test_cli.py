@@ -75,6 +75,7 @@ def test_without_a_command_the_commands_are_listed(capsys):
 
 
 TINY = ["train.steps=1", "objective.reca.batch_size=2", "objective.reca.micro_batch=2", "objective.i2t.weight=0"]
+TINY += ["log.reconstructions=0"]
 
 
 @pytest.mark.parametrize("name", ["show_o_tiny", "harmon_tiny"])
