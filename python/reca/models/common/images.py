@@ -36,7 +36,8 @@ def fit_to_view(image: Tensor, view: View) -> Tensor:  # uint8 [3, H, W]
 
     Raises TypeError for anything but a uint8 tensor [3, H, W].
     """
-    if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.ndim != 3 or len(image) != 3:
+    fits = isinstance(image, Tensor) and image.dtype == torch.uint8 and image.ndim == 3 and len(image) == 3
+    if not (fits and image.numel()):
         got = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
         raise TypeError(
             f"an image must be a uint8 tensor [3, H, W], got {got}; reca.data.pixels.read_image(PATH) returns one"
