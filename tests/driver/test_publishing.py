@@ -1,6 +1,7 @@
 """`reca export --card` and `--push`: the card of a run, and its upload to a stand-in of the hub."""
 
 import json
+import os
 import re
 import shutil
 from types import SimpleNamespace
@@ -53,6 +54,8 @@ def test_the_card_of_a_run(run, tmp_path, capsys):
     assert "Understanding is bit-identical" in text and "open_uni.pth" in text
     assert "![Samples at step 2: a red (circle)](images/samples.png)" in text
     assert (tmp_path / "out/images/samples.png").read_bytes() == (run / "samples/000002.png").read_bytes()
+    assert (run / "reconstructions.png").is_file() and os.listdir(tmp_path / "out/images") == ["samples.png"]
+    assert "Reconstructions" not in text and "The model was trained from random weights. Set the licence" in text
     assert found["library_name"] == "reca" and "license" not in found and "base_model" not in found
     assert found["pipeline_tag"] == "any-to-any" and {"reca", "open_uni", "arxiv:2509.07295"} <= set(found["tags"])
     (metric,) = found["model-index"][0]["results"][0]["metrics"]

@@ -1,6 +1,6 @@
 """The model card of an export: base model, training, scores, sample images, and how to load it.
 
-It contains no paths and no names of datasets.
+It contains no paths, no names of datasets and no training images.
 """
 
 import shutil
@@ -25,12 +25,12 @@ from reca.io.folders import write_atomically
 from reca.models import umm_package
 from reca.models.base import Adapter
 from reca.models.common.hub import hub_name
-from reca.monitoring.reconstructions import GRID
 from reca.options.values import override_text
 from reca.runs.lineage import is_run
 
 CARD = "README.md"
 IMAGES = "images"  # folder of the images, below the export
+SAMPLES = f"{IMAGES}/samples.png"
 MARK = "<!-- Written by reca export, which writes it anew each time. Without this line it is left as it is. -->"
 ARXIV = "2509.07295"
 WORDS = {"reca": "reconstruction (RECA)", "i2t": "image to text", "t2i": "text to image", "srum": "SRUM"}  # task names
@@ -69,6 +69,7 @@ def write(source: str | Path, recipe: Recipe, model: Adapter, ema: bool, folder:
         "training": _training(state, recipe) if state else {},
         "keys": _keys(recipe) if run else [],
         "understanding": ((sides and understanding(*sides)) or {}).get("text"),
+        "random": not recipe.model.weights,
         "loading": umm_package(recipe.umm).weights.loading(recipe.model),
     }
     header = _metadata(name, recipe, base, scores.results)
@@ -218,19 +219,18 @@ def _keys(recipe: Recipe) -> list[str]:
 
 
 def _images(run: Path, step: int, recipe: Recipe, folder: Path) -> list[dict[str, str]]:
-    """Copy a run's newest images up to `step` into the export. Return file, title and text of each."""
-    found = []
+    """Copy a run's newest samples up to `step` into the export. Return file, title and text of each.
+
+    Reconstructions are left out: they show training images, which may be private or under a licence of their own.
+    """
     drawn = (path for path in (run / "samples").glob("*.png") if path.stem.isdigit() and int(path.stem) <= step)
     newest = max(drawn, key=lambda path: int(path.stem), default=None)
-    if newest is not None:
-        found.append((newest, "samples.png", f"Samples at step {int(newest.stem)}", "; ".join(recipe.log.prompts)))
-    if (run / GRID).is_file():
-        found.append((run / GRID, GRID, "Reconstructions", "each row: an image, and its reconstructions before and "
-                      "after training"))  # fmt: skip
-    for path, name, _, _ in found:
-        (folder / IMAGES).mkdir(exist_ok=True)
-        shutil.copyfile(path, folder / IMAGES / name)
-    return [{"file": f"{IMAGES}/{name}", "title": title, "text": _plain(text)} for _, name, title, text in found]
+    if newest is None:
+        return []
+    (folder / IMAGES).mkdir(exist_ok=True)
+    shutil.copyfile(newest, folder / SAMPLES)
+    title = f"Samples at step {int(newest.stem)}"
+    return [{"file": SAMPLES, "title": title, "text": _plain("; ".join(recipe.log.prompts))}]
 
 
 def _plain(text: str) -> str:
