@@ -20,6 +20,13 @@ def test_recipe_mistake_is_exit_3_and_one_sentence(capsys):
     assert "did you mean optim.lr" in capsys.readouterr().err
 
 
+def test_a_misspelled_recipe_names_the_nearest(capsys):
+    assert main(["train", "show_o_tyny"]) == 3
+    assert "no recipe 'show_o_tyny': did you mean show_o_tiny? Give a .yaml file, or one of" in capsys.readouterr().err
+    assert main(["train", "elsewhere"]) == 3
+    assert "no recipe 'elsewhere': give a .yaml file, or one of bagel_7b" in capsys.readouterr().err
+
+
 def test_missing_images_are_exit_4(capsys, tmp_path):
     assert main(["train", "show_o_tiny", f"data.images={tmp_path}/nowhere", f"run_dir={tmp_path}/run"]) == 4
     assert "nowhere" in capsys.readouterr().err

@@ -50,8 +50,10 @@ def load_recipe(name: str | Path, overrides: Sequence[str] | Mapping[str, Any] =
             raise
         if os.path.isfile(of_run := folder / "recipe.yaml"):
             raise RecipeError(f"{format_value(str(name))} is a run folder; its recipe is {of_run}") from error
+        near = get_close_matches(str(name)[:200], recipe_names(), 1, 0.75)
+        way = f"did you mean {near[0]}? Give" if near else "give"
         raise UnknownRecipe(
-            f"no recipe {format_value(str(name))}: give a .yaml file, or one of {', '.join(recipe_names())}"
+            f"no recipe {format_value(str(name))}: {way} a .yaml file, or one of {', '.join(recipe_names())}"
         ) from error
     except OSError as error:
         raise RecipeError(f"recipe {format_value(str(path))} cannot be read ({error.strerror})") from error
