@@ -275,10 +275,9 @@ def test_choosing_again_keeps_what_alters_the_result(peaks, tmp_path):
 def test_choosing_again_changes_no_moments_that_were_not_changed_before(peaks, tmp_path):
     (tmp_path / "run").mkdir()
     keys = [f"run_dir={tmp_path / 'run'}", "train.fit_allow=[moments]"]
-    for card in (64, 13):
+    for card, offload in ((64, False), (13, True), (64, False)):  # which alters no result
         recipe = fit_run.fit_run(recipe_of(*keys, f"train.fit={card}GiB"), 1, 1, lambda function, *a: function(*a))
-        assert (recipe.optim.name, recipe.optim.moments) == ("adamw", "fp32")
-    assert recipe.optim.offload
+        assert (recipe.optim.name, recipe.optim.moments, recipe.optim.offload) == ("adamw", "fp32", offload)
 
 
 def test_refusal_on_resuming_names_nothing_that_a_run_may_not_change(peaks, tmp_path):
