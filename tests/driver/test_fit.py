@@ -436,6 +436,15 @@ class Full(ToyAdapter):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
+@pytest.mark.parametrize(
+    "keys", [["name=apex"], ["name=adamw_8bit"], ["moments=bf16"], ["fused_backward=true", "max_grad_norm=null"]]
+)
+def test_a_recipe_accepts_every_knob_that_is_named_to_it(keys):
+    keys = [f"optim.{key}" for key in keys]
+    found = [fit.describe(change).split(" ") for change in out_of_memory.changes(recipe_of(*keys), 2, 2)]
+    assert len(found) > 2 and all(recipe_of(*keys, *knob) for knob in found)
+
+
 def test_full_memory_names_knobs_and_leaves_a_snapshot(recipe, peaks, monkeypatch):
     monkeypatch.setattr(memory, "in_own_process", lambda function, *arguments: function(*arguments))
     monkeypatch.setattr(memory, "own_card", lambda: 80 * GIB)
