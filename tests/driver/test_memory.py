@@ -15,7 +15,7 @@ from torch import Tensor
 
 from reca import objective, units
 from reca.config.recipe_files import load_recipe, recipe_names
-from reca.estimate import memory
+from reca.estimate import held, memory
 from reca.models import umm_package
 from reca.optim import freeze, gradient_norm, make_optimizer
 from reca.precision import autocast
@@ -64,7 +64,7 @@ def model_of(recipe, device="cpu", ranks=1):
     return adapter
 
 
-def held(tensors) -> int:
+def bytes_of(tensors) -> int:
     return sum(getattr(x, "_local_tensor", x).untyped_storage().nbytes() for x in tensors)
 
 
@@ -100,7 +100,7 @@ class RealSteps:
 
     def before(self) -> int:
         moments = [x for state in self.optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
-        return held((*self.adapter.parameters(), *self.adapter.buffers(), *moments)) + self.pixels()
+        return bytes_of((*self.adapter.parameters(), *self.adapter.buffers(), *moments)) + self.pixels()
 
 
 def measured(recipe, monkeypatch, ranks: int = 1) -> int:
@@ -169,20 +169,21 @@ def test_peak_is_that_of_a_real_step_on_a_gpu(case):
 
 
 @pytest.mark.parametrize(
-    ("keys", "moments"),
+    ("keys", "moments", "ema"),
     [
-        ([], 8.0),
-        (["optim.moments=bf16"], 4.0),
-        (["optim.offload=true"], 0.0),
+        ([], 8, 0),
+        (["optim.moments=bf16"], 4, 0),
+        (["optim.offload=true"], 0, 0),
+        (["ema.half_life=9"], 8, 4),
     ],
 )
-def test_moments_by_their_type_and_place(keys, moments):
+def test_moments_and_averages_by_their_type_and_place(keys, moments, ema):
     """Bytes per trained weight."""
     recipe = load_recipe("open_uni_tiny", ["objective.reca.batch_size=2", *keys])
     adapter, _ = memory.build_meta(recipe)
     trained = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
-    found = memory.peak_of(recipe, ["reca"], 1, 8, gpu=False)
-    assert found.moments == pytest.approx(moments * trained, rel=0.01)
+    for found in (memory.peak_of(recipe, ["reca"], 1, 8, gpu=False), held.held(adapter, recipe, 1, 8)):
+        assert (found.moments, found.ema) == pytest.approx((moments * trained, ema * trained), rel=0.01)
 
 
 def test_another_process_predicts_the_same_and_raises_the_same():
