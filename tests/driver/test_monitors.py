@@ -99,6 +99,14 @@ def test_hazards_of_a_recipe(recipe, roles, i2t, words):
     assert (words is None) == (found == []) and (words is None or words in found[0])
 
 
+@pytest.mark.parametrize(("first", "warned"), [("shared_lm", False), ("und_lm", True), ("gen_lm", True)])
+def test_training_what_understands_is_a_hazard_only_apart_from_what_generates(recipe, first, warned):
+    model = ToyAdapter()
+    model.roles = lambda: ToyAdapter.roles(model) | {"layers.0.weight": first}
+    found = monitors.config_warnings(recipe("objective.i2t.weight=1"), model, [first, "gen_head", "und_encoder"])
+    assert ["the paper freezes them" in text for text in found] == [True] * warned
+
+
 def test_weight_decay_of_nothing_is_said(recipe):
     model, asked = ToyAdapter(), recipe("optim.weight_decay=0.1", "train.roles=[gen_head]")
     assert monitors.config_warnings(asked, model, ["gen_head"]) == []
