@@ -299,6 +299,19 @@ def test_folders_of_weights_are_told_apart_by_what_is_in_them(tmp_path):
     assert one != two and lineage._file_fingerprint("owner/name") == "owner/name"
 
 
+def test_a_template_that_the_model_refuses_ends_the_start(recipe, tmp_path, monkeypatch):
+    """And not the step that draws it."""
+
+    def check(adapter, templates):
+        if long := [text for text in templates if len(text) > 20]:
+            raise ValueError(f"a template has 9 tokens: {long[0]!r}")
+
+    monkeypatch.setattr(ToyAdapter, "check_templates", check)
+    (tmp_path / "templates.txt").write_text("draw it\n" * 50 + "draw it, and say why you do so\n")
+    with pytest.raises(ValueError, match="a template has 9 tokens: 'draw it, and say why you do so'"):
+        Trainer(recipe(f"data.templates={tmp_path}/templates.txt"), ToyAdapter())
+
+
 def test_templates_may_move_and_not_change(recipe, tmp_path):
     (tmp_path / "one.txt").write_text("Draw this.\nDraw that.\n")
     run_toy(recipe("train.steps=2", f"data.templates={tmp_path}/one.txt"))

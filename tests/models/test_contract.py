@@ -445,14 +445,15 @@ def test_what_cannot_be_drawn(plain):
         plain.generate(["a red circle"], 0)
 
 
-def test_counts_are_at_least_one(plain):
+def test_limits_of_sampling_options(plain):
     """From Python, too: a negative `batch` would make no image and no error."""
     asked = {name: set(defaults(getattr(plain, name))) & set(LIMITS) for name in plain.abilities & {"generate", "edit"}}
-    for name, counts in asked.items():
+    for name, limited in asked.items():
         lists = ([images()[0]], ["a"], [0]) if name == "edit" else (["a"], [0])
-        for count, wrong in itertools.product(counts, (0, -1)):
-            with pytest.raises(ValueError, match=f"{count}={wrong}: expected at least 1"):
-                getattr(plain, name)(*lists, **{count: wrong})
+        for option, below in itertools.product(limited, (1, 2)):
+            least = LIMITS[option][0]
+            with pytest.raises(ValueError, match=f"{option}={least - below}: expected at least {least}"):
+                getattr(plain, name)(*lists, **{option: least - below})
     for wrong in ({"max_new_tokens": 0}, {"max_new_tokens": -1}):
         with pytest.raises(ValueError, match="max_new_tokens=.*: expected at least 1"):
             plain.answer([images()[0]], ["a"], **wrong)

@@ -442,8 +442,12 @@ def test_the_scale_of_codes_matters_only_where_h_v_is_codes():
 
 def test_templates_and_conversations_without_room():
     model = Adapter.load(config(max_reca_tokens=12))
+    made = batch(model, "reca")
     with pytest.raises(ValueError, match=r"a template has \d+ tokens; model.max_reca_tokens=12 leaves room for 7"):
-        model(batch(model, "reca"), CounterRNG(0))
+        model(made, CounterRNG(0))
+    model.check_templates(["a"])
+    with pytest.raises(ValueError, match=f"a template has .*: '{made.text[0]}'"):
+        model.check_templates(["a", made.text[0]])
     model = Adapter.load(config(clip=replace(tiny().clip, image_size=60)))
     with pytest.raises(ValueError, match="model.max_text_tokens=24 leaves -51 tokens for a conversation"):
         model(batch(model, "i2t"), CounterRNG(0))

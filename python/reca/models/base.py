@@ -252,6 +252,9 @@ class Adapter(nn.Module):
         """Return warnings about settings with which RECA is known to fail."""
         return []
 
+    def check_templates(self, templates: Sequence[str]) -> None:
+        """Raise ValueError for a template that `prepare` would refuse when a step draws it."""
+
     def generate(self, prompts: list[str], seeds: list[int], *_: Any, **sampling: Any) -> list[Tensor]:
         """Generate an image per prompt, uint8 [3, H, W]. Each depends on its (prompt, seed) only, not on the batch."""
         raise NotImplementedError(f"{self.name} cannot generate images")

@@ -14,6 +14,7 @@ from reca.options.values import guess
 LIMITS = dict.fromkeys(("steps", "batch", "height", "width", "diffusion_steps", "max_new_tokens"), (1, math.inf)) | {
     "timeout": (0.001, 86400), "tries": (1, 1000), "workers": (1, 1000), "requests_per_minute": (0.001, 1e6),
     "max_tokens": (1, 1e6), "price_in": (0, 1e6), "price_out": (0, 1e6), "threshold": (0, 1),
+    "temperature": (0, math.inf),
 }  # fmt: skip
 TYPE_NAMES = {int: "a whole number", float: "a number", str: "a string", NoneType: "null"}
 

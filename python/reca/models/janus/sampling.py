@@ -94,10 +94,7 @@ def continue_codes(
 
     guidance g combines logits as uncond + g (cond - uncond); with g = 1 the unconditional branch does not run.
     temperature divides the logits; 0 selects the most likely code.
-    Raises ValueError for a temperature below 0.
     """
-    if temperature < 0:
-        raise ValueError(f"temperature={temperature:g} must be at least 0; 0 selects the most likely code")
     b, v, branches = len(prompts), net.vocabulary, 1 if guidance == 1 else 2
     given = prompt.layout([*prompts] * branches, v)
     given = prompt.drop(given, [False] * b + [True] * (b * (branches - 1)), 0, v).to(net.device)

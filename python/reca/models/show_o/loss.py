@@ -74,9 +74,14 @@ def _reca_samples(net: Network, batch: Batch, rng: CounterRNG) -> list[prompt.Sa
 
 
 def reca_samples(net: Network, templates: Sequence[str]) -> list[prompt.Sample]:
-    """Build the reconstruction sequences of these templates."""
-    source = conditioner(net, "reca")
-    return [source.reca_sample(net.tokens(prompt.TEMPLATE.format(text)), net.vocabulary) for text in templates]
+    """Build the reconstruction sequences of these templates. Raises ValueError for one that is too long."""
+    source, samples = conditioner(net, "reca"), []
+    for text in templates:
+        try:
+            samples.append(source.reca_sample(net.tokens(prompt.TEMPLATE.format(text)), net.vocabulary))
+        except ValueError as error:
+            raise ValueError(f"{error}: {text!r}") from error
+    return samples
 
 
 def t2i_samples(net: Network, batch: Batch, rng: CounterRNG) -> list[prompt.Sample]:

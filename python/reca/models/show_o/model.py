@@ -1,5 +1,6 @@
 """Show-o's Adapter: one Phi transformer understands and generates; vision tower and image tokenizer are frozen."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,9 @@ class ShowO(Network, Adapter):
             given = to_unit(batch.und) if batch.und else pixels
             features["h_v"] = conditioner(self, "reca").encode_reca(given)
         return features
+
+    def check_templates(self, templates: Sequence[str]) -> None:
+        reca_samples(self, templates)
 
     def prepare(self, batch: Batch, rng: CounterRNG) -> Prepared:
         return prepare(self, batch, rng)
