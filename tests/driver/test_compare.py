@@ -10,6 +10,7 @@ from reca import checkpoint
 from reca.comparison import triplets
 from reca.comparison.build import _suites, compare
 from reca.comparison.sides import find_sides
+from reca.comparison.weights import understanding
 from reca.config.recipe_files import load_recipe, save_recipe
 from reca.eval.errors import EvaluationError
 from reca.eval.report import FORMAT
@@ -101,3 +102,16 @@ def test_a_model_is_not_compared_with_itself(tmp_path):
     evaluation(tmp_path / "a", 1.0)
     with pytest.raises(EvaluationError, match="both sides are .*: pass two folders, or base as one side"):
         compare(str(tmp_path / "a"), f"{tmp_path}/b/../a")
+
+
+def test_a_base_whose_parent_is_gone_is_not_taken_for_the_published_model(tmp_path):
+    """Its weights were compared with random ones, and loading it said that there is no recipe of this name."""
+    run, keys = tmp_path / "run", {"run_dir": f"{tmp_path}/run", "train.init_from": f"{tmp_path}/gone"}
+    (run / "checkpoints/000004").mkdir(parents=True)
+    (run / "checkpoints/000004" / checkpoint.MARKER).write_text("of the weights")
+    save_recipe(load_recipe("show_o_tiny", keys), run / "recipe.yaml")
+    sides = find_sides("base", str(run))
+    assert understanding(*sides) is None and triplets.usual_count("base", str(run)) == 0
+    not_evaluated, note = _suites(*sides)[1]
+    assert "neither model was evaluated" in not_evaluated
+    assert note.startswith(f"the weights of base of {run} are not compared: {tmp_path}/gone, the run that it names")

@@ -63,6 +63,12 @@ def _suites(before: Side, after: Side) -> tuple[list[dict[str, Any]], list[str]]
     if not suites and not notes:
         notes.append("neither model was evaluated; run reca eval SUITE RUN --against base to add scores and images")
     notes += [
+        f"the weights of {side.source} are not compared: {side.recipe.train.init_from}, the run that it names as "
+        "train.init_from, has no checkpoint"
+        for side in (before, after)
+        if side.kind == "base" and side.lacks_weights and side.recipe
+    ]
+    notes += [
         f"{folder} is ignored, because {mine[suite_of(result)]} is also of {result['suite']}; pass this folder instead "
         "of its run to compare it"
         for found, mine in zip(results, chosen, strict=True)

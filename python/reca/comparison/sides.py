@@ -37,6 +37,12 @@ class Side:
     def step(self) -> int | None:
         return None if self.weights is None else int(self.weights.name)
 
+    @property
+    def lacks_weights(self) -> bool:
+        """Whether there is no checkpoint where the side's weights are in one: of the run, or of its train.init_from."""
+        trained = self.kind == "run" or (self.recipe is not None and self.recipe.train.init_from is not None)
+        return trained and self.weights is None
+
     def results(self) -> dict[Path, dict[str, Any]]:
         """Read the results of all evaluations by folder. Raises EvaluationError for damaged ones."""
         return {folder: report.read(folder / RESULTS) for folder in self.evaluations}

@@ -34,7 +34,7 @@ def usual_count(before: str, after: str) -> int:
     sides = find_sides(before, after)
     if any(side.recipe is None for side in sides):
         return 0
-    if any(side.kind == "run" and side.weights is None for side in sides):
+    if any(side.lacks_weights for side in sides):
         return 0
     if torch.cuda.is_available():
         return COUNT

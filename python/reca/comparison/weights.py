@@ -24,7 +24,7 @@ def understanding(before: Side, after: Side) -> dict[str, Any] | None:
     """
     if before.recipe is None or after.recipe is None or _published(before.recipe) != _published(after.recipe):
         return None
-    if any(side.kind == "run" and side.weights is None for side in (before, after)):
+    if before.lacks_weights or after.lacks_weights:
         return None
     changed = sorted(_changed(before, after))
     adapter, _ = build_meta(replace(after.recipe, lora=LoraConfig()))
