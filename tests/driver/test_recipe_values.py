@@ -420,7 +420,7 @@ def test_located_recipes_mean_the_same_elsewhere(monkeypatch, tmp_path):
     (here / "model").mkdir(parents=True)
     monkeypatch.chdir(here)
     recipe = absolute_paths(
-        show_o("run_dir=runs/x", "train.init_from=./before", "data.images=shards/*.tar", "data.captions=photos",
+        show_o("run_dir=runs/x", "train.init_from=.//before", "data.images=shards/*.tar", "data.captions=photos",
                "data.conversations=reca.toy_datasets.shapes:understood", "model.weights=model",
                "model.codec_weights=owner/name", "data.templates=/t.txt")
     )  # fmt: skip

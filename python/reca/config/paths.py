@@ -24,7 +24,7 @@ def make_absolute(text: str, kind: str) -> str:
     if _is_no_path(text, kind):
         return text
     here = glob.escape(os.getcwd()) if kind == GLOB and _FILES.search(Path(text).name) else os.getcwd()
-    return os.path.join(here, text.removeprefix("./"))
+    return os.path.join(here, re.sub(r"\A(\./+)+", "", text))
 
 
 def each_path(value: Any, change: Callable[[str], str]) -> Any:

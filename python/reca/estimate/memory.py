@@ -169,7 +169,8 @@ def run_step(
             optimizer.step()
         moments = allocations.now.get("moments", 0)
         at_step = allocations.at_peak
-        at_step[OTHER] += pieces
+        if not recipe.optim.fused_backward:  # where they are held
+            at_step[OTHER] += pieces
     peaks = [
         Memory(at["weights"], at.get("gradients", 0), moments, at.get("ema", 0), at[OTHER])
         for at in (at_passes, at_step)

@@ -109,7 +109,7 @@ def read_override(key: str, text: str, wanted: Any, path: bool = False) -> Any:
     if not inside:
         ways = [f"{key}=null for none"] * optional + [f"{key}='\"\"' for an empty text"] * (wanted is str and not path)
         raise RecipeError(f"{key}= has no value; write {' or '.join(ways) or 'one after the ='}")
-    if get_origin(wanted) is list and inside[0] == "[" and inside[-1] == "]" and len(inside) > 1:
+    if get_origin(wanted) is list and inside[0] + inside[-1] == "[]":
         return _items(key, inside)
     if wanted is Sources:
         if inside[0] + inside[-1] == "{}" and ":" in inside:  # one source without the list's brackets: convert refuses
@@ -163,7 +163,7 @@ def reject_switch(raw: Any, wanted: Any, key: str, source: str, path: bool) -> N
 def guess(text: str, key: str) -> Any:
     """Infer the value of a text without a declared type: null, a number, a boolean, a list or a string."""
     inside = text.strip(BLANK)
-    if inside.startswith("[") and inside.endswith("]") and len(inside) > 1:
+    if inside.startswith("[") and inside.endswith("]"):
         return [_guess(item) for item in _items(key, inside)]
     return _guess(_scalar(key, inside))
 
@@ -357,7 +357,7 @@ def _scalar(key: str, text: str) -> Scalar:
 
 def _unescaped(match: re.Match) -> str:
     code = match[1]
-    if code[0] in "xuU" and len(code) > 1:
+    if code[0] in "xuU":
         return chr(int(code[1:], 16))
     return "\n" if code == "n" else yaml.scanner.Scanner.ESCAPE_REPLACEMENTS[code]
 
