@@ -39,7 +39,7 @@ class Side:
 
     @property
     def lacks_weights(self) -> bool:
-        """Whether there is no checkpoint where the side's weights are in one: of the run, or of its train.init_from."""
+        """Tell whether the checkpoint of the side's weights, the run's or that of its train.init_from, is missing."""
         trained = self.kind == "run" or (self.recipe is not None and self.recipe.train.init_from is not None)
         return trained and self.weights is None
 
