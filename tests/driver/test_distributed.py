@@ -330,6 +330,7 @@ def test_numbers_of_the_host_do_not_pass_the_gpu(alone, monkeypatch):
 
 def test_ranks_wait_for_a_judge_longer_than_for_a_step(alone, tmp_path, monkeypatch):
     keys = ["eval.every=1", "eval.suite=toy", "eval.prompts=2"]
+    (tmp_path / "run").mkdir()
     suite = TrainingSuite(load_recipe(write_recipe(tmp_path, tmp_path), keys), tmp_path / "run")
     gather, waited = dist.all_gather_object, []
 
