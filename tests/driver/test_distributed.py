@@ -365,9 +365,9 @@ def test_a_rank_whose_peer_does_not_come_says_so(rank, said, monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(
         RecipeError, match=f"rank {rank} could not join the 2 processes of this run at 127.0.0.1:{port} "
-    ) as told:
+    ) as raised:
         distributed.initialize(0.001)
-    assert said in str(told.value) and "MASTER_ADDR" in str(told.value)
+    assert said in str(raised.value) and "MASTER_ADDR" in str(raised.value)
 
 
 def test_every_process_has_a_gpu_of_its_own(monkeypatch):

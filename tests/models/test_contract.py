@@ -465,8 +465,8 @@ def test_what_is_no_image(plain):
     """A PIL image, floats, channels behind height and width, and an image without pixels."""
     of_pil = Image.new("RGB", (20, 20))
     wrong = [torch.zeros(3, 20, 20), *(torch.zeros(size, dtype=torch.uint8) for size in ((20, 20, 3), (3, 0, 20)))]
-    told = ["Image", r"torch.float32 \[3, 20, 20\]", r"torch.uint8 \[20, 20, 3\]", r"torch.uint8 \[3, 0, 20\]"]
-    for image, got in zip([of_pil, *wrong], told, strict=True):
+    named = ["Image", r"torch.float32 \[3, 20, 20\]", r"torch.uint8 \[20, 20, 3\]", r"torch.uint8 \[3, 0, 20\]"]
+    for image, got in zip([of_pil, *wrong], named, strict=True):
         with pytest.raises(TypeError, match=rf"must be a uint8 tensor \[3, H, W\], got {got}; .*read_image"):
             plain.answer([image], ["what is this"])
         if "edit" in plain.abilities:
