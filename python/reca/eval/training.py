@@ -22,7 +22,6 @@ from reca.eval.settings import Settings, open_settings
 from reca.eval.targets import Target, write_generation
 from reca.io.folders import make_inside
 from reca.models.base import Adapter
-from reca.models.common.inference import eval_mode
 from reca.options.fields import RecipeError, format_value
 from reca.options.sampling import read_pairs
 from reca.precision import fp32_products
@@ -78,7 +77,7 @@ class TrainingSuite:
                 shutil.rmtree(side.folder, ignore_errors=True)  # from an interrupted or repeated step
                 make_inside(self.run_dir, side.folder / "images")
                 write_generation(side.folder, self._made(side, step), self.settings.items())
-        with eval_mode(adapter), autocast:
+        with autocast:
             generate_images(
                 adapter, self.settings.suite, self.settings.items(), side.folder / "images", self.settings.count,
                 sampling_of(self.settings, side), self.settings.seed, alike=True,

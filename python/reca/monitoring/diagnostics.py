@@ -14,7 +14,6 @@ from reca.config.recipe import Recipe
 from reca.data.batch import Batch
 from reca.data.loader import Loader, open_loader
 from reca.models.base import Adapter
-from reca.models.common.inference import eval_mode
 from reca.monitoring.log import due
 from reca.monitoring.reconstructions import image_batch, reconstruct
 from reca.monitoring.validation import HELD_OUT
@@ -67,7 +66,7 @@ class Diagnostics:
     def images(self) -> list[Tensor]:
         """Generate an image for every prompt of `log.prompts`, with the same seeds each time."""
         prompts = self.recipe.log.prompts
-        with eval_mode(self.adapter), self.autocast:
+        with self.autocast:
             return inference.generate(self.adapter, prompts, range(len(prompts))) if prompts else []
 
     def reconstructions(self) -> list[list[Tensor]]:

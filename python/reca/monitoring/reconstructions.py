@@ -26,7 +26,6 @@ from reca.data.sample import Source
 from reca.io.folders import make_inside
 from reca.io.image_grid import make_grid
 from reca.models.base import Adapter
-from reca.models.common.inference import eval_mode
 from reca.monitoring.validation import HELD_OUT, data_of, open_run_sources, seed
 
 log = logging.getLogger("reca")
@@ -88,7 +87,7 @@ def reconstruct(
     def draw(places: Sequence[int], own: Sequence[int]) -> list[Tensor]:
         return adapter.reconstruct(batch.part(places).to(device), list(own), **sampling)
 
-    with eval_mode(adapter), context or adapter.inference_autocast():
+    with context or adapter.inference_autocast():
         columns = range(len(batch)), list(seeds or range(len(batch)))
         return inference.in_batches(adapter, "reconstruct", draw, columns)
 
