@@ -6,6 +6,7 @@ from PIL import Image
 
 from reca.data.batch import Batch
 from reca.data.pixels import make_view
+from reca.models.common import planned
 from reca.models.harmon import loss, prompt, sampling
 from reca.rng import CounterRNG
 from reca_kernels import diffusion_add_noise, diffusion_loss, diffusion_schedule, space_timesteps, template_concat
@@ -114,8 +115,7 @@ def test_drawing_loss_and_every_stage_of_it(golden, model, monkeypatch, task):
     real = data[f"{task}.llm_attention_mask"].bool()
     lengths = real.sum(1)
     ((_, inputs, hidden),) = spy.seen["language"]
-    assert inputs.keys() == {"inputs_embeds", "attention_mask", "use_cache"}
-    assert inputs["attention_mask"] == {"full_attention": None}  # no mask, and positions that count up from 0 …
+    assert inputs.keys() == {"inputs_embeds", "use_cache"}  # no mask, and positions that count up from 0 …
     ours = torch.arange(inputs["inputs_embeds"].shape[1]) < lengths[:, None]
     positions = torch.arange(ours.shape[1]).expand(ours.shape)[ours]
     assert torch.equal(positions, data[f"{task}.llm_position_ids"][real])  # … as there
@@ -246,8 +246,10 @@ def test_answers(golden, model):
     given = [prompt.Prompt(ids, prompt.SLOT) for ids in data["txt.input_ids"].tolist()]
     encoded = model.mar.encode(data["vae.latents"][: len(given)])
     h_v = model.encode_understanding(encoded)
-    layout = prompt.layout(given, golden.config["mar"]["buffer_size"], grid(golden)[0] * grid(golden)[1])
+    layout = prompt.layout(given, golden.config["mar"]["buffer_size"], grid(golden)[0] * grid(golden)[1], side="left")
     logits = model.llm.lm_head(model.states(layout, h_v)[:, -1])
     close(logits, data["txt.logits_last"])
     embeddings = template_concat(model.llm.model.embed_tokens.weight, h_v.detach(), layout.src)
-    assert torch.equal(sampling.greedy(model, embeddings, data["txt.generated"].shape[1], None), data["txt.generated"])
+    wanted = data["txt.generated"]
+    arguments = embeddings, layout.positions(), layout.spans(), wanted.shape[1], -1
+    assert torch.equal(planned.greedy(model.llm.model, model.llm.lm_head, *arguments), wanted)

@@ -420,6 +420,26 @@ def test_a_image_depends_on_its_prompt_and_seed_only(model):
     assert (together[0] - together[2]).abs().max() > far and (together[0] - together[1]).abs().max() > far
 
 
+@pytest.mark.parametrize("with_image", [True, False])
+@torch.no_grad()
+def test_the_cache_gives_what_a_whole_pass_gives(model, with_image):
+    given = batch(model, "reca", rows=(0, 1, 2))
+    prompts = [prompt.template(model.tokenizer, text) for text in ("draw", "please draw this picture", "what is this")]
+    if not with_image:
+        prompts = [prompt.Prompt(row.ids) for row in prompts]
+    features = model.encode(given)
+    grid, buffers = tuple(features["latents"].shape[1:3]), model.config.mar.buffers
+    h_v = model.mar.encode(features["h_v"]) if with_image else None
+    after_prompts = sampling.cached_prompts(model, prompts, h_v)
+    for visible in (torch.tensor([[0, 4], [1, 3], [2, 7]]), torch.empty(3, 0, dtype=torch.int64)):
+        counts = [visible.shape[1]] * 3
+        layout = prompt.layout(prompts, buffers, h_v.shape[1] - buffers if with_image else 0, counts)
+        encoded = model.mar.encode(features["latents"], visible)
+        want = model.condition(layout, encoded, Masking(visible, None, counts), grid, h_v)
+        got = sampling.condition(model, after_prompts, encoded, visible, grid)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
 def test_sampling_options(model):
     def drawn(**options):
         return latents_of(model, ["a red square"], [1], **options)

@@ -1,16 +1,19 @@
 """Attention plans instead of masks in transformers language models: attn_implementation=PLANNED, then plan=..."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from reca.models.common.greedy import greedy_tokens
 from reca.models.common.kv_cache import with_cache
 from reca_kernels import AttentionPlan, AttentionSpan, attention, attention_plan
 
 PLANNED = "reca_planned"
+CAUSAL = "reca_causal"  # causal attention unless there is a plan
 
 
 @torch.compiler.disable  # else every new layout would recompile the layers
@@ -38,7 +41,53 @@ def _planned(
     return attention(q, k, v, plan, scale=scaling), None
 
 
+def _causal(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    plan: AttentionPlan | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    if plan is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return _planned(module, query, key, value, attention_mask, plan=plan, **kwargs)
+
+
 AttentionInterface.register(PLANNED, _planned)
+AttentionInterface.register(CAUSAL, _causal)
+
+
+class CachedPrompts:
+    """Run a model on tokens that follow prompts. The prompts are in a KV cache, in which other tokens are not kept."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,  # without the output head
+        embeddings: Tensor,  # [B, L, H], of the prompts
+        positions: Tensor,  # int64 [B, L]
+        samples: Sequence[Sequence[AttentionSpan]],
+    ):
+        self.model, self.samples = model, samples
+        self.following = positions.amax(dim=1, keepdim=True) + 1
+        self.cache = DynamicCache(config=model.config)
+        self.cached = with_cache(model, self.cache)
+        plan = attention_plan(samples, device=embeddings.device)
+        model(inputs_embeds=embeddings, position_ids=positions, plan=plan, **self.cached)
+
+    def __call__(self, rows: Tensor) -> Tensor:  # [B, n, H]
+        """Return the last hidden states of n tokens after each prompt, [B, n, H], with causal attention."""
+        n, device = rows.shape[1], rows.device
+        own = AttentionSpan(n)
+        plan = attention_plan(
+            [(*(span._replace(cached=True) for span in sample), own) for sample in self.samples], device=device
+        )
+        positions = self.following + torch.arange(n, device=device)
+        hidden = self.model(inputs_embeds=rows, position_ids=positions, plan=plan, **self.cached).last_hidden_state
+        self.cache.crop(-n)
+        return hidden
 
 
 class Continuation:

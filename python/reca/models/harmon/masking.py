@@ -25,11 +25,6 @@ class Masking(NamedTuple):
     hidden: Tensor | None = None
 
     @classmethod
-    def equal(cls, visible: Tensor) -> "Masking":
-        """Build the masking of images with the same number of visible tokens."""
-        return cls(visible, None, [visible.shape[1]] * len(visible))
-
-    @classmethod
     def of(cls, order: Tensor, counts: Tensor) -> "Masking":  # int64 [B, S], int64 [B]
         """Mask the tokens with order < count. Both arguments are on the host, because counts determine shapes."""
         (batch, size), hide = order.shape, counts.tolist()

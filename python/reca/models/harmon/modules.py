@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase, Qwen2ForCausalLM
 from reca.models.base import in_fp32
 from reca.models.common.images import check_side
 from reca.models.common.patch_codec import PatchCodec
+from reca.models.common.planned import CAUSAL
 from reca.models.common.qwen2 import Qwen2Sizes, qwen2_config
 from reca.models.common.text import Remembered
 from reca.models.common.vit_blocks import Block
@@ -26,7 +27,7 @@ EPS = 1e-6
 
 
 def language_model(sizes: Qwen2Sizes) -> Qwen2ForCausalLM:
-    return Qwen2ForCausalLM(qwen2_config(sizes, tie_word_embeddings=True))
+    return Qwen2ForCausalLM(qwen2_config(sizes, tie_word_embeddings=True, attn_implementation=CAUSAL))
 
 
 def projector(width_in: int, width_out: int, hidden: int) -> nn.Sequential:
@@ -306,10 +307,7 @@ class Network(nn.Module):
 
     def states(self, layout: prompt.Layout, visual: Tensor) -> Tensor:  # [B, n, H]
         """Compute the last hidden states, [B, L, H]. Right padding with causal attention needs no mask."""
-        # None: causal mask only. Without this argument transformers synchronises with the device to check for padding.
-        mask = {"full_attention": None}
-        embeddings = self.embed(layout, visual)
-        return self.llm.model(inputs_embeds=embeddings, attention_mask=mask, use_cache=False).last_hidden_state
+        return self.llm.model(inputs_embeds=self.embed(layout, visual), use_cache=False).last_hidden_state
 
     def encode_understanding(self, encoded: Tensor) -> Tensor:  # [B, buffers + S, D]
         """Project an encoded, fully visible image to h_v, [B, buffers + S, H], buffers first."""

@@ -1,8 +1,8 @@
 """Harmon's sequences: [chat turn, with h_v in it][visible tokens, buffers], in Qwen2's chat format.
 
-Attention is causal over the whole sequence. Samples are padded on the right, so no token attends to padding, no mask is
-needed and position ids count up from 0. The release pads between prompt and image instead and masks the padding; the
-result is the same.
+Attention is causal over the whole sequence. In training, samples are padded on the right, so no token attends to
+padding, no mask is needed and position ids count up from 0. The release pads between prompt and image instead and masks
+the padding; the result is the same. Prompts that a KV cache keeps are padded on the left.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from reca.models.common import chat
 from reca.models.common.chat import END, START, UNCONDITIONAL, Prompt, caption_request, chat_turn, reply_start
 from reca.models.common.text import control, encode
-from reca_kernels import IGNORE_INDEX, VisualSegment, concat_plan
+from reca_kernels import IGNORE_INDEX, AttentionSpan, VisualSegment, concat_plan
 from reca_kernels.host import on_device
 
 SPECIAL_TOKENS = [START, END, "<|endoftext|>"]
@@ -73,9 +73,24 @@ class Layout(NamedTuple):
         src, labels, rows = (on_device(tensor, device) for tensor in (self.src, self.labels, self.rows))
         return Layout(src, labels, rows, self.lengths)
 
+    def spans(self) -> list[tuple[AttentionSpan, AttentionSpan]]:
+        """Return the attention spans of each sample of a left-padded batch."""
+        width = self.src.shape[1]
+        return [(AttentionSpan(width - length, "pad"), AttentionSpan(length)) for length in self.lengths]
+
+    def positions(self) -> Tensor:
+        """Compute the position ids of a left-padded batch, int64 [B, L]."""
+        width = self.src.shape[1]
+        rows = [torch.arange(length - width, length).clamp(min=0) for length in self.lengths]
+        return on_device(torch.stack(rows), self.src.device)
+
 
 def layout(
-    prompts: Sequence[Prompt], buffers: int, hv_tokens: int, visible_counts: Sequence[int] | None = None
+    prompts: Sequence[Prompt],
+    buffers: int,
+    hv_tokens: int,
+    visible_counts: Sequence[int] | None = None,
+    side: str = "right",
 ) -> Layout:
     """Lay out prompts and the visual embeddings of the encoder, in which buffers come first.
 
@@ -84,6 +99,7 @@ def layout(
 
     hv_tokens       tokens of h_v; 0: no h_v
     visible_counts  visible tokens of each target image; None: no image is generated
+    side            side of the padding
     """
     most = max(visible_counts) if visible_counts is not None else 0
     front = buffers + hv_tokens if hv_tokens else 0
@@ -98,7 +114,7 @@ def layout(
             segments.append(VisualSegment(tail))
             order.append(base + front + torch.arange(tail).roll(-buffers))
         samples.append(segments)
-    plan = concat_plan(samples, layout="right")
+    plan = concat_plan(samples, layout=side)
     src, rows = plan.src, torch.zeros(len(prompts) * n, dtype=torch.int64)
     if order:
         visual = (src < 0).flatten().nonzero()[:, 0]  # in the same order as `places`

@@ -1,26 +1,22 @@
 """MAR sampling (Li et al., arXiv 2406.11838) conditioned on the language model, and greedy decoding of replies."""
 
-import itertools
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from reca.models.common.chat import END, Prompt
-from reca.models.common.greedy import decode_replies, greedy_tokens
+from reca.models.common.greedy import decode_replies
 from reca.models.common.images import to_unit
-from reca.models.common.kv_cache import with_cache
+from reca.models.common.planned import CachedPrompts, greedy
 from reca.models.common.text import control
 from reca.models.harmon import modules, prompt
-from reca.models.harmon.masking import Masking
 from reca.models.harmon.modules import Network
 from reca.rng import CounterRNG, RandomStream
 from reca_kernels import diffusion_schedule, space_timesteps
 
 SCHEDULES = ("constant", "linear")
-QUESTIONS = 32  # maximum batch size of questions
 
 
 class SamplerNoise:
@@ -52,7 +48,7 @@ def sample_latents(
     uncond: list[Prompt],
     noise: SamplerNoise,
     grid: tuple[int, int],
-    h_v: Tensor | None = None,  # [B, buffers + S', D], the encoder's output for h_v's image, used by both branches
+    h_v: Tensor | None = None,  # [B, buffers + S', D], the encoder's output for h_v's image; needs guidance 1
     *,
     steps: int = 64,
     guidance: float = 3.0,
@@ -72,13 +68,11 @@ def sample_latents(
         raise ValueError(f"steps={steps} must be at least 1, and guidance_schedule={guidance_schedule!r} {known}")
     if clip_sample_range is not None and clip_sample_range <= 0:
         raise ValueError(f"clip_sample_range={clip_sample_range} must be above 0, or null for no limit")
-    size, channels, buffers = grid[0] * grid[1], modules.channels(net.config), net.config.mar.buffers
+    size, channels = grid[0] * grid[1], modules.channels(net.config)
     order = noise.order(size)
     latents = torch.zeros(len(cond), size, channels, dtype=torch.float32, device=order.device)
-    prompts, hidden = cond if guidance == 1 else cond + uncond, size
-    branches = len(prompts) // len(cond)
-    hv_tokens = 0 if h_v is None else h_v.shape[1] - buffers
-    h_v = None if h_v is None else h_v.repeat(branches, 1, 1)
+    branches, hidden = 1 if guidance == 1 else 2, size
+    after_prompts = cached_prompts(net, cond if guidance == 1 else cond + uncond, h_v)
     for step in range(steps):
         left = min(hidden - 1, math.floor(size * math.cos(math.pi / 2 * (step + 1) / steps)))
         left = 0 if step + 1 == steps else max(1, left)
@@ -88,14 +82,36 @@ def sample_latents(
         generated = order[:, left:hidden].sort(dim=1).values
         scale = guidance if guidance_schedule == "constant" else 1 + (guidance - 1) * (size - left) / size
         encoded = net.mar.encode(latents.unflatten(1, grid), visible)  # the same for both branches
-        masking = Masking.equal(visible.repeat(branches, 1))
-        layout = prompt.layout(prompts, buffers, hv_tokens, masking.lengths).to(net.device)
-        z = net.condition(layout, encoded.repeat(branches, 1, 1), masking, grid, h_v).unflatten(0, (branches, -1))
+        z = condition(net, after_prompts, encoded.repeat(branches, 1, 1), visible.repeat(branches, 1), grid)
+        z = z.unflatten(0, (branches, -1))
         rows = z.gather(2, generated[None, ..., None].expand(branches, -1, -1, z.shape[-1]))
         new = denoise(net.mar.diffloss.net, rows, noise, step, scale, diffusion, temperature, clip_sample_range)
         latents.scatter_(1, generated[..., None].expand(-1, -1, channels), new)
         hidden = left
     return latents.unflatten(1, grid)
+
+
+def cached_prompts(net: Network, prompts: Sequence[Prompt], h_v: Tensor | None) -> CachedPrompts:
+    """Compute the KV cache of prompts. h_v: [B, buffers + S', D], the encoder's output for the images in them."""
+    buffers = net.config.mar.buffers
+    hv_tokens = 0 if h_v is None else h_v.shape[1] - buffers
+    layout = prompt.layout(prompts, buffers, hv_tokens, side="left").to(net.device)
+    embeddings = net.llm.model.embed_tokens(layout.src) if h_v is None else net.embed(layout, net.proj_in(h_v))
+    return CachedPrompts(net.llm.model, embeddings, layout.positions(), layout.spans())
+
+
+def condition(
+    net: Network,
+    after_prompts: CachedPrompts,
+    encoded: Tensor,  # [B, buffers + V, D]
+    visible: Tensor,  # int64 [B, V]
+    grid: tuple[int, int],
+) -> Tensor:  # [B, m n, D]
+    """Compute what Network.condition does, with the prompts in a KV cache."""
+    buffers = net.config.mar.buffers
+    tokens = net.proj_in(encoded).roll(-buffers, dims=1)  # in the sequence, buffers come last
+    answered = after_prompts(tokens).roll(buffers, dims=1)
+    return net.mar.decode(encoded + net.proj_out(answered), visible, None, grid)
 
 
 def denoise(
@@ -131,35 +147,23 @@ def denoise(
 
 
 @torch.no_grad()
-def answer(net: Network, images: Sequence[Tensor], questions: Sequence[str], max_new_tokens: int) -> list[str]:
-    """Answer questions about images, uint8 [3, S, S] each, by greedy decoding.
-
-    Up to 32 questions of the same length share a batch, so that there is no padding.
-    """
+def answer(
+    net: Network, images: Sequence[Tensor], questions: Sequence[str], max_new_tokens: int, batch: int = 32
+) -> list[str]:
+    """Answer questions about images, uint8 [3, S, S] each, by greedy decoding, `batch` at a time."""
     asked = [prompt.question(net.tokenizer, text) for text in questions]
-    eos, replies, buffers = control(net.tokenizer, END), [""] * len(asked), net.config.mar.buffers
-    order = sorted(range(len(asked)), key=lambda i: len(asked[i].ids))
-    groups = [list(group) for _, group in itertools.groupby(order, lambda i: len(asked[i].ids))]
-    for numbers in (group[i : i + QUESTIONS] for group in groups for i in range(0, len(group), QUESTIONS)):
-        encoded = net.mar.encode(net.latents(to_unit([images[i] for i in numbers]).to(net.device)))
-        layout = prompt.layout([asked[i] for i in numbers], buffers, encoded.shape[1] - buffers).to(net.device)
-        tokens = greedy(net, net.embed(layout, net.encode_understanding(encoded)), max_new_tokens, eos)
-        for i, reply in zip(numbers, decode_replies(net.tokenizer, tokens, eos), strict=True):
-            replies[i] = reply
+    eos, replies, buffers = control(net.tokenizer, END), [], net.config.mar.buffers
+    for i in range(0, len(asked), batch):
+        encoded = net.mar.encode(net.latents(to_unit(images[i : i + batch]).to(net.device)))
+        layout = prompt.layout(asked[i : i + batch], buffers, encoded.shape[1] - buffers, side="left").to(net.device)
+        tokens = greedy(
+            net.llm.model,
+            net.llm.lm_head,
+            net.embed(layout, net.encode_understanding(encoded)),
+            layout.positions(),
+            layout.spans(),
+            max_new_tokens,
+            eos,
+        )
+        replies += decode_replies(net.tokenizer, tokens, eos)
     return replies
-
-
-def greedy(net: Network, embeddings: Tensor, max_new_tokens: int, eos: int | None) -> Tensor:  # [B, L, H]
-    """Continue sequences without padding by greedy decoding with a KV cache, int64 [B, n], n <= max_new_tokens.
-
-    Stops when every sequence has generated `eos`.
-    """
-    language = net.llm.model
-    cached = with_cache(language, DynamicCache(config=net.llm.config))
-
-    def next_logits(tokens: Tensor | None) -> Tensor:
-        rows = embeddings if tokens is None else language.embed_tokens(tokens[:, None])
-        hidden = language(inputs_embeds=rows, **cached).last_hidden_state
-        return net.llm.lm_head(hidden[:, -1])
-
-    return greedy_tokens(next_logits, len(embeddings), max_new_tokens, eos)

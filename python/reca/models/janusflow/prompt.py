@@ -49,10 +49,6 @@ class Layout(janus.Layout):
             found.append((*padding, *(part for part in parts if part.length)))
         return found
 
-    def behind(self, rows: int) -> list[tuple[AttentionSpan, ...]]:
-        """Return the attention spans of `rows` tokens that follow these, which are in the KV cache."""
-        return [(*(span._replace(cached=True) for span in spans), AttentionSpan(rows)) for spans in self.spans()]
-
 
 def image_layout(prompts: Sequence[Sequence[Segment]], dropped: Sequence[bool], v: Vocabulary, rows: int = 0) -> Layout:
     """Lay out prompts, each followed by `rows` tokens of an image, as one batch. dropped: the unconditional samples."""

@@ -2,18 +2,16 @@
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from reca.data.batch import Batch
 from reca.models.common.images import to_uint8
 from reca.models.common.inference import warn_of_cut
-from reca.models.common.kv_cache import with_cache
+from reca.models.common.planned import CachedPrompts
 from reca.models.janusflow import prompt
 from reca.models.janusflow.loss import longest_prompt, reca_prompt, t2i_prompt
 from reca.models.janusflow.modules import Network
 from reca.models.janusflow.prompt import Segment
 from reca.rng import RandomStream, seeded_normal
-from reca_kernels import attention_plan
 
 
 def generate(
@@ -58,27 +56,17 @@ def denoise(
 
     guidance g combines velocities as uncond + g (cond - uncond); with g = 1 the unconditional branch does not run.
     """
-    b, v, model, rows = len(prompts), net.vocabulary, net.language_model.model, net.image_tokens + 1
-    branches = 1 if guidance == 1 else 2
+    b, v, branches = len(prompts), net.vocabulary, 1 if guidance == 1 else 2
     given = prompt.image_layout([*prompts] * branches, [False] * b + [True] * (b * (branches - 1)), v).to(net.device)
     seen = None if h_v is None else h_v.repeat(branches, 1, 1)
-    behind = attention_plan(given.behind(rows), device=net.device)
-    positions = given.position_ids[:, -1:] + 1 + torch.arange(rows, device=net.device)
-    cache = DynamicCache(config=model.config)
-    cached = with_cache(model, cache)
-    model(
-        inputs_embeds=net.embed(given.src, seen),
-        position_ids=given.position_ids,
-        plan=given.plan(),
-        **cached,
+    after_prompts = CachedPrompts(
+        net.language_model.model, net.embed(given.src, seen), given.position_ids, given.spans()
     )
     z = start
     for step in range(steps):
         time = torch.full((b * branches,), step / steps, dtype=torch.float32, device=net.device)
         image, *beside = net.image_rows(z.repeat(branches, 1, 1, 1), time)
-        hidden = model(inputs_embeds=image, position_ids=positions, plan=behind, **cached).last_hidden_state
-        cache.crop(-rows)  # keep the prompts only
-        velocity = net.velocity(hidden[:, 1:], *beside).float()
+        velocity = net.velocity(after_prompts(image)[:, 1:], *beside).float()
         if branches == 2:
             cond, uncond = velocity.chunk(2)
             velocity = uncond + guidance * (cond - uncond)
