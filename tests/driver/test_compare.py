@@ -109,9 +109,10 @@ def test_a_base_whose_parent_is_gone_is_not_taken_for_the_published_model(tmp_pa
     run, keys = tmp_path / "run", {"run_dir": f"{tmp_path}/run", "train.init_from": f"{tmp_path}/gone"}
     (run / "checkpoints/000004").mkdir(parents=True)
     (run / "checkpoints/000004" / checkpoint.MARKER).write_text("of the weights")
+    (run / "checkpoints/000004/state.json").write_text(json.dumps({"fingerprint": {"train.init_from": "a digest"}}))
     save_recipe(load_recipe("show_o_tiny", keys), run / "recipe.yaml")
     sides = find_sides("base", str(run))
     assert understanding(*sides) is None and triplets.usual_count("base", str(run)) == 0
     not_evaluated, note = _suites(*sides)[1]
     assert "neither model was evaluated" in not_evaluated
-    assert note.startswith(f"the weights of base of {run} are not compared: {tmp_path}/gone, the run that it names")
+    assert note.startswith(f"the weights of base of {run} are not compared: train.init_from={tmp_path}/gone has no")

@@ -10,8 +10,10 @@ import torch
 
 from reca import checkpoint
 from reca.checkpoint import CheckpointError, listing, writing
+from reca.comparison.sides import find_sides
+from reca.eval.targets import opponent, target
 from reca.options.fields import RecipeError
-from reca.runs.lineage import load_trained
+from reca.runs.lineage import load_start, load_trained
 from reca.trainer import Trainer
 from tests.driver.toy import ToyAdapter, run_toy, weights
 
@@ -143,3 +145,37 @@ def test_an_old_checkpoint_that_cannot_be_removed_ends_no_run(start, monkeypatch
     trainer = run_toy(start("run", None, "checkpoint.every=1", "checkpoint.keep=1"))
     assert "cannot be removed (Device or resource busy)" in caplog.text
     assert json.loads((trainer.run_dir / "status.json").read_text())["state"] == "finished"
+
+
+def test_the_base_of_a_run_is_the_checkpoint_that_it_started_from(start, tmp_path, published):
+    first = run_toy(start("first", None, *FIRST))
+    began = weights(first.adapter)
+    second = run_toy(start("second", "first"))
+    mine = target(second.run_dir, (), "toy", None)
+    of_the_start = opponent("base", mine, (), "toy").fingerprint()
+    trained = run_toy(start("first", None, *FIRST, "train.steps=4", "checkpoint.keep=2"))
+    assert not equal(weights(trained.adapter), began)
+
+    assert equal(weights(load_start(second.recipe, run_dir=second.run_dir)), began)
+    assert find_sides("base", str(second.run_dir))[0].step == 2
+    assert opponent("base", mine, (), "toy").fingerprint() == of_the_start
+    of_new_runs = target(tmp_path / "second/recipe.yaml", (), "toy", None)
+    assert of_new_runs.fingerprint() != of_the_start
+    assert equal(weights(of_new_runs.load("cpu")), weights(trained.adapter))
+
+    shutil.rmtree(tmp_path / "first/checkpoints/000002")
+    assert find_sides("base", str(second.run_dir))[0].lacks_weights
+    with pytest.raises(CheckpointError, match=r"first no longer contains the checkpoint that .*second started from"):
+        load_start(second.recipe, run_dir=second.run_dir)
+    (tmp_path / "first").rename(tmp_path / "elsewhere")
+    with pytest.raises(RecipeError, match=r"first is not a run folder: it has no recipe.yaml. If the run was moved"):
+        load_start(second.recipe, run_dir=second.run_dir)
+
+
+def test_only_a_base_without_any_weights_is_called_random(start, tmp_path, published, caplog):
+    run_toy(start("first", None, *FIRST))
+    mine = target(run_toy(start("second", "first")).run_dir, (), "toy", None)
+    opponent("base", mine, (), "toy").load("cpu")
+    assert "random" not in caplog.text
+    opponent("base", target(tmp_path / "first", (), "toy", None), (), "toy").load("cpu")
+    assert "names no weights" in caplog.text

@@ -77,15 +77,16 @@ def read_state(folder: Path) -> dict:
     return _reading(folder, lambda: json.loads((folder / "state.json").read_text()))
 
 
-def load_weights(run_dir: Path, adapter: Adapter, ema: bool = False) -> frozenset[str]:
+def load_weights(run_dir: Path, adapter: Adapter, ema: bool = False, folder: Path | None = None) -> frozenset[str]:
     """Load the parameters that another run has changed, whatever this run trains. Return their names.
 
     The checkpoint's counters are kept as adapter.state, because that run may go on. Parameters on the meta device are
     not read.
-    ema: load the averages of trained parameters instead of their last values.
+    ema: load the averages of trained parameters instead of their last values. folder: its checkpoint to load instead of
+    the newest.
     Raises CheckpointError if that run has no valid checkpoint, no averages, or parameters that this model lacks.
     """
-    folder = _newest(run_dir)
+    folder = _checkpoint_of(run_dir, folder)
     with distributed.fail_together():
         names, adapter.state = check_fit(folder, adapter), read_state(folder)
     own = {name: p.detach() for name, p in named_parameters(adapter).items() if name in names and not p.is_meta}
@@ -115,14 +116,14 @@ def check_fit(folder: Path, adapter: Adapter, mergeable: bool = False) -> frozen
     return frozenset(saved)
 
 
-def load_lora(run_dir: Path, adapter: Adapter, config: LoraConfig) -> frozenset[str]:
+def load_lora(run_dir: Path, adapter: Adapter, config: LoraConfig, folder: Path | None = None) -> frozenset[str]:
     """Load the parameters that a run with LoRA has changed into a model without, or with other LoRA, by merging.
 
-    config: that run's LoRA settings. Returns the names of the parameters that were changed. Parameters on the meta
-    device are not read.
+    config: that run's LoRA settings. folder: as in `load_weights`. Returns the names of the parameters that were
+    changed. Parameters on the meta device are not read.
     Raises CheckpointError like `load_weights`.
     """
-    folder = _newest(run_dir)
+    folder = _checkpoint_of(run_dir, folder)
     with distributed.fail_together():
         names, shapes = check_fit(folder, adapter, mergeable=True), _saved(folder / "weights")
     own = {name: p.detach() for name, p in named_parameters(adapter).items() if not p.is_meta}
@@ -149,8 +150,12 @@ def read_weight(folder: Path, name: str) -> Tensor:
     return tensor
 
 
-def _newest(run_dir: Path) -> Path:
-    """Find the latest valid checkpoint of another run. Raises CheckpointError if there is none."""
+def _checkpoint_of(run_dir: Path, folder: Path | None) -> Path:
+    """Find the latest valid checkpoint of another run, or check the given one. Raises CheckpointError if that fails."""
+    if folder is not None:
+        if damage := find_damage(folder):
+            raise _damaged(folder, damage)
+        return folder
     if (folder := latest_valid(run_dir)) is None:
         raise CheckpointError(f"{run_dir} has no complete checkpoint; did the run save one?")
     return folder

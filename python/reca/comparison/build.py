@@ -63,8 +63,8 @@ def _suites(before: Side, after: Side) -> tuple[list[dict[str, Any]], list[str]]
     if not suites and not notes:
         notes.append("neither model was evaluated; run reca eval SUITE RUN --against base to add scores and images")
     notes += [
-        f"the weights of {side.source} are not compared: {side.recipe.train.init_from}, the run that it names as "
-        "train.init_from, has no checkpoint"
+        f"the weights of {side.source} are not compared: train.init_from={side.recipe.train.init_from} has "
+        "no checkpoint that the run started from"
         for side in (before, after)
         if side.kind == "base" and side.lacks_weights and side.recipe
     ]

@@ -10,7 +10,7 @@ from reca.eval import report
 from reca.eval.errors import EvaluationError
 from reca.eval.report import RESULTS
 from reca.eval.targets import BASE
-from reca.runs.lineage import is_run, recipe_of
+from reca.runs.lineage import is_run, parent_checkpoint, recipe_of
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,9 @@ class Side:
     kind        run, base or evaluation
     evaluations folders that contain results.json
     recipe      recipe of the run, or of the run whose base this is
-    weights     checkpoint on top of the published weights; for a base that of train.init_from; None: no checkpoint
+    weights     checkpoint on top of the published weights; for a base that of train.init_from from which the run
+                started; None: no checkpoint
+    base_of     for a base, its run
     """
 
     source: str
@@ -28,6 +30,7 @@ class Side:
     evaluations: tuple[Path, ...]
     recipe: Recipe | None = None
     weights: Path | None = None
+    base_of: Path | None = None
 
     @property
     def run_dir(self) -> Path | None:
@@ -84,9 +87,8 @@ def _base_of(name: str) -> Side:
     if not is_run(folder):
         raise EvaluationError(f"base is the model that a run started from, but {name} is not a run folder")
     recipe = recipe_of(folder)
-    parent = recipe.train.init_from
-    weights = checkpoint.latest(Path(parent)) if parent else None
-    return Side(f"base of {name}", "base", _evaluations(folder / "eval" / BASE), recipe, weights)
+    weights = parent_checkpoint(recipe, folder)
+    return Side(f"base of {name}", "base", _evaluations(folder / "eval" / BASE), recipe, weights, folder)
 
 
 def _evaluations(folder: Path) -> tuple[Path, ...]:

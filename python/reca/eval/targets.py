@@ -19,7 +19,7 @@ from reca.eval.suites import Item
 from reca.eval.suites.base import agree
 from reca.models.base import Adapter
 from reca.models.common.inference import warn_of_random_weights
-from reca.runs.lineage import is_run, load_start, load_trained, published_fingerprints, recipe_of
+from reca.runs.lineage import is_run, load_start, load_trained, parent_digest, published_fingerprints, recipe_of
 
 BASE = "base"
 GENERATION = "generation.json"
@@ -34,6 +34,7 @@ class Target:
     trained  whether the model has the weights of the run's newest checkpoint
     folder   output folder of the evaluation
     ema      whether to evaluate the moving average of the weights
+    run      for the base model of a run, that run
     """
 
     source: str
@@ -41,13 +42,15 @@ class Target:
     trained: bool
     folder: Path
     ema: bool = False
+    run: Path | None = None
 
     def load(self, device: torch.device | str) -> Adapter:
         assert self.recipe is not None
         if self.trained:
             return load_trained(Path(self.source), self.recipe, device, self.ema)
-        warn_of_random_weights(self.source, self.recipe.model)
-        return load_start(self.recipe, device)
+        if self.recipe.train.init_from is None:
+            warn_of_random_weights(self.source, self.recipe.model)
+        return load_start(self.recipe, device, self.run)
 
     def step(self) -> int | None:
         newest = checkpoint.latest(Path(self.source)) if self.trained else None
@@ -58,7 +61,7 @@ class Target:
         assert self.recipe is not None
         newest = checkpoint.latest(Path(self.source)) if self.trained else None
         found: dict[str, Any] = {"model": as_dict(self.recipe)["model"], "files": published_fingerprints(self.recipe)}
-        found |= {"ema": self.ema, "init_from": self.recipe.train.init_from}
+        found |= {"ema": self.ema, "init_from": None if self.trained else parent_digest(self.recipe, self.run)}
         found["checkpoint"] = newest and (newest / checkpoint.MARKER).read_text()
         return json.loads(json.dumps(found, default=str))
 
@@ -78,7 +81,8 @@ def opponent(name: str | Path, mine: Target, overrides: Sequence[str] | Mapping[
     if str(name) == BASE:
         if not mine.trained:
             raise EvaluationError(f"--against base needs a run; {mine.source} is a base model itself")
-        return Target(f"base of {mine.source}", mine.recipe, False, Path(mine.source) / "eval" / BASE / suite)
+        run = Path(mine.source)
+        return Target(f"base of {mine.source}", mine.recipe, False, run / "eval" / BASE / suite, run=run)
     folder = Path(name)
     if any((folder / file).is_file() for file in (GENERATION, "records.jsonl", report.RESULTS)):
         return Target(str(name), None, False, folder)

@@ -69,10 +69,28 @@ def fingerprint(
     return found
 
 
-def parent_digest(recipe: Recipe) -> str | None:
-    """Return a digest of the newest checkpoint of the run `train.init_from`; None if there is none."""
-    folder = recipe.train.init_from and checkpoint.latest(Path(recipe.train.init_from))
-    return _digest((folder / checkpoint.MARKER).read_bytes()) if folder else None
+def parent_digest(recipe: Recipe, run_dir: Path | None = None) -> str | None:
+    """Return a digest of the checkpoint of `train.init_from` that `parent_checkpoint` finds; None if there is none."""
+    folder = parent_checkpoint(recipe, run_dir)
+    return _marker_digest(folder) if folder else None
+
+
+def parent_checkpoint(recipe: Recipe, run_dir: Path | None = None) -> Path | None:
+    """Return the newest checkpoint of the run `train.init_from`, or the one that the run in `run_dir` started from.
+
+    Returns None if train.init_from is not set, or the checkpoint is gone.
+    """
+    if recipe.train.init_from is None:
+        return None
+    complete = checkpoint.list_complete(Path(recipe.train.init_from))
+    if run_dir is not None and (newest := checkpoint.latest(run_dir)) is not None:
+        digest = checkpoint.read_state(newest)["fingerprint"].get("train.init_from")
+        complete = [folder for folder in complete if _marker_digest(folder) == digest]
+    return complete[-1] if complete else None
+
+
+def _marker_digest(folder: Path) -> str:
+    return _digest((folder / checkpoint.MARKER).read_bytes())
 
 
 def reject_changed(recipe: Recipe, run_dir: Path, state: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -214,32 +232,54 @@ def load_trained(run_dir: Path, recipe: Recipe, device: torch.device | str = "cp
     return adapter.eval()
 
 
-def load_start(recipe: Recipe, device: torch.device | str = "cpu") -> Adapter:
-    """Load the model that a run of this recipe starts from: the published weights, or those of `train.init_from`."""
+def load_start(recipe: Recipe, device: torch.device | str = "cpu", run_dir: Path | None = None) -> Adapter:
+    """Load the model that a run of this recipe starts from: the published weights, or those of `train.init_from`.
+
+    run_dir: the run, if it has started. Its parent may have trained on since.
+    """
     adapter = umm_package(recipe.umm).Adapter.load(recipe.model, device)
-    load_parent(adapter, recipe)
+    load_parent(adapter, recipe, run_dir)
     check_finite(adapter)
     return adapter.eval()
 
 
-def load_parent(adapter: Adapter, recipe: Recipe) -> None:
+def load_parent(adapter: Adapter, recipe: Recipe, run_dir: Path | None = None) -> None:
     """Load the newest checkpoint of the run `train.init_from` over the published weights, if it is set.
 
     The parent's LoRA is merged into the weights unless this run continues it.
-    adapter: the model with the LoRA that the recipe requests.
+    adapter: the model with the LoRA that the recipe requests. run_dir: load the checkpoint that this run started from.
+    Raises CheckpointError if it is gone.
     """
     if recipe.train.init_from is None:
         return
     folder = Path(recipe.train.init_from)
     with distributed.fail_together():
-        before = load_recipe(folder / "recipe.yaml")
+        before = _parent_recipe(recipe)
+        started = None if run_dir is None else parent_checkpoint(recipe, run_dir)
+        if run_dir is not None and started is None:
+            raise checkpoint.CheckpointError(
+                f"train.init_from={folder} no longer contains the checkpoint that {run_dir} started from, so its base "
+                "model cannot be loaded; restore that checkpoint"
+            )
     if before.lora.rank and not lora.continues(before, recipe):
-        adapter.inherited = checkpoint.load_lora(folder, adapter, before.lora)
+        adapter.inherited = checkpoint.load_lora(folder, adapter, before.lora, started)
     else:
-        adapter.inherited = checkpoint.load_weights(folder, adapter)
+        adapter.inherited = checkpoint.load_weights(folder, adapter, folder=started)
     if recipe.lora.rank and not lora.continues(before, recipe):
         with distributed.fail_together():  # each rank checks its own rows
             lora.reset(adapter, recipe.train.seed)  # DoRA magnitudes must match the loaded weights
+
+
+def _parent_recipe(recipe: Recipe) -> Recipe:
+    """Read the recipe of the run `train.init_from`. Raises RecipeError if it is not a run folder."""
+    assert recipe.train.init_from is not None
+    folder = Path(recipe.train.init_from)
+    if not is_run(folder):
+        raise RecipeError(
+            f"train.init_from={folder} is not a run folder: it has no recipe.yaml. If the run was moved, pass its new "
+            "place as train.init_from"
+        )
+    return load_recipe(folder / "recipe.yaml")
 
 
 def check_parent(recipe: Recipe, model: Adapter) -> None:
@@ -251,10 +291,7 @@ def check_parent(recipe: Recipe, model: Adapter) -> None:
     """
     if recipe.train.init_from is None:
         return
-    folder = Path(recipe.train.init_from)
-    if not is_run(folder):
-        raise RecipeError(f"train.init_from={folder} is not a run folder: it has no recipe.yaml")
-    before = load_recipe(folder / "recipe.yaml")
+    folder, before = Path(recipe.train.init_from), _parent_recipe(recipe)
     ours, theirs = ({"umm": r.umm} | published_files(r) for r in (recipe, before))
     if ours != theirs and {k: _file_fingerprint(v) for k, v in ours.items()} != {
         k: _file_fingerprint(v) for k, v in theirs.items()
