@@ -441,12 +441,26 @@ def test_a_layout_of_one_image_for_every_item_takes_no_more(painter, tmp_path):
 
 def test_images_of_other_weights_or_settings_are_not_mixed(painter, monkeypatch):
     reca.evaluate("toy", painter, limit=5)
-    settings = [{"seed": 1}, {"sampling": {"steps": 3}}, {"ema": True}, {"overrides": ["model.seed=3"]}]
-    for name, change in zip(("seed", "sampling", "fingerprint", "fingerprint"), settings, strict=True):
-        with pytest.raises(EvaluationError, match=f"with other settings \\({name} differ\\); set another --out"):
+    settings = {
+        "seed 0 -> 1": {"seed": 1},
+        "sampling.steps 18 -> 3": {"sampling": {"steps": 3}},
+        "fingerprint.ema False -> True": {"ema": True},
+        "fingerprint.model.seed 0 -> 3": {"overrides": ["model.seed=3"]},
+    }
+    for name, change in settings.items():
+        with pytest.raises(EvaluationError, match=f"with other settings \\({name}\\); set another --out"):
             reca.evaluate("toy", painter, limit=5, out=painter / "eval/toy", **change)
+    trained = Painter(0.0)
+    trained.state = {"step": 4}
+    with monkeypatch.context() as patch:
+        patch.setattr(targets.Target, "load", lambda *_: trained)
+        patch.setattr(targets.checkpoint, "latest", lambda _: painter / "000004")
+        (painter / "000004").mkdir()
+        (painter / "000004" / targets.checkpoint.MARKER).write_text("{" + " " * 100 + "}")
+        with pytest.raises(EvaluationError, match=r"settings \(fingerprint.checkpoint, step \S+ -> 4\); set"):
+            reca.evaluate("toy", painter, limit=5)
     monkeypatch.setattr(targets.Target, "load", lambda *_: Painter(0.2))
-    with pytest.raises(EvaluationError, match="with other settings \\(weights differ\\)"):
+    with pytest.raises(EvaluationError, match="with other settings \\(other weights\\)"):
         reca.evaluate("toy", painter, limit=9)
     assert reca.evaluate("toy?seed=1", painter, limit=5, out=painter / "other")["counts"]["images"] == 5
 

@@ -19,10 +19,13 @@ from reca.eval.suites import Item
 from reca.eval.suites.base import agree
 from reca.models.base import Adapter
 from reca.models.common.inference import warn_of_random_weights
+from reca.options.fields import format_value
 from reca.runs.lineage import is_run, load_start, load_trained, parent_digest, published_fingerprints, recipe_of
 
 BASE = "base"
 GENERATION = "generation.json"
+COMPARED = ("suite", "protocol", "sampling", "seed", "fingerprint")  # keys of generation.json
+SHORT = 40  # characters of a value that a message shows
 
 
 @dataclass(frozen=True)
@@ -143,14 +146,31 @@ def write_generation(folder: Path, made: Mapping[str, Any], items: Sequence[Item
     Raises EvaluationError if the folder contains images of other weights or settings.
     """
     before = read_generation(folder)
-    compared = ("suite", "protocol", "sampling", "seed", "fingerprint")
-    changed = [key for key in compared if before and before.get(key) != made[key]]
+    changed = [] if not before else _differing(_compared(before), _compared(made))
     if before and not changed and before["model"]["weights_sha256"] != made["model"]["weights_sha256"]:
-        changed = ["weights"]
+        changed = ["other weights"]
     if changed:
-        raise _other_settings(folder, f"{', '.join(changed)} differ")
+        raise _other_settings(folder, ", ".join(changed))
     digests = before.get("items", {}) | {item.id: item.given for item in items}
     write(folder / GENERATION, json.dumps({**made, "items": digests}, indent=1))
+
+
+def _compared(made: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: made.get(key) for key in COMPARED} | {"step": made["model"].get("step")}
+
+
+def _differing(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Name the settings that differ, those of nested mappings too, with both values where these are short."""
+    found = []
+    for key in [k for k in {**before, **now} if before.get(k) != now.get(k)]:
+        name, old, new = f"{prefix}{key}", before.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += _differing(old, new, f"{name}.")
+        elif max(len(format_value(value)) for value in (old, new)) <= SHORT:
+            found.append(f"{name} {format_value(old)} -> {format_value(new)}")
+        else:
+            found.append(name)
+    return found
 
 
 def _other_settings(folder: Path, reason: str) -> EvaluationError:
