@@ -1,5 +1,9 @@
 """Sampling options are the keyword-only parameters of the method that takes them."""
 
+import inspect
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 
 from reca.models import UMMS, umm_package
@@ -37,6 +41,34 @@ def test_options_of_every_model(name):
 def test_options_of_another_type(given, words):
     with pytest.raises(ValueError, match=words):
         check_sampling_options(umm_package("bagel").Adapter.generate, given)
+
+
+@pytest.mark.parametrize("name", UMMS)
+def test_a_model_names_the_option_that_is_of_another_type(name):
+    """Called from Python, where no command has checked it: whatever the sampler does with it first."""
+    adapter = umm_package(name).Adapter
+    lists = {
+        "generate": (["a"], [0]),
+        "edit": ([None], ["a"], [0]),
+        "answer": ([None], ["a"]),
+        "reconstruct": (SimpleNamespace(text=["a"]), [0]),
+    }
+    for ability in adapter.abilities:
+        method, of_the_model = getattr(adapter, ability), object()
+        for option in inspect.signature(method).parameters.values():
+            usual = option.default
+            if usual is option.empty:
+                continue
+            wrong = ["4", True, [], object()] if usual is None or isinstance(usual, int | float) else [3, None, True]
+            for value in [*wrong, *([None, 1.5] if isinstance(usual, int) else [])]:
+                with pytest.raises(ValueError, match=f"sampling option {option.name}=.*: expected "):
+                    method(of_the_model, *lists[ability], **{option.name: value})
+
+
+def test_numbers_of_numpy_are_numbers():
+    given = {"steps": np.int64(3), "guidance": np.float32(0.5)}
+    found = check_sampling_options(umm_package("bagel").Adapter.generate, given)
+    assert found == {"steps": 3, "guidance": 0.5} and [type(value) for value in found.values()] == [int, float]
 
 
 def test_options_that_fit():

@@ -16,7 +16,7 @@ from reca.data.batch import Batch
 from reca.data.views import Views
 from reca.models.common import deferred_weights, likelihood
 from reca.models.common.inference import check_pairs, eval_mode
-from reca.options.sampling import check_limits
+from reca.options.sampling import check_option
 from reca.rng import CounterRNG
 from reca_kernels.host import on_device
 
@@ -112,18 +112,21 @@ def _checked(method: Callable) -> Callable:
 
     @functools.wraps(method)
     def call(*args: Any, **options: Any) -> Any:
-        given = signature.bind(*args, **options).arguments | options
+        bound = signature.bind(*args, **options)
+        given = bound.arguments
         lists = {
             name: given[name] for name in ("prompts", "images", "instructions", "questions", "seeds") if name in given
         }
         if isinstance(batch := given.get("batch"), Batch):  # reconstruct; elsewhere `batch` is an int
             lists["images"] = batch.text
         check_pairs(**lists)
-        check_limits(given)
+        for parameter in signature.parameters.values():
+            if parameter.default is not parameter.empty and parameter.name in given:
+                given[parameter.name] = check_option(parameter, given[parameter.name])
         if not all(map(len, lists.values())):
             return []
         with eval_mode(args[0]):
-            return method(*args, **options)
+            return method(*bound.args, **bound.kwargs)
 
     return call
 

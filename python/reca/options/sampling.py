@@ -4,7 +4,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
-from numbers import Real
+from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin
 
@@ -53,21 +53,32 @@ def check_sampling_options(method: Callable, given: Mapping[str, Any], what: str
             hint = f"; did you mean {near[0]}?" if near else "."
             usual = ", ".join(f"{p.name}={_format(p.default)}" for p in known.values())
             raise ValueError(f"there is no {what} {name!r}{hint} Options and their defaults: {usual}")
-        wanted = known[name].annotation
-        if not _fits(value, wanted):
-            usual = _format(known[name].default)
-            raise ValueError(f"{what} {name}={_format(value)}: expected {_describe(wanted)}, such as {usual}")
-        check_limits({name: value}, what)
-        checked[name] = tuple(value) if isinstance(value, list) else value
+        checked[name] = check_option(known[name], value, what)
     return checked
 
 
-def check_limits(given: Mapping[str, Any], what: str = "sampling option") -> None:
-    """Raise ValueError if a value is outside of LIMITS. what: the word for an option in messages."""
-    for name, (least, most) in LIMITS.items():
-        if isinstance(value := given.get(name), Real) and not least <= float(value) <= most:
-            within = f"at least {least:g}" if most == math.inf else f"{least:g} to {most:g}"
-            raise ValueError(f"{what} {name}={value}: expected {within}")
+def check_option(option: inspect.Parameter, value: Any, what: str = "sampling option") -> Any:
+    """Return the value as the option's method takes it: numbers of NumPy as those of Python, a list as a tuple.
+
+    what: the word for an option in messages.
+    Raises ValueError for a value of another type than the option is annotated with, or outside of LIMITS.
+    """
+    name, wanted, value = option.name, option.annotation, _plain(value)
+    if wanted is not option.empty and not _fits(value, wanted):
+        usual = _format(option.default)
+        raise ValueError(f"{what} {name}={_format(value)}: expected {_describe(wanted)}, such as {usual}")
+    least, most = LIMITS.get(name, (-math.inf, math.inf))
+    if isinstance(value, Real) and not least <= float(value) <= most:
+        within = f"at least {least:g}" if most == math.inf else f"{least:g} to {most:g}"
+        raise ValueError(f"{what} {name}={value}: expected {within}")
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _plain(value: Any) -> Any:
+    """Return a number of NumPy or the like as one of Python, and any other value as it is."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def _fits(value: Any, wanted: Any) -> bool:
