@@ -13,6 +13,7 @@ from reca.config.paths import expand_home
 from reca.config.recipe import Recipe
 from reca.config.recipe_files import by_key, load_recipe
 from reca.estimate import fit_run
+from reca.hardware.devices import usable_device
 from reca.models import umm_package
 from reca.models.base import Adapter
 from reca.models.common.inference import warn_of_random_weights, warn_of_untrained
@@ -51,13 +52,13 @@ def load(
         The model's `Adapter`. Its `abilities` say whether it generates, edits and answers.
 
     Raises:
-        RecipeError: The recipe cannot be read as written. It is a ValueError.
+        RecipeError: The recipe cannot be read as written, or the device cannot be used. It is a ValueError.
         ValueError: Files are missing, or do not match the recipe.
         CheckpointError: The run has no complete checkpoint, or no average for ema=True.
     """
     source = expand_home(str(source))
     recipe = recipe_of(source, overrides)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = usable_device(device)
     if is_run(source):
         return load_trained(Path(source), recipe, device, ema)
     if ema:
@@ -187,7 +188,7 @@ def evaluate(
 
     Raises:
         EvaluationError: Images, records, a judge or the disk failed. It is a ValueError; finished outputs are kept.
-        RecipeError: The recipe cannot be read, or its model lacks the ability.
+        RecipeError: The recipe cannot be read, its model lacks the ability, or the device cannot be used.
     """
     from reca.eval.errors import EvaluationError
     from reca.eval.evaluation import evaluate

@@ -22,6 +22,7 @@ from torch import Tensor
 from reca import inference
 from reca.data.pixels import read_image
 from reca.eval.targets import Target, opponent, target
+from reca.hardware.devices import usable_device
 from reca.io.image_grid import make_grid
 from reca.models import umm_package
 from reca.models.base import Adapter
@@ -272,8 +273,7 @@ def serve(
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the folder is deleted on SIGTERM, too
     with tempfile.TemporaryDirectory(prefix="reca_serve_") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # uploads and results are deleted with it
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        requests = Requests(open_sides(source, overrides, against, ema, device))
+        requests = Requests(open_sides(source, overrides, against, ema, usable_device(None)))
         with served(make_page(requests, f"reca: {source}"), host, port) as address:
             print(f"serving {source} at {address}; stop with Ctrl-C", flush=True)
             threading.Event().wait()

@@ -18,6 +18,7 @@ from reca.estimate.meta_model import build_meta
 from reca.eval.errors import EvaluationError
 from reca.eval.files import write
 from reca.eval.targets import Target
+from reca.hardware.devices import usable_device
 from reca.io.folders import ensure_writable
 from reca.models import umm_package
 from reca.monitoring.reconstructions import images_to_show, named_images, reconstruct
@@ -60,7 +61,7 @@ def draw(
     Raises EvaluationError for a side without weights and for a full disk; DataError if images cannot be read;
     ValueError for options that a model's `reconstruct` does not have.
     """
-    sides = find_sides(before, after)
+    sides, device = find_sides(before, after), usable_device(device)
     for side in sides:
         if side.recipe is None or (side.kind == "run" and side.weights is None):
             raise EvaluationError(f"{side.source} has no weights: reconstructions need two models")
@@ -78,7 +79,6 @@ def draw(
     if made is None:
         ensure_writable(place, "folder")
         (place / MADE).unlink(missing_ok=True)  # it describes images that are about to be overwritten
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         made = _draw(targets, run.recipe, source, images, count, place, device, sampling or {})
         write(place / MADE, json.dumps({"of": wanted, "made": made}, indent=1))
     return made

@@ -32,6 +32,7 @@ from reca.eval.targets import (
     target,
     write_generation,
 )
+from reca.hardware.devices import usable_device
 from reca.io.folders import ensure_writable
 from reca.models import umm_package
 from reca.options.sampling import defaults
@@ -52,7 +53,7 @@ def evaluate(
     ema: bool = False,
 ) -> dict[str, Any] | None:
     """Run the selected steps. See `reca.evaluate`. Returns the results on rank 0, None if no step produced them."""
-    suite = settings.suite
+    suite, device = settings.suite, None if device is None else usable_device(device)
     mine = target(source, overrides, suite.name, out, ema)
     sides = [mine] if against is None else [mine, opponent(against, mine, overrides, suite.name)]
     for side in sides:
@@ -64,7 +65,7 @@ def evaluate(
         device = _generate_on_all_ranks(settings, wanted, device)
     if not distributed.is_main_process():
         return None
-    judge_device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    judge_device = usable_device(device)
     found = [
         judge_and_score(settings, side, images if side is mine else None, given if side is mine else None, judge_device)
         for side in sides
@@ -79,15 +80,13 @@ def evaluate(
     return found[0]
 
 
-def _generate_on_all_ranks(
-    settings: Settings, sides: Sequence[Target], device: torch.device | str | None
-) -> torch.device:
+def _generate_on_all_ranks(settings: Settings, sides: Sequence[Target], device: torch.device | None) -> torch.device:
     """Generate for these sides on all ranks, and return this rank's device.
 
     The process group is destroyed afterwards unless the caller had created it: rank 0 alone runs the other steps.
     """
     joined = distributed.is_joined()
-    place = distributed.initialize(60 * distributed.HOURS) if device is None else torch.device(device)
+    place = distributed.initialize(60 * distributed.HOURS) if device is None else device
     with distributed.fail_together():
         for side in sides:
             _generate(settings, side, place)

@@ -23,6 +23,7 @@ import reca
 from reca import inference
 from reca.data.errors import BadSample
 from reca.data.pixels import as_rgb, pixels_of, read_image
+from reca.hardware.devices import usable_device
 
 log = logging.getLogger("reca")
 NEW_TOKENS = 128  # maximum tokens of an answer if a task sets none
@@ -54,7 +55,7 @@ class Reca(lmms):
         self.model_name = f"reca:{source}"
         super().__init__()
         self._rank, self._world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.device = torch.device(device) if device else _own_device()
+        self.device = usable_device(device) if device else _own_device()
         self.model = reca.load(source, overrides, self.device, ema)
         if "answer" not in self.model.abilities:
             raise ValueError(f"{source} cannot answer questions about images; use a model with the ability answer")
