@@ -123,10 +123,17 @@ def test_jobs_run_side_by_side_and_after_those_they_need(tmp_path, monkeypatch):
         Job("a", wait_for, (tmp_path, "a", "b")),
         Job("b", wait_for, (tmp_path, "b", "a")),
     ]
-    ended, waits = [], []
-    found = side_by_side.run(jobs, [None, None], lambda job, result: ended.append(job.name), lambda: waits.append(1))
+    begun, ended, waits = [], [], []
+    found = side_by_side.run(
+        jobs,
+        [None, None],
+        lambda job, result: ended.append(job.name),
+        lambda: waits.append(1),
+        lambda job: begun.append((job.name, len(ended))),
+    )
     assert found == {"a": None, "b": None, "last": ("last", "1", None)}
     assert ended[-1] == "last" and sorted(ended) == ["a", "b", "last"] and waits
+    assert begun == [("a", 0), ("b", 0), ("last", 2)]
     assert "OMP_NUM_THREADS" not in os.environ
 
 

@@ -60,8 +60,9 @@ def in_this_process(monkeypatch):
     """Make the jobs one after the other, here. Returns the names of those that were made."""
     made = []
 
-    def run(jobs, slots, on_end, on_wait):
+    def run(jobs, slots, on_end, on_wait, on_start):
         for job in jobs:
+            on_start(job)
             made.append(job.name)
             on_wait()
             try:
@@ -148,6 +149,7 @@ def test_a_variant_that_fails_is_named_and_stops_no_other(study, tmp_path, in_th
     assert main(command) == 1
     printed = capsys.readouterr().out
     assert "SFT, seed 0: DataError: " in printed and "unreadable" in printed
+    assert printed.count(": begins\n") == len(in_this_process)
     found = json.loads((tmp_path / "out/does_it_run-show_o-shapes/study.json").read_text())
     assert [variant["name"] for variant in found["variants"] if variant["means"]] == ["before", "RECA"]
     assert found["claims"][0]["verdict"] == "not measured"

@@ -55,13 +55,14 @@ def run(
     slots: Sequence[str | None],
     on_end: Callable[[Job, Any], None] = lambda job, result: None,
     on_wait: Callable[[], object] = lambda: None,
+    on_start: Callable[[Job], object] = lambda job: None,
 ) -> dict[str, Any]:
     """Run all jobs and return their results by name, with a `Failure` for a job that failed or could not run.
 
     A failed job prevents only the jobs that need it. Jobs that are ready start in the given order.
 
     slots: from `cores` or `gpus`; one job runs per slot. on_end: called with a job and its result when it ends.
-    on_wait: called every POLL_SECONDS.
+    on_wait: called every POLL_SECONDS. on_start: called with a job when it starts.
 
     An exception in this function, such as SystemExit on a signal, sends SIGTERM to the running jobs; a training run
     then saves and exits.
@@ -90,6 +91,7 @@ def run(
                     end(job, Failure(None, lost[0]))
                 elif workers.idle and all(name in results for name in job.needs):
                     waiting.remove(job)
+                    on_start(job)
                     slot, future = workers.start(job.work, [*job.given, *(results[name] for name in job.uses)])
                     running[slot] = job, future
             on_wait()

@@ -50,7 +50,7 @@ def run(
                 bar.update(sum(min(steps_done(task), budget[task.name]) for task in left) - bar.n)
 
         if left:
-            side_by_side.run(jobs, slots, ended, wait)
+            side_by_side.run(jobs, slots, ended, wait, lambda job: say(f"{job.name}: begins"))
     return write(study, asked, command, tasks, results, omitted)
 
 
