@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -52,6 +53,26 @@ def test_every_rank_writes_its_stacks_and_collectives(two_ranks):
         recorded = pickle.loads((folder / f"collectives_{rank}").read_bytes())
         assert any("all_reduce" in entry["profiling_name"] for entry in recorded["entries"])
     assert not (folder / hang.REQUEST).exists()
+
+
+@pytest.mark.parametrize("unwritable", [False, True])
+def test_a_phase_that_ends_while_it_is_reported_leaves_no_request(unwritable, tmp_path, monkeypatch):
+    """Every later phase was reported as slow on all ranks then, up to the end of the run."""
+    ask = HangWatch._ask
+
+    def moves_on(watch):
+        watch.enter(2, "training")
+        ask(watch)
+        if unwritable:  # as a network file system that went away
+            (tmp_path / "hang" / hang.REQUEST).unlink()
+            (tmp_path / "hang" / hang.REQUEST).mkdir()
+
+    monkeypatch.setattr(HangWatch, "_ask", moves_on)
+    with HangWatch(tmp_path, 600) as watch:
+        watch.enter(1, "training")
+        monkeypatch.setattr(watch, "ended", SimpleNamespace(wait=lambda _: None, set=watch.ended.set))
+        watch._report((1, "training"), late=True)
+        assert (tmp_path / "hang" / hang.REQUEST).exists() == unwritable
 
 
 def of_libraries(line: str) -> bool:

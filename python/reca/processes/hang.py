@@ -110,6 +110,8 @@ class HangWatch:
         try:
             if late:
                 self._ask()
+                if now != (self.step, self.phase):  # it has ended in between, and found no request to withdraw
+                    self._withdraw()
             self._dump()
         except OSError as error:
             log.warning("%s cannot be written (%s)", self.folder, error)
@@ -148,7 +150,8 @@ class HangWatch:
     def _withdraw(self) -> None:
         if self.asked:
             self.asked = False
-            (self.folder / REQUEST).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a report is no reason to end the run
+                (self.folder / REQUEST).unlink()
 
     def _reports(self, after: float) -> list[dict[str, Any]]:
         """Read the summaries that ranks have written since a time, ordered by rank."""
