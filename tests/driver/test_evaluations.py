@@ -195,6 +195,15 @@ def test_a_held_out_loss_above_that_of_the_base():
     assert "2.3, 1.15 times that of step 0 (2" in found[3][0] and "optim.lr" in found[3][0]
 
 
+def test_an_evaluation_is_compared_with_the_first_that_is_finite():
+    nan, inf = float("nan"), float("inf")
+    losses = [{"samples/contrast": 1.0}, {"holdout/loss": nan}, *({"holdout/loss": x} for x in (2.0, 2.1, nan))]
+    found = check(*losses)
+    assert [len(new) for new in found] == [0, 0, 0, 0, 1] and "loss is nan, nan times that of step 2 (2;" in found[4][0]
+    assert check(*({"holdout/loss": 1.0, "holdout/gap": x} for x in (inf, 0.5, 0.4))) == [[], [], []]
+    assert check({"holdout/loss": 0.0}, {"holdout/loss": 1.0}) == [[], []]  # of which it is no multiple
+
+
 def test_h_v_that_does_not_help_any_more():
     falling = [{"holdout/loss": 1.0, "holdout/gap": x} for x in (0.1, 0.4, 0.11, 0.09)]
     assert [len(new) for new in check(*falling)] == [0, 0, 0, 1]

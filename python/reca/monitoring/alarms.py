@@ -4,6 +4,7 @@ Each alarm compares an evaluation with earlier ones of the same run. The thresho
 calibrated at scale.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -46,19 +47,20 @@ class Alarms:
     def __init__(self, config: EvalConfig):
         self.config = config
         self.first: dict[str, float] = {}
-        self.first_step = 0
+        self.loss_step = 0  # of the first loss
         self.largest_gap = 0.0
         self.active: dict[str, str] = {}
 
     def check(self, step: int, values: Mapping[str, float]) -> list[str]:
         """Check the next evaluation, and return the messages of alarms that were not active before it."""
         before = self.active
-        if not self.first:
-            self.first_step = step
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        if LOSS not in self.first:
+            self.loss_step = step
         self.active = {name: text for name, text in self._seen(values).items() if text}
-        for name, value in values.items():
+        for name, value in finite.items():
             self.first.setdefault(name, value)
-        self.largest_gap = max(self.largest_gap, values.get(GAP, 0.0))
+        self.largest_gap = max(self.largest_gap, finite.get(GAP, 0.0))
         return [text for name, text in self.active.items() if name not in before]
 
     def _seen(self, values: Mapping[str, float]) -> dict[str, str]:
@@ -71,10 +73,10 @@ class Alarms:
 
     def _loss(self, values: Mapping[str, float]) -> str:
         base, now = self.first.get(LOSS), values.get(LOSS)
-        if base is None or now is None or now <= self.config.alarm_loss * base:
+        if not base or now is None or now <= self.config.alarm_loss * base:
             return ""
         return (
-            f"the held-out reconstruction loss is {now:.4g}, {now / base:.2f} times that of step {self.first_step} "
+            f"the held-out reconstruction loss is {now:.4g}, {now / base:.2f} times that of step {self.loss_step} "
             f"({base:.4g}; eval.alarm_loss={self.config.alarm_loss:g}). The model forgets faster than it learns: lower "
             "optim.lr, lengthen optim.warmup_steps, or train on more images if the training loss still falls"
         )
