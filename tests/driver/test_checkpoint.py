@@ -266,6 +266,13 @@ def test_what_a_rank_cannot_write_is_not_saved(recipe, monkeypatch, caplog):
         assert trainer.save().name == "000002"
 
 
+def test_a_complete_checkpoint_counts_although_old_ones_cannot_be_listed(recipe, monkeypatch, caplog):
+    trainer = Trainer(recipe(), ToyAdapter())
+    monkeypatch.setattr(writing, "list_complete", lambda _: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    assert trainer.save().name == "000000"
+    assert "cannot be listed (Input/output error), so none is removed" in caplog.text
+
+
 def test_checksums_tell_every_change(tmp_path):
     save_file({"a": torch.arange(10)}, tmp_path / "a.safetensors")
     (tmp_path / "b").write_text("b")

@@ -78,12 +78,22 @@ def write(run_dir: Path, taken: Snapshot, keep: Keep, is_lost: Callable[[], bool
             shutil.rmtree(partial, ignore_errors=True)
         return None
     if distributed.rank() == 0:
-        for old in keep.superseded(list_complete(run_dir)):
-            try:
-                remove(old)
-            except OSError as error:
-                log.warning("old checkpoint %s cannot be removed (%s)", old, error.strerror)
+        _remove_superseded(run_dir, keep)
     return final
+
+
+def _remove_superseded(run_dir: Path, keep: Keep) -> None:
+    """Remove old checkpoints. One that cannot be removed is logged: the new one is complete."""
+    try:
+        superseded = keep.superseded(list_complete(run_dir))
+    except OSError as error:
+        log.warning("old checkpoints of %s cannot be listed (%s), so none is removed", run_dir, error.strerror)
+        return
+    for old in superseded:
+        try:
+            remove(old)
+        except OSError as error:
+            log.warning("old checkpoint %s cannot be removed (%s)", old, error.strerror)
 
 
 def _make_room(run_dir: Path, partial: Path, need: int) -> None:
