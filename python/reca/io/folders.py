@@ -38,7 +38,7 @@ def make_inside(root: Path, folder: Path) -> None:
 def write_atomically(path: Path, content: str | bytes, sync: bool = True) -> None:
     """Write a file so that it has the old or the new content at any time, even if the process is killed.
 
-    sync: wait until the new content is on disk, so that a crash of the machine cannot lose it.
+    sync: the same holds for a crash of the machine, because the content is on disk before the file has its name.
     Raises OSError that names the file; the original error of a full disk does not.
     """
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PART}")
