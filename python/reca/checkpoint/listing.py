@@ -97,7 +97,6 @@ def remove_partial(run_dir: Path) -> None:
 def remove(folder: Path) -> None:
     """Remove a checkpoint. If the removal is interrupted, the rest does not count as a checkpoint."""
     trash = folder.with_name(f"{folder.name}.old{PARTIAL}")
-    shutil.rmtree(trash, ignore_errors=True)
     folder.rename(trash)
     shutil.rmtree(trash, ignore_errors=True)
 
