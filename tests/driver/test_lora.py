@@ -249,6 +249,10 @@ def test_lora_starts_from_a_run_without(recipe, tmp_path):
     lora.choose_trained(start, replace(second.recipe))
     norms = start.layers[0].lora_magnitude_vector.default.weight
     assert torch.allclose(norms, first.adapter.layers[0].weight.norm(dim=1))
+    third = run_toy(recipe(f"run_dir={tmp_path}/third", f"train.init_from={tmp_path}/second", "optim.lr=0"))
+    with lora.merged(second.adapter):  # into the weights of the first
+        assert same(weights(third.adapter), weights(second.adapter))
+    assert third.adapter.inherited == second.adapter.inherited
 
 
 def test_lora_of_another_model_is_refused(recipe, tmp_path):
