@@ -1,5 +1,6 @@
 """Checkpoints that are written while training continues, and which of them stay."""
 
+import contextlib
 import gc
 import os
 import re
@@ -247,6 +248,16 @@ def test_without_memory_for_a_copy_training_waits(recipe, monkeypatch, caplog):
     assert caplog.text.count("async_save is disabled from now on") == 1
     assert re.search(r"a copy of a checkpoint takes 55\.1.\sKiB of host memory, and 48\.8.\sKiB are free", caplog.text)
     assert Status.read(trainer.run_dir).step == 6
+
+
+def test_the_copies_of_all_ranks_of_a_machine_must_fit(recipe, monkeypatch):
+    trainer = Trainer(recipe(), ToyAdapter())
+    taken = checkpoint.snapshot({"step": 1}, trainer.adapter, trainer.optimizer)
+    monkeypatch.setattr(background, "available", lambda: taken.bytes * 2)
+    for ranks, fits in ((2, True), (3, False)):
+        monkeypatch.setattr("reca.distributed.local_world_size", lambda ranks=ranks: ranks)
+        with contextlib.nullcontext() if fits else pytest.raises(MemoryError):
+            background._check_memory(taken)
 
 
 def test_a_copy_that_fails_is_done_without(recipe, monkeypatch, caplog):

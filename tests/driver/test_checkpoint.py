@@ -75,8 +75,12 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(change, recipe, caplo
 def test_a_check_of_sizes_reads_no_contents(recipe):
     newest = damaged(lambda folder: flip(weight_file(folder)), recipe)[1]
     assert not checkpoint.find_damage(newest, contents=False) and checkpoint.find_damage(newest)
-    cut(weight_file(newest))
-    assert checkpoint.find_damage(newest, contents=False)
+    sound = {path: path.read_bytes() for path in newest.rglob("*") if path.is_file() and path.name != "COMPLETE"}
+    assert len(sound) == 3
+    for path, data in sound.items():
+        path.write_bytes(data[:-1])
+        assert path.name in checkpoint.find_damage(newest, contents=False)
+        path.write_bytes(data)
 
 
 @pytest.mark.parametrize("refused", ["optim.lr=0.5", "data.images=/nowhere", "train.roles=[nothing]", "unreadable"])
@@ -114,6 +118,19 @@ def test_without_a_sound_checkpoint_the_folders_to_remove_are_named(change, reci
         Trainer(recipe(), ToyAdapter())
     with pytest.raises(CheckpointError, match="000002"):
         checkpoint.load_weights(trainer.run_dir, ToyAdapter())
+
+
+@pytest.mark.parametrize("trained", ["more", "fewer"])
+def test_a_checkpoint_of_other_parameters_than_the_run_trains_is_refused(trained, recipe):
+    folder = checkpoint.latest(run_toy(recipe("train.steps=1")).run_dir)
+    adapter = ToyAdapter()  # trains its tower, too
+    if trained == "fewer":
+        adapter.tower.requires_grad_(False)
+        adapter.layers[1].requires_grad_(False)
+    start = weights(adapter)
+    with pytest.raises(CheckpointError, match=r"2 differ, the first .*(tower|layers\.1)\.weight"):
+        checkpoint.load(folder, adapter)
+    assert all(torch.equal(value, start[name]) for name, value in weights(adapter).items())
 
 
 def test_numbers_are_compared_as_numbers_and_names_are_digits(recipe):
@@ -271,6 +288,15 @@ def test_a_complete_checkpoint_counts_although_old_ones_cannot_be_listed(recipe,
     monkeypatch.setattr(writing, "list_complete", lambda _: (_ for _ in ()).throw(OSError(5, "Input/output error")))
     assert trainer.save().name == "000000"
     assert "cannot be listed (Input/output error), so none is removed" in caplog.text
+
+
+def test_a_full_disk_that_the_library_meets_is_reported_as_one(recipe, monkeypatch, caplog):
+    """It raises errors of its own, which hold the first one of every rank."""
+    trainer = Trainer(recipe(), ToyAdapter())
+    full = fail_with(OSError(28, "No space left on device"))
+    monkeypatch.setattr(writing.HuggingFaceStorageWriter, "write_data", full)
+    assert trainer.save() is None
+    assert "NOT saved: [Errno 28] No space left on device. " in caplog.text and "free space in" in caplog.text
 
 
 def test_checksums_tell_every_change(tmp_path):
