@@ -208,6 +208,11 @@ def test_the_keys_under_which_trainers_save_weights(tmp_path, key):
         same(read_tensors(tmp_path / "both.pth"))
 
 
+def test_of_several_averages_the_first_known_one_is_read(tmp_path):
+    torch.save({"params_ema": {"x": torch.ones(1)}, "ema": STATE, "step": 3}, tmp_path / "m.pth")
+    same(read_tensors(tmp_path / "m.pth"))
+
+
 @pytest.mark.parametrize("key", TRAINED + AVERAGED)
 def test_the_keys_in_a_state_dict_of_other_keys(tmp_path, key):
     torch.save({"model": {"version": 2, key: {"version": 2, **STATE}}, **OTHERS}, tmp_path / "m.pth")
