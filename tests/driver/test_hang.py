@@ -5,6 +5,7 @@ import ctypes
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import time
@@ -147,7 +148,8 @@ def test_a_call_that_holds_the_interpreter(tmp_path):
         watch.enter(7, "training")
         ctypes.PyDLL(None).usleep(600_000)
         watch.enter(7, "saving")
-    assert "test_a_call_that_holds_the_interpreter" in (tmp_path / "hang/rank_0.txt").read_text()
+    stacks = (tmp_path / "hang/rank_0.txt").read_text()
+    assert re.search(r"Timeout \(.*\)!.*test_a_call_that_holds_the_interpreter", stacks, re.DOTALL)
 
 
 def test_a_rank_that_is_not_late_answers_the_request_of_another(tmp_path, monkeypatch, caplog):
@@ -177,6 +179,20 @@ def test_a_rank_that_is_not_late_answers_the_request_of_another(tmp_path, monkey
     assert (folder / hang.REQUEST).exists()
     stacks = (folder / "rank_0.txt").read_text()
     assert "rank 0, step 3: training for" in stacks and "rank 0, step 3: saving for" in stacks
+
+
+def test_a_rank_that_is_late_asks_the_others_until_it_goes_on(tmp_path):
+    folder = tmp_path / hang.FOLDER
+    with HangWatch(tmp_path, 0.02) as watch:
+        watch.enter(3, "training")
+        end = time.monotonic() + 60
+        while not (folder / "rank_0.json").exists():
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        assert (folder / hang.REQUEST).exists()
+        watch.limit = 1000.0
+        watch.enter(3, "saving")
+        assert not (folder / hang.REQUEST).exists()
 
 
 def test_the_flight_recorder_of_nccl(monkeypatch):
