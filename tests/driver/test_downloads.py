@@ -1,5 +1,6 @@
 """`reca get` against a stand-in of the hub: the list, the files, and every way in which it can fail."""
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from reca.config.recipe_files import load_recipe, recipe_names
 from reca.hub import downloads, files
 from reca.models import UMMS
 from reca.models.common.hub import fetch, hub_name
+from tests.driver import hub_server
 from tests.driver.hub_server import COMMIT, TOKEN, Hub, Repository, digest, point_to, serve
 
 LARGE = bytes(range(256)) * 40
@@ -264,6 +266,27 @@ def test_a_part_of_another_file_is_noticed(hub, tmp_path, capsys):
     assert (tmp_path / "parts/deep/one.pth").read_bytes() == LARGE
 
 
+def test_a_part_that_another_process_is_fetching_is_left_to_it(hub, tmp_path, capsys):
+    part = tmp_path / "parts/deep/one.pth.incomplete"
+    part.parent.mkdir(parents=True)
+    arguments = ["weights", "owner/parts/deep/one.pth", "--to", str(tmp_path)]
+    with part.open("wb") as other:
+        other.write(LARGE[:100])
+        other.flush()
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert get(*arguments) == 4
+        assert "one.pth.incomplete is being fetched by another process" in capsys.readouterr().err
+        assert part.read_bytes() == LARGE[:100] and hub.sent == 0
+    assert get(*arguments) == 0 and hub.sent == len(LARGE) - 100
+
+
+def test_a_large_file_without_a_sha256_is_left_to_the_library(hub, tmp_path, monkeypatch):
+    """As a mirror may list it: git's hash names no contents that could be checked here."""
+    monkeypatch.setattr(hub_server, "LARGE", len(LARGE) + 1)
+    assert get("weights", "owner/parts/deep/one.pth", "--to", str(tmp_path)) == 0
+    assert (tmp_path / "parts/deep/one.pth").read_bytes() == LARGE
+
+
 # refusals
 
 
@@ -274,6 +297,12 @@ def test_too_little_disk_fetches_nothing(hub, tmp_path, monkeypatch, capsys):
     error = capsys.readouterr().err
     assert f"{tmp_path / 'w'} has 1.00 MiB free" in error and "or give another folder (--to)" in error
     assert hub.sent == 0 and not (tmp_path / "w").exists()
+
+
+def test_a_file_in_place_of_the_folder_is_named_before_anything_is_fetched(hub, tmp_path, capsys):
+    (tmp_path / "w").touch()
+    assert get(*show_o(tmp_path / "w")) == 3
+    assert f"--to {tmp_path / 'w'} is not a folder" in capsys.readouterr().err and hub.sent == 0
 
 
 @pytest.mark.parametrize("status", [401, 403])

@@ -75,12 +75,12 @@ def check_access(listing: Listing) -> None:
 
 
 def local_folder(listing: Listing | None, to: Path | None = None) -> Path:
-    """Return the folder for a repository's files, below `to` or in the cache; for None, the parent of all of them."""
+    """Return the folder for a repository's files, below `to` or in the cache; for None, the cache itself."""
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
     if listing is None:
-        return to or Path(constants.HF_HUB_CACHE)
+        return Path(constants.HF_HUB_CACHE)
     if to is not None:
         return to / listing.repository.split("/")[1]
     return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=listing.repository, repo_type=listing.kind)
