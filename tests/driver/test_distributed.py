@@ -1,6 +1,7 @@
 """Ranks over gloo: in fp64 the same steps however they are split, and checkpoints that survive a change of ranks."""
 
 import contextlib
+import inspect
 import json
 import os
 import socket
@@ -326,6 +327,24 @@ def test_numbers_of_the_host_do_not_pass_the_gpu(alone, monkeypatch):
     assert distributed.max_over_ranks([3, 1]) == [3, 1]
     assert distributed.any_rank(True) and not distributed.any_rank(False)
     assert groups == [("cpu", host)] * 3
+
+
+def test_a_checkpoint_in_the_background_has_a_group_of_its_own(alone, tmp_path, monkeypatch):
+    """Ranks may reach its collectives and those of training in different orders: in one group they would not meet."""
+    adapter, found = ToyAdapter(), []
+    taken = checkpoint.snapshot({"step": 1}, adapter, torch.optim.AdamW(adapter.layers.parameters()))
+    for name in ("all_gather_object", "gather_object", "scatter_object_list", "broadcast_object_list", "all_reduce"):
+
+        def recorded(*given, own=getattr(dist, name), **options):
+            found.append(inspect.signature(own).bind(*given, **options).arguments.get("group"))
+            return own(*given, **options)
+
+        monkeypatch.setattr(dist, name, recorded)
+    (tmp_path / "checkpoints").mkdir()
+    writer = checkpoint.BackgroundWriter(tmp_path, checkpoint.Keep(1), lambda: False)
+    assert writer.start(taken) is None and writer.wait() == checkpoint.latest(tmp_path)
+    own = distributed.gloo_group()
+    assert own is not None and own is not dist.group.WORLD and len(found) > 5 and all(group is own for group in found)
 
 
 def test_ranks_wait_for_a_judge_longer_than_for_a_step(alone, tmp_path, monkeypatch):
