@@ -333,13 +333,16 @@ def test_a_checkpoint_in_the_background_has_a_group_of_its_own(alone, tmp_path, 
     """Ranks may reach its collectives and those of training in different orders: in one group they would not meet."""
     adapter, found = ToyAdapter(), []
     taken = checkpoint.snapshot({"step": 1}, adapter, torch.optim.AdamW(adapter.layers.parameters()))
+
+    def recording(collective):
+        def recorded(*given, **options):
+            found.append(inspect.signature(collective).bind(*given, **options).arguments.get("group"))
+            return collective(*given, **options)
+
+        return recorded
+
     for name in ("all_gather_object", "gather_object", "scatter_object_list", "broadcast_object_list", "all_reduce"):
-
-        def recorded(*given, own=getattr(dist, name), **options):
-            found.append(inspect.signature(own).bind(*given, **options).arguments.get("group"))
-            return own(*given, **options)
-
-        monkeypatch.setattr(dist, name, recorded)
+        monkeypatch.setattr(dist, name, recording(getattr(dist, name)))
     (tmp_path / "checkpoints").mkdir()
     writer = checkpoint.BackgroundWriter(tmp_path, checkpoint.Keep(1), lambda: False)
     assert writer.start(taken) is None and writer.wait() == checkpoint.latest(tmp_path)
