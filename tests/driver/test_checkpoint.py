@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from reca import checkpoint, exits
+from reca import checkpoint, distributed, exits
 from reca.checkpoint import CheckpointError, listing, manifest, reading, writing
 from reca.data import cache as caching
 from reca.data.cache import FeatureCache, content
@@ -142,6 +142,14 @@ def test_numbers_are_compared_as_numbers_and_names_are_digits(recipe):
         (folder / name / "COMPLETE").touch()
     trainer.run()
     assert [path.name for path in checkpoint.list_complete(trainer.run_dir)] == ["1000000", "1000001"]
+
+
+def test_a_folder_without_its_list_is_no_checkpoint_and_is_written_anew(recipe):
+    _, newest = damaged(lambda folder: (folder / "COMPLETE").unlink(), recipe)
+    again = Trainer(recipe("checkpoint.every=3"), ToyAdapter())
+    assert again.step == 3
+    again.run()
+    assert checkpoint.latest_valid(again.run_dir) == newest
 
 
 def test_leftovers_of_killed_processes_go(recipe):
@@ -288,6 +296,27 @@ def test_a_complete_checkpoint_counts_although_old_ones_cannot_be_listed(recipe,
     monkeypatch.setattr(writing, "list_complete", lambda _: (_ for _ in ()).throw(OSError(5, "Input/output error")))
     assert trainer.save().name == "000000"
     assert "cannot be listed (Input/output error), so none is removed" in caplog.text
+
+
+def test_a_checkpoint_that_is_larger_than_the_free_space_is_not_begun(recipe, monkeypatch, caplog):
+    trainer = Trainer(recipe(), ToyAdapter())
+    monkeypatch.setattr(writing, "free_space", lambda _: 50_000)
+    monkeypatch.setattr(writing, "_write", lambda *_: pytest.fail("it was begun"))
+    assert trainer.save() is None and "NOT saved: it needs about" in caplog.text
+    assert list((trainer.run_dir / "checkpoints").iterdir()) == []
+
+
+def test_all_ranks_begin_at_the_checkpoint_that_rank_0_sees(recipe, monkeypatch):
+    """A network file system shows it to the others later, which would begin at the first step."""
+    folder = checkpoint.latest(run_toy(recipe("train.steps=1")).run_dir)
+    gather, lists = distributed.all_gather, iter([[[folder], []]])
+    monkeypatch.setattr(listing, "list_complete", lambda _: [])
+    monkeypatch.setattr(
+        distributed,
+        "all_gather",
+        lambda own, group=None: next(lists, [own]) if isinstance(own, list) else gather(own, group),
+    )
+    assert checkpoint.latest_valid(folder.parents[1]) == folder
 
 
 def test_a_full_disk_that_the_library_meets_is_reported_as_one(recipe, monkeypatch, caplog):

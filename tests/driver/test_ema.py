@@ -120,6 +120,24 @@ def test_a_run_without_one_says_so(recipe):
         api.load("show_o_tiny", ema=True)
 
 
+def test_averages_that_do_not_fit_are_refused(recipe):
+    """A run goes on from all of its averages; a model may have parameters without one."""
+    trainer = run_toy(recipe("ema.half_life=2", "train.steps=1"))
+    folder, saved = checkpoint.latest(trainer.run_dir), trainer.ema.averages
+    empty = {name: torch.zeros_like(average) for name, average in saved.items()}
+    less = {name: value for name, value in empty.items() if name != "layers.0.bias"}
+    for averages, all_of_them in (
+        (less, True),
+        (less, False),
+        (less | {"layers.0.bias": torch.zeros(1)}, False),
+        (empty | {"more": torch.zeros(1)}, True),
+    ):
+        with pytest.raises(CheckpointError, match="ema does not fit this model"):
+            checkpoint.load_ema(folder, averages, all_of_them)
+    checkpoint.load_ema(folder, empty | {"more": torch.zeros(1)}, all_of_them=False)
+    assert all(torch.equal(empty[name], average) for name, average in saved.items())
+
+
 def test_a_checkpoint_is_as_large_as_it_was_said_to_be(recipe):
     trainer = run_toy(recipe("ema.half_life=2", "train.steps=1"))
     with_ema, without = (checkpoint.size(trainer.adapter, trainer.recipe.optim, ema) for ema in (True, False))
