@@ -75,6 +75,24 @@ def same(ours: dict, wanted: dict) -> None:
         assert ours[name].dtype == tensor.dtype and torch.equal(ours[name], tensor), name
 
 
+TYPES = [
+    (name, dtype)
+    for name in UMMS
+    for dtype in (("fp32", "bf16") if hasattr(load_recipe(f"{name}_tiny").model, "dtype") else (None,))
+]
+
+
+@pytest.mark.parametrize(("name", "dtype"), TYPES)
+def test_a_model_without_weights_has_the_parameters_of_one_with_them(name, dtype):
+    """Memory and checkpoints are predicted from it."""
+    recipe = load_recipe(f"{name}_tiny", [f"model.dtype={dtype}"] if dtype else [])
+    adapter = umm_package(name).Adapter
+    made, predicted = adapter.load(recipe.model), adapter.build_meta(recipe.model)
+    forms = [{n: (p.shape, p.dtype) for n, p in net.named_parameters()} for net in (made, predicted)]
+    assert forms[0] == forms[1] and len(forms[0]) > 20
+    assert (torch.bfloat16 in {kept for _, kept in forms[0].values()}) == (dtype == "bf16")
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_the_default_dtype_changes_nothing(model, dtype):
     wanted, state = answers(model), model.state_dict()

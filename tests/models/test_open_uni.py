@@ -352,6 +352,12 @@ def published(tmp_path_factory):
     return model, folder, replace(given, weights=str(folder / "open_uni.pth"), **parts)
 
 
+def test_a_tokenizer_without_a_control_token_is_refused(published, tmp_path):
+    word_tokenizer(WORDS, prompt.SPECIAL_TOKENS[:-1]).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"the tokenizer lacks {prompt.CONTEXT}; OpenUni needs"):
+        Adapter.load(replace(published[2], tokenizer=str(tmp_path)))
+
+
 def test_internvl3_in_the_type_of_its_files(published, tmp_path):
     """Its files are in bf16, the trained parts are fp32: all of it runs outside of training's autocast, too."""
     model, folder, given = published

@@ -228,6 +228,12 @@ def test_a_model_may_have_a_tensor_named_as_that_of_an_average(tmp_path):
     same(read_tensors(tmp_path / "m.pth"))
 
 
+def test_a_model_may_have_a_part_named_as_an_average(tmp_path):
+    state = {"ema.weight": torch.ones(1), "head.weight": torch.zeros(1)}
+    torch.save(state, tmp_path / "m.pth")
+    same(read_tensors(tmp_path / "m.pth"), state)
+
+
 @pytest.mark.parametrize("form", NAMES)
 @pytest.mark.parametrize("save", [torch.save, save_file])
 def test_wrapped_names(tmp_path, form, save):
