@@ -164,8 +164,15 @@ def test_a_judge_is_named_without_its_place():
         ("owlv2:/home/me/owlv2+clip-vit-large-patch14", "owlv2:owlv2+clip-vit-large-patch14"),
         ("toy", "toy"),
     ):
-        row = card._row(score | {"judge": {"name": name, "exact": None}})
-        assert row["measured"] == f"3 prompts x 1, judge {said}"
+        for exact, more in ((None, ""), (True, ""), (False, " (approximate)")):
+            row = card._row(score | {"judge": {"name": name, "exact": exact}})
+            assert row["measured"] == f"3 prompts x 1, judge {said}{more}"
+
+
+def test_a_card_names_the_lora_that_was_merged():
+    state = {"step": 3, "fingerprint": {}, "samples": {}}
+    for rank, said in ((0, None), (8, "rank 8, merged into the weights")):
+        assert card._training(state, load_recipe("show_o_tiny", [f"lora.rank={rank}"])).get("LoRA") == said
 
 
 def test_a_card_that_somebody_wrote_stays(tmp_path):

@@ -12,7 +12,7 @@ from reca.data.errors import DataError
 from reca.hub.files import Listing, bring, check_access, list_files, local_folder, missing_bytes
 from reca.io.folders import ensure_writable
 from reca.models import UMMS, umm_package
-from reca.models.common.hub import TOKENIZER, cause_of, hub_name
+from reca.models.common.hub import cause_of, hub_name
 from reca.options.fields import HUB, RecipeError
 
 SPARE = 2**28  # bytes to leave free on the disk: for the index of the cache, and for other processes
@@ -67,12 +67,11 @@ def _of_recipe(recipe: Recipe) -> Iterable[Download]:
             continue
         key = f"model.{one.name}"
         repository, file = hub_name(source, key)
-        usual = TOKENIZER if one.name == "tokenizer" else None
         value = f"{{folder}}/{file}" if file else "{folder}"
         yield Download(
             repository,
             file,
-            None if file else patterns.get(one.name, usual),
+            None if file else patterns.get(one.name),
             settings=[(key, value)],
             facts=catalog.facts_of(repository, file),
         )
