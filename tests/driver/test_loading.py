@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from reca.config.recipe_files import load_recipe
 from reca.estimate.held import host_memory
 from reca.estimate.meta_model import build_meta
 from reca.models import UMMS
+from reca.models.common import deferred_weights
 from reca.models.common.deferred_weights import DeferredWeights, deferring
 from reca.models.common.weight_files import assign_state_dict, init_on_meta
 from tests.driver.launch_loading import MINUTES
@@ -72,12 +74,39 @@ def test_a_model_without_shards_is_filled():
     assert torch.equal(layer.weight, state["weight"].bfloat16()) and torch.equal(layer.bias, torch.ones(2))
 
 
+def test_tied_weights_stay_tied_when_they_are_read():
+    """Else they would be trained apart from each other."""
+    with deferring():
+        with init_on_meta():
+            model = nn.ModuleDict({"table": nn.Embedding(4, 3), "head": nn.Linear(3, 4, bias=False)})
+        state = {"table.weight": torch.arange(12.0).view(4, 3)}
+        assign_state_dict(model, state | {"head.weight": state["table.weight"]}, "file")
+        model["head"].weight = model["table"].weight
+    DeferredWeights(model).read(model, torch.device("cpu"))
+    assert model["head"].weight is model["table"].weight and torch.equal(model["head"].weight, state["table.weight"])
+
+
 def test_deferred_weights_are_checked_as_others_are():
     with deferring():
         with init_on_meta():
             layer = nn.Linear(3, 2)
         with pytest.raises(ValueError, match="1 missing: bias"):
             assign_state_dict(layer, {"weight": torch.zeros(2, 3)}, "file")
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("rows", [1, 3, 5, 8])
+def test_rows_are_those_of_torch_chunk(rows, replicas, monkeypatch):
+    """Of four ranks that share a parameter; the last ones of a short parameter have none."""
+    parts, ranks = torch.arange(rows).chunk(4), 4
+    for rank in range(ranks):
+        local = parts[rank] if rank < len(parts) else torch.empty(0, dtype=torch.int64)
+        places = [SimpleNamespace(is_shard=lambda shard=shard: shard) for shard in ([False] * (replicas - 1) + [True])]
+        sizes, own = [replicas, ranks][-len(places) :], [1, rank][-len(places) :]
+        mesh = SimpleNamespace(size=sizes.__getitem__, get_local_rank=own.__getitem__)
+        given = SimpleNamespace(shape=(rows,), placements=places, device_mesh=mesh, to_local=lambda local=local: local)
+        monkeypatch.setattr(deferred_weights, "DTensor", SimpleNamespace)
+        assert torch.equal(torch.arange(rows)[deferred_weights.own_rows(given)], local)
 
 
 def test_host_memory_of_loading():

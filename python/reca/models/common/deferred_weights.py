@@ -133,7 +133,7 @@ def own_rows(parameter: nn.Parameter) -> slice:
     for axis, placement in enumerate(parameter.placements):
         if placement.is_shard():
             part = -(-rows // parameter.device_mesh.size(axis))
-            start = min(parameter.device_mesh.get_local_rank(axis) * part, rows)
+            start = parameter.device_mesh.get_local_rank(axis) * part
     return slice(start, start + parameter.to_local().shape[0])
 
 
