@@ -16,11 +16,13 @@ import torch.distributed as dist
 
 from reca import checkpoint, distributed
 from reca.config.recipe_files import as_dict, load_recipe
+from reca.data.batch import Batch
 from reca.eval.errors import EvaluationError
 from reca.eval.training import TrainingSuite
 from reca.models import UMMS, umm_package
 from reca.options.fields import RecipeError
-from tests.driver.toy import ToyAdapter, write_images, write_recipe
+from reca.training.parallelize import shard
+from tests.driver.toy import ToyAdapter, weights, write_images, write_recipe
 
 ROOT = Path(__file__).parents[2]
 # How a step is split: ranks, how they hold the weights, and the largest micro-batch.
@@ -348,6 +350,19 @@ def test_a_checkpoint_in_the_background_has_a_group_of_its_own(alone, tmp_path, 
     assert writer.start(taken) is None and writer.wait() == checkpoint.latest(tmp_path)
     own = distributed.gloo_group()
     assert own is not None and own is not dist.group.WORLD and len(found) > 5 and all(group is own for group in found)
+
+
+def test_a_checkpoint_after_a_pass_without_gradients(alone, tmp_path):
+    """FSDP2 keeps what is in no block gathered then, and the optimizer has no such tensors."""
+    adapter = ToyAdapter()
+    shard(adapter, 1, alone, "fp32")
+    optimizer = torch.optim.AdamW(adapter.parameters())
+    pixels = list(torch.zeros(2, 3, 4, 4, dtype=torch.uint8))
+    with torch.no_grad():
+        adapter.encode(Batch("reca", torch.arange(2), ["a"] * 2, gen=pixels, und=None))
+    folder, again = checkpoint.save(tmp_path, {"step": 1}, adapter, optimizer, checkpoint.Keep(1)), ToyAdapter(seed=1)
+    checkpoint.load(folder, again, torch.optim.AdamW(again.parameters()))
+    same(weights(ToyAdapter()), weights(again), atol=0)
 
 
 def test_ranks_wait_for_a_judge_longer_than_for_a_step(alone, tmp_path, monkeypatch):
