@@ -251,6 +251,23 @@ def test_a_torn_last_line_takes_no_other_with_it(tmp_path):
     assert path.read_bytes() == b'{"step": 1}\n{"step": 2, "loss": 0.10}\n{"step": 3}\n'
 
 
+def test_lines_that_a_full_disk_takes_are_counted_and_spoil_no_other(tmp_path, monkeypatch, caplog):
+    write, lines = os.write, jsonl.JsonLines(tmp_path / "log.jsonl")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    lines.write({"step": 1})
+    for taken in (lambda handle, line: write(handle, line[:5]), full):  # a part of the line, or nothing
+        monkeypatch.setattr(os, "write", taken)
+        lines.write({"step": 2})
+    monkeypatch.setattr(os, "write", write)
+    lines.write({"step": 3})
+    lines.close()
+    assert jsonl.read(tmp_path / "log.jsonl") == [{"step": 1}, {"step": 3}]
+    assert lines.lost == 2 and caplog.text.count("further lines may be lost") == 1
+
+
 def test_what_is_no_line_of_a_log_goes(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_bytes(b'{"step": null}\n{"step": "3"}\n\xff\xfe\n[1]\n' + b"[" * 10**5 + b'\n{"step": 1}\n')
@@ -271,7 +288,7 @@ def test_a_recipe_that_cannot_be_written_anew_stays(recipe, monkeypatch):
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space"):
         trainer.run()
-    assert (run_dir / "recipe.yaml").read_bytes() == before
+    assert (run_dir / "recipe.yaml").read_bytes() == before and not list(run_dir.glob(".recipe.yaml*"))
 
 
 def test_checkpoints_may_lie_on_another_disk(recipe, tmp_path, monkeypatch):
