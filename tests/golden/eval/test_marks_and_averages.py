@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from reca.eval.suites import Item, dpg, gedit, geneval2, imgedit, marks, mme, wise_rules
+from reca.eval.suites import Item, dpg, gedit, geneval2, imgedit, mme, wise_rules
 
 RECORDED = {
     "dpg_file": "dpg.json",
@@ -113,11 +113,11 @@ def test_geneval2_without_data_and_with_foreign_data():
 def test_wise_marks(wise_file):
     cases = read(wise_file)
     for case in cases["parse_three_marks"]:
-        found = marks.wise_legacy(case["reply"])
+        found = wise_rules.legacy_marks(case["reply"])
         assert found == case["upstream_legacy"], case
         assert (len(found) == 3) == case["upstream_accepted"], case
     for case in cases["parse_binary"]:
-        assert marks.wise_verified(case["reply"]) == case["verified"].get("score"), case
+        assert wise_rules.verified_mark(case["reply"]) == case["verified"].get("score"), case
 
 
 def wise_rows(case, names):
@@ -133,7 +133,7 @@ def wise_rows(case, names):
 def test_wise_averages(wise_file, kind):
     for case in read(wise_file)[f"aggregate_{kind}"]:
         if kind == "legacy":
-            names, protocol, value = marks.WISE_MARKS, wise_rules.LEGACY, wise_rules.legacy_value
+            names, protocol, value = wise_rules.MARKS, wise_rules.LEGACY, wise_rules.legacy_value
             wanted = case["expect"]["upstream_legacy"]
         else:
             names, protocol, value, wanted = ["score"], wise_rules.VERIFIED, wise_rules.verified_value, case["expect"]
@@ -157,11 +157,11 @@ def test_imgedit(imgedit_file):
     for case in cases["parse"]:
         if isinstance(case["upstream"], dict):
             with pytest.raises(ValueError):
-                marks.imgedit(case["reply"])
+                imgedit.read_marks(case["reply"])
         else:
-            assert marks.imgedit(case["reply"]) == case["upstream"], case
+            assert imgedit.read_marks(case["reply"]) == case["upstream"], case
     for case in cases["sets"]:
-        found = {key: mark for key, reply in case["replies"].items() if (mark := marks.imgedit(reply)) is not None}
+        found = {key: mark for key, reply in case["replies"].items() if (mark := imgedit.read_marks(reply)) is not None}
         scores = imgedit.aggregate(found, case["edit_types"])
         wanted = case["expect"]
         assert found == wanted["average"] and scores.types == wanted["types_upstream"]
@@ -174,7 +174,7 @@ def test_imgedit(imgedit_file):
 
 def test_gedit_replies(gedit_file):
     for case in read(gedit_file)["parse"]:
-        first, found = case["first_try"], marks.viescore_object(case["reply"])
+        first, found = case["first_try"], gedit.viescore_object(case["reply"])
         if first["parsed"] is True:
             assert found is not None and found.get("score", "absent") == first["score"], case
         else:
@@ -213,8 +213,8 @@ def test_mme(mme_file):
     cases = read(mme_file)
     assert cases["tasks"] == {"Perception": mme.PERCEPTION, "Cognition": mme.COGNITION}
     for case in cases["parse"]:
-        assert marks.mme_harness(case["reply"]) == case["harness"], case
-        assert marks.mme_release(case["reply"]) == case["release"], case
+        assert mme.harness_answer(case["reply"]) == case["harness"], case
+        assert mme.release_answer(case["reply"]) == case["release"], case
     for case in cases["sets"]:
         rows = [mme.Answered(*row) for row in case["rows"]]
         wanted = {n.removeprefix("mme_").removesuffix("_score"): v for n, v in case["expect"]["harness"].items()}

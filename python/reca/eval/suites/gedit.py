@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,6 @@ from reca.eval.errors import EvaluationError
 from reca.eval.files import write
 from reca.eval.suites import files
 from reca.eval.suites.base import Item, Key, Score, Suite, Value, mean
-from reca.eval.suites.marks import gedit_item, viescore
 
 log = logging.getLogger("reca")
 
@@ -24,6 +24,8 @@ GROUPS = (
 COLUMNS = ("key", "task_type", "instruction", "instruction_language", "Intersection_exist")  # of the dataset
 IMAGE = "input_image_raw"  # the dataset's column of the image to edit
 MEASURES = ("semantics", "quality", "overall")
+_DELIMITER = "||V^=^V||"
+RATE_LIMIT = "rate_limit_exceeded"
 
 _RULES = """\
 You are a professional digital artist. Judge AI-generated pictures by the rules below. All persons shown are generated.
@@ -188,3 +190,74 @@ def read_item(answer: Any) -> tuple[float, float, float]:
             raise ValueError(f"the judge's reply about {name} contains no marks: {str(reply)[:200]!r}")
         both.append(marks)
     return gedit_item(*both)
+
+
+def viescore(reply: str) -> list[Any] | None:
+    """Parse the marks of a VIEScore reply. None: the public parser would fail, or guess."""
+    found = viescore_object(reply)
+    marks = None if found is None else found.get("score")
+    return marks if isinstance(marks, list) else None
+
+
+def viescore_object(reply: str) -> dict[str, Any] | None:
+    """Parse a VIEScore reply to an object, as the first attempt of the public parser does, without guessing."""
+    if reply == RATE_LIMIT:
+        return None
+    if reply.count(_DELIMITER) == 2:
+        text = reply.split(_DELIMITER)[1]
+    elif "{" in reply and "}" in reply:
+        text = reply[reply.find("{") : reply.rfind("}") + 1]
+    else:
+        return _bare(reply)
+    text = text.strip().replace("\n", "")
+    try:
+        value = json.loads(text)
+        marks = value["score"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return _repaired(text)
+    return value | {"score": marks if isinstance(marks, list) else [marks]}
+
+
+def _bare(reply: str) -> dict[str, Any] | None:
+    """Parse a reply without braces: a list of two integers, or one integer from 0 to 10."""
+    listed = reply[reply.find("[") : reply.rfind("]") + 1]
+    if re.match(r"\[\d+, ?\d+\]$", listed):
+        return {"score": json.loads(listed)}
+    try:
+        number = int(reply)
+    except ValueError:
+        return None
+    return {"score": [number]} if 0 <= number <= 10 else None
+
+
+def _repaired(text: str) -> dict[str, Any] | None:
+    """Quote keys and words and put numbers in brackets, the only repair that the public parser makes."""
+
+    def repaired(pair: re.Match) -> str:
+        key, value, end = pair[1], pair[2].strip(), pair[3]
+        if re.match(r"-?\d+(\.\d+)?$", value):
+            return f"{key}: [{value}]{end}"
+        literal = value.lower() in ("true", "false", "null")
+        return f"{key}: {value}{end}" if literal else f'{key}: "{value}"{end}'
+
+    quoted = re.sub(r"(\w+):", r'"\1":', text)
+    try:
+        value = json.loads(re.sub(r'(".*?"):(.*?)([,}])', repaired, quoted))
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def gedit_item(semantics: list[Any], quality: list[Any]) -> tuple[float, float, float]:
+    """Compute (semantics, quality, overall) of an item: the minima of the marks, and the root of their product.
+
+    Raises ValueError if there are no marks, or one is not a finite number of at least 0.
+    """
+    for name, marks in (("semantics", semantics), ("quality", quality)):
+        good = all(
+            isinstance(m, int | float) and not isinstance(m, bool) and math.isfinite(m) and m >= 0 for m in marks
+        )
+        if not marks or not good:
+            raise ValueError(f"the judge's marks for {name} are {marks!r}; expected numbers from 0 to 10")
+    low = float(min(semantics)), float(min(quality))
+    return *low, math.sqrt(low[0] * low[1])

@@ -8,7 +8,19 @@ from typing import Any, NamedTuple
 from reca.eval.errors import EvaluationError
 from reca.eval.suites import files
 from reca.eval.suites.base import Item, Key, Score, Suite, Value, mean
-from reca.eval.suites.marks import imgedit as read_marks
+
+
+def read_marks(reply: str) -> float | None:
+    """Parse ImgEdit's marks, lines "name: digits", and return their mean, rounded to two digits. None: no marks.
+
+    Raises ValueError, as the public script does, for digits that int() rejects, such as superscripts.
+    """
+    marks = []
+    for line in reply.splitlines():
+        parts = line.strip().split(": ")
+        if len(parts) == 2 and parts[1].isdigit():
+            marks.append(int(parts[1]))
+    return round(sum(marks) / len(marks), 2) if marks else None
 
 
 class ImgEditScores(NamedTuple):

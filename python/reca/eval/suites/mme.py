@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 from reca.eval.errors import EvaluationError
 from reca.eval.suites import files
 from reca.eval.suites.base import Item, Key, Score, Suite, Value, mean
-from reca.eval.suites.marks import mme_harness, mme_release, mme_release_reply
 
 PERCEPTION = "existence count position color posters celebrity scene landmark artwork OCR".split()
 COGNITION = "commonsense_reasoning numerical_calculation text_translation code_reasoning".split()
@@ -23,6 +22,32 @@ class Answered(NamedTuple):
     reply: str
 
 
+def harness_answer(reply: str) -> str:
+    """Parse a reply as yes, no or other, as lmms-eval does."""
+    text = reply.lower().strip().replace(".", "")
+    if text in ("yes", "no"):
+        return text
+    if len(text) == 1:
+        return {"y": "yes", "n": "no"}.get(text, "other")
+    head = text[:4]
+    return "yes" if "yes" in head else "no" if "no" in head else "other"
+
+
+def release_reply(reply: str) -> str:
+    """Rewrite an answer as the RECA release does before writing it to the files for MME's script."""
+    text = reply.replace("\n", "").replace("不是", "No").replace("是", "Yes").replace("否", "No")
+    return text.lower().replace("true", "yes").replace("false", "no")
+
+
+def release_answer(reply: str) -> str:
+    """Parse a reply as yes, no or other, as the MME script of the RECA release does."""
+    text = reply.lower()
+    if text in ("yes", "no"):
+        return text
+    head = text[:4]
+    return "yes" if "yes" in head else "no" if "no" in head else "other"
+
+
 def harness(rows: Sequence[Answered]) -> dict[str, float | None]:
     """Compute the perception and cognition scores as lmms-eval does; None for a group without rows.
 
@@ -30,7 +55,7 @@ def harness(rows: Sequence[Answered]) -> dict[str, float | None]:
     """
     images: dict[tuple[str, str], list[bool]] = {}
     for row in rows:
-        hit = mme_harness(row.reply) == row.truth.lower().strip().replace(".", "")
+        hit = harness_answer(row.reply) == row.truth.lower().strip().replace(".", "")
         images.setdefault((row.category, row.question_id), []).append(hit)
     categories: dict[str, list[float]] = {}
     for (category, image), right in images.items():
@@ -56,7 +81,7 @@ def release(rows: Sequence[Answered]) -> dict[str, Any]:
     """
     by_task: dict[str, list[bool]] = {}
     for row in rows:
-        by_task.setdefault(row.category, []).append(mme_release(row.reply) == row.truth.lower())
+        by_task.setdefault(row.category, []).append(release_answer(row.reply) == row.truth.lower())
     tasks: dict[str, float] = {}
     for name in PERCEPTION + COGNITION:
         right = by_task.get(name, [])
@@ -121,13 +146,13 @@ class Mme(Suite):
             if len(asked) != 2:
                 failed.append(((asked[0][0].id, 0), f"image {image} has {len(asked)} answers; MME needs 2"))
                 continue
-            right = [mme_harness(reply) == item.metadata["truth"].lower() for item, reply in asked]
+            right = [harness_answer(reply) == item.metadata["truth"].lower() for item, reply in asked]
             wrong = [f"{i.prompt} -> {reply}" for (i, reply), ok in zip(asked, right, strict=True) if not ok]
             values.append(Value(asked[0][0].id, 0, task, image_score(right), "; ".join(wrong)))
             rows += [Answered(task, image, item.metadata["truth"], reply) for item, reply in asked]
         metrics: dict[str, Any] = dict(harness(rows))
         if {row.category for row in rows} == {*PERCEPTION, *COGNITION}:
-            metrics["release"] = release([row._replace(reply=mme_release_reply(row.reply)) for row in rows])
+            metrics["release"] = release([row._replace(reply=release_reply(row.reply)) for row in rows])
         return Score(values, {tag: 1.0 for tag in {v.tag: None for v in values}}, metrics, failed)
 
     def import_answers(self, path: Path, items: Sequence[Item]) -> dict[Key, Any] | None:
@@ -142,7 +167,7 @@ class Mme(Suite):
             known.setdefault((item.tag, item.metadata["image"]), []).append(item)
         found: dict[Key, Any] = {}
         for file in sorted(path.glob("*.txt")):
-            for line in files.read_answer_lines(file, lambda last: mme_harness(_reply(last)) != "other"):
+            for line in files.read_answer_lines(file, lambda last: harness_answer(_reply(last)) != "other"):
                 cells = line.split("\t")
                 image = known.get((file.stem, cells[0]), ()) if len(cells) >= 4 else ()
                 if asked := [item for item in image if cells[1].startswith(item.prompt)]:

@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from reca.eval.errors import EvaluationError
-from reca.eval.suites import files
+from reca.eval.suites import files, wise_rules
 from reca.eval.suites.base import Item, Key, Score, Suite, Value
-from reca.eval.suites.marks import WISE_MARKS, wise_legacy, wise_verified
-from reca.eval.suites.wise_rules import LEGACY, VERIFIED, Protocol, average, legacy_value, verified_value
 
 _VERIFIED_QUESTION = """\
 You check whether a picture shows what its prompt implies, which needs knowledge of the world.
@@ -33,13 +31,13 @@ class Wise(Suite):
     """WISE_Verified, the benchmark's default: one binary mark per image. Image layout: <prompt_id>.png."""
 
     name = "wise"
-    protocol = VERIFIED.name
+    protocol = wise_rules.VERIFIED.name
     exact_judge = "Qwen3.5-35B-A3B by vLLM, with the prompt of WISE's vllm_eval.py"
     data_help = (
         "Use the folder of JSON files of github.com/PKU-YuanGroup/WISE (data_verified), which `reca get suite wise` "
         "downloads; it states no licence, so it is not part of this package."
     )
-    rules: ClassVar[Protocol] = VERIFIED
+    rules: ClassVar[wise_rules.Protocol] = wise_rules.VERIFIED
     question: ClassVar[str] = _VERIFIED_QUESTION
 
     def items(self) -> list[Item]:
@@ -68,12 +66,14 @@ class Wise(Suite):
 
     def row(self, item: Item, answer: Any) -> dict[str, Any]:
         """Convert an answer to a row of WISE's result file. answer: the judge's reply, or an imported row."""
-        if isinstance(answer, Mapping):
-            return {**answer, "prompt_id": int(item.id)}
-        return {"prompt_id": int(item.id), "score": wise_verified(str(answer))}
+        marks = answer if isinstance(answer, Mapping) else self.marks(str(answer))
+        return {**marks, "prompt_id": int(item.id)}
+
+    def marks(self, reply: str) -> Mapping[str, Any]:
+        return {"score": wise_rules.verified_mark(reply)}
 
     def value_of(self, row: Mapping[str, Any]) -> float | None:
-        return verified_value(row)
+        return wise_rules.verified_value(row)
 
     def score(self, answers: Mapping[Key, Any], items: Sequence[Item]) -> Score:
         values, failed, rows = [], [], []
@@ -87,7 +87,7 @@ class Wise(Suite):
                     failed.append((key, f"the judge's reply contains no mark: {str(answers[key])[:200]!r}"))
                 else:
                     values.append(Value(*key, item.tag, value))
-        means, overall = average(rows, self.rules, self.value_of)
+        means, overall = wise_rules.average(rows, self.rules, self.value_of)
         metrics: dict[str, Any] = {"categories": means, "overall": overall}
         present = {value.tag for value in values}
         complete = present == set(self.rules.weights)
@@ -111,22 +111,20 @@ class WiseLegacy(Wise):
     """WISE's first protocol: three marks from 0 to 2 per image."""
 
     name = "wise_legacy"
-    protocol = LEGACY.name
+    protocol = wise_rules.LEGACY.name
     exact_judge = "gpt-4o-2024-05-13, with the prompt of WISE_legacy"
     data_help = (
         "Use the folder WISE_legacy/data of github.com/PKU-YuanGroup/WISE, which `reca get suite wise_legacy` "
         "downloads; it states no licence, so it is not part of this package."
     )
-    rules = LEGACY
+    rules = wise_rules.LEGACY
     question = _LEGACY_QUESTION
 
-    def row(self, item: Item, answer: Any) -> dict[str, Any]:
-        if isinstance(answer, Mapping):
-            return {**answer, "prompt_id": int(item.id)}
-        return {"prompt_id": int(item.id), **wise_legacy(str(answer))}
+    def marks(self, reply: str) -> Mapping[str, Any]:
+        return wise_rules.legacy_marks(reply)
 
     def value_of(self, row: Mapping[str, Any]) -> float | None:
         """Return the WiScore; None if a mark is missing or outside [0, 2], such as the release's 9.9 for no mark."""
-        marks = [row.get(name) for name in WISE_MARKS]
+        marks = [row.get(name) for name in wise_rules.MARKS]
         good = all(isinstance(mark, int | float) and 0 <= mark <= 2 for mark in marks)
-        return legacy_value(row) if good else None
+        return wise_rules.legacy_value(row) if good else None

@@ -1,14 +1,16 @@
-"""Averages of WISE's two protocols. They are not comparable: their prompts, marks and weights differ.
+"""Marks in replies and averages of WISE's two protocols. These are not comparable: prompts, marks and weights differ.
 
 Source: PKU-YuanGroup/WISE, WISE_legacy/Calculate.py and calculate_verified.py.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from reca.eval.suites.base import mean
-from reca.eval.suites.marks import WISE_MARKS, wise_score
+
+MARKS = ("consistency", "realism", "aesthetic_quality")
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,29 @@ VERIFIED = Protocol(
 )
 
 
+def legacy_marks(reply: str) -> dict[str, float]:
+    """Parse the three marks, 0 to 2, of WISE's first protocol. Return those found; the last occurrence counts.
+
+    If no mark is named, the first three lines that are only a mark are used in order.
+    """
+    found: dict[str, float] = {}
+    for name in MARKS:
+        if marks := re.findall(rf"\*{{0,2}}{name.replace('_', ' ')}\*{{0,2}}\s*:?\s*(\d)", reply, re.IGNORECASE):
+            found[name] = float(marks[-1])
+    lines = [line.strip() for line in reply.splitlines() if line.strip() in ("0", "1", "2")]
+    if not found and len(lines) >= 3:
+        found = dict(zip(MARKS, map(float, lines), strict=False))
+    return found
+
+
+def verified_mark(reply: str) -> float | None:
+    """Parse the binary mark of WISE_Verified. None: not found."""
+    if found := re.search(r"\*{0,2}Score\*{0,2}\s*:?\s*([01])\b", reply, re.IGNORECASE):
+        return float(found[1])
+    lines = [line.strip() for line in reply.splitlines() if line.strip() in ("0", "1")]
+    return float(lines[0]) if len(lines) == 1 else None
+
+
 def average(
     rows: Iterable[Mapping[str, Any]], protocol: Protocol, value_of: Callable[[Mapping[str, Any]], float | None]
 ) -> tuple[dict[str, float], float | None]:
@@ -64,9 +89,12 @@ def average(
 
 
 def legacy_value(row: Mapping[str, Any]) -> float | None:
-    """Return the WiScore of a row; None if a mark is not a number."""
-    marks: dict[str, Any] = {name: row.get(name) for name in WISE_MARKS}
-    return wise_score(marks) if all(isinstance(mark, int | float) for mark in marks.values()) else None
+    """Return the WiScore of a row, from its three marks; None if a mark is not a number."""
+    marks: list[Any] = [row.get(name) for name in MARKS]
+    if not all(isinstance(mark, int | float) for mark in marks):
+        return None
+    consistency, realism, aesthetic = marks
+    return (0.7 * consistency + 0.2 * realism + 0.1 * aesthetic) / 2
 
 
 def verified_value(row: Mapping[str, Any]) -> float | None:
