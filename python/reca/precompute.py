@@ -96,7 +96,7 @@ def cache_features(recipe: Recipe) -> list[str]:
         assert loader.cache is not None
         started, reader, folder = time.perf_counter(), _Reader(loader), loader.cache.folder
         with distributed.fail_together():
-            done = fill(iter(reader), config.micro_batch, encode, folder)
+            done = fill(reader, config.micro_batch, encode, folder)
             loader.close()
         took = time.perf_counter() - started
         counts = distributed.all_gather((done.images, done.bytes, reader.cached))
@@ -122,16 +122,11 @@ class _Reader:
         indices = range(size * rank // ranks, size * (rank + 1) // ranks)
         with tqdm(total=len(indices), unit="image", disable=None if rank == 0 else True) as bar:
             for row in read_ahead(self._read, indices, self.loader.config.workers):
-                yield from self._take(row, bar)
-
-    def _take(self, row: Row | None, bar: Any) -> Iterator[tuple[str, Row]]:
-        bar.update()
-        if row is None:
-            return
-        if row.features is not None:
-            self.cached += 1
-        else:
-            yield row.address, row
+                bar.update()
+                if row is not None and row.features is None:
+                    yield row.address, row
+                elif row is not None:
+                    self.cached += 1
 
     def _read(self, index: int) -> Row | None:
         try:

@@ -1,9 +1,9 @@
 """Precomputed features of many images in one file."""
 
+import itertools
 import logging
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -84,8 +84,8 @@ def _start(address: str) -> int:
     return int(address[:16], 16)
 
 
-class ShardWriter(AbstractContextManager["ShardWriter"]):
-    """Writer that collects features and writes a shard, atomically, per SHARD_BYTES; the last one at exit."""
+class ShardWriter:
+    """Writer that collects features and writes a shard, atomically, per SHARD_BYTES; the last one by `write`."""
 
     def __init__(self, folder: Path):
         self.folder, self.images, self.bytes = folder, 0, 0
@@ -110,34 +110,25 @@ class ShardWriter(AbstractContextManager["ShardWriter"]):
             self.bytes += self.waiting_bytes
             self.waiting, self.waiting_bytes = {}, 0
 
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            self.write()
-
 
 def fill(
-    rows: Iterator[tuple[str, Any]], batch_size: int, encode: Callable[[list[Any]], dict[str, Any]], folder: Path
+    rows: Iterable[tuple[str, Any]], batch_size: int, encode: Callable[[list[Any]], dict[str, Any]], folder: Path
 ) -> ShardWriter:
     """Encode rows in batches and write their features. rows: (address, item of the list that `encode` gets).
 
     Rows with an address seen before are skipped. Return the writer with its counts.
     """
-    seen: set[int] = set()
-    batch: list[tuple[str, Any]] = []
-    with ShardWriter(folder) as writer:
-
-        def flush() -> None:
-            with torch.no_grad():
-                writer.add([address for address, _ in batch], encode([row for _, row in batch]))
-            batch.clear()
-
-        for address, row in rows:
-            if _start(address) in seen:
-                continue
-            seen.add(_start(address))
-            batch.append((address, row))
-            if len(batch) == batch_size:
-                flush()
-        if batch:
-            flush()
+    writer, distinct = ShardWriter(folder), _distinct(rows)
+    while batch := list(itertools.islice(distinct, batch_size)):
+        with torch.no_grad():
+            writer.add([address for address, _ in batch], encode([item for _, item in batch]))
+    writer.write()
     return writer
+
+
+def _distinct(rows: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    seen: set[int] = set()
+    for address, item in rows:
+        if _start(address) not in seen:
+            seen.add(_start(address))
+            yield address, item
