@@ -59,6 +59,6 @@ def view(recipe: Recipe, tasks: Sequence[str], count: int, out: Path) -> list[Pa
         path = out / f"{task}.html"
         page = contact_sheet(loader, min(count, len(loader.source)), f"{recipe.umm}: {task}")
         out.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, page)
+        write_atomically(path, page.encode("utf-8", "backslashreplace"))  # a file name need not be UTF-8
         written.append(path)
     return written
