@@ -536,7 +536,7 @@ def test_what_cannot_be_run_is_said(arguments, said, tmp_path, capsys):
 class Blank:
     """Draws nothing and knows nothing. seeds: of what it was asked for."""
 
-    def eval(self):
+    def __init__(self):
         self.seeds = []
 
     def generate(self, prompts, seeds):

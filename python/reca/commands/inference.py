@@ -3,7 +3,6 @@
 import argparse
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 
@@ -18,20 +17,22 @@ def generate(options: argparse.Namespace) -> None:
 
 def edit(options: argparse.Namespace) -> None:
     from reca import inference
+    from reca.data.pixels import read_image
 
     seeds, instructions = [options.seed], [options.instruction]
     sampling = _sampling(options, _adapter(options, "edit").edit, seeds, instructions)
-    image = _read(options.image)
+    image = read_image(options.image)
     model = _model(options, instructions)
     _write(inference.edit(model, [image], instructions, seeds, **sampling), options, seeds, instructions)
 
 
 def answer(options: argparse.Namespace) -> None:
     from reca import inference
+    from reca.data.pixels import read_image
 
     _adapter(options, "answer")
     _reject_empty([options.question])
-    image = _read(options.image)
+    image = read_image(options.image)
     model = _model(options, [options.question])
     print(inference.answer(model, [image], [options.question])[0])
 
@@ -134,12 +135,6 @@ def _sampling(options: argparse.Namespace, method, seeds: list[int], texts: list
 def _reject_empty(texts: list[str]) -> None:
     if not all(text.strip() for text in texts):
         raise ValueError("the text is empty; write what to generate, edit or answer")
-
-
-def _read(path: Path):
-    from reca.data.pixels import read_image
-
-    return read_image(path)
 
 
 def _write(images: list, options: argparse.Namespace, seeds: list[int], texts: list[str]) -> None:

@@ -33,9 +33,7 @@ MADE = "made.json"  # in that folder: what the images were generated from, and t
 def usual_count(before: str, after: str) -> int:
     """Return the default number of images: 0 if a side has no weights, or for large models without a GPU."""
     sides = find_sides(before, after)
-    if any(side.recipe is None for side in sides):
-        return 0
-    if any(side.lacks_weights for side in sides):
+    if any(side.recipe is None or side.lacks_weights for side in sides):
         return 0
     if torch.cuda.is_available():
         return COUNT
@@ -49,19 +47,18 @@ def draw(
     out: Path,
     count: int = COUNT,
     images: str | None = None,
-    device: torch.device | str | None = None,
     sampling: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Reconstruct images by both models into a subfolder of `out`. Return `reconstructions` of comparison.json.
 
     before, after: as in `compare`; both must have weights. images: in any form of data.images; by default the run's
-    held-out or training images. device: default: a GPU if available. sampling: options of the models' `reconstruct`.
+    held-out or training images. sampling: options of the models' `reconstruct`.
 
     Existing reconstructions from the same weights, images and options are reused.
     Raises EvaluationError for a side without weights and for a full disk; DataError if images cannot be read;
     ValueError for options that a model's `reconstruct` does not have.
     """
-    sides, device = find_sides(before, after), usable_device(device)
+    sides, device = find_sides(before, after), usable_device(None)
     for side in sides:
         if side.recipe is None or (side.kind == "run" and side.weights is None):
             raise EvaluationError(f"{side.source} has no weights: reconstructions need two models")
@@ -101,7 +98,7 @@ def _draw(
     images: str | None,
     count: int,
     place: Path,
-    device: torch.device | str,
+    device: torch.device,
     sampling: Mapping[str, Any],
 ) -> dict[str, Any]:
     columns: dict[str, list[Tensor]] = {}

@@ -217,15 +217,9 @@ def _measure(model: Adapter, case: Case) -> Measured:
 
 
 def _line(measured: Measured) -> str:
-    rates = measured.rates
-    parts = [f"{name} {100 * rates[name].share:5.1f} %" for name in ("seen", "held-out")]
-    return "  ".join(
-        [
-            *parts,
-            f"overall {100 * measured.overall:5.1f} %",
-            f"understanding {100 * rates['understanding'].share:5.1f} %",
-        ]
-    )
+    seen, held_out, understanding = (measured.rates[name].share for name in ("seen", "held-out", "understanding"))
+    shares = {"seen": seen, "held-out": held_out, "overall": measured.overall, "understanding": understanding}
+    return "  ".join(f"{name} {100 * share:5.1f} %" for name, share in shares.items())
 
 
 def _steps_done(out: Path, seeds: range) -> int:

@@ -26,11 +26,11 @@ class Rate(NamedTuple):
     def share(self) -> float:
         return self.hits / self.trials if self.trials else 0.0
 
-    def wilson(self, z: float = 1.96) -> tuple[float, float]:
-        """Compute the Wilson score interval (1927), by default at 95 %."""
+    def wilson(self) -> tuple[float, float]:
+        """Compute the Wilson score interval (1927) at 95 %."""
         if not self.trials:
             return 0.0, 1.0
-        n, p = self.trials, self.share
+        n, p, z = self.trials, self.share, 1.96
         centre, reach = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
         return max(0.0, (centre - reach) / (1 + z * z / n)), min(1.0, (centre + reach) / (1 + z * z / n))
 
@@ -59,7 +59,6 @@ def measure(
 
     every: n uses only every n-th prompt and image. draws: images per prompt.
     """
-    model.eval()
     once = dataset.prompts(seed)[::every]
     asked = once * draws
     images = model.generate([p.text for p in asked], [10_000 + i for i in range(len(asked))], **sampling)

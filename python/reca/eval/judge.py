@@ -103,7 +103,7 @@ def _answer(judge: Judge, suite: Suite, item: Item, key: Key, image: Path) -> ob
     reason = ""
     for _ in range(TRIES):
         answer = judge.judge(suite, item, key[1], image)
-        failed = scoring.score(suite, {key: answer}, [item]).failed if suite.judge_kind != "rule" else []
+        failed = scoring.score(suite, {key: answer}, [item]).failed
         if not failed:
             return answer
         reason = failed[0][1]

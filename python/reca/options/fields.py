@@ -1,7 +1,7 @@
 """Declaration of recipe keys: dataclass fields with documentation and bounds."""
 
 import math
-from dataclasses import MISSING, field, fields
+from dataclasses import field, fields
 from typing import Any
 
 LARGEST = 2**63 - 1  # upper bound of integer keys without a bound of their own
@@ -19,7 +19,7 @@ class RecipeError(ValueError):
 
 
 def config_field(
-    default: Any = MISSING,
+    default: Any,
     doc: str = "",
     choices: tuple | None = None,
     *,
@@ -38,8 +38,6 @@ def config_field(
     """
     metadata: dict[str, Any] = {"doc": doc, "choices": choices, "fewest": fewest, "path": path}
     metadata |= {"least": least, "above": above, "most": most, "below": below}
-    if default is MISSING:
-        return field(metadata=metadata)
     if callable(default):
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)

@@ -87,7 +87,7 @@ def _claim(claim, setting: str, by_variant: dict[str, dict[int, Any]]) -> dict[s
     }
 
 
-def write(found: dict[str, Any], tasks: Sequence[Task], out: Path) -> None:
+def write(found: dict[str, Any], out: Path) -> None:
     """Write study.json and study.html."""
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "study.json", json.dumps(found, indent=1, ensure_ascii=False))

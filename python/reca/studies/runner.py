@@ -59,7 +59,7 @@ def write(
 ) -> dict[str, Any]:
     """Write the report of the given results."""
     found = report.summarize(study, asked, command, tasks, results, omitted)
-    report.write(found, tasks, report.folder(study, asked))
+    report.write(found, report.folder(study, asked))
     return found
 
 

@@ -89,7 +89,7 @@ def pretrain(task: Task, progress: Callable[[int], None]) -> list[tuple[int, flo
 
 
 def pretraining_steps(task: Task) -> int:
-    return _setup(task).steps if task.scale == 1 else scaled(_setup(task).steps, task.scale)
+    return scaled(_setup(task).steps, task.scale)
 
 
 def load_pretrained(task: Task, folder: Path) -> Adapter:

@@ -28,7 +28,6 @@ KINDS = {
     "detector": ("mask2former", "grounding_dino", "owlv2"),
     "vlm": ("endpoint", "local"),
     "toy": ("toy",),
-    "rule": (),
 }
 
 
