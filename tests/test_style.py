@@ -132,7 +132,7 @@ def folder_graph(graph: Mapping[str, Collection[str]]) -> dict[str, set[str]]:
 FOUNDATION = {
     f"reca.{name}"
     for name in (
-        *("catalog", "data.micro_batches", "errors", "exits", "io.files", "io.folders"),
+        *("catalog", "data.micro_batches", "errors", "exits", "io.files", "io.folders", "io.html", "io.image_grid"),
         *("options.fields", "options.sampling", "options.values", "precision", "rng", "units"),
     )
 }

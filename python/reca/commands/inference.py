@@ -138,7 +138,7 @@ def _reject_empty(texts: list[str]) -> None:
 
 
 def _write(images: list, options: argparse.Namespace, seeds: list[int], texts: list[str]) -> None:
-    from reca.io.image_grid import make_grid
+    from reca.io.image_grid import to_pil
 
     # Numbers continue after earlier calls, whose images of the same name may be from another model or other options.
     taken = [int(found[1]) for path in options.out.iterdir() if (found := re.match(r"(\d+)_seed", path.name))]
@@ -146,7 +146,7 @@ def _write(images: list, options: argparse.Namespace, seeds: list[int], texts: l
         words = re.sub(r"\W+", "-", text).strip("-")[:40]
         path = options.out / f"{i:03d}_seed{seed}_{words}.png"
         try:
-            make_grid([image]).save(path)
+            to_pil(image).save(path)
         except OSError as error:
             path.unlink(missing_ok=True)
             raise OSError(

@@ -23,7 +23,7 @@ from reca import inference
 from reca.data.pixels import read_image
 from reca.eval.targets import Target, opponent, target
 from reca.hardware.devices import usable_device
-from reca.io.image_grid import make_grid
+from reca.io.image_grid import to_pil
 from reca.models import umm_package
 from reca.models.base import Adapter
 from reca.models.common.inference import check_pairs, warn_of_unknown_words
@@ -64,7 +64,7 @@ class Requests:
         _check_text(prompt, seed)
         options = [read_sampling(sampling, side.model.generate) for side in self.sides]
         return [
-            make_grid(inference.generate(side.model, [prompt], [seed], **given))
+            to_pil(inference.generate(side.model, [prompt], [seed], **given)[0])
             for side, given in self._asked(prompt, options)
         ]
 
@@ -73,7 +73,7 @@ class Requests:
         options = [read_sampling(sampling, side.model.edit) for side in self.sides]
         image = read_upload(path)
         return [
-            make_grid(inference.edit(side.model, [image], [instruction], [seed], **given))
+            to_pil(inference.edit(side.model, [image], [instruction], [seed], **given)[0])
             for side, given in self._asked(instruction, options)
         ]
 

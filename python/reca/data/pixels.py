@@ -19,6 +19,7 @@ from reca.data.image_formats import known_formats, unidentified
 from reca.data.metadata import lacks_end, without_metadata
 from reca.data.views import View, Views
 from reca.io.files import HEAD
+from reca.io.image_grid import to_pil
 from reca.rng import CounterRNG, RandomStream
 from reca_kernels.resize.op import compiled, resize
 
@@ -269,7 +270,7 @@ def pixels_of(image: Image.Image) -> Tensor:
 def encode_png(pixels: Tensor) -> bytes:
     """Encode an image, uint8 [3, H, W], as the bytes of a PNG file."""
     file = io.BytesIO()
-    Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()).save(file, "PNG")
+    to_pil(pixels).save(file, "PNG")
     return file.getvalue()
 
 
@@ -284,8 +285,7 @@ def _resize(pixels: Tensor, size: tuple[int, int], resample: str, box: Box | Non
 
 
 def _by_pillow(pixels: Tensor, size: tuple[int, int], resample: str, box: Box | None = None) -> Image.Image:
-    image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-    return image.resize(size, RESAMPLE[resample], box=box)
+    return to_pil(pixels).resize(size, RESAMPLE[resample], box=box)
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from reca.demo.measure import Rate
 from reca.demo.pretrain import demo_setup, run_overrides
 from reca.demo.variants import BEFORE, Outcome, Results, rows
 from reca.io import html
-from reca.io.image_grid import make_grid
+from reca.io.image_grid import to_pil
 from reca.processes.side_by_side import Failure
 from reca.toy_datasets.dataset import ToyDataset
 
@@ -142,6 +142,6 @@ def _images(outcome: Outcome, per_row: int = 12) -> list[dict[str, Any]]:
 
 
 def _enlarged(image: torch.Tensor) -> str:
-    sheet = make_grid([image])
-    times = max(1, 60 // sheet.width)
-    return html.png_url(sheet.resize((times * sheet.width, times * sheet.height), Image.Resampling.NEAREST))
+    shown = to_pil(image)
+    times = max(1, 60 // shown.width)
+    return html.png_url(shown.resize((times * shown.width, times * shown.height), Image.Resampling.NEAREST))

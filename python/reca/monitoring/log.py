@@ -11,7 +11,7 @@ from torch import Tensor
 from reca import distributed
 from reca.config.recipe import Recipe
 from reca.config.recipe_files import as_dict
-from reca.io.image_grid import beside, make_grid
+from reca.io.image_grid import make_grid, to_pil
 from reca.io.jsonl import JsonLines, truncate_after
 from reca.monitoring.console import Console, RankFile, evaluation_line
 from reca.monitoring.trackers import Trackers
@@ -81,14 +81,14 @@ class RunLog:
         """Save a grid of images, one for each prompt in log.prompts."""
         if self.main_process:
             self._save_grid(f"{step:06d}.png", images)
-            self.trackers.images(step, "samples", images, self.prompts)
+            self.trackers.images(step, "samples", [to_pil(image) for image in images], self.prompts)
 
     def reconstructions(self, step: int, pairs: list[list[Tensor]]) -> None:
         """Save a two-column grid of (image, reconstruction) pairs."""
         if self.main_process:
             self._save_grid(f"{step:06d}_reconstructions.png", [image for pair in pairs for image in pair], columns=2)
             captions = ["image, reconstruction"] * len(pairs)
-            self.trackers.images(step, "reconstructions", [beside(left, right) for left, right in pairs], captions)
+            self.trackers.images(step, "reconstructions", [make_grid(pair, columns=2) for pair in pairs], captions)
 
     def _save_grid(self, name: str, images: list[Tensor], columns: int | None = None) -> None:
         path = self.run_dir / "samples" / name

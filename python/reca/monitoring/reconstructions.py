@@ -24,7 +24,7 @@ from reca.data.loader import Row, open_loader
 from reca.data.pixels import read_image
 from reca.data.sample import Source
 from reca.io.folders import make_inside
-from reca.io.image_grid import make_grid
+from reca.io.image_grid import make_grid, to_pil
 from reca.models.base import Adapter
 from reca.monitoring.validation import HELD_OUT, data_of, open_run_sources, seed
 
@@ -102,7 +102,7 @@ def save_before(run_dir: Path, made: Sequence[Tensor]) -> None:
     shutil.rmtree(run_dir / BEFORE, ignore_errors=True)
     make_inside(run_dir, run_dir / BEFORE)
     for number, image in enumerate(made):
-        make_grid([image]).save(run_dir / BEFORE / f"{number:03d}.png")
+        to_pil(image).save(run_dir / BEFORE / f"{number:03d}.png")
 
 
 def save_grid(run_dir: Path, shown: Sequence[Tensor], after: Sequence[Tensor]) -> Path | None:

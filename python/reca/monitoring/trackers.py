@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import Tensor
+import numpy as np
+from PIL import Image
 
 from reca.errors import first_line
-from reca.io.image_grid import make_grid
 
 log = logging.getLogger("reca")
 
@@ -24,7 +24,7 @@ class Tracker(Protocol):
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
 
-    def images(self, step: int, group: str, images: Sequence[Tensor], captions: Sequence[str]) -> None: ...
+    def images(self, step: int, group: str, images: Sequence[Image.Image], captions: Sequence[str]) -> None: ...
 
     def close(self) -> None: ...
 
@@ -43,9 +43,9 @@ class TensorBoard:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
-    def images(self, step: int, group: str, images: Sequence[Tensor], captions: Sequence[str]) -> None:
+    def images(self, step: int, group: str, images: Sequence[Image.Image], captions: Sequence[str]) -> None:
         for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
-            self.writer.add_image(f"{group}/{i} {caption[:LONGEST_TAG]}", image.cpu(), step)
+            self.writer.add_image(f"{group}/{i} {caption[:LONGEST_TAG]}", np.asarray(image), step, dataformats="HWC")
 
     def close(self) -> None:
         self.writer.close()
@@ -81,10 +81,9 @@ class WandB:
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         self._log(step, values)
 
-    def images(self, step: int, group: str, images: Sequence[Tensor], captions: Sequence[str]) -> None:
+    def images(self, step: int, group: str, images: Sequence[Image.Image], captions: Sequence[str]) -> None:
         pairs = zip(images, captions, strict=True)
-        shown = [self.wandb.Image(make_grid([image]), caption=caption) for image, caption in pairs]
-        self._log(step, {group: shown})
+        self._log(step, {group: [self.wandb.Image(image, caption=caption) for image, caption in pairs]})
 
     def _log(self, step: int, values: Mapping[str, Any]) -> None:
         if step > self.sent:
@@ -107,7 +106,7 @@ class Trackers:
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         self._each("scalars", step, values)
 
-    def images(self, step: int, group: str, images: Sequence[Tensor], captions: Sequence[str]) -> None:
+    def images(self, step: int, group: str, images: Sequence[Image.Image], captions: Sequence[str]) -> None:
         self._each("images", step, group, images, captions)
 
     def close(self) -> None:

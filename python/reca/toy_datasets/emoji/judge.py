@@ -4,9 +4,9 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from reca.io.image_grid import to_pil
 from reca.toy_datasets.dataset import Prompt
 from reca.toy_datasets.emoji.artwork import HUES, MIDDLE, THINGS, View, draw
 from reca.toy_datasets.scene import Thing
@@ -35,7 +35,7 @@ def nearest(image: Tensor, views: tuple[View, ...] = (MIDDLE,)) -> tuple[Thing, 
 
 def main_colour(image: Tensor) -> str | None:  # uint8 [3, H, W]
     """Return the colour of at least 60 % of the coloured pixels, each assigned to the nearest hue; None without one."""
-    hsv = Image.fromarray(image.permute(1, 2, 0).numpy()).convert("HSV")
+    hsv = to_pil(image).convert("HSV")
     hue, saturation, value = (np.array(band, dtype=int) for band in hsv.split())
     hues = hue[(saturation > SATURATED) & (value > BRIGHT)]
     if not len(hues):
