@@ -4,7 +4,6 @@ Every file is verified against the git hash in GitHub's list of the commit's fil
 """
 
 import fnmatch
-import hashlib
 import http.client
 import json
 import os
@@ -21,6 +20,7 @@ from tqdm import tqdm
 from reca import units
 from reca.catalog import SUITES, SuiteFiles
 from reca.data.errors import DataError
+from reca.io.files import git_hash
 from reca.io.folders import ensure_writable, write_atomically
 
 API, FILES = "https://api.github.com", "https://raw.githubusercontent.com"
@@ -95,11 +95,6 @@ def _bring(source: SuiteFiles, commit: str, file: File, folder: Path) -> None:
 
 def _is_here(path: Path, file: File) -> bool:
     return path.is_file() and path.stat().st_size == file.size and git_hash(path.read_bytes()) == file.digest
-
-
-def git_hash(content: bytes) -> str:
-    """Return the SHA-1 that git gives a file with this content."""
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def _json(source: SuiteFiles, url: str, key: str) -> Any:

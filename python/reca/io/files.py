@@ -54,6 +54,11 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def git_hash(content: bytes) -> str:
+    """Return the SHA-1 that git gives a file with this content."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
 def placeholder(head: bytes) -> str | None:
     """Describe the placeholder that a file with these first bytes is, and what to do; None if it is none.
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from reca import exits, units
-from reca.io.files import sha256
+from reca.io.files import git_hash, sha256
 from reca.models.common.hub import cause_of, with_causes
 
 SHOWN = 3  # maximum number of files named in a message
@@ -171,8 +171,7 @@ def _is(path: Path, digest: str | None) -> bool:
         return False
     if len(digest) == hashlib.sha256().digest_size * 2:
         return sha256(path) == digest
-    content = path.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == digest
+    return git_hash(path.read_bytes()) == digest
 
 
 def _status_of(error: BaseException) -> int | None:
