@@ -110,15 +110,20 @@ def sampling_of(settings: Settings, side: Target) -> dict[str, Any]:
     return defaults(method) | suite.sampling(side.recipe.umm) | dict(settings.sampling)
 
 
+def generation_of(settings: Settings, sampling: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the contents of generation.json, except for the model. fingerprint: identifies its state."""
+    suite = settings.suite
+    options = json.loads(json.dumps(sampling))  # as they are read again
+    return {"suite": suite.name, "protocol": suite.protocol, "sampling": options, "seed": settings.seed,
+            "fingerprint": fingerprint}  # fmt: skip
+
+
 def _generate(settings: Settings, side: Target, device: torch.device) -> None:
     """Generate the images, or answers, that a side lacks. Load its model only if something is missing."""
     suite, items, folder = settings.suite, settings.items(), side.folder
     check_prompts(folder, items)
     sampling, before = sampling_of(settings, side), read_generation(folder)
-    made: dict[str, Any] = {
-        "suite": suite.name, "protocol": suite.protocol, "sampling": json.loads(json.dumps(sampling)),
-        "seed": settings.seed, "fingerprint": side.fingerprint(),
-    }  # fmt: skip
+    made = generation_of(settings, sampling, side.fingerprint())
     same = before and all(before.get(key) == value for key, value in made.items())
     if same and _complete(settings, items, folder):
         return

@@ -1,7 +1,6 @@
 """Evaluation of eval.suite during training: the steps of `reca eval`, in RUN/eval/training/SUITE/STEP."""
 
 import contextlib
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from reca.data.pixels import read_image
 from reca.eval import report
 from reca.eval.checks import check
 from reca.eval.errors import EvaluationError
-from reca.eval.evaluation import judge_and_score, sampling_of, save
+from reca.eval.evaluation import generation_of, judge_and_score, sampling_of, save
 from reca.eval.generate import generate_images
 from reca.eval.settings import Settings, open_settings
 from reca.eval.targets import Target, write_generation
@@ -90,16 +89,9 @@ class TrainingSuite:
 
     def _made(self, side: Target, step: int) -> dict[str, Any]:
         """Return the contents of generation.json. Weights can be sharded over ranks, so they are not hashed."""
-        settings, precision = self.settings, self.recipe.train.precision
-        model = {"source": str(self.run_dir), "umm": self.recipe.umm, "trained": step > 0, "step": step}
-        return {
-            "suite": settings.suite.name,
-            "protocol": settings.suite.protocol,
-            "sampling": json.loads(json.dumps(sampling_of(settings, side))),
-            "seed": settings.seed,
-            "fingerprint": {"step": step},
-            "model": model | {"dtype": precision, "weights_sha256": None},
-        }
+        model = {"source": str(self.run_dir), "umm": self.recipe.umm, "trained": step > 0, "step": step,
+                 "dtype": self.recipe.train.precision, "weights_sha256": None}  # fmt: skip
+        return generation_of(self.settings, sampling_of(self.settings, side), {"step": step}) | {"model": model}
 
     def _score(self, side: Target, device: torch.device) -> Scored:
         try:
