@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from reca.config.recipe_files import load_recipe
-from reca.estimate.held import host_memory
+from reca.estimate.held import host_loading
 from reca.estimate.meta_model import build_meta
 from reca.models import UMMS
 from reca.models.common import deferred_weights
@@ -114,8 +114,8 @@ def test_host_memory_of_loading():
     recipe = load_recipe("show_o_tiny", ["parallel.shard=4"])
     adapter, _ = build_meta(recipe)
     whole = sum(p.numel() * p.itemsize for p in adapter.parameters())
-    random = host_memory(adapter, recipe, 8, 4)
+    random = host_loading(adapter, recipe, 8, 4)
     recipe.model.weights = "owner/name"
-    files = host_memory(adapter, recipe, 8, 4)
+    files = host_loading(adapter, recipe, 8, 4)
     assert random - files == whole and files > 0
-    assert host_memory(adapter, recipe, 8, 8) == 2 * files
+    assert host_loading(adapter, recipe, 8, 8) == 2 * files

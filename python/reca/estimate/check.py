@@ -19,8 +19,8 @@ from reca.data import decode_speed
 from reca.data.batch import Batch
 from reca.data.micro_batches import describe_split, size_warning
 from reca.estimate import cards, memory
-from reca.estimate.held import host_memory, host_moments
-from reca.estimate.meta_model import build_meta
+from reca.estimate.held import host_loading, host_moments
+from reca.estimate.meta_model import build_meta, empty_views
 from reca.hardware.peaks import known_peak
 from reca.models.base import ROLES, Adapter
 from reca.models.common.on_cpu import as_gpu
@@ -62,13 +62,8 @@ def parameters(adapter: Adapter) -> dict[str, Parameters]:
 
 def flops(adapter: Adapter, fake: FakeTensorMode, images: int) -> Flops:
     """Count the FLOPs per image of a RECA step on a GPU, averaged over `images` images of the views' sizes."""
-    views = adapter.views("reca")
-
-    def blank(view) -> list[Tensor] | None:
-        return view and [torch.empty(3, view.size, view.size, dtype=torch.uint8) for _ in range(images)]
-
     with fake:
-        gen, und = blank(views.gen), blank(views.und)
+        gen, und = empty_views(adapter.views("reca"), images)
     return batch_flops(adapter, Batch("reca", torch.arange(images), [TEXT] * images, gen, und), CounterRNG(0))
 
 
@@ -165,7 +160,7 @@ def report(recipe: Recipe, gpus: int = 1, node: int = 8, card: int | None = None
     values = by_key(recipe)
     if drawing := [key for key in ("eval.every", "log.sample_every", "log.reconstructions") if values[key]]:
         lines.append(f"  not predicted: generation and evaluation between steps ({', '.join(drawing)})")
-    loading = host_memory(adapter, recipe, gpus, node, room)
+    loading = host_loading(adapter, recipe, gpus, node, room)
     lines += [_line("host memory", loading, units.BYTES) + " per node, while weights are loaded"]
     if moments := host_moments(adapter, recipe, gpus, node, room):
         lines += [_line("moments on the host", moments, units.BYTES) + " per node, during the whole run"]

@@ -67,7 +67,7 @@ def held(adapter: Adapter, recipe: Recipe, gpus: int, node: int, card: int = 0) 
     return Held(weights, gradients, moments, ema, copies)
 
 
-def host_memory(adapter: Adapter, recipe: Recipe, gpus: int, node: int, card: int = 0) -> int:
+def host_loading(adapter: Adapter, recipe: Recipe, gpus: int, node: int, card: int = 0) -> int:
     """Count the bytes of host memory per node that loading weights on `gpus` GPUs takes, with `node` per node.
 
     Files are memory-mapped, and each process copies its shard of one parameter at a time to its GPU; the system can

@@ -22,7 +22,7 @@ from reca.data.micro_batches import accumulation_steps, micro_batch_sizes, passe
 from reca.data.tasks import Scored, ScoredBox, Turn
 from reca.data.templates import load_templates
 from reca.estimate.allocations import OTHER, Allocations, on_gpu
-from reca.estimate.meta_model import build_meta
+from reca.estimate.meta_model import build_meta, empty_views
 from reca.models.base import Adapter
 from reca.optim import gradient_norm, make_optimizer
 from reca.optim.adamw import PIECE, AdamW
@@ -255,11 +255,7 @@ def _fill(adapter: Adapter, recipe: Recipe, task: str, share: int, words: int, f
 def _batch(adapter: Adapter, recipe: Recipe, task: str, fill: Fill, draw: int, fake: FakeTensorMode) -> Batch:
     ids = torch.arange(fill.samples) + draw * fill.samples
     with fake:
-        views = adapter.views(task)
-        gen, und = (
-            None if view is None else [torch.empty(3, view.size, view.size, dtype=torch.uint8) for _ in ids]
-            for view in (views.gen, views.und)
-        )
+        gen, und = empty_views(adapter.views(task), len(ids))
         if fill.last is not None and gen is not None:
             gen[-1] = torch.empty(3, fill.last, gen[-1].shape[2], dtype=torch.uint8)
     text: Any = " ".join(["a"] * fill.words)

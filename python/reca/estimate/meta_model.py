@@ -1,9 +1,11 @@
 """A recipe's model on fake tensors: shapes, dtypes, roles and layers as in training, without weights or memory."""
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from reca.config.recipe import Recipe
+from reca.data.views import Views
 from reca.models import umm_package
 from reca.models.base import Adapter
 from reca.options.fields import RecipeError
@@ -25,6 +27,15 @@ def build_meta(recipe: Recipe) -> tuple[Adapter, FakeTensorMode]:
             if p is not None and not isinstance(p, FakeTensor):
                 module._parameters[name] = nn.Parameter(fake.from_tensor(p.detach()), requires_grad=p.requires_grad)
     return adapter, fake
+
+
+def empty_views(views: Views, images: int) -> tuple[list[Tensor] | None, list[Tensor] | None]:
+    """Return pixels without values, as (gen, und) of a `Batch`: uint8 [3, S, S] per image in the views' sizes."""
+    gen, und = (
+        None if view is None else [torch.empty(3, view.size, view.size, dtype=torch.uint8) for _ in range(images)]
+        for view in (views.gen, views.und)
+    )
+    return gen, und
 
 
 def check_tasks(adapter: Adapter, recipe: Recipe) -> None:
