@@ -1,8 +1,7 @@
 """LLaVA-style JSON: questions and answers about images."""
 
-import json
 from array import array
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from reca.data.errors import DataError
 from reca.data.sample import MAX_IMAGE_BYTES, Sample, digest
 from reca.data.sources.chat_rows import BadRow, absolute, image_name, turns
 from reca.data.sources.folder import total_size
-from reca.data.sources.json_rows import Form, kept_rows
+from reca.data.sources.json_rows import Form, KeyedRows, kept_rows, key_of, keyed
 from reca.data.sources.records import Facts, Write
 from reca.data.sources.remote import AnyPath, RemotePath, read_whole, to_path
 from reca.data.sources.skipped import Skipped
@@ -25,10 +24,8 @@ FORM = Form(
     '{"image": NAME, "conversations": [{"from": "human", "value": TEXT}, {"from": "gpt", "value": TEXT}, ...]}',
 )
 
-END = b"\0"  # of the image's name in a record
 
-
-class Conversations:
+class Conversations(KeyedRows):
     """A list of {"image": name, "conversations": [{"from": "human"|"gpt", "value": text}, ...]}.
 
     A .jsonl has one such row per line. The keys of other chat formats are supported as well: "images" with one image,
@@ -59,7 +56,7 @@ class Conversations:
         self.skipped.warn(str(path))
 
     def _write_rows(self, path: AnyPath, items: Iterable[Any], write: Write) -> Facts:
-        """Write the usable rows: the image's name, a zero byte, JSON of the turns. Count the others."""
+        """Write the usable rows: the turns, with the image's name as key. Count the others."""
         root, found, skipped, images = absolute(self.root), False, Skipped(), array("q")
         for number, item in enumerate(items, 1):
             found = found or isinstance(item, dict)
@@ -68,31 +65,17 @@ class Conversations:
             except BadRow as error:
                 skipped.add(f"rows that {error}", f"row {number}")
                 continue
-            write(image.encode() + END + json.dumps(said, ensure_ascii=False).encode())
+            write(keyed(image, said))
             images.append(hash(image))
         if not found:
             raise FORM.wrong(path)
         distinct = np.unique(np.frombuffer(images, np.int64)).size
         return {"images": distinct, "skipped": [skipped.counts, skipped.first]}
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
     def __getitem__(self, index: int) -> Sample:
-        image, said = self.row(index)
+        image = self.key(index)
+        said = [Turn(*turn) for turn in self.value(index)]
         return Sample(image, read_whole(self.root / image, MAX_IMAGE_BYTES, "image"), said)
-
-    def row(self, index: int) -> tuple[str, list[Turn]]:
-        """Return the name of a sample's image, and the turns about it."""
-        image, _, said = self.rows[index].partition(END)
-        return image.decode(), [Turn(*turn) for turn in json.loads(said)]
-
-    def key(self, index: int) -> str:
-        return _image(self.rows[index])
-
-    def indices_of(self, keys: Set[str]) -> list[int]:
-        """Return the indices of the samples with these keys."""
-        return self.rows.find({key.encode() for key in keys}, END)
 
     def size(self, index: int) -> int:
         """Return the bytes of the image; 0 if it is at a URL."""
@@ -111,11 +94,6 @@ class Conversations:
         def described() -> Iterator[tuple[bytes, int]]:
             for number in range(len(self)):
                 record = self.rows[number]
-                yield record, size(_image(record))
+                yield record, size(key_of(record))
 
         return digest(described())
-
-
-def _image(record: bytes) -> str:
-    """Return the name of a row's image."""
-    return record.partition(END)[0].decode()

@@ -1,7 +1,7 @@
 """Rows of a JSON list or a JSON lines file, local or at a URL."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from reca.data.text import decode_text
 from reca.io.files import HEAD, packed, placeholder
 
 LINES = (".jsonl", ".ndjson")  # suffixes of files with one row per line
+END = b"\0"  # of the key in a record
 
 
 class Form(NamedTuple):
@@ -26,6 +27,35 @@ class Form(NamedTuple):
 
     def wrong(self, path: AnyPath) -> DataError:
         return DataError(f"{path} is not {self.name}: expected a list of {self.row}")
+
+
+class KeyedRows:
+    """Rows of a source, kept as records of a key, END, and JSON."""
+
+    rows: Records
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def key(self, index: int) -> str:
+        return key_of(self.rows[index])
+
+    def indices_of(self, keys: Set[str]) -> list[int]:
+        """Return the indices of the samples with these keys."""
+        return self.rows.find({key.encode() for key in keys}, END)
+
+    def value(self, index: int) -> Any:
+        """Return the JSON of a row."""
+        return json.loads(self.rows[index].partition(END)[2])
+
+
+def keyed(key: str, value: Any) -> bytes:
+    """Return the record of a row."""
+    return key.encode() + END + json.dumps(value, ensure_ascii=False).encode()
+
+
+def key_of(record: bytes) -> str:
+    return record.partition(END)[0].decode()
 
 
 def holds_lines(path: AnyPath) -> bool:

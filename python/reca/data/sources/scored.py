@@ -1,8 +1,7 @@
 """Generated images with scores of their regions, the training data of SRUM."""
 
-import json
 import sys
-from collections.abc import Iterable, Set
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from reca.data.errors import BadSample, DataError
@@ -10,7 +9,7 @@ from reca.data.pixels import shown_size
 from reca.data.sample import MAX_IMAGE_BYTES, Sample, digest
 from reca.data.sources.chat_rows import BadRow, image_name
 from reca.data.sources.folder import total_size
-from reca.data.sources.json_rows import Form, kept_rows
+from reca.data.sources.json_rows import Form, KeyedRows, kept_rows, keyed
 from reca.data.sources.records import Facts, Write
 from reca.data.sources.remote import AnyPath, RemotePath, read_whole, to_path
 from reca.data.sources.skipped import Skipped
@@ -18,7 +17,6 @@ from reca.data.tasks import Scored, ScoredBox
 from reca.data.text import encodable
 
 LARGEST = sys.float_info.max
-END = b"\0"  # of the key in a record
 FORM = Form(
     "file of scored images",
     "of scored images",
@@ -37,7 +35,7 @@ class Row(NamedTuple):
     number: int = 0  # of the row in the file
 
 
-class ScoredImages:
+class ScoredImages(KeyedRows):
     """A list of rows {"image", "caption", "boxes", "background", "score", "target"}; a .jsonl has one per line.
 
     image       name below `image_root`, by default the folder of the file
@@ -63,11 +61,8 @@ class ScoredImages:
         self.images = len(self.rows)  # distinct ones: no two have the same key
         self.skipped.warn(str(path))
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
     def _row(self, index: int) -> Row:
-        image, caption, boxes, *others = json.loads(self.rows[index].partition(END)[2])
+        image, caption, boxes, *others = self.value(index)
         return Row(image, caption, tuple((tuple(box), score) for box, score in boxes), *others)
 
     def __getitem__(self, index: int) -> Sample:
@@ -81,13 +76,6 @@ class ScoredImages:
     def _read(self, name: str) -> bytes:
         return read_whole(self.root / name, MAX_IMAGE_BYTES, "image")
 
-    def key(self, index: int) -> str:
-        return self.rows[index].partition(END)[0].decode()
-
-    def indices_of(self, keys: Set[str]) -> list[int]:
-        """Return the indices of the samples with these keys."""
-        return self.rows.find({key.encode() for key in keys}, END)
-
     def size(self, index: int) -> int:
         """Return the bytes of the row's images; 0 if they are at a URL, -1 if one is missing."""
         if isinstance(self.root, RemotePath):
@@ -100,7 +88,7 @@ class ScoredImages:
 
 
 def _write_rows(items: Iterable[Any], write: Write) -> Facts:
-    """Write the usable rows: the key, a zero byte, the Row as JSON. Count the others."""
+    """Write the usable rows. Count the others."""
     skipped = Skipped()
     for number, item in enumerate(items, 1):
         try:
@@ -108,8 +96,7 @@ def _write_rows(items: Iterable[Any], write: Write) -> Facts:
         except BadRow as error:
             skipped.add(f"rows that {error}", f"row {number}")
         else:
-            key = f"{row.image}#{number}"  # several rows may share an image
-            write(key.encode() + END + json.dumps(row, ensure_ascii=False).encode())
+            write(keyed(f"{row.image}#{number}", row))  # several rows may share an image
     return {"skipped": [skipped.counts, skipped.first]}
 
 
