@@ -9,7 +9,7 @@ from typing import Any
 from reca.config.recipe_files import as_dict, load_recipe
 from reca.eval.suites import SUITES
 from reca.options.fields import RecipeError
-from reca.studies import published, toy
+from reca.studies import toy
 from reca.studies.study import BEFORE, LOSS, PRETRAINED, SETTINGS, Study, StudyError, Variant
 from reca.studies.task import Asked, Task, digest, short
 
@@ -45,9 +45,9 @@ def plan(study: Study, asked: Asked) -> tuple[list[Task], dict[str, str]]:
 
 
 def _of_seed(variants: Mapping[str, tuple[Variant, tuple[str, ...]]], asked: Asked, seed: int) -> list[Task]:
-    setting = toy if asked.recipe is None else published
-    recipe = asked.recipe or toy.recipe(asked)
-    of_pretraining = (*setting.pretraining_overrides(asked), *asked.of_variant.get(PRETRAINED, ()))
+    on_toys, recipe = asked.recipe is None, asked.recipe or toy.recipe(asked)
+    common = toy.overrides(asked, recipe, seed) if on_toys else (f"train.seed={seed}",)
+    of_pretraining = (*toy.pretraining_overrides(asked), *asked.of_variant.get(PRETRAINED, ())) if on_toys else ()
     given: dict[str, Any] = {
         "setting": asked.setting, "dataset": asked.dataset, "umm": asked.umm, "seed": seed, "recipe": recipe,
         "scale": asked.scale, "evaluations": asked.evaluations, "of_pretraining": of_pretraining,
@@ -55,7 +55,7 @@ def _of_seed(variants: Mapping[str, tuple[Variant, tuple[str, ...]]], asked: Ask
     tasks: list[Task] = []
     ready: tuple[str, ...] = ()
     pretrained: Path | None = None
-    if asked.recipe is None:
+    if on_toys:
         chosen, done = digest(recipe, asked.scale, *of_pretraining), "pretrained.json"
         pretrained = asked.out / "pretrained" / f"{asked.dataset}-{asked.umm}-seed{seed}-{chosen}"
         modifications = sorted({variant.pretrained for variant, _ in variants.values() if variant.pretrained})
@@ -71,7 +71,7 @@ def _of_seed(variants: Mapping[str, tuple[Variant, tuple[str, ...]]], asked: Ask
 
     def add(name: str, variant: Variant, keys: tuple[str, ...], after: tuple[str, ...]) -> None:
         kind, modification, parent = BEFORE if name == BEFORE else "variant", variant.pretrained, variant.after
-        own = (*setting.overrides(asked, recipe, seed), *of_pretraining, *asked.common, *keys)
+        own = (*common, *of_pretraining, *asked.common, *keys)
         if (variant.longer, variant.rate) != (1, 1):
             usual = load_recipe(recipe, own)
             steps, rate = variant.longer * usual.train.steps, variant.rate * usual.optim.lr
@@ -103,7 +103,9 @@ def _of_seed(variants: Mapping[str, tuple[Variant, tuple[str, ...]]], asked: Ask
         if variant.after or variant.pretrained:
             after = (f"{seed}/{variant.after or f'{PRETRAINED}-{variant.pretrained}'}",)
         try:
-            add(name, variant, tuple(setting.filled(asked, key, seed) for key in keys), after)
+            if on_toys:
+                keys = tuple(toy.filled(asked, key, seed) for key in keys)
+            add(name, variant, keys, after)
         except RecipeError as error:
             raise RecipeError(f"variant {name}: {error}") from error
     return tasks

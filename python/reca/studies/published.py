@@ -12,21 +12,7 @@ from reca.eval.errors import EvaluationError
 from reca.eval.settings import open_settings
 from reca.eval.targets import target
 from reca.studies.study import BEFORE
-from reca.studies.task import Asked, Evaluations, Task, digest
-
-
-def filled(asked: Asked, override: str, seed: int) -> str:
-    return override
-
-
-def pretraining_overrides(asked: Asked) -> tuple[str, ...]:
-    """Return (): published models are not pre-trained here."""
-    return ()
-
-
-def overrides(asked: Asked, name: str, seed: int) -> tuple[str, ...]:
-    """Return the overrides common to all variants."""
-    return (f"train.seed={seed}",)
+from reca.studies.task import Evaluations, Task, digest
 
 
 def check(recipe: str, evaluations: Evaluations) -> None:
