@@ -63,12 +63,8 @@ def _padded(x: Tensor, lines: int, length: int, places: Tensor | None) -> Tensor
 
 
 @compiling.disable
-def _dense_mask(plan: AttentionPlan) -> _Mask:
-    return _mask_of(plan)
-
-
 @outside_of_modes
-def _mask_of(plan: AttentionPlan) -> _Mask:
+def _dense_mask(plan: AttentionPlan) -> _Mask:
     """Return the mask and the positions of packed rows in the padded batch.
 
     Torch's CPU kernel returns 0 for a fully masked row. On other devices its softmax may be NaN, so the row attends to

@@ -7,6 +7,7 @@ are batched into a few variable-length calls. Every row is in exactly one of the
 """
 
 import functools
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -203,9 +204,7 @@ def _problem(sample: tuple[AttentionSpan, ...]) -> str | None:
 
 def query_groups(sample: tuple[AttentionSpan, ...]) -> tuple[QueryGroup, ...]:
     """Return the query groups of one sample, in the order of their first rows."""
-    ends = [0]
-    for span in sample:
-        ends.append(ends[-1] + span.length)
+    ends = _starts([span.length for span in sample])
     skipped = sum(span.length for span in sample if span.cached)  # query rows are numbered without cached ones
 
     def intervals(spans: Iterable[int]) -> Iterator[Interval]:
@@ -323,10 +322,7 @@ def _calls(plan: AttentionPlan) -> Calls:
 
 def _starts(lengths: Sequence[int]) -> list[int]:
     """Return the cumulative sum from 0, [n + 1]."""
-    found = [0]
-    for length in lengths:
-        found.append(found[-1] + length)
-    return found
+    return [0, *itertools.accumulate(lengths)]
 
 
 def _rows(parts: Iterable[tuple[int, tuple[Interval, ...]]]) -> Tensor:

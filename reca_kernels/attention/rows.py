@@ -32,12 +32,8 @@ def has_hidden(plan: AttentionPlan) -> bool:
 
 
 @compiling.disable
-def _hidden(plan: AttentionPlan) -> Hidden:
-    return _hidden_of(plan)
-
-
 @outside_of_modes
-def _hidden_of(plan: AttentionPlan) -> Hidden:
+def _hidden(plan: AttentionPlan) -> Hidden:
     spans = [span for sample in plan.samples for span in sample]
     hidden = [i for i, span in enumerate(spans) if span.mode in ("noise", "pad")]
     number = torch.full((len(spans),), len(hidden))

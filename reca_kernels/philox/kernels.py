@@ -6,6 +6,8 @@ from torch import Tensor
 
 from reca_kernels.philox.address import Philox
 
+DISTRIBUTIONS = {"bits": 0, "uniform": 1, "normal": 2}  # name -> number in kernels (csrc/common/philox.h)
+
 
 class Kernels(Protocol):
     def draw(

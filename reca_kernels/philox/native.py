@@ -4,8 +4,7 @@ from torch import Tensor
 
 from reca_kernels import native
 from reca_kernels.philox.address import Philox
-
-DISTRIBUTIONS = {"bits": 0, "uniform": 1, "normal": 2}  # csrc/common/philox.h
+from reca_kernels.philox.kernels import DISTRIBUTIONS
 
 
 def draw(noise: Philox, distribution: str, out: Tensor) -> None:

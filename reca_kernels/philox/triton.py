@@ -10,10 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from reca_kernels.philox.address import Philox
+from reca_kernels.philox.kernels import DISTRIBUTIONS
 
 FUSE = {"enable_fp_fusion": False}
 BLOCK = 256  # Philox blocks, of four elements, per program
-DISTRIBUTIONS = {"bits": 0, "uniform": 1, "normal": 2}
 
 
 @triton.jit
