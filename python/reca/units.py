@@ -1,6 +1,7 @@
-"""Formatting and parsing of quantities with units."""
+"""Formatting of quantities and lists for messages, and parsing of sizes."""
 
 import re
+from collections.abc import Sequence
 
 BYTES = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "bytes"))
 FLOPS = ((1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"), (1e3, "kFLOP"), (1, "FLOP"))
@@ -14,6 +15,12 @@ def largest(amount: float, units: tuple[tuple[float, str], ...]) -> tuple[float,
 def counted(number: int, thing: str) -> str:
     """Format a count with its noun, such as 1 GPU or 2 GPUs."""
     return f"{number} {thing}{'s' * (number != 1)}"
+
+
+def some(names: Sequence[str]) -> str:
+    """List the first three names and the number of others."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more}"
 
 
 def size(count: float) -> str:

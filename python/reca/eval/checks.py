@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from reca import units
 from reca.eval import records as recorded
 from reca.eval import report
 from reca.eval.errors import EvaluationError
 from reca.eval.generate import generate_answers
-from reca.eval.inputs import find, images_of, some
+from reca.eval.inputs import find, images_of
 from reca.eval.judges import check_judge
 from reca.eval.settings import Settings
 from reca.eval.suites import Item, Key, Suite
@@ -97,7 +98,7 @@ def check_recorded(settings: Settings, items: Sequence[Item], to_judge: Sequence
         if missing and not settings.partial:
             raise EvaluationError(
                 f"--judge recorded:{path} has no answer about {len(missing)} of the {len(wanted)} images of "
-                f"{settings.suite.name}: {some(missing)}. Set --partial to score the others"
+                f"{settings.suite.name}: {units.some(missing)}. Set --partial to score the others"
             )
 
 
@@ -107,6 +108,6 @@ def check_sources(suite: Suite, items: Sequence[Item]) -> None:
     missing = [str(path) for path in sources if path is None or not path.is_file()]
     if missing:
         raise EvaluationError(
-            f"{len(missing)} of the {len(sources)} input images of {suite.name} do not exist: {some(missing)}."
+            f"{len(missing)} of the {len(sources)} input images of {suite.name} do not exist: {units.some(missing)}."
             f" {suite.data_help or ''}"
         )

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from reca import units
 from reca.eval import records as recorded
 from reca.eval.errors import EvaluationError
 from reca.eval.generate import read_answers
@@ -10,8 +11,6 @@ from reca.eval.records import Record
 from reca.eval.settings import Settings
 from reca.eval.suites import Item, Key
 from reca.eval.targets import Target, check_prompts
-
-SHOWN = 3  # maximum number of missing images in a message
 
 
 def images_of(
@@ -67,8 +66,8 @@ def count_missing(
         missing = [f"{i.id} ({k})" for i in items for k in range(wanted) if (i.id, k) not in found]
     if missing and not settings.partial:
         raise EvaluationError(
-            f"{place}: {len(missing)} images of {settings.suite.name} are missing: {some(missing)}. Generate them, or "
-            "set --partial to score the others"
+            f"{place}: {len(missing)} images of {settings.suite.name} are missing: {units.some(missing)}. Generate "
+            "them, or set --partial to score the others"
         )
     return len(missing)
 
@@ -91,13 +90,7 @@ def count_unjudged(
     missing = [f"{item} ({k})" for item, k in wanted if (item, k) not in judged]
     if missing and not settings.partial:
         raise EvaluationError(
-            f"{path} has no record of {len(missing)} images of {settings.suite.name}: {some(missing)}. Judge them "
-            "(--steps judge,score,report), or set --partial to score the others"
+            f"{path} has no record of {len(missing)} images of {settings.suite.name}: {units.some(missing)}. Judge "
+            "them (--steps judge,score,report), or set --partial to score the others"
         )
     return len(missing)
-
-
-def some(names: Sequence[str]) -> str:
-    """List the first names and the number of others."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return f"{', '.join(names[:SHOWN])}{more}"

@@ -16,7 +16,6 @@ from reca import exits, units
 from reca.io.files import git_hash, sha256
 from reca.models.common.hub import cause_of, with_causes
 
-SHOWN = 3  # maximum number of files named in a message
 OF_THE_HUB = (".gitattributes",)  # files that the hub adds to every repository
 
 
@@ -79,9 +78,8 @@ def push(folder: Path, names: Sequence[str], repository: str, public: bool = Fal
         same = [name for name in names if there and _is(folder / name, there.get(name))]
         other = [name for name in there or () if name not in same and name not in OF_THE_HUB]
         if other and not update:
-            more = f" and {len(other) - SHOWN} more" if len(other) > SHOWN else ""
             raise PushError(
-                f"{repository} already has other files ({', '.join(other[:SHOWN])}{more}); pass --update to commit on "
+                f"{repository} already has other files ({units.some(other)}); pass --update to commit on "
                 f"top of them (its history keeps them), or another name. {folder} is complete, nothing was uploaded"
             )
         state = "exists" if there is not None else f"will be created as {'public' if public else 'private'}"
@@ -100,7 +98,7 @@ def push(folder: Path, names: Sequence[str], repository: str, public: bool = Fal
     except Exception as error:  # huggingface_hub's own errors and those of its HTTP library
         raise PushError(f"the upload to {repository} failed: {_cause(error)}. {again}") from error
     if missing := [name for name in names if not _is(folder / name, there.get(name))]:
-        raise PushError(f"{repository} lacks {', '.join(missing[:SHOWN])} after the upload. {again}")
+        raise PushError(f"{repository} lacks {units.some(missing)} after the upload. {again}")
     return str(address)
 
 
