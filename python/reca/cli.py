@@ -13,6 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from reca import __version__, exits
+from reca.arguments import as_path, path_text, takes_overrides, takes_pairs
 from reca.commands import general, inference
 from reca.processes import library_logs
 
@@ -125,9 +126,9 @@ def _parser() -> argparse.ArgumentParser:
 
     def takes_recipe(sub: argparse.ArgumentParser, or_run: bool = False) -> None:
         sub.add_argument(
-            "recipe", type=_path_text, help="recipe name or .yaml file" + (", or a run folder" if or_run else "")
+            "recipe", type=path_text, help="recipe name or .yaml file" + (", or a run folder" if or_run else "")
         )
-        _takes_overrides(sub)
+        takes_overrides(sub)
 
     def takes_ema(sub: argparse.ArgumentParser) -> None:
         sub.add_argument(
@@ -157,7 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     status = command("status", general.status, "Print the status of a run.")
-    status.add_argument("folder", type=_path, help="run folder")
+    status.add_argument("folder", type=as_path, help="run folder")
     status.add_argument("--field", choices=FIELDS, help="print only this value, for scripts; the exit code is then 0")
 
     check = command("check", general.check, "Report parameters, FLOPs and memory of a recipe, without loading weights.")
@@ -185,14 +186,14 @@ def _parser() -> argparse.ArgumentParser:
     edit = command("edit", inference.edit, "Edit an image following an instruction.")
     takes_recipe(edit, or_run=True)
     takes_ema(edit)
-    edit.add_argument("--image", type=_path, required=True, help="image file to edit")
+    edit.add_argument("--image", type=as_path, required=True, help="image file to edit")
     edit.add_argument("--instruction", required=True, help="what to change in the image")
     _takes_sampling(edit)
 
     answer = command("answer", inference.answer, "Answer a question about an image.")
     takes_recipe(answer, or_run=True)
     takes_ema(answer)
-    answer.add_argument("--image", type=_path, required=True, help="image file to ask about")
+    answer.add_argument("--image", type=as_path, required=True, help="image file to ask about")
     answer.add_argument("--question", required=True, help="question about the image")
 
     best = command(
@@ -200,9 +201,9 @@ def _parser() -> argparse.ArgumentParser:
         inference.best_of,
         "Generate several images per prompt and keep the one that the model itself scores highest.",
     )
-    best.add_argument("recipe", type=_path_text, help="recipe name or .yaml file, or a run folder")
-    best.add_argument("prompts", type=_path, help="text file with one prompt per line")
-    _takes_overrides(best)
+    best.add_argument("recipe", type=path_text, help="recipe name or .yaml file, or a run folder")
+    best.add_argument("prompts", type=as_path, help="text file with one prompt per line")
+    takes_overrides(best)
     takes_ema(best)
     best.add_argument("--candidates", type=int, default=4, help="images per prompt (default: %(default)s)")
     best.add_argument(
@@ -213,7 +214,7 @@ def _parser() -> argparse.ArgumentParser:
     export = command("export", inference.export, "Export weights in the format of the model's public inference code.")
     takes_recipe(export, or_run=True)
     takes_ema(export)
-    export.add_argument("--out", type=_path, required=True, help="output folder")
+    export.add_argument("--out", type=as_path, required=True, help="output folder")
     export.add_argument("--card", action="store_true", help="write a model card (README.md) next to the weights")
     export.add_argument("--push", metavar="OWNER/NAME", help="upload the export, with a card, to the Hugging Face Hub")
     export.add_argument("--public", action="store_true", help="make the repository public; a new one is private")
@@ -223,13 +224,13 @@ def _parser() -> argparse.ArgumentParser:
     from reca.eval import commands as eval_commands
 
     evaluation = command("eval", eval_commands.run, "Evaluate a model on a benchmark, and compare it with another.")
-    eval_commands.add(evaluation, _path_text, _takes_overrides)
+    eval_commands.add(evaluation)
     takes_ema(evaluation)
 
     comparison = command(
         "compare", compare_commands.run, "Compare two models: scores, images, losses and settings, in one HTML page."
     )
-    compare_commands.add(comparison, _path)
+    compare_commands.add(comparison)
 
     serve = command(
         "serve", general.serve, "Serve a web UI to generate, edit and answer, with two models side by side."
@@ -250,7 +251,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seeds", type=int, default=1, help="number of seeds, from 0 (default: %(default)s)")
     demo.add_argument(
         "--out",
-        type=_path,
+        type=as_path,
         help="output folder (default: demo_out for show_o on emoji, otherwise demo_out/DATASET/UMM)",
     )
     demo.add_argument(
@@ -265,22 +266,22 @@ def _parser() -> argparse.ArgumentParser:
     study = command(
         "study", study_commands.run, "Run an experiment of the paper: train its variants and compare with the paper."
     )
-    study_commands.add(study, _path, _takes_overrides)
+    study_commands.add(study)
 
     get = subparsers.add_parser("get", help="Get published weights, datasets, or the files of an evaluation suite.")
     what = get.add_subparsers(required=True, metavar="WHAT")
     weights = what.add_parser("weights", help="the published files that a recipe, or all recipes of a model, need")
-    weights.add_argument("name", type=_path_text, help="a recipe, a model (all its recipes), or a hub id: owner/name")
-    _takes_overrides(weights)
+    weights.add_argument("name", type=path_text, help="a recipe, a model (all its recipes), or a hub id: owner/name")
+    takes_overrides(weights)
     data = what.add_parser("data", help="a dataset that the releases train on")
     data.add_argument("name", help=f"{', '.join(DATASETS)}, or a hub id: owner/name")
     for sub, run in ((weights, general.get_weights), (data, general.get_data)):
-        sub.add_argument("--to", type=_path, help="destination folder (default: the Hugging Face cache)")
+        sub.add_argument("--to", type=as_path, help="destination folder (default: the Hugging Face cache)")
         sub.add_argument("--dry-run", action="store_true", help="only print the list")
         sub.set_defaults(run=run, parser=sub)
     suite = what.add_parser("suite", help="the files of an evaluation suite, from its repository on GitHub")
     suite.add_argument("name", help=", ".join(SUITES))
-    suite.add_argument("--to", type=_path, help="destination folder (default: ./benchmarks)")
+    suite.add_argument("--to", type=as_path, help="destination folder (default: ./benchmarks)")
     suite.add_argument("--dry-run", action="store_true", help="only print the list")
     suite.set_defaults(run=general.get_suite, parser=suite)
 
@@ -311,8 +312,8 @@ def _add_data(subparsers) -> None:
     ):
         sub = inside.add_parser(name, help=text, description=text)
         sub.set_defaults(run=run, parser=sub)
-        sub.add_argument("spec", type=_path_text, help="data in any form of data.images, or a recipe")
-        _takes_overrides(sub, "recipe keys, such as data.columns.caption")
+        sub.add_argument("spec", type=path_text, help="data in any form of data.images, or a recipe")
+        takes_overrides(sub, "recipe keys, such as data.columns.caption")
         sub.add_argument(
             "--task", choices=TASKS, help="task of the data (default: reca, or all active tasks of a recipe)"
         )
@@ -320,19 +321,8 @@ def _add_data(subparsers) -> None:
             sub.add_argument("--recipe", help="recipe whose views are shown (default: show_o_512)")
             sub.add_argument("--count", type=int, default=48, help="samples to show (default: %(default)s)")
             sub.add_argument(
-                "--out", type=_path, default=Path("data_view"), help="output folder (default: %(default)s)"
+                "--out", type=as_path, default=Path("data_view"), help="output folder (default: %(default)s)"
             )
-
-
-def _path_text(text: str) -> str:
-    from reca.config.paths import expand_home
-
-    if not text.strip():
-        raise argparse.ArgumentTypeError("it is empty")
-    try:
-        return expand_home(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _bytes(text: str) -> int:
@@ -344,17 +334,6 @@ def _bytes(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def _path(text: str) -> Path:
-    return Path(_path_text(text))
-
-
-def _takes_overrides(
-    sub: argparse.ArgumentParser, words: str = "recipe keys to override", metavar: str = "key=value"
-) -> None:
-    # Without a default, Python before 3.13 lists them as required arguments.
-    sub.add_argument("overrides", nargs="*", default=[], metavar=metavar, help=words)
-
-
 def _takes_sampling(sub: argparse.ArgumentParser, folder_required: bool = False) -> None:
     sub.add_argument(
         "--seed",
@@ -362,12 +341,10 @@ def _takes_sampling(sub: argparse.ArgumentParser, folder_required: bool = False)
         default=0,
         help="seed of the first image, incremented for each further one (default: %(default)s)",
     )
-    sub.add_argument(
-        "--sampling", action="append", default=[], metavar="key=value", help="sampling options of the model"
-    )
+    takes_pairs(sub, "--sampling", "sampling options of the model")
     folder = {"required": True} if folder_required else {"default": Path(".")}
     text = "folder for the PNG files" + ("" if folder_required else " (default: the working directory)")
-    sub.add_argument("--out", type=_path, help=text, **folder)
+    sub.add_argument("--out", type=as_path, help=text, **folder)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,14 @@
 import argparse
 from pathlib import Path
 
+from reca.arguments import as_path, takes_pairs
 
-def add(sub: argparse.ArgumentParser, path) -> None:
-    """Add the options of `reca compare`. path: the type of arguments that are paths."""
+
+def add(sub: argparse.ArgumentParser) -> None:
+    """Add the options of `reca compare`."""
     sub.add_argument("before", help="run folder or evaluation folder; or base: the model that AFTER started from")
     sub.add_argument("after", help="the same; base: the model that BEFORE started from")
-    sub.add_argument("--out", type=path, metavar="DIR", help="output folder (default: RUN/comparison)")
+    sub.add_argument("--out", type=as_path, metavar="DIR", help="output folder (default: RUN/comparison)")
     sub.add_argument("--pairs", type=int, default=60, help="image pairs to show per suite (default: %(default)s)")
     sub.add_argument(
         "--reconstructions",
@@ -20,9 +22,7 @@ def add(sub: argparse.ArgumentParser, path) -> None:
         metavar="SPEC",
         help="images to reconstruct, in any form of data.images (default: the run's held-out or training images)",
     )
-    sub.add_argument(
-        "--sampling", action="append", default=[], metavar="key=value", help="sampling options of the reconstructions"
-    )
+    takes_pairs(sub, "--sampling", "sampling options of the reconstructions")
 
 
 def run(options: argparse.Namespace) -> None:

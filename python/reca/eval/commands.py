@@ -2,14 +2,15 @@
 
 import argparse
 
+from reca.arguments import path_text, takes_overrides, takes_pairs
 from reca.eval.suites import SUITES
 from reca.options.sampling import read_pairs
 
 
-def add(sub: argparse.ArgumentParser, path, takes_overrides) -> None:
-    """Add the options of `reca eval`. path: argparse type of paths. takes_overrides: adds the override arguments."""
+def add(sub: argparse.ArgumentParser) -> None:
+    """Add the options of `reca eval`."""
     sub.add_argument("suite", help=f"{', '.join(SUITES)}; toy?dataset=emoji&seed=1: the toy dataset emoji, seed 1")
-    sub.add_argument("recipe", type=path, help="run folder, or recipe name or .yaml file")
+    sub.add_argument("recipe", type=path_text, help="run folder, or recipe name or .yaml file")
     takes_overrides(sub)
     sub.add_argument(
         "--against", metavar="RUN|base", help="compare with: base, a run, a recipe, or an evaluation folder"
@@ -17,25 +18,23 @@ def add(sub: argparse.ArgumentParser, path, takes_overrides) -> None:
     sub.add_argument(
         "--judge", metavar="NAME[:ARGUMENT]", help="judge of the images; the error about a missing one lists them"
     )
-    sub.add_argument("--judge-option", action="append", default=[], metavar="key=value", help="option of the judge")
+    takes_pairs(sub, "--judge-option", "option of the judge")
     sub.add_argument(
         "--steps",
         default="generate,judge,score,report",
         help="steps to run, of generate, judge, score and report (default: all)",
     )
-    sub.add_argument("--images", type=path, metavar="DIR", help="existing images, in the benchmark's own layout")
-    sub.add_argument("--records", type=path, metavar="FILE", help="existing records or a result file")
-    sub.add_argument("--data", type=path, metavar="PATH", help="files of a benchmark that are not shipped")
-    sub.add_argument("--out", type=path, metavar="DIR", help="output folder (default: RUN/eval/SUITE)")
+    sub.add_argument("--images", type=path_text, metavar="DIR", help="existing images, in the benchmark's own layout")
+    sub.add_argument("--records", type=path_text, metavar="FILE", help="existing records or a result file")
+    sub.add_argument("--data", type=path_text, metavar="PATH", help="files of a benchmark that are not shipped")
+    sub.add_argument("--out", type=path_text, metavar="DIR", help="output folder (default: RUN/eval/SUITE)")
     sub.add_argument("--images-per-item", type=int, help="images per prompt (default: that of the benchmark)")
     sub.add_argument("--limit", type=int, help="number of items, spread evenly over the suite (default: all)")
     sub.add_argument("--partial", action="store_true", help="score the available images although some are missing")
     sub.add_argument(
         "--seed", type=int, default=0, help="base seed, from which every image's seed is derived (default: %(default)s)"
     )
-    sub.add_argument(
-        "--sampling", action="append", default=[], metavar="key=value", help="sampling options of the model"
-    )
+    takes_pairs(sub, "--sampling", "sampling options of the model")
 
 
 def run(options: argparse.Namespace) -> None:

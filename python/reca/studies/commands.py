@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from reca import exits
+from reca.arguments import as_path, takes_overrides, takes_pairs
 from reca.models import UMMS
 from reca.options.sampling import read_pairs
 from reca.studies.study import StudyError, load_study, study_names
@@ -16,8 +17,8 @@ from reca.studies.study import StudyError, load_study, study_names
 LIST = "list"
 
 
-def add(sub: argparse.ArgumentParser, path, takes_overrides) -> None:
-    """Add the options of `reca study`. path: type of path arguments. takes_overrides: adds the overrides argument."""
+def add(sub: argparse.ArgumentParser) -> None:
+    """Add the options of `reca study`."""
     sub.allow_abbrev = False  # SLURM scripts repeat the command line without --slurm and --report
     sub.add_argument("name", help=f"{', '.join(study_names())}, or a .yaml file in their format; list describes them")
     takes_overrides(sub, "recipe keys to override, in all variants or in one", "[VARIANT:]key=value")
@@ -31,7 +32,7 @@ def add(sub: argparse.ArgumentParser, path, takes_overrides) -> None:
         help="number of seeds, counted from 0, or a list such as 0,1,5, where '5,' is seed 5 alone (default: seed 0)",
     )
     sub.add_argument(
-        "--out", type=path, default=Path("studies"), help="folder of all studies, which share common variants"
+        "--out", type=as_path, default=Path("studies"), help="folder of all studies, which share common variants"
     )
     sub.add_argument("--suite", action="append", default=[], help="with --recipe: evaluation suite; may be repeated")
     for name, metavar, text in (
@@ -39,8 +40,8 @@ def add(sub: argparse.ArgumentParser, path, takes_overrides) -> None:
         ("--judge", "SUITE=NAME[:ARGUMENT]", "judge of a suite; see reca eval"),
     ):
         sub.add_argument(name, action="append", default=[], metavar=metavar, help=text)
-    sub.add_argument("--judge-option", action="append", default=[], metavar="key=value", help="option of all judges")
-    sub.add_argument("--sampling", action="append", default=[], metavar="key=value", help="sampling options")
+    takes_pairs(sub, "--judge-option", "option of all judges")
+    takes_pairs(sub, "--sampling", "sampling options")
     sub.add_argument("--limit", type=int, help="number of items of a suite (default: all)")
     sub.add_argument("--images-per-prompt", type=int, default=1, help="images per prompt of a toy dataset (default: 1)")
     sub.add_argument("--jobs", type=int, help="variants to run in parallel (default: number of GPUs, or else cores)")

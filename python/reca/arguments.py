@@ -1,0 +1,33 @@
+"""Arguments that the subcommands of several folders have: types of values, and declarations."""
+
+import argparse
+from pathlib import Path
+
+
+def path_text(text: str) -> str:
+    """Read the text of a path, with ~ expanded."""
+    from reca.config.paths import expand_home
+
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty")
+    try:
+        return expand_home(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def as_path(text: str) -> Path:
+    return Path(path_text(text))
+
+
+def takes_overrides(
+    sub: argparse.ArgumentParser, words: str = "recipe keys to override", metavar: str = "key=value"
+) -> None:
+    """Declare the overrides of a recipe."""
+    # Without a default, Python before 3.13 lists them as required arguments.
+    sub.add_argument("overrides", nargs="*", default=[], metavar=metavar, help=words)
+
+
+def takes_pairs(sub: argparse.ArgumentParser, name: str, words: str) -> None:
+    """Declare an option with a value of the form key=value, which may be repeated."""
+    sub.add_argument(name, action="append", default=[], metavar="key=value", help=words)
