@@ -3,8 +3,8 @@
 import logging
 import sys
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from tqdm import tqdm
@@ -103,32 +103,28 @@ def duration(seconds: float) -> str:
     return f"{f'{days}d ' * (days > 0)}{hours}:{minutes:02}:{rest:02}"
 
 
-class RankFile(ExitStack):
-    """Writes the warnings and errors of a rank other than 0 to run_dir/rank_<rank>.log; the terminal gets errors only.
+@contextmanager
+def rank_file(run_dir: Path) -> Iterator[None]:
+    """Write the warnings and errors of a rank other than 0 to run_dir/rank_<rank>.log; the terminal gets errors only.
 
-    A context manager. The first warning creates the file.
+    The first warning creates the file.
     """
-
-    def __init__(self, run_dir: Path):
-        super().__init__()
-        self.path = run_dir / f"rank_{distributed.rank()}.log"
-
-    def __enter__(self) -> "RankFile":
-        handler = logging.FileHandler(self.path, delay=True)
-        handler.setLevel(logging.WARNING)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler = logging.FileHandler(run_dir / f"rank_{distributed.rank()}.log", delay=True)
+    handler.setLevel(logging.WARNING)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    with ExitStack() as undone:
         # A message that several ranks log is printed once (errors.py), but is written to the file of every rank.
         filters = list(log.filters)
         for other in logging.getLogger().handlers:
-            self.callback(other.setLevel, other.level)
+            undone.callback(other.setLevel, other.level)
             other.setLevel(max(other.level, logging.ERROR))
             for one in filters:
                 other.addFilter(one)
-                self.callback(other.removeFilter, one)
+                undone.callback(other.removeFilter, one)
         for one in filters:
             log.removeFilter(one)
-            self.callback(log.addFilter, one)
+            undone.callback(log.addFilter, one)
         log.addHandler(handler)
-        self.callback(handler.close)
-        self.callback(log.removeHandler, handler)
-        return self
+        undone.callback(handler.close)
+        undone.callback(log.removeHandler, handler)
+        yield

@@ -13,7 +13,7 @@ from reca.config.recipe import Recipe
 from reca.config.recipe_files import as_dict
 from reca.io.image_grid import make_grid, to_pil
 from reca.io.jsonl import JsonLines, truncate_after
-from reca.monitoring.console import Console, RankFile, evaluation_line
+from reca.monitoring.console import Console, evaluation_line, rank_file
 from reca.monitoring.trackers import Trackers
 
 log = logging.getLogger("reca")
@@ -33,7 +33,7 @@ class RunLog:
         self.steps = recipe.train.steps
         self.console: Console | None = None
         if not self.main_process:
-            self.stack.enter_context(RankFile(run_dir))
+            self.stack.enter_context(rank_file(run_dir))
             return
         for path in (path for name in LINES_OF_STEPS for path in run_dir.glob(name)):
             truncate_after(path, done)
