@@ -191,17 +191,23 @@ class Suite:
         return None
 
 
-def find_samples(images: Path, items: Sequence[Item]) -> dict[Key, Path]:
-    """Find the images that GenEval's script finds: <digits>/samples/<digits>.png*."""
-    wanted = {int(item.id): item.id for item in items}
-    found: dict[Key, Path] = {}
-    for folder in images.iterdir():
-        if not (folder.is_dir() and folder.name.isdecimal() and int(folder.name) in wanted):
-            continue
-        samples = (p for p in (folder / "samples").glob("*.png*") if p.name.split(".png")[0].isdecimal())
-        for path in sorted(p for p in samples if p.is_file()):
-            found.setdefault((wanted[int(folder.name)], int(path.name.split(".png")[0])), path)
-    return found
+class RowFolders(Suite):
+    """A suite with GenEval's image layout, <row>/samples/<k>.png. Item ids are numbers of rows."""
+
+    def path(self, item: Item, k: int) -> str:
+        return f"{item.id}/samples/{k:04d}.png"
+
+    def find(self, images: Path, items: Sequence[Item]) -> dict[Key, Path]:
+        """Find the images that GenEval's script finds: <digits>/samples/<digits>.png*."""
+        wanted = {int(item.id): item.id for item in items}
+        found: dict[Key, Path] = {}
+        for folder in images.iterdir():
+            if not (folder.is_dir() and folder.name.isdecimal() and int(folder.name) in wanted):
+                continue
+            samples = (p for p in (folder / "samples").glob("*.png*") if p.name.split(".png")[0].isdecimal())
+            for path in sorted(p for p in samples if p.is_file()):
+                found.setdefault((wanted[int(folder.name)], int(path.name.split(".png")[0])), path)
+        return found
 
 
 def check_items(suite: Suite, items: Sequence[Item]) -> None:

@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 
 from reca.eval.errors import EvaluationError
 from reca.eval.suites import files
-from reca.eval.suites.base import PROMPTS, Item, Key, Score, Suite, Value, find_samples, keys_by_item, tag_means
+from reca.eval.suites.base import PROMPTS, Item, Key, RowFolders, Score, Value, keys_by_item, tag_means
 from reca.eval.suites.geneval_rules import TAGS, judge, summarize, threshold_of
 
 
-class GenEval(Suite):
-    """Image layout: <row>/samples/<k>.png, with the prompt's row as <row>/metadata.jsonl."""
+class GenEval(RowFolders):
+    """The layout of RowFolders, with each prompt's row as <row>/metadata.jsonl."""
 
     name = "geneval"
     protocol = "GenEval"
@@ -62,14 +62,8 @@ class GenEval(Suite):
                 f"{path}, row {number}, is not a prompt of GenEval ({error!r}). {self.data_help}"
             ) from error
 
-    def path(self, item: Item, k: int) -> str:
-        return f"{item.id}/samples/{k:04d}.png"
-
     def companions(self, item: Item) -> dict[str, str | Path]:
         return {f"{item.id}/metadata.jsonl": json.dumps(item.metadata)}
-
-    def find(self, images: Path, items: Sequence[Item]) -> dict[Key, Path]:
-        return find_samples(images, items)
 
     def ask(self, judge: Any, item: Item, image: Path) -> Any:
         """Detect objects, and classify the colours of those for which the rule needs them."""

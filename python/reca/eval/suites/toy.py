@@ -5,13 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from reca.eval.suites.base import Item, Key, Score, Suite, Value, find_samples, keys_by_item, mean, tag_means
+from reca.eval.suites.base import Item, Key, RowFolders, Score, Value, keys_by_item, mean, tag_means
 from reca.toy_datasets.dataset import JudgedPrompt, load_dataset
 
 
-class Toy(Suite):
-    """Image layout, as in GenEval: <row>/samples/<k>.png."""
-
+class Toy(RowFolders):
     name = "toy"
     judge_kind = "toy"
 
@@ -33,14 +31,8 @@ class Toy(Suite):
 
         return dict(demo_setup(umm, self.dataset).sampling) if umm in self.dataset.umms else {}
 
-    def path(self, item: Item, k: int) -> str:
-        return f"{item.id}/samples/{k:04d}.png"
-
     def companions(self, item: Item) -> dict[str, str | Path]:
         return {f"{item.id}/metadata.jsonl": json.dumps({"tag": item.tag, "prompt": item.prompt})}
-
-    def find(self, images: Path, items: Sequence[Item]) -> dict[Key, Path]:
-        return find_samples(images, items)
 
     def ask(self, judge: Any, item: Item, image: Path) -> Any:
         return judge.shows(image, JudgedPrompt(self.dataset, item.metadata["prompt"]))
