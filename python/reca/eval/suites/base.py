@@ -161,8 +161,8 @@ class Suite:
         return {}
 
     def path(self, item: Item, k: int) -> str:
-        """Return the path of an image in the benchmark's layout, relative to the folder of images."""
-        raise NotImplementedError
+        """Return the path of an image in the benchmark's layout, relative to the images' folder. By default ID.png."""
+        return f"{item.id}.png"
 
     def companions(self, item: Item) -> dict[str, str | Path]:
         """Return the layout's other files for an item: relative path -> text, or file to copy."""

@@ -95,9 +95,6 @@ class GenEval2(Suite):
                 ) from error
         return items
 
-    def path(self, item: Item, k: int) -> str:
-        return f"{item.id}.png"
-
     def find(self, images: Path, items: Sequence[Item]) -> dict[Key, Path]:
         listed = images / "image_paths.json"
         if not listed.is_file():

@@ -83,9 +83,6 @@ class ImgEdit(Suite):
                 ) from error
         return items
 
-    def path(self, item: Item, k: int) -> str:
-        return f"{item.id}.png"
-
     def ask(self, judge: Any, item: Item, image: Path) -> Any:
         if not isinstance(question := item.metadata["question"], str):
             raise EvaluationError(

@@ -57,9 +57,6 @@ class Wise(Suite):
             raise EvaluationError(f"{root} contains no prompts in .json files. {self.data_help}")
         return sorted(items, key=lambda item: int(item.id))
 
-    def path(self, item: Item, k: int) -> str:
-        return f"{item.id}.png"
-
     def ask(self, judge: Any, item: Item, image: Path) -> Any:
         text = self.question.format(prompt=item.prompt, explanation=item.metadata["explanation"])
         return judge.reply(text, [image])
