@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, NamedTuple
@@ -235,12 +235,14 @@ def _is_name(part: str) -> bool:
     return encodable(part) and "\0" not in part and len(part.encode()) <= LONGEST_NAME
 
 
-def keys_by_item(answers: Iterable[Key]) -> dict[str, list[Key]]:
-    """Group keys by item; those of an item in order."""
+def answered(answers: Mapping[Key, Any], items: Sequence[Item]) -> Iterator[tuple[Item, Key, Any]]:
+    """Yield the answers about these items, in the order of the items; those about an item in order of their images."""
     groups: dict[str, list[Key]] = {}
     for key in sorted(answers):
         groups.setdefault(key[0], []).append(key)
-    return groups
+    for item in items:
+        for key in groups.get(item.id, ()):
+            yield item, key, answers[key]
 
 
 def mean(values: Sequence[float]) -> float:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from reca.eval.errors import EvaluationError
 from reca.eval.suites import files
-from reca.eval.suites.base import PROMPTS, Item, Key, RowFolders, Score, Value, keys_by_item, tag_means
+from reca.eval.suites.base import PROMPTS, Item, Key, RowFolders, Score, Value, answered, tag_means
 from reca.eval.suites.geneval_rules import TAGS, judge, summarize, threshold_of
 
 
@@ -75,17 +75,15 @@ class GenEval(RowFolders):
 
     def score(self, answers: Mapping[Key, Any], items: Sequence[Item]) -> Score:
         """Apply GenEval's rules to detections. Imported verdicts of the public script are used as they are."""
-        values, rows, keys = [], [], keys_by_item(answers)
-        for item in items:
-            for key in keys.get(item.id, ()):
-                answer = answers[key]
-                if "correct" in answer:
-                    correct, reason = bool(answer["correct"]), str(answer.get("reason", ""))
-                else:
-                    verdict = judge(answer, item.metadata)
-                    correct, reason = verdict.correct, "\n".join(r.line for r in verdict.reasons)
-                values.append(Value(*key, item.tag, float(correct), reason))
-                rows.append((item.tag, json.dumps(item.metadata), correct))
+        values, rows = [], []
+        for item, key, answer in answered(answers, items):
+            if "correct" in answer:
+                correct, reason = bool(answer["correct"]), str(answer.get("reason", ""))
+            else:
+                verdict = judge(answer, item.metadata)
+                correct, reason = verdict.correct, "\n".join(r.line for r in verdict.reasons)
+            values.append(Value(*key, item.tag, float(correct), reason))
+            rows.append((item.tag, json.dumps(item.metadata), correct))
         metrics: dict[str, Any] = {}
         if rows:
             summary = summarize(rows)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from reca.eval.errors import EvaluationError
 from reca.eval.suites import files
-from reca.eval.suites.base import PROMPTS, Item, Key, Score, Suite, Value, keys_by_item, tag_means
+from reca.eval.suites.base import PROMPTS, Item, Key, Score, Suite, Value, answered, tag_means
 from reca.eval.suites.geneval2 import YES
 
 COMBINED = "annotation_3_in_1"  # folder with the result of "complex", an average of the other folders' results
@@ -81,13 +81,12 @@ class T2ICompBench(Suite):
         return judge.first_token_probability(text, [image], list(YES))
 
     def score(self, answers: Mapping[Key, Any], items: Sequence[Item]) -> Score:
-        values, failed, keys = [], [], keys_by_item(answers)
-        for item in items:
-            for key in keys.get(item.id, ()):
-                try:
-                    values.append(Value(*key, item.tag, float(answers[key])))
-                except (TypeError, ValueError):
-                    failed.append((key, f"{str(answers[key])[:200]!r} is not a number"))
+        values, failed = [], []
+        for item, key, answer in answered(answers, items):
+            try:
+                values.append(Value(*key, item.tag, float(answer)))
+            except (TypeError, ValueError):
+                failed.append((key, f"{str(answer)[:200]!r} is not a number"))
         tags = tag_means(values)
         return Score(values, {tag: 1 / len(tags) for tag in tags} or None, {"categories": tags}, failed)
 

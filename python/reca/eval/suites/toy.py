@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from reca.eval.suites.base import Item, Key, RowFolders, Score, Value, keys_by_item, mean, tag_means
+from reca.eval.suites.base import Item, Key, RowFolders, Score, Value, answered, mean, tag_means
 from reca.toy_datasets.dataset import JudgedPrompt, load_dataset
 
 
@@ -40,13 +40,11 @@ class Toy(RowFolders):
     def score(self, answers: Mapping[Key, Any], items: Sequence[Item]) -> Score:
         values: list[Value] = []
         pairs: dict[str, list[float]] = {}
-        keys = keys_by_item(answers)
-        for item in items:
-            for key in keys.get(item.id, ()):
-                hit = float(answers[key]["correct"])
-                values.append(Value(*key, item.tag, hit, answers[key].get("seen", "")))
-                if item.tag in ("colour", "attribution"):
-                    pairs.setdefault(item.metadata["pairs"], []).append(hit)
+        for item, key, answer in answered(answers, items):
+            hit = float(answer["correct"])
+            values.append(Value(*key, item.tag, hit, answer.get("seen", "")))
+            if item.tag in ("colour", "attribution"):
+                pairs.setdefault(item.metadata["pairs"], []).append(hit)
         tags = tag_means(values)
         metrics = {"overall": mean(list(tags.values()))} if tags else {}
         metrics |= {name: mean(hits) for name, hits in pairs.items()}
