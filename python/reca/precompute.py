@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ from tqdm import tqdm
 
 from reca import distributed, units
 from reca.config.recipe import LoraConfig, Recipe
-from reca.config.recipe_files import as_dict
 from reca.data.batch import Batch
 from reca.data.errors import BadSample, LeftOut
 from reca.data.feature_shards import fill
@@ -32,7 +31,7 @@ def features_identity(recipe: Recipe, adapter: Adapter, parent: str | None) -> l
 
     parent: digest of the checkpoint that the run started from. It is included if `encode` reads one of its parameters.
     """
-    found = [recipe.umm, recipe.train.precision, as_dict(recipe)["model"]]
+    found = [recipe.umm, recipe.train.precision, asdict(recipe)["model"]]
     return [*found, parent] if adapter.inherited and _encoders(adapter) & adapter.inherited else found
 
 

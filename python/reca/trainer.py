@@ -4,13 +4,14 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from reca import checkpoint, distributed, exits, inference, objective, preflight
 from reca.config.recipe import Recipe, TaskConfig
-from reca.config.recipe_files import absolute_paths, as_dict, save_recipe
+from reca.config.recipe_files import absolute_paths, save_recipe
 from reca.data.batch import Batch
 from reca.data.loader import Loader, open_loader
 from reca.estimate import fit_run, out_of_memory
@@ -350,7 +351,7 @@ class Trainer:
             "skipped": self.skipped.state(),
             "monitor": self.monitor.state(),
             "ema": self.ema and self.ema.state(),
-            "recipe": as_dict(self.recipe),
+            "recipe": asdict(self.recipe),
             "fingerprint": self.fingerprint,
         }
         averages = self.ema.averages if self.ema else None

@@ -1,6 +1,8 @@
+from dataclasses import asdict
+
 import pytest
 
-from reca.config.recipe_files import as_dict, explain, load_recipe, recipe_names, save_recipe
+from reca.config.recipe_files import explain, load_recipe, recipe_names, save_recipe
 from reca.options.fields import RecipeError
 
 
@@ -119,4 +121,4 @@ def test_every_key_is_documented(recipe):
 def test_shipped_recipes_load(name, tmp_path):
     recipe = load_recipe(name)
     save_recipe(recipe, tmp_path / "copy.yaml")
-    assert as_dict(load_recipe(tmp_path / "copy.yaml")) == as_dict(recipe)
+    assert asdict(load_recipe(tmp_path / "copy.yaml")) == asdict(recipe)

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from reca import checkpoint, distributed
-from reca.config.recipe_files import as_dict, load_recipe
+from reca.config.recipe_files import load_recipe
 from reca.data.batch import Batch
 from reca.eval.errors import EvaluationError
 from reca.eval.training import TrainingSuite
@@ -55,7 +56,7 @@ OTHER = [*SMOOTH, "objective.reca.batch_size=3", "objective.condition=other"]
 
 def released(name: str) -> list[str]:
     """The objective of a released recipe, and one step."""
-    objective = as_dict(load_recipe(name))["objective"]
+    objective = asdict(load_recipe(name))["objective"]
     tasks = [
         f"objective.{k}.{key}={objective[k][key]}" for k in ("reca", "i2t") for key in ("batch_size", "micro_batch")
     ]

@@ -1,12 +1,13 @@
 """Values of recipes: what a text means is decided by the type of its key, never by how the text looks."""
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from reca.config.recipe_files import absolute_paths, as_dict, explain, load_recipe, recipe_names, save_recipe
+from reca.config.recipe_files import absolute_paths, explain, load_recipe, recipe_names, save_recipe
 from reca.options.fields import RecipeError
 from reca.options.values import SWITCHES, override_text
 
@@ -322,7 +323,7 @@ def test_saved_recipes_and_their_explanations_read_back_exactly(text, tmp_path):
     recipe.model.system_prompt, recipe.log.prompts = text, [text, "", text]
     recipe.optim.lr, recipe.optim.eps, recipe.train.seed = 0.1 + 0.2, math.pi * 1e-30, 2**63 - 1
     save_recipe(recipe, tmp_path / "r.yaml")
-    assert as_dict(load_recipe(tmp_path / "r.yaml")) == as_dict(recipe)
+    assert asdict(load_recipe(tmp_path / "r.yaml")) == asdict(recipe)
     again = show_o(f"model.system_prompt={override_text(text)}", f"log.prompts={override_text(recipe.log.prompts)}")
     assert (again.model.system_prompt, again.log.prompts) == (text, recipe.log.prompts)
 
@@ -336,7 +337,7 @@ def test_a_name_that_is_not_utf8_reads_back(tmp_path):
 def test_every_explained_line_is_an_override(name):
     recipe = load_recipe(name)
     lines = [line.split("  ")[0] for line in explain(recipe).splitlines()]
-    assert as_dict(load_recipe(name, lines)) == as_dict(recipe)
+    assert asdict(load_recipe(name, lines)) == asdict(recipe)
 
 
 @pytest.mark.parametrize(
@@ -432,7 +433,7 @@ def test_located_recipes_mean_the_same_elsewhere(monkeypatch, tmp_path):
         None,
     )
     assert (recipe.model.weights, recipe.model.codec_weights) == (f"{here}/model", "owner/name")
-    assert as_dict(absolute_paths(recipe)) == as_dict(recipe)
+    assert asdict(absolute_paths(recipe)) == asdict(recipe)
     judges = {"mask2former:model": f"mask2former:{here}/model", "owlv2:google/owlv2": "owlv2:google/owlv2",
               "endpoint:http://localhost:8000/v1": "endpoint:http://localhost:8000/v1", "model": "model"}  # fmt: skip
     for given, wanted in judges.items():

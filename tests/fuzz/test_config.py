@@ -4,13 +4,14 @@ import math
 import re
 import string
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from reca.config.recipe_files import RECIPES, as_dict, explain, load_recipe, recipe_names, save_recipe, walk
+from reca.config.recipe_files import RECIPES, explain, load_recipe, recipe_names, save_recipe, walk
 from reca.models import UMMS
 from reca.options.fields import RecipeError
 from reca.options.values import BLANK, NULLS, guess, override_text, write_yaml
@@ -107,7 +108,7 @@ def test_overrides(folder, given_):
         path = folder / "written.yaml"
         path.write_text(write_yaml({"umm": recipe.umm} | nested))
         again = load_recipe(SMALL[umm], [f"{key}={override_text(value)}"])
-        assert as_dict(recipe) == as_dict(load_recipe(path)) == as_dict(again)
+        assert asdict(recipe) == asdict(load_recipe(path)) == asdict(again)
 
 
 @fewer(0.25)
@@ -121,11 +122,11 @@ def test_values_survive_files_and_explanations(folder, umm, path, sentence_, wor
     recipe.optim.lr = number
     with counted("recipes written and read"):
         save_recipe(recipe, folder / "v.yaml")
-        assert as_dict(load_recipe(folder / "v.yaml")) == as_dict(recipe)
+        assert asdict(load_recipe(folder / "v.yaml")) == asdict(recipe)
         lines = explain(recipe).splitlines()
         assert len(lines) == len(KEYS[umm])
         again = [f"{key}={override_text(value_of(recipe, key))}" for key in KEYS[umm]]
-        assert as_dict(load_recipe(SMALL[umm], again)) == as_dict(recipe)
+        assert asdict(load_recipe(SMALL[umm], again)) == asdict(recipe)
 
 
 @fewer(0.25)

@@ -1,6 +1,6 @@
 """Tensors that training changed, and whether understanding uses any of them."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -8,7 +8,6 @@ import torch
 from reca import checkpoint
 from reca.comparison.sides import Side
 from reca.config.recipe import LoraConfig, Recipe
-from reca.config.recipe_files import as_dict
 from reca.estimate.meta_model import build_meta
 from reca.runs.lineage import published_fingerprints
 from reca.training.lora import is_lora
@@ -47,7 +46,7 @@ def understanding(before: Side, after: Side) -> dict[str, Any] | None:
 
 def _published(recipe: Recipe) -> tuple[str, dict[str, Any]]:
     """Identify a model without checkpoint: its type and settings, with fingerprints of files instead of paths."""
-    return recipe.umm, as_dict(recipe)["model"] | published_fingerprints(recipe)
+    return recipe.umm, asdict(recipe)["model"] | published_fingerprints(recipe)
 
 
 def _owner(name: str) -> str:

@@ -77,11 +77,7 @@ def load_recipe(name: str | Path, overrides: Sequence[str] | Mapping[str, Any] =
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write a recipe as YAML that `load_recipe` reads back to the same values. The file is replaced atomically."""
-    write_atomically(path, write_yaml(as_dict(recipe)))
-
-
-def as_dict(recipe: Recipe) -> dict:
-    return asdict(recipe)
+    write_atomically(path, write_yaml(asdict(recipe)))
 
 
 def absolute_paths(recipe: Recipe) -> Recipe:

@@ -3,13 +3,14 @@
 import platform
 import statistics
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
-from reca.config.recipe_files import as_dict, load_recipe
+from reca.config.recipe_files import load_recipe
 from reca.demo.before_after import NAME, before_after
 from reca.demo.measure import Rate
 from reca.demo.pretrain import demo_setup, run_overrides
@@ -99,7 +100,7 @@ def write(
         images={name: _images(outcome) for name, outcome in results[first].items()},
         curves={name: html.loss_curve(o.curve, 300, 90) for name, o in results[first].items() if o.curve},
         steps=recipe.train.steps,
-        settings=as_dict(recipe),
+        settings=asdict(recipe),
         seconds={name: f"{outcome.seconds:.0f}" for name, outcome in results[first].items()},
         machine=f"Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}",
         command=f"reca demo --dataset {dataset.name} --umm {umm} --seeds {len(results)}"

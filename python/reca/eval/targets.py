@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,6 @@ import torch
 
 from reca import checkpoint
 from reca.config.recipe import Recipe
-from reca.config.recipe_files import as_dict
 from reca.eval import report
 from reca.eval.errors import EvaluationError
 from reca.eval.files import write
@@ -63,7 +62,7 @@ class Target:
         """Return values that identify the state of the model without reading its weights."""
         assert self.recipe is not None
         newest = checkpoint.latest(Path(self.source)) if self.trained else None
-        found: dict[str, Any] = {"model": as_dict(self.recipe)["model"], "files": published_fingerprints(self.recipe)}
+        found: dict[str, Any] = {"model": asdict(self.recipe)["model"], "files": published_fingerprints(self.recipe)}
         found |= {"ema": self.ema, "init_from": None if self.trained else parent_digest(self.recipe, self.run)}
         found["checkpoint"] = newest and (newest / checkpoint.MARKER).read_text()
         return json.loads(json.dumps(found, default=str))

@@ -4,13 +4,13 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 
 from torch import Tensor
 
 from reca import distributed
 from reca.config.recipe import Recipe
-from reca.config.recipe_files import as_dict
 from reca.io.image_grid import make_grid, to_pil
 from reca.io.jsonl import JsonLines, truncate_after
 from reca.monitoring.console import Console, evaluation_line, rank_file
@@ -39,7 +39,7 @@ class RunLog:
             truncate_after(path, done)
         self.lines = JsonLines(run_dir / "log.jsonl")
         self.stack.callback(self.lines.close)
-        self.trackers = Trackers(run_dir, done, recipe.log.tensorboard, recipe.log.wandb, as_dict(recipe))
+        self.trackers = Trackers(run_dir, done, recipe.log.tensorboard, recipe.log.wandb, asdict(recipe))
         self.stack.callback(self.trackers.close)
         if shown:
             self.console = Console(run_dir.name, recipe.train.steps, done)

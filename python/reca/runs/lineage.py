@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 
 from reca import checkpoint, distributed, exits
 from reca.config.recipe import Recipe
-from reca.config.recipe_files import UnknownRecipe, as_dict, by_key, load_recipe, walk
+from reca.config.recipe_files import UnknownRecipe, by_key, load_recipe, walk
 from reca.data.sources.factory import DATA_KEYS
 from reca.models import umm_package
 from reca.models.base import Adapter
@@ -99,9 +99,9 @@ def reject_changed(recipe: Recipe, run_dir: Path, state: Mapping[str, Any], now:
     state: state of the checkpoint to resume from, with its recipe and fingerprint. now: fingerprint of this start.
     The message names every such key with both values.
     """
-    before, new = state["fingerprint"], _flat(as_dict(recipe))
+    before, new = state["fingerprint"], _flat(asdict(recipe))
     # Keys that the version that wrote the checkpoint did not have count as having their default.
-    old = _flat(as_dict(Recipe(umm=recipe.umm, model=type(recipe.model)()))) | _flat(state["recipe"])
+    old = _flat(asdict(Recipe(umm=recipe.umm, model=type(recipe.model)()))) | _flat(state["recipe"])
     free = [*RESULT_NEUTRAL_KEYS, *COMPARED_BY_CONTENT, *before, *now, "optim.decay_steps"]
     for task in DATA_KEYS:
         if not old.get(f"objective.{task}.weight") and not new[f"objective.{task}.weight"]:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from reca.config.recipe_files import as_dict, load_recipe
+from reca.config.recipe_files import load_recipe
 from reca.eval.suites import SUITES
 from reca.options.fields import RecipeError
 from reca.studies import toy
@@ -86,7 +86,7 @@ def _of_seed(variants: Mapping[str, tuple[Variant, tuple[str, ...]]], asked: Ask
             initial.append(f"train.init_from={folders[parent]}")
         load_recipe(recipe, [*own, *initial])  # raises RecipeError for invalid keys
         origins = [folder and folder.name for folder in (origin, folders.get(parent or ""))]
-        decides = [kind, as_dict(load_recipe(recipe, own)), asked.scale, *origins]
+        decides = [kind, asdict(load_recipe(recipe, own)), asked.scale, *origins]
         folder = asked.out / "variants" / f"{short(recipe)}-seed{seed}-{digest(decides)}"
         twins = tuple(task.name for task in tasks if task.folder == folder)  # never run one folder twice at once
         result = folder / f"measured-{digest(asdict(asked.evaluations))}.json"
