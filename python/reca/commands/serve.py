@@ -23,7 +23,7 @@ from reca import inference
 from reca.data.pixels import read_image
 from reca.eval.targets import Target, opponent, target
 from reca.hardware.devices import usable_device
-from reca.io.image_grid import to_pil
+from reca.io.image_grid import enlarged, to_pil
 from reca.models import umm_package
 from reca.models.base import Adapter
 from reca.models.common.inference import check_pairs, warn_of_unknown_words
@@ -196,10 +196,7 @@ def _enlarged(function: Callable[..., list[Image.Image]]) -> Callable[..., list[
 
     @functools.wraps(function)
     def wrapped(*given: Any) -> list[Image.Image]:
-        images = function(*given)
-        times = [-(-SMALLEST // max(image.size)) for image in images]
-        return [image.resize((n * image.width, n * image.height), Image.Resampling.NEAREST) if n > 1 else image
-                for image, n in zip(images, times, strict=True)]  # fmt: skip
+        return [enlarged(image, -(-SMALLEST // max(image.size))) for image in function(*given)]
 
     return wrapped
 

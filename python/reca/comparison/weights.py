@@ -10,7 +10,7 @@ from reca.comparison.sides import Side
 from reca.config.recipe import LoraConfig, Recipe
 from reca.estimate.meta_model import build_meta
 from reca.runs.lineage import published_fingerprints
-from reca.training.lora import is_lora
+from reca.training.lora import is_lora, weight_beside
 
 SHOWN = 40  # maximum number of changed tensors to list
 
@@ -28,7 +28,8 @@ def understanding(before: Side, after: Side) -> dict[str, Any] | None:
     changed = sorted(_changed(before, after))
     adapter, _ = build_meta(replace(after.recipe, lora=LoraConfig()))
     role_of = adapter.roles()
-    touched = [name for name in changed if role_of.get(_owner(name), "") in adapter.understanding_roles]
+    owner = {name: weight_beside(name) if is_lora(name) else name for name in changed}
+    touched = [name for name in changed if role_of.get(owner[name], "") in adapter.understanding_roles]
     if not changed:
         text = "No tensor differs: the two models are bit-identical."
     elif not touched:
@@ -47,11 +48,6 @@ def understanding(before: Side, after: Side) -> dict[str, Any] | None:
 def _published(recipe: Recipe) -> tuple[str, dict[str, Any]]:
     """Identify a model without checkpoint: its type and settings, with fingerprints of files instead of paths."""
     return recipe.umm, asdict(recipe)["model"] | published_fingerprints(recipe)
-
-
-def _owner(name: str) -> str:
-    """Return the weight that a LoRA tensor modifies; for other tensors the tensor itself."""
-    return name.partition(".lora_")[0] + ".weight" if is_lora(name) else name
 
 
 def _changed(before: Side, after: Side) -> set[str]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from PIL import Image, ImageDraw, ImageFont
 
 from reca.demo.variants import BEFORE, Outcome
-from reca.io.image_grid import to_pil
+from reca.io.image_grid import enlarged, to_pil
 from reca.toy_datasets.captions import caption
 from reca.toy_datasets.dataset import ToyDataset
 from reca.toy_datasets.scene import Scene
@@ -39,7 +39,7 @@ def before_after(outcomes: Mapping[str, Outcome], dataset: ToyDataset, seed: int
             draw.text((x + side / 2, TOP - 6 - 15 * number), line, fill="black", font=font, anchor="mb")
         for row, name in enumerate(rows):
             image = to_pil(outcomes[name].measured.samples[place][1])
-            sheet.paste(image.resize((side, side), Image.Resampling.NEAREST), (x, TOP + row * (side + GAP)))
+            sheet.paste(enlarged(image, side // width), (x, TOP + row * (side + GAP)))
     for row, name in enumerate(rows):
         draw.text((LEFT - 10, TOP + row * (side + GAP) + side / 2), name, fill="black", font=font, anchor="rm")
     return sheet

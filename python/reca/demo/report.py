@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from reca.config.recipe_files import load_recipe
 from reca.demo.before_after import NAME, before_after
@@ -16,7 +15,7 @@ from reca.demo.measure import Rate
 from reca.demo.pretrain import demo_setup, run_overrides
 from reca.demo.variants import BEFORE, Outcome, Results, rows
 from reca.io import html
-from reca.io.image_grid import to_pil
+from reca.io.image_grid import enlarged, to_pil
 from reca.processes.side_by_side import Failure
 from reca.toy_datasets.dataset import ToyDataset
 
@@ -144,5 +143,4 @@ def _images(outcome: Outcome, per_row: int = 12) -> list[dict[str, Any]]:
 
 def _enlarged(image: torch.Tensor) -> str:
     shown = to_pil(image)
-    times = max(1, 60 // shown.width)
-    return html.png_url(shown.resize((times * shown.width, times * shown.height), Image.Resampling.NEAREST))
+    return html.png_url(enlarged(shown, max(1, 60 // shown.width)))

@@ -13,6 +13,11 @@ def to_pil(pixels: Tensor) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
 
+def enlarged(image: Image.Image, times: int) -> Image.Image:
+    """Enlarge a small image by an integer factor, each pixel to a square."""
+    return image.resize((times * image.width, times * image.height), Image.Resampling.NEAREST)
+
+
 def make_grid(images: list[Tensor], columns: int | None = None) -> Image.Image:
     """Paste images (uint8 [3, H, W]) on white, row by row. columns: None makes the grid about square."""
     columns = columns or math.ceil(math.sqrt(len(images)))

@@ -12,6 +12,7 @@ from PIL import Image
 
 from reca.io import html
 from reca.io.folders import write_atomically
+from reca.io.image_grid import enlarged
 from reca.studies import judge
 from reca.studies.study import BEFORE, PRETRAINED, Study
 from reca.studies.task import Asked, Task, short
@@ -162,7 +163,7 @@ def _images(found: dict[str, Any]) -> dict[str, Any]:
         if "failed" in result or not path.is_file():
             continue
         with Image.open(path) as image:
-            larger = image.resize((ENLARGED * image.width, ENLARGED * image.height), Image.Resampling.NEAREST)
+            larger = enlarged(image, ENLARGED)
         shown[variant["name"]] = {"source": html.png_url(larger), "width": larger.width}
         shown.setdefault("", json.loads(path.with_suffix(".json").read_text()))
     return shown
