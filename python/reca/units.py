@@ -1,4 +1,4 @@
-"""Formatting of quantities and lists for messages, and parsing of sizes."""
+"""Formatting of quantities, lists and tables as text, and parsing of sizes."""
 
 import re
 from collections.abc import Sequence
@@ -21,6 +21,12 @@ def some(names: Sequence[str]) -> str:
     """List the first three names and the number of others."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"{', '.join(names[:3])}{more}"
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Align the columns of a table. Return its lines."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def size(count: float) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from reca import units
 from reca.config.recipe_files import load_recipe
 from reca.demo.before_after import NAME, before_after
 from reca.demo.measure import Rate
@@ -30,10 +31,10 @@ def table(results: Results) -> str:
         overall = _spread([100 * made[name].measured.overall for made in results.values() if name in made])
         cells = [_rates(results, name, rate) for rate in (*COLUMNS, "understanding")]
         rows.append((name, *cells[:-1], overall, cells[-1]))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     seeds = ", ".join(map(str, results))
-    return "\n".join([f"images that show what was asked, % (seeds {seeds})", *lines, "", *verdicts(results)])
+    return "\n".join(
+        [f"images that show what was asked, % (seeds {seeds})", *units.table(rows), "", *verdicts(results)]
+    )
 
 
 def verdicts(results: Results) -> list[str]:

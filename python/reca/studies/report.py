@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from reca import units
 from reca.io import html
 from reca.io.folders import write_atomically
 from reca.io.image_grid import enlarged
@@ -141,8 +142,7 @@ def text(found: dict[str, Any]) -> str:
     measures = _measures(found)
     rows = [["", *measures]]
     rows += [[variant["name"], *(cell(variant["means"].get(m)) for m in measures)] for variant in found["variants"]]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = units.table(rows)
     lines += [f"not with {found['umm']}: {name} ({why})" for name, why in found["omitted"].items()]
     lines += found["failed"]
     for variant in found["variants"]:
