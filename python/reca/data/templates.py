@@ -24,8 +24,8 @@ def load_templates(source: str | None = None, count: int | None = None) -> list[
 
 
 def _lines(source: str | None) -> list[str]:
-    if source and parse_spec(source):
-        found = load_object(source, "data.templates")
+    if source and (spec := parse_spec(source)):
+        found = load_object(spec, "data.templates")
         if not isinstance(found, list | tuple) or not found or not all(isinstance(line, str) for line in found):
             raise DataError(
                 f"data.templates={source} names a {type(found).__name__}; it must be a list of sentences, with at "

@@ -67,8 +67,8 @@ def open_source(text: str, task: str, image_root: str | None = None, columns: Co
     path, columns = Path(text), columns or ColumnsConfig()
     if text.startswith(hf.PREFIX) and not is_address(text):
         return hf.open_hub(text, task, columns, image_root)
-    if parse_spec(text):
-        return call_source(text, task, f"data.{DATA_KEYS[task]}")
+    if spec := parse_spec(text):
+        return call_source(spec, task, f"data.{DATA_KEYS[task]}")
     if "\0" in text or not text.strip():
         raise DataError(f"{text!r} is not a path; name the data, or null for none")
     try:
