@@ -116,6 +116,20 @@ def test_captions_in_a_contact_sheet_are_text(root):
     assert "in training order, each with its generation view." in page
 
 
+def test_turns_and_scores_are_lines_of_a_contact_sheet(root, tmp_path):
+    talk = conversations(tmp_path, row("human", "<what>?", "gpt", "one"))
+    scored = tmp_path / "scored.json"
+    box = {"box": [0, 0, 50, 150], "score": -1}
+    scored.write_text(json.dumps([{"image": "a.png", "caption": "two", "boxes": [box], "background": 0.5}]))
+    config = DataConfig(conversations=str(talk), scored=str(scored), image_root=str(root), decoder="pillow", workers=0)
+    views = {"i2t": Views(gen=None, und=View(12)), "srum": VIEWS["t2i"]}
+    pages = {
+        task: contact_sheet(open_loader(config, task, views[task], seed=0, micro_batch=1), 1, task) for task in views
+    }
+    assert "<b>Q</b> &lt;what&gt;?<br>\n<b>A</b> one<br>" in pages["i2t"]
+    assert "two<br>\n-1 at 0.00, 0.00, 0.50, 0.50<br>\n+0.5 elsewhere<br>" in pages["srum"]
+
+
 def test_the_command_writes_a_page_of_the_views_of_a_recipe(root, tmp_path, capsys, monkeypatch):
     model = SimpleNamespace(tasks=("reca",), views=VIEWS.get)
     monkeypatch.setattr("reca.commands.data.build_meta", lambda recipe: (model, None))
