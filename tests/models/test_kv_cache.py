@@ -1,12 +1,15 @@
 """KV caches of transformers models."""
 
+import itertools
 import warnings
 
 import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaModel, PreTrainedModel
 
-from reca.models.common.kv_cache import with_cache
+from reca.models.common import planned
+from reca.models.common.kv_cache import ROOM, decoding_cache, with_cache
+from reca_kernels import AttentionSpan, attention_plan
 
 
 @pytest.fixture(scope="module")
@@ -33,3 +36,38 @@ def test_earlier_transformers(model):
 
     earlier, cache = Earlier.__new__(Earlier), DynamicCache(config=model.config)
     assert with_cache(earlier, cache) == {"past_key_values": cache, "use_cache": True}
+
+
+@torch.no_grad()
+def test_a_cache_for_decoding_copies_earlier_rows_only_when_its_memory_is_full(model):
+    cache, rows = decoding_cache(model), torch.randn(2, 2 * ROOM, 8, generator=torch.Generator().manual_seed(0))
+    places, behind = [], []
+    for start, stop in [(0, 4), *((i, i + 1) for i in range(4, 2 * ROOM))]:
+        behind.append(model(inputs_embeds=rows[:, start:stop], **with_cache(model, cache)).last_hidden_state)
+        places.append(cache.layers[0].keys.data_ptr())
+    assert sum(a != b for a, b in itertools.pairwise(places)) == 1
+    torch.testing.assert_close(torch.cat(behind, 1), model(inputs_embeds=rows).last_hidden_state)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("key_heads", [4, 2])
+def test_a_new_token_attends_to_all_rows_but_padding_and_makes_no_plan(monkeypatch, key_heads):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 4}
+    chosen = {"num_key_value_heads": key_heads, "attn_implementation": planned.PLANNED}
+    uneven = LlamaModel(LlamaConfig(vocab_size=5, **sizes, **chosen)).eval()
+    rows, plans = torch.randn(2, 7, 16), []
+    monkeypatch.setattr(planned, "attention_plan", lambda *a, **k: plans.append(a) or attention_plan(*a, **k))
+    samples = [(AttentionSpan(3, "pad"), AttentionSpan(1)), (AttentionSpan(4),)]
+    positions = torch.tensor([[0, 0, 0, 0], [0, 1, 2, 3]])
+    advance = planned.Continuation(uneven, rows[:, :4], positions, samples)
+    found = [advance(None), *(advance(rows[:, i : i + 1]) for i in range(4, 7))]
+    assert len(plans) == 1
+    for number, first in enumerate((3, 0)):
+        length = 7 - first
+        alone = uneven(
+            inputs_embeds=rows[number : number + 1, first:],
+            position_ids=torch.arange(length)[None],
+            plan=attention_plan([[AttentionSpan(length)]]),
+        ).last_hidden_state[0, -4:]
+        torch.testing.assert_close(torch.stack([hidden[number] for hidden in found]), alone)

@@ -3,7 +3,40 @@
 import inspect
 from typing import Any
 
+from torch import Tensor
 from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+ROOM = 64  # rows that memory is enlarged by
+
+
+class _Layer(DynamicLayer):
+    """Write new rows into memory that has room for more. Transformers' layer copies all rows for every new one."""
+
+    memory: tuple[Tensor, Tensor] | None = None  # keys and values [B, H, rows and room, d]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, new = self.get_seq_length(), (key_states, value_states)
+        stop = start + key_states.shape[2]
+        if self.memory is None or self.memory[0].shape[2] < stop:
+            larger = [x.new_empty(*x.shape[:2], stop + ROOM, x.shape[3]) for x in new]
+            for to, rows in zip(larger, self.memory or (), strict=False):
+                to[:, :, :start] = rows[:, :, :start]
+            self.memory = (larger[0], larger[1])
+        for to, rows in zip(self.memory, new, strict=True):
+            to[:, :, start:stop] = rows
+        self.keys, self.values = (x[:, :, :stop] for x in self.memory)
+        return self.keys, self.values
+
+
+def decoding_cache(model: PreTrainedModel) -> Cache:
+    """Return an empty cache to which rows are appended without copying the earlier ones, for passes without gradients.
+
+    Up to ROOM rows of it are unused.
+    """
+    return Cache(layers=[_Layer() for _ in range(model.config.num_hidden_layers)])
 
 
 def with_cache(model: PreTrainedModel, cache: Cache) -> dict[str, Any]:

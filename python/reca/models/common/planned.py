@@ -1,19 +1,30 @@
 """Attention plans instead of masks in transformers language models: attn_implementation=PLANNED, then plan=..."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, DynamicCache, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from reca.models.common.greedy import greedy_tokens
-from reca.models.common.kv_cache import with_cache
+from reca.models.common.kv_cache import decoding_cache, with_cache
 from reca_kernels import AttentionPlan, AttentionSpan, attention, attention_plan
+from reca_kernels.host import on_device
 
 PLANNED = "reca_planned"
 CAUSAL = "reca_causal"  # causal attention unless there is a plan
+
+
+class OneRow(NamedTuple):
+    """What one new row of each sample attends to, in place of a plan.
+
+    keys  bool [B, 1, 1, L]: the cached rows, the new one included; None: all
+    """
+
+    keys: Tensor | None
 
 
 @torch.compiler.disable  # else every new layout would recompile the layers
@@ -24,7 +35,7 @@ def _planned(
     value: Tensor,
     attention_mask: Tensor | None,  # None: transformers makes masks only for implementations that it knows
     *,
-    plan: AttentionPlan | None = None,
+    plan: AttentionPlan | OneRow | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     **_: object,
@@ -35,6 +46,11 @@ def _planned(
         raise ValueError(
             f"{type(module).__name__} has attention dropout {dropout:g}; attention plans do not support it, set it to 0"
         )
+    if isinstance(plan, OneRow):
+        # Heads that share a key head are rows of it: no kernel has to support groups of heads.
+        rows = query.view(len(key), key.shape[1], -1, key.shape[3])
+        out = F.scaled_dot_product_attention(rows, key, value, attn_mask=plan.keys, scale=scaling)
+        return out.reshape(len(key), 1, -1, value.shape[3]), None
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     if len(q) == 1 < len(plan.samples):  # packed
         return attention(q[0], k[0], v[0], plan, scale=scaling)[None], None
@@ -48,7 +64,7 @@ def _causal(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    plan: AttentionPlan | None = None,
+    plan: AttentionPlan | OneRow | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     if plan is None:
@@ -72,7 +88,7 @@ class CachedPrompts:
     ):
         self.model, self.samples = model, samples
         self.following = positions.amax(dim=1, keepdim=True) + 1
-        self.cache = DynamicCache(config=model.config)
+        self.cache = decoding_cache(model)
         self.cached = with_cache(model, self.cache)
         plan = attention_plan(samples, device=embeddings.device)
         model(inputs_embeds=embeddings, position_ids=positions, plan=plan, **self.cached)
@@ -104,22 +120,20 @@ class Continuation:
         samples: Sequence[Sequence[AttentionSpan]],
     ):
         self.model, self.embeddings, self.positions, self.samples = model, embeddings, positions, samples
-        self.cached, self.new = with_cache(model, DynamicCache(config=model.config)), 0
+        self.cached, self.new = with_cache(model, decoding_cache(model)), 0
+        self.keys = _unpadded(samples, embeddings.device)
 
     def __call__(self, rows: Tensor | None) -> Tensor:
         """Return the last hidden states [B, H] after the next embedding of each sample, [B, 1, H]; None: prefill."""
+        plan: AttentionPlan | OneRow
         if rows is None:
-            rows, at, layout = self.embeddings, self.positions, self.samples
+            rows, at, plan = self.embeddings, self.positions, attention_plan(self.samples, device=self.positions.device)
         else:
             self.new += 1
             at = self.positions[:, -1:] + self.new
-            layout = [_behind(sample, self.new) for sample in self.samples]
-        hidden = self.model(
-            inputs_embeds=rows,
-            position_ids=at,
-            plan=attention_plan(layout, device=self.embeddings.device),
-            **self.cached,
-        ).last_hidden_state
+            self.keys = None if self.keys is None else F.pad(self.keys, (0, 1), value=True)
+            plan = OneRow(self.keys)
+        hidden = self.model(inputs_embeds=rows, position_ids=at, plan=plan, **self.cached).last_hidden_state
         return hidden[:, -1]
 
 
@@ -142,8 +156,10 @@ def greedy(
     return greedy_tokens(next_logits, len(embeddings), max_new_tokens, end)
 
 
-def _behind(sample: Sequence[AttentionSpan], new: int) -> tuple[AttentionSpan, ...]:
-    """Return the spans for decoding the new-th token: the prompt and earlier tokens are cached."""
-    pads = sum(run.length for run in sample if run.mode == "pad")
-    rows = sum(run.length for run in sample) - pads + new - 1
-    return AttentionSpan(pads, "pad", cached=True), AttentionSpan(rows, cached=True), AttentionSpan(1)
+def _unpadded(samples: Sequence[Sequence[AttentionSpan]], device: torch.device) -> Tensor | None:
+    """Return which rows of left-padded samples are not padding, bool [B, 1, 1, L]; None: all."""
+    pads = [sum(run.length for run in sample if run.mode == "pad") for sample in samples]
+    if not any(pads):
+        return None
+    length = sum(run.length for run in samples[0])
+    return on_device((torch.arange(length) >= torch.tensor(pads)[:, None])[:, None, None], device)
