@@ -266,12 +266,14 @@ def greedy(
     on_step=None,  # called with the logits [B, V] of each step
 ) -> Tensor:  # int64 [B, n], n <= max_new_tokens
     """Decode replies greedily; stop when every sample has generated eos."""
-    head = net.language_model.lm_head
+    head, starts = net.language_model.lm_head, [[Text([net.vocabulary.bos])]] * len(cache)
+    layout = net.layout(starts, cache.positions).to(net.device)
 
     def next_logits(last: Tensor | None) -> Tensor:
-        nonlocal cache
-        tokens = [net.vocabulary.bos] * len(cache) if last is None else last.tolist()
-        hidden, cache = net.prefill(Prompt([[Text([token])] for token in tokens]), cache)
+        nonlocal cache, layout
+        if last is not None:
+            layout = layout.next_tokens(last)
+        hidden, cache = net.prefill(Prompt(starts), cache, layout)
         logits = head(hidden.to(head.weight.dtype))
         if on_step:
             on_step(logits)
