@@ -135,6 +135,13 @@ def test_captions_are_dropped_for_some_samples_and_templates_never(model):
     assert all(row == reca[0] for row in reca)
 
 
+@pytest.mark.parametrize(("share", "dropped"), [(0.0, 0), (1.0, 4)])
+def test_the_share_of_dropped_captions_is_a_key(model, monkeypatch, share, dropped):
+    monkeypatch.setattr(model, "config", replace(model.config, caption_drop=share))
+    prompts = loss.sample_prompts(model, Batch("t2i", torch.arange(4), TEXTS["t2i"]), CounterRNG(0))
+    assert sum(made == prompt.caption(model.tokenizer, None) for made in prompts) == dropped
+
+
 def test_the_prompt_runs_without_a_graph(model):
     """Only the queries' pass may keep activations of the language model."""
     freeze(model, None)

@@ -7,7 +7,7 @@ from reca.models.common.patch_codec import PatchSizes
 from reca.models.common.pooled_features import PUBLISHED, EfficientNetSizes
 from reca.models.common.qwen2 import Qwen2Sizes
 from reca.models.common.vector_codebook import VectorCodebookSizes
-from reca.options.fields import HUB, RecipeError, config_field, count, pixels
+from reca.options.fields import HUB, RecipeError, config_field, count, pixels, share
 
 
 @dataclass
@@ -129,6 +129,7 @@ class OpenUniConfig:
     image_size: int = pixels(512, "size in pixels of a generated image")
     understanding_size: int = pixels(448, "size in pixels of InternViT's input; 224 is a tighter bottleneck")
     hv_blur: int = count(1, "RECA: shrink the encoder's input by this factor and resize it back, a bottleneck")
+    caption_drop: float = share(0.1, "share of captions dropped in text-to-image training, for guidance")
     srum_constraint: float = config_field(
         0.1, "SRUM: weight of the constraint term, relative to rewards in [-1, 1]", least=0
     )

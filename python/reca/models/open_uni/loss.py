@@ -20,7 +20,6 @@ from reca.rng import CounterRNG, RandomStream
 from reca_kernels import attention_plan, flow_matching_add_noise, flow_matching_loss
 
 STEPS = 1000
-CAPTION_DROP = 0.1
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ def sample_prompts(net: Network, batch: Batch, rng: CounterRNG) -> list[Prompt]:
     """Build a prompt per sample. Some captions are dropped, templates never are."""
     if batch.task == "reca":
         return reca_prompts(net, batch.text)
-    dropped = (rng.uniform(RandomStream.CONDITION_DROP, batch.host_ids)[:, 0] < CAPTION_DROP).tolist()
+    dropped = (rng.uniform(RandomStream.CONDITION_DROP, batch.host_ids)[:, 0] < net.config.caption_drop).tolist()
     captions = [said.caption for said in batch.text] if batch.task == "srum" else batch.text
     texts = [None if drop else text for text, drop in zip(captions, dropped, strict=True)]
     return [prompt.caption(net.tokenizer, text) for text in texts]
