@@ -132,7 +132,7 @@ def release(model: Any) -> None:
 
 
 @contextlib.contextmanager
-def together(model: Any) -> Iterator[None]:
+def fail_together(model: Any) -> Iterator[None]:
     """Run the body on every rank: if it fails on one, it fails on all.
 
     Raises RanksWait if memory is exhausted while ranks share the weights: the others wait inside the model, not here.
@@ -149,13 +149,13 @@ def together(model: Any) -> Iterator[None]:
         raise RanksWait(_ranks_wait(first_line(error))) from error
 
 
-def spared(model: Any, make: Callable[[], T]) -> tuple[T | None, str]:
+def try_on_all_ranks(model: Any, make: Callable[[], T]) -> tuple[T | None, str]:
     """Return the result of `make` and an empty text or, if it fails on any rank, None and the reason.
 
     All ranks must call it. Raises RanksWait.
     """
     try:
-        with together(model):
+        with fail_together(model):
             return make(), ""
     except RanksWait:
         raise

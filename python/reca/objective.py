@@ -159,7 +159,7 @@ def evaluate(
     """Compute the mean loss over fixed batches in eval mode, with random numbers derived from the sample ids."""
     adapter.eval()
     sums = torch.zeros(2, device=next(adapter.parameters()).device, dtype=_total_dtype(adapter))
-    with inference.together(adapter):
+    with inference.fail_together(adapter):
         for batch in batches:
             with autocast:
                 term = adapter(batch, task_rng(seed, batch.task), condition)

@@ -75,7 +75,7 @@ def generate_images(
     for chunk in _chunks(todo, f"{suite.name}: images"):
         seeds = [image_seed(suite.name, item.id, k, seed) for item, k in chunk]
         prompts = [item.prompt for item, _ in chunk]
-        with inference.together(model) if alike else contextlib.nullcontext():
+        with inference.fail_together(model) if alike else contextlib.nullcontext():
             if suite.ability == "edit":
                 sources = [_source(item) for item, _ in chunk]
                 drawn = inference.edit(model, sources, prompts, seeds, **sampling)

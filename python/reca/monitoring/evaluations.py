@@ -91,7 +91,7 @@ class Evaluations:
         failed: list[str] = []
         with torch.random.fork_rng(devices), eval_mode(self.adapter):
             for name, measure in self._measures(step):
-                found, reason = inference.spared(self.adapter, measure)
+                found, reason = inference.try_on_all_ranks(self.adapter, measure)
                 values |= found or {}
                 if reason:
                     failed.append(f"no {name} ({reason}); training continues")

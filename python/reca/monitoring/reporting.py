@@ -150,7 +150,7 @@ class RunReport:
         A failure ends training only where other ranks would wait for this one. key: recipe key that disables these
         images if 0.
         """
-        found, reason = inference.spared(self.adapter, draw)
+        found, reason = inference.try_on_all_ranks(self.adapter, draw)
         if reason:
             self.record.warn(step, f"no {what} ({reason}); {key}=0 disables them")
         return found or []
