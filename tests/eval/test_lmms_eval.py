@@ -72,6 +72,7 @@ class Model:
         return [f"{q} {tuple(i.shape)} {i[:, 0, 0].tolist()}\n\nmore" for i, q in zip(images, questions, strict=True)]
 
     def log_likelihood(self, images, questions, answers):
+        self.images = images
         return [LogLikelihood(-10.0, len(answer)) for answer in answers]
 
 
@@ -159,6 +160,7 @@ def test_the_likelihood_of_choices(module, model):
     )
     assert [result.text for result in found] == [(2.0, True), (10 / 3, False), (2.0, False)]
     assert model.calls == [5]
+    assert len(model.images) == 3 and len(set(map(id, model.images))) == 1  # which the model encodes once
     with pytest.raises(ValueError, match="omit that metric"):
         ours.loglikelihood([SimpleNamespace(args=("", "dog"))])
 
@@ -167,7 +169,7 @@ def test_an_answer_that_is_not_read_is_no_choice(module, model):
     """Behind a question that is too long: its loss is the greatest, and no greedy answer is asked for it."""
     ours = module.Reca("runs/x")
     ours.task_dict = {"task": {"test": [5]}}
-    model.log_likelihood = lambda images, questions, answers: [LogLikelihood(-math.inf, 0)]
+    model.log_likelihood = lambda images, questions, answers: [LogLikelihood(-math.inf, 0)] * len(answers)
     found = ours.loglikelihood([request("x", given, 0) for given in ("a cat", "")])
     assert [result.text for result in found] == [(math.inf, False)] * 2 and model.calls == []
 

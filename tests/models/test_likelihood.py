@@ -66,6 +66,15 @@ def test_it_does_not_depend_on_the_rest(name):
         model.log_likelihood(shown, QUESTIONS, ANSWERS[:1])
 
 
+@pytest.mark.parametrize("name", UMMS)
+def test_an_image_is_encoded_once_for_its_answers(name, monkeypatch):
+    model, (one, other, _), calls, encode = shared(name), images(SIZES), [], shared(name).encode
+    given = [one, one, other], [QUESTIONS[0]] * 3, ANSWERS
+    alone = [model.log_likelihood(*([x] for x in sample))[0] for sample in zip(*given, strict=True)]
+    monkeypatch.setattr(model, "encode", lambda batch: calls.append(batch) or encode(batch))
+    assert model.log_likelihood(*given) == alone and len(calls) == 2
+
+
 @pytest.mark.parametrize("name", ["show_o", "harmon", "janus", "janusflow"])  # the others cut no question
 def test_an_answer_that_is_not_read_is_the_least_likely(name, caplog):
     """And not a certain one: a sum over nothing. The question that leaves no room is named once."""

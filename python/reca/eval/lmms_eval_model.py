@@ -7,6 +7,7 @@ lmms-eval finds it by the entry point `lmms_eval.models` of this package. Nothin
 "simple" model in lmms-eval's terms, since its chat models do not support multiple choice by likelihood.
 """
 
+import itertools
 import logging
 import os
 from pathlib import Path
@@ -85,24 +86,29 @@ class Reca(lmms):
         the whole answer is truncated. Results are GenerationResult because release 0.7.3 converts plain tuples to
         strings, and then fails.
         """
-        found, replies = [], dict[Any, tuple[str, int]]()
-        for request in tqdm(requests, disable=self.rank != 0, desc="reca"):
-            if len(request.args) != 6:
-                raise ValueError(
-                    "a task needs the likelihood of an answer without question and image (acc_mutual_info), but this "
-                    "model needs an image; omit that metric"
-                )
-            text, given, _, number, task, split = request.args
-            given = (given if isinstance(given, str) else str(given(self.task_dict[task][split][number]))).strip()
-            asked = self._question(request)
-            (likely,) = self.model.log_likelihood([asked[0]], [asked[1]], [given])
-            key = task, split, number, text
-            reply, length = replies.get(key, ("", 0))
-            if length < likely.tokens:
-                reply, length = self._answer([asked], likely.tokens)[0], likely.tokens
-                replies = {key: (reply, length)}  # the choices of a document are consecutive
-            found.append(GenerationResult((-likely.mean, likely.tokens > 0 and reply == given)))
+        found = []
+        with tqdm(total=len(requests), disable=self.rank != 0, desc="reca") as bar:
+            for _, choices in itertools.groupby(requests, _asked):  # the choices of a document are consecutive
+                found += self._choices(list(choices))
+                bar.update(len(found) - bar.n)
         return found
+
+    def _choices(self, requests: list) -> list[GenerationResult]:
+        """Return the results of requests with the same image and question."""
+        image, question = self._question(requests[0])
+        answers = [self._given(request) for request in requests]
+        likely = self.model.log_likelihood([image] * len(answers), [question] * len(answers), answers)
+        longest = max(one.tokens for one in likely)
+        reply = self._answer([(image, question)], longest)[0] if longest else ""
+        return [
+            GenerationResult((-one.mean, one.tokens > 0 and reply == given))
+            for one, given in zip(likely, answers, strict=True)
+        ]
+
+    def _given(self, request: Any) -> str:
+        """Return the answer that a request names."""
+        _, given, _, number, task, split = request.args
+        return (given if isinstance(given, str) else str(given(self.task_dict[task][split][number]))).strip()
 
     def generate_until_multi_round(self, requests: list) -> list[str]:
         raise NotImplementedError("this model answers one question at a time; choose tasks of a single round")
@@ -132,6 +138,17 @@ class Reca(lmms):
                 "choose single-image tasks"
             )
         return _pixels(visuals[0], f"{task}, document {number}"), text.replace("<image>", "").strip()
+
+
+def _asked(request: Any) -> tuple[Any, ...]:
+    """Return what is equal in the requests of all choices of a document. Raises ValueError without an image."""
+    if len(request.args) != 6:
+        raise ValueError(
+            "a task needs the likelihood of an answer without question and image (acc_mutual_info), but this model "
+            "needs an image; omit that metric"
+        )
+    text, _, _, number, task, split = request.args
+    return text, number, task, split
 
 
 def _pixels(visual: Image.Image | str | Path, where: str) -> Tensor:

@@ -4,6 +4,7 @@ import functools
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -39,16 +40,23 @@ def log_likelihood(
     """Compute the log-likelihood of answers, one sample at a time, with the i2t training loss.
 
     model: an Adapter. Images are resized and cropped as in `answer`. Samples are not batched because the loss sums over
-    a batch; the cost is one pass per sample, against the dozens of passes that generated the image.
+    a batch; the cost is one pass per sample, against the dozens of passes that generated the image. An image is encoded
+    once for consecutive samples that have it as the same tensor.
     """
     check_pairs(images=images, questions=questions, answers=answers)
     view = model.views("i2t").und
     assert view is not None
     device, found = next(model.parameters()).device, []
+    features: dict[str, Any] = {}
+    pixels: list[Tensor] = []
+    encoded = None
     with eval_mode(model), model.inference_autocast():
         for image, question, answer in zip(images, questions, answers, strict=True):
-            pixels = fit_to_view(image, view).to(device)
-            sample = Batch("i2t", torch.zeros(1, dtype=torch.int64), [[Turn(question, answer)]], und=[pixels])
+            if image is not encoded:
+                pixels, encoded = [fit_to_view(image, view).to(device)], image
+                features.clear()
+            sample = Batch("i2t", torch.zeros(1, dtype=torch.int64), [[Turn(question, answer)]], und=pixels)
+            sample = replace(sample, features=dict(features) or None, on_encoded=features.update)
             found.append(model(sample.to(device), CounterRNG(0)))
     terms = [torch.stack((term.sum, term.weight)) for term in found]
     rows = torch.stack(terms).tolist() if terms else []  # one host synchronisation for all
