@@ -167,7 +167,7 @@ def test_conversation(golden, model):
     asked, answered = golden.cases["strings"]["i2t_text"].split("<|im_end|>\n<|im_start|>assistant\n")
     turn = Turn(asked.rsplit("</img>\n", 1)[1], answered.removesuffix("<|im_end|>"))
     sample = Batch("i2t", torch.arange(1), [[turn]])
-    talk = prompt.conversation(model.tokenizer, sample.text[0])
+    talk = prompt.conversation(model.tokenizer, sample.text[0], prompt.MAX_LENGTH)
     labels = expanded(model, talk._replace(ids=talk.labels))  # one for every row of h_v, too
     context = model.tokenizer.convert_tokens_to_ids(prompt.CONTEXT)
     assert [expanded(model, talk)] == data["i2t.input_ids"].tolist()

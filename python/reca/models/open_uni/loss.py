@@ -44,7 +44,8 @@ def prepare(net: Network, batch: Batch, rng: CounterRNG) -> Prepared:
     """Lay out the sequences of a batch and draw which captions are dropped."""
     hv_tokens, made = modules.hv_tokens(net.config), (batch.task, rng.seed)
     if batch.task == "i2t":
-        prompts = [prompt.conversation(net.tokenizer, turns) for turns in batch.text]
+        most = prompt.MAX_LENGTH - hv_tokens
+        prompts = [prompt.conversation(net.tokenizer, turns, most) for turns in batch.text]
         layout = prompt.layout(prompts, hv_tokens, "right")
         return Prepared(*made, float(layout.labelled), batch.host_ids, layout)
     side = "left" if batch.task == "reca" else "right"

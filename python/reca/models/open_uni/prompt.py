@@ -21,7 +21,7 @@ SPECIAL_TOKENS = [START, END, IMAGE, END_OF_IMAGE, CONTEXT]
 KEEP = "Keep the image as it is."
 PAD_ID = 0  # the release pads with id 0, whatever the tokenizer's padding token is
 MAX_TEXT = 128  # maximum tokens of a text-to-image prompt
-MAX_LENGTH = 2048
+MAX_LENGTH = 2048  # maximum tokens of a prompt with an image and of a conversation, h_v included
 
 
 def caption(tokenizer: PreTrainedTokenizerBase, text: str | None) -> Prompt:
@@ -47,9 +47,14 @@ def question(tokenizer: PreTrainedTokenizerBase, text: str, most: int | None = N
     return Prompt([*before, *behind, *reply_start(tokenizer)], len(before))
 
 
-def conversation(tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]]) -> Prompt:
-    """Build a conversation about an image; replies and their end tokens are labelled."""
-    return chat.conversation(tokenizer, turns, question)
+def conversation(tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]], most: int) -> Prompt:
+    """Build a conversation about an image, truncated to `most` tokens besides h_v.
+
+    Replies and their end tokens are labelled.
+    """
+    ids, slot, labels = chat.conversation(tokenizer, turns, question)
+    assert labels is not None
+    return Prompt(ids[:most], slot, labels[:most])
 
 
 class Layout(NamedTuple):
