@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -206,6 +207,14 @@ def out_of_memory(name: str) -> None:
     Trainer(load_recipe("show_o_tiny", keys))
 
 
+def out_of_memory_for_random_weights(name: str) -> None:
+    """Rank 1 has no memory to receive a random parameter in."""
+    empty = torch.empty
+    deferred_weights.torch = SimpleNamespace(**{**vars(torch), "empty": failing(empty, lambda *_: True)})
+    keys = [f"run_dir={FOLDER / name}", "parallel.strategy=fsdp", "parallel.timeout_minutes=1"]
+    Trainer(load_recipe("show_o_tiny", keys))
+
+
 def no_stacks(name: str) -> None:
     """The file to which rank 1 would write its stacks is a folder."""
     (FOLDER / name / "hang/rank_1.txt").mkdir(parents=True, exist_ok=True)
@@ -391,6 +400,7 @@ CASES = (
     *WITHOUT,
     *UNCACHED,
     out_of_memory,
+    out_of_memory_for_random_weights,
     no_stacks,
     no_state,
     no_recipe_of_the_parent,

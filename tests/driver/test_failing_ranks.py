@@ -60,6 +60,7 @@ def outcomes(tmp_path_factory):
         ("uncached_precompute.fill", [4, 4], "none", None, []),
         ("uncached_Loader.close", [4, 4], "none", None, []),
         ("out_of_memory", [4, 4], "failed", 4, []),
+        ("out_of_memory_for_random_weights", [4, 4], "failed", 4, []),
         ("no_state", [4, 4], "finished", 0, ["000002", "000004"]),
         ("no_recipe_of_the_parent", [4, 4], "failed", 4, []),
         ("rows_of_zeros", [3, 3], "failed", 3, []),

@@ -8,12 +8,14 @@ broadcast from rank 0.
 """
 
 import contextlib
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from reca import distributed
 
 _active = False
 
@@ -70,10 +72,12 @@ class DeferredWeights:
 
         Collective: every rank must call it.
         """
-        for name, parameter in module.named_parameters():
-            if name in self.random:
-                whole = _sent(self.random.pop(name), parameter, device)
-                local_part(parameter).copy_(whole[own_rows(parameter)])
+        random = {name: parameter for name, parameter in module.named_parameters() if name in self.random}
+        with distributed.fail_together():  # else, where one has no memory left, the others wait in a broadcast
+            room = _room_of_largest(random.values(), device)
+        for name, parameter in random.items():
+            whole = _sent(self.random.pop(name), parameter, room)
+            local_part(parameter).copy_(whole[own_rows(parameter)])
         _send_buffers(module)
 
     @torch.no_grad()
@@ -108,14 +112,19 @@ def _send_buffers(module: nn.Module) -> None:
                 buffer.copy_(sent)
 
 
-def _sent(own: Tensor, parameter: nn.Parameter, device: torch.device) -> Tensor:
-    """Return rank 0's value of a parameter, unsharded."""
+def _room_of_largest(parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:
+    """Allocate bytes for any one of the parameters, unsharded, if there are other ranks to receive it from."""
+    sizes = [parameter.numel() * parameter.element_size() for parameter in parameters if dist.is_initialized()]
+    return torch.empty(max(sizes, default=0), dtype=torch.uint8, device=device)
+
+
+def _sent(own: Tensor, parameter: nn.Parameter, room: Tensor) -> Tensor:
+    """Return rank 0's value of a parameter, unsharded. room: bytes to receive it in."""
     if not dist.is_initialized():
         return own
+    whole = room[: parameter.numel() * parameter.element_size()].view(parameter.dtype).view(parameter.shape)
     if dist.get_rank() == 0:
-        whole = own.to(device).contiguous()
-    else:
-        whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+        whole.copy_(own)
     dist.broadcast(whole, 0)
     return whole
 
