@@ -250,13 +250,18 @@ def test_what_nobody_foresaw_keeps_its_traceback(monkeypatch, capsys):
         (["--sampling", "steps=[1, 2"], "steps=[1, 2: expected a whole number"),
         (["--seed", "-1"], "seed -1 is outside"),
         (["--prompt", " "], "the text is empty"),
-        (["--out", __file__], "is not a folder; name another"),
     ],
 )
 def test_mistakes_of_generate_are_exit_3_and_one_sentence(more, words, capsys):
     assert main(["generate", "show_o_tiny", "--prompt", "a red circle", *more]) == 3
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
+
+
+def test_a_file_as_output_folder_is_exit_4_and_one_sentence(capsys):
+    assert main(["generate", "show_o_tiny", "--prompt", "a red circle", "--out", __file__]) == 4
+    error = capsys.readouterr().err
+    assert "is not a folder; name another" in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -285,7 +290,7 @@ def test_images_are_named_after_their_prompts(capsys, tmp_path):
 
 
 def test_a_run_dir_that_is_a_file_is_exit_3(capsys):
-    assert main(["train", "show_o_tiny", *TINY, f"run_dir={__file__}"]) == 3
+    assert main(["train", "show_o_tiny", *TINY, f"run_dir={__file__}"]) == 4
     assert "run_dir" in (error := capsys.readouterr().err) and "is not a folder; name another" in error
 
 

@@ -128,7 +128,7 @@ def test_no_network_and_no_such_suite(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(suite_files, "API", "http://127.0.0.1:9")
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     assert get("wise") == 4 and "cannot be fetched (" in capsys.readouterr().err
-    assert get("geneval") == 4
+    assert get("geneval") == 3
     assert "there are no files to download for 'geneval'; there are for geneval_long, " in capsys.readouterr().err
 
 

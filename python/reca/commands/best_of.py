@@ -18,6 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from reca import distributed, inference
+from reca.data.errors import DataError
 from reca.data.pixels import encode_png
 from reca.data.text import decode_text
 from reca.io import jsonl
@@ -57,18 +58,18 @@ class Choice:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Read prompts, one per line, skipping empty lines. Raises ValueError."""
+    """Read prompts, one per line, skipping empty lines. Raises DataError for a file without any."""
     try:
         lines = decode_text(path.read_bytes()).split("\n")
     except OSError as error:
-        raise ValueError(
+        raise DataError(
             f"prompts {path} cannot be read ({error.strerror or error}); give a text file with one prompt per line"
         ) from error
     except ValueError as error:
-        raise ValueError(f"prompts {path}: {error}") from error
+        raise DataError(f"prompts {path}: {error}") from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise ValueError(f"prompts {path} contains no prompt; write one per line")
+        raise DataError(f"prompts {path} contains no prompt; write one per line")
     return prompts
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from reca import checkpoint
 from reca.config.recipe import Recipe
 from reca.eval import report
-from reca.eval.errors import EvaluationError
+from reca.eval.errors import OptionError
 from reca.eval.report import RESULTS
 from reca.eval.targets import BASE
 from reca.runs.lineage import is_run, parent_checkpoint, recipe_of
@@ -60,9 +60,9 @@ def find_sides(before: str, after: str) -> tuple[Side, Side]:
     Raises EvaluationError for a name that is neither a run nor an evaluation folder.
     """
     if before == BASE and after == BASE:
-        raise EvaluationError("both sides are base: pass a run on one side")
+        raise OptionError("both sides are base: pass a run on one side")
     if BASE not in (before, after) and Path(before).resolve() == Path(after).resolve():
-        raise EvaluationError(f"both sides are {after}: pass two folders, or base as one side")
+        raise OptionError(f"both sides are {after}: pass two folders, or base as one side")
     if before == BASE:
         return _base_of(after), _side(after)
     if after == BASE:
@@ -76,7 +76,7 @@ def _side(name: str) -> Side:
         return Side(name, "run", _evaluations(folder / "eval"), recipe_of(folder), checkpoint.latest(folder))
     if (folder / RESULTS).is_file():
         return Side(name, "evaluation", (folder,))
-    raise EvaluationError(
+    raise OptionError(
         f"{name} is neither a run folder (with recipe.yaml) nor an evaluation folder (with {RESULTS}, which "
         "`reca eval` writes); pass one of those, or base"
     )
@@ -85,7 +85,7 @@ def _side(name: str) -> Side:
 def _base_of(name: str) -> Side:
     folder = Path(name)
     if not is_run(folder):
-        raise EvaluationError(f"base is the model that a run started from, but {name} is not a run folder")
+        raise OptionError(f"base is the model that a run started from, but {name} is not a run folder")
     recipe = recipe_of(folder)
     weights = parent_checkpoint(recipe, folder)
     return Side(f"base of {name}", "base", _evaluations(folder / "eval" / BASE), recipe, weights, folder)

@@ -17,6 +17,7 @@ from reca.demo.measure import Measured, measure, spacing
 from reca.demo.pretrain import DemoSetup, demo_setup, run_overrides, scaled
 from reca.demo.variants import BEFORE, Outcome, Pretrained, Results, Variant, pretrained_models, rows, variants
 from reca.io import jsonl
+from reca.io.folders import ensure_writable
 from reca.models.base import Adapter
 from reca.processes import side_by_side
 from reca.processes.side_by_side import Failure, Job
@@ -61,7 +62,7 @@ def demo(umm: str, dataset: ToyDataset, seeds: int, out: Path, scale: float = 1.
     The report lists jobs that failed; the first of their errors is raised at the end.
     Raises RunInUse while another demo uses the folder.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    ensure_writable(out, "--out")
     lock = lock_alone(out, "choose another --out")  # a demo first deletes the previous results there
     try:
         return _demo(umm, dataset, seeds, out, scale)

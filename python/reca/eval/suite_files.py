@@ -22,6 +22,7 @@ from reca.catalog import SUITES, SuiteFiles
 from reca.data.errors import DataError
 from reca.io.files import git_hash
 from reca.io.folders import ensure_writable, write_atomically
+from reca.options.fields import RecipeError
 
 API, FILES = "https://api.github.com", "https://raw.githubusercontent.com"
 FOLDER = Path("benchmarks")
@@ -40,11 +41,11 @@ def get(suite: str, to: Path | None = None, dry_run: bool = False) -> Path:
     """Download the missing files of a suite. Print and return the value for `--data`.
 
     to: parent of the suite's folder; ./benchmarks by default. dry_run: print only.
-    Raises DataError if the suite has no files on GitHub, if GitHub cannot be reached or lacks them, or if a file's hash
-    differs. Downloaded files are kept.
+    Raises RecipeError if the suite has no files on GitHub; DataError if GitHub cannot be reached or lacks them, or if a
+    file's hash differs. Downloaded files are kept.
     """
     if suite not in SUITES:
-        raise DataError(f"there are no files to download for {suite!r}; there are for {', '.join(SUITES)}")
+        raise RecipeError(f"there are no files to download for {suite!r}; there are for {', '.join(SUITES)}")
     source, folder = SUITES[suite], (to or FOLDER) / suite
     commit, files = list_files(source)
     missing = [file for file in files if not _is_here(folder / file.path, file)]

@@ -11,7 +11,7 @@ import torch
 from reca import checkpoint
 from reca.config.recipe import Recipe
 from reca.eval import report
-from reca.eval.errors import EvaluationError
+from reca.eval.errors import EvaluationError, OptionError
 from reca.eval.files import write
 from reca.eval.generate import weights_hash
 from reca.eval.suites import Item
@@ -82,7 +82,7 @@ def opponent(name: str | Path, mine: Target, overrides: Sequence[str] | Mapping[
     """Return the Target to compare with: "base", the folder of an evaluation, a run or a recipe."""
     if str(name) == BASE:
         if not mine.trained:
-            raise EvaluationError(f"--against base needs a run; {mine.source} is a base model itself")
+            raise OptionError(f"--against base needs a run; {mine.source} is a base model itself")
         run = Path(mine.source)
         return Target(f"base of {mine.source}", mine.recipe, False, run / "eval" / BASE / suite, run=run)
     folder = Path(name)

@@ -5,13 +5,21 @@ import tempfile
 import uuid
 from pathlib import Path
 
+from reca import exits
+
 PART = ".part"  # suffix of a file that is being written; a killed process leaves it behind
+
+
+class NotWritable(ValueError):
+    """A folder cannot be written to; the message names it."""
+
+    exit_code = exits.DATA
 
 
 def ensure_writable(folder: Path, name: str) -> Path:
     """Create the folder if needed, and check that it is writable. name: what the folder is, for messages.
 
-    Raises ValueError if it is not writable.
+    Raises NotWritable if that fails.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -19,9 +27,9 @@ def ensure_writable(folder: Path, name: str) -> Path:
             pass
     except FileExistsError as error:
         there = "a broken link" if folder.is_symlink() else "not a folder"
-        raise ValueError(f"{name} {folder} is {there}; name another folder") from error
+        raise NotWritable(f"{name} {folder} is {there}; name another folder") from error
     except OSError as error:
-        raise ValueError(f"{name} {folder} cannot be written to ({error.strerror}); name another folder") from error
+        raise NotWritable(f"{name} {folder} cannot be written to ({error.strerror}); name another folder") from error
     return folder
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from reca.eval.errors import EvaluationError
+from reca.eval.errors import OptionError
 from reca.eval.judges.base import Judge
 from reca.eval.suites import Item, Suite
 from reca.options.sampling import check_sampling_options
@@ -41,7 +41,7 @@ def check_judge(spec: str | None, options: Mapping[str, Any], suite: Suite) -> t
     if spec is None and suite.judge_kind == "toy":
         spec = "toy"
     if spec is None:
-        raise EvaluationError(f"{suite.name} needs a judge: --judge with one of {_list(suite)}. {_exact(suite)}")
+        raise OptionError(f"{suite.name} needs a judge: --judge with one of {_list(suite)}. {_exact(suite)}")
     name, _, argument = spec.partition(":")
     if name not in JUDGES or (name != "recorded" and name not in KINDS[suite.judge_kind]):
         raise ValueError(f"--judge {name} does not support {suite.name}; use one of {_list(suite)}. {_exact(suite)}")

@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from reca.data.pixels import open_rgb
-from reca.eval.errors import EvaluationError
+from reca.eval.errors import EvaluationError, OptionError
 from reca.eval.judges.base import ImageOrFile, Judge, JudgeError, without_thoughts
 from reca.io import html
 
@@ -128,7 +128,7 @@ class EndpointJudge(Judge):
         names = [one.get("id") for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
         if len(names) != 1 or not names[0]:
             shown = ", ".join(map(str, names[:10])) or "none"
-            raise EvaluationError(f"{self.url} serves these models: {shown}; select one by --judge-option model=NAME")
+            raise OptionError(f"{self.url} serves these models: {shown}; select one by --judge-option model=NAME")
         return names[0]
 
     def _complete(self, text: str, images: Sequence[ImageOrFile], **options: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, NamedTuple
 
 from reca.data.text import encodable
-from reca.eval.errors import EvaluationError
+from reca.eval.errors import EvaluationError, OptionError
 from reca.eval.suites import files
 
 PROMPTS = Path(__file__).parents[1] / "prompts"  # prompts whose licence permits redistribution, with the licences
@@ -121,7 +121,7 @@ class Suite:
         if self.data is None and self.shipped is not None:
             return self.shipped
         if self.data is None:
-            raise EvaluationError(f"{self.name} needs the benchmark's files: --data PATH. {self.data_help}")
+            raise OptionError(f"{self.name} needs the benchmark's files: --data PATH. {self.data_help}")
         if not self.data.exists():
             raise EvaluationError(f"--data {self.data} does not exist. {self.data_help}")
         return self.data
