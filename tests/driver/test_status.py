@@ -226,10 +226,18 @@ def contents(run):
 def test_a_status_that_is_none_is_written_anew(text, recipe):
     run = run_toy(recipe("train.steps=1")).run_dir
     (run / "status.json").write_text(text)
-    with pytest.raises(ValueError, match="cannot be read .* the next start replaces it"):
+    with pytest.raises(
+        ValueError, match="cannot be read: expected a JSON object with state, step,.* the next start repl"
+    ):
         Status.read(run)
     run_toy(recipe("train.steps=2"))
     assert Status.read(run).state == "finished"
+
+
+def test_a_status_on_a_faulty_disk_is_not_called_replaceable(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "read_text", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    with pytest.raises(ValueError, match=r"status.json cannot be read \(Input/output error\); check its permissions"):
+        Status.read(tmp_path)
 
 
 def test_what_is_chosen_is_written_when_the_start_is_accepted(tmp_path):

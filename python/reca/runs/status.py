@@ -70,9 +70,11 @@ class Status:
             return cls(**{f.name: found[f.name] for f in fields(cls)})
         except (FileNotFoundError, NotADirectoryError) as error:
             raise ValueError(f"{run_dir} is not a run folder: it has no {FILE}") from error
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read ({error.strerror}); check its permissions and its disk") from error
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(
-                f"{path} cannot be read ({type(error).__name__}: {error}); the next start replaces it"
+                f"{path} cannot be read: expected a JSON object with {', '.join(FIELDS)}; the next start replaces it"
             ) from error
 
     def describe(self) -> str:
