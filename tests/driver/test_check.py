@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from reca import preflight
 from reca.cli import main
 from reca.config.recipe import ParallelConfig
 from reca.config.recipe_files import load_recipe, recipe_names
@@ -21,6 +22,7 @@ from reca.models import umm_package
 from reca.models.show_o import prompt
 from reca.models.show_o.conditioner import conditioner
 from reca.optim import freeze, make_optimizer
+from reca.options.fields import RecipeError
 from reca.rng import CounterRNG
 from reca.training.parallelize import replicas_fit, shard_size
 
@@ -180,6 +182,22 @@ def test_memory_of_a_real_step(name):
     moments = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
     assert need.moments == size(moments)
     assert need.copies == 0  # fp32
+
+
+def test_what_no_memory_holds_is_refused_before_it_is_loaded(monkeypatch):
+    """Two ranks of a machine share its memory; moments on the host are a part of it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for overrides, said in ((["optim.offload=false"], "training needs at least"), (["optim.offload=true"], "moments")):
+        recipe = load_recipe("show_o_tiny", overrides)
+        adapter, _ = build_meta(recipe)
+        moments = host_moments(adapter, recipe, 2, 2)
+        whole = moments + 2 * held(adapter, recipe, 2, 2).total
+        monkeypatch.setattr(preflight, "host_memory", lambda whole=whole: whole)
+        preflight._memory(recipe, adapter, 2, 2)
+        for less in (whole - 1, moments - 1) if moments else (whole - 1,):
+            monkeypatch.setattr(preflight, "host_memory", lambda less=less: less)
+            with pytest.raises(RecipeError, match=said if less < moments else "training needs at least"):
+                preflight._memory(recipe, adapter, 2, 2)
 
 
 def test_memory_when_sharded():

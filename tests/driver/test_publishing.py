@@ -406,3 +406,15 @@ def test_a_hub_that_lost_a_file(hub, upload, monkeypatch):
     monkeypatch.setattr(push, "_contents", lambda api, repository: None)
     code, printed = upload()
     assert code == 4 and "me/model lacks README.md, " in printed
+
+
+def test_a_hub_that_has_another_file_under_the_name(hub, upload, monkeypatch):
+    contents = push._contents
+
+    def damaged(api, repository):
+        there = contents(api, repository)
+        return there and there | {"README.md": "0" * 64}
+
+    monkeypatch.setattr(push, "_contents", damaged)
+    code, printed = upload()
+    assert code == 4 and "me/model lacks README.md after the upload" in printed
