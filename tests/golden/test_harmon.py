@@ -251,5 +251,5 @@ def test_answers(golden, model):
     close(logits, data["txt.logits_last"])
     embeddings = template_concat(model.llm.model.embed_tokens.weight, h_v.detach(), layout.src)
     wanted = data["txt.generated"]
-    arguments = embeddings, layout.positions(), layout.spans(), wanted.shape[1], -1
+    arguments = embeddings, layout.position_ids(), layout.spans(), wanted.shape[1], -1
     assert torch.equal(planned.greedy(model.llm.model, model.llm.lm_head, *arguments), wanted)

@@ -78,7 +78,7 @@ class Layout(NamedTuple):
         width = self.src.shape[1]
         return [(AttentionSpan(width - length, "pad"), AttentionSpan(length)) for length in self.lengths]
 
-    def positions(self) -> Tensor:
+    def position_ids(self) -> Tensor:
         """Compute the position ids of a left-padded batch, int64 [B, L]."""
         width = self.src.shape[1]
         rows = [torch.arange(length - width, length).clamp(min=0) for length in self.lengths]

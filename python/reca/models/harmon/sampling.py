@@ -97,7 +97,7 @@ def cached_prompts(net: Network, prompts: Sequence[Prompt], h_v: Tensor | None) 
     hv_tokens = 0 if h_v is None else h_v.shape[1] - buffers
     layout = prompt.layout(prompts, buffers, hv_tokens, side="left").to(net.device)
     embeddings = net.llm.model.embed_tokens(layout.src) if h_v is None else net.embed(layout, net.proj_in(h_v))
-    return CachedPrompts(net.llm.model, embeddings, layout.positions(), layout.spans())
+    return CachedPrompts(net.llm.model, embeddings, layout.position_ids(), layout.spans())
 
 
 def condition(
@@ -160,7 +160,7 @@ def answer(
             net.llm.model,
             net.llm.lm_head,
             net.embed(layout, net.encode_understanding(encoded)),
-            layout.positions(),
+            layout.position_ids(),
             layout.spans(),
             max_new_tokens,
             eos,
