@@ -58,7 +58,7 @@ def load_encoders(recipe: Recipe, device: torch.device) -> Adapter:
             weights.read_only(adapter, device, _encoders(adapter))
         check_parent(plain, adapter)
     if weights is not None:
-        weights.receive(adapter, device)
+        weights.receive(adapter)
     load_parent(adapter, plain)
     return adapter
 

@@ -55,7 +55,7 @@ def parallelize(adapter: Adapter, recipe: Recipe, device: torch.device, deferred
     if weights is not None:
         with distributed.fail_together():
             weights.read(adapter, device)
-        weights.receive(adapter, device)
+        weights.receive(adapter)
 
 
 def shard(adapter: Adapter, size: int, device: torch.device, precision: str) -> None:

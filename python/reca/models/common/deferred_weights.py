@@ -8,14 +8,12 @@ broadcast from rank 0.
 """
 
 import contextlib
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-
-from reca import distributed
 
 _active = False
 
@@ -60,24 +58,27 @@ class DeferredWeights:
 
     @torch.no_grad()
     def read(self, module: nn.Module, device: torch.device) -> None:
-        """Allocate the parameters of a model, sharded or not, on `device`, and read the values that files contain."""
+        """Allocate what `device` needs for a model, sharded or not, and read the values that files contain.
+
+        A rank may fail here alone: the ranks fail together afterwards, so that none waits in `receive`.
+        """
         _give_memory(module, device)
         for name, parameter in module.named_parameters():
             if name in self.files:
                 local_part(parameter).copy_(self.files.pop(name)[own_rows(parameter)])
+        self._allocate_receiver(module, device)
 
     @torch.no_grad()
-    def receive(self, module: nn.Module, device: torch.device) -> None:
+    def receive(self, module: nn.Module) -> None:
         """Set the random parameters and buffers of a model to rank 0's, after `read` or `read_only`.
 
         Collective: every rank must call it.
         """
-        random = {name: parameter for name, parameter in module.named_parameters() if name in self.random}
-        with distributed.fail_together():  # else, where one has no memory left, the others wait in a broadcast
-            room = _room_of_largest(random.values(), device)
-        for name, parameter in random.items():
-            whole = _sent(self.random.pop(name), parameter, room)
-            local_part(parameter).copy_(whole[own_rows(parameter)])
+        for name, parameter in module.named_parameters():
+            if name in self.random:
+                whole = _sent(self.random.pop(name), parameter, self.receiver)
+                local_part(parameter).copy_(whole[own_rows(parameter)])
+        del self.receiver
         _send_buffers(module)
 
     @torch.no_grad()
@@ -100,6 +101,13 @@ class DeferredWeights:
                 part._buffers[own] = buffer.to(device)
         self.files.clear()
         self.random = {name: value for name, value in self.random.items() if name in names}
+        self._allocate_receiver(module, device)
+
+    def _allocate_receiver(self, module: nn.Module, device: torch.device) -> None:
+        """Allocate bytes for any one of the random parameters, unsharded, if there are other ranks."""
+        random = [p for name, p in module.named_parameters() if name in self.random and dist.is_initialized()]
+        largest = max((p.numel() * p.element_size() for p in random), default=0)
+        self.receiver = torch.empty(largest, dtype=torch.uint8, device=device)
 
 
 def _send_buffers(module: nn.Module) -> None:
@@ -112,17 +120,11 @@ def _send_buffers(module: nn.Module) -> None:
                 buffer.copy_(sent)
 
 
-def _room_of_largest(parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:
-    """Allocate bytes for any one of the parameters, unsharded, if there are other ranks to receive it from."""
-    sizes = [parameter.numel() * parameter.element_size() for parameter in parameters if dist.is_initialized()]
-    return torch.empty(max(sizes, default=0), dtype=torch.uint8, device=device)
-
-
-def _sent(own: Tensor, parameter: nn.Parameter, room: Tensor) -> Tensor:
-    """Return rank 0's value of a parameter, unsharded. room: bytes to receive it in."""
+def _sent(own: Tensor, parameter: nn.Parameter, receiver: Tensor) -> Tensor:
+    """Return rank 0's value of a parameter, unsharded. receiver: bytes to receive it in."""
     if not dist.is_initialized():
         return own
-    whole = room[: parameter.numel() * parameter.element_size()].view(parameter.dtype).view(parameter.shape)
+    whole = receiver[: parameter.numel() * parameter.element_size()].view(parameter.dtype).view(parameter.shape)
     if dist.get_rank() == 0:
         whole.copy_(own)
     dist.broadcast(whole, 0)
