@@ -4,18 +4,8 @@ import pytest
 import torch
 
 import reca
-from reca.comparison import triplets
-from reca.config.recipe_files import load_recipe, save_recipe
 from reca.hardware.devices import usable_device
 from reca.options.fields import RecipeError
-
-
-@pytest.fixture
-def run(tmp_path):
-    run = tmp_path / "run"
-    run.mkdir()
-    save_recipe(load_recipe("show_o_tiny", {"run_dir": str(run)}), run / "recipe.yaml")
-    return run
 
 
 @pytest.mark.parametrize(
@@ -23,12 +13,11 @@ def run(tmp_path):
     ["cuda", "cuda:9", "mps", "meta", "foo", "", "cpu:0:0", torch.device("cuda"), torch.device("meta")],
     ids=str,
 )
-def test_a_device_that_cannot_be_used_is_refused(device, run, tmp_path, monkeypatch):
+def test_a_device_that_cannot_be_used_is_refused(device, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     calls = [
         lambda: reca.load("show_o_tiny", device=device),
         lambda: reca.evaluate("toy", "show_o_tiny", device=device, limit=1, out=tmp_path / "out"),
-        lambda: triplets.draw(str(run), "base", tmp_path / "out", 1, device=device),
     ]
     for call in calls:
         with pytest.raises(

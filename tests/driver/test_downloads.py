@@ -301,7 +301,7 @@ def test_too_little_disk_fetches_nothing(hub, tmp_path, monkeypatch, capsys):
 
 def test_a_file_in_place_of_the_folder_is_named_before_anything_is_fetched(hub, tmp_path, capsys):
     (tmp_path / "w").touch()
-    assert get(*show_o(tmp_path / "w")) == 3
+    assert get(*show_o(tmp_path / "w")) == 4
     assert f"--to {tmp_path / 'w'} is not a folder" in capsys.readouterr().err and hub.sent == 0
 
 

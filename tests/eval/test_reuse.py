@@ -88,7 +88,7 @@ def test_another_protocol_is_refused(painter):
     reca.evaluate("toy", painter, limit=5)
     path = painter / "eval/toy/generation.json"
     path.write_text(path.read_text().replace('"toy dataset shapes"', '"older name"'))
-    with pytest.raises(EvaluationError, match=r"with other settings \(protocol differ\)"):
+    with pytest.raises(EvaluationError, match=r"with other settings \(protocol 'older name' -> 'toy dataset shapes'\)"):
         reca.evaluate("toy", painter, limit=5)
 
 

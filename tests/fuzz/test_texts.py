@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from reca.data.errors import BadSample, DataError
 from reca.data.sample import decode_caption
 from reca.data.sources.conversations import Conversations
+from reca.data.tasks import Turn
 from reca.data.templates import load_templates
 from tests.fuzz.bounds import counted, fewer
 from tests.fuzz.mutate import mutate, mutations
@@ -71,7 +72,7 @@ def test_every_row_is_used_or_counted(root, rows):
         assert len(source) + sum(unused.values()) == len(rows)
         answers, questions = said(rows, ("gpt", "assistant")), said(rows, ("human", "user"))
         for index in range(len(source)):
-            image, turns = source.row(index)
+            image, turns = source.key(index), [Turn(*turn) for turn in source.value(index)]
             assert image and not image.startswith(("/", "..")) and source.key(index) == image and turns
             for turn in turns:
                 assert turn.answer and turn.answer in answers

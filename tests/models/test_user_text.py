@@ -151,7 +151,7 @@ def test_frames_by_id_are_the_released_texts(text):
     context = [control(tokenizer, "<IMG_CONTEXT>")] * 3
     assert [*ids[:slot], *context, *ids[slot:]] == whole(f"{head}<img>{seen}</img>\n{text}{tail}<img>")
     said = text.strip("\n") or "yes"  # a reply is tokenised apart from the line break before it
-    ids, slot, labels = open_uni_prompt.conversation(tokenizer, [("q", said), (text, "b")])
+    ids, slot, labels = open_uni_prompt.conversation(tokenizer, [("q", said), (text, "b")], 2048)
     wanted = whole(f"{head}<img>{seen}</img>\nq{tail}{said}<|im_end|>\n{head}{text}{tail}b<|im_end|>")
     assert [*ids[:slot], *context, *ids[slot:]] == wanted
     learned = [label for label in labels if label != -100]
