@@ -4,7 +4,6 @@ import functools
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -55,8 +54,14 @@ def log_likelihood(
             if image is not encoded:
                 pixels, encoded = [fit_to_view(image, view).to(device)], image
                 features.clear()
-            sample = Batch("i2t", torch.zeros(1, dtype=torch.int64), [[Turn(question, answer)]], und=pixels)
-            sample = replace(sample, features=dict(features) or None, on_encoded=features.update)
+            sample = Batch(
+                "i2t",
+                torch.zeros(1, dtype=torch.int64),
+                [[Turn(question, answer)]],
+                und=pixels,
+                features=features or None,
+                on_encoded=features.update,
+            )
             found.append(model(sample.to(device), CounterRNG(0)))
     terms = [torch.stack((term.sum, term.weight)) for term in found]
     rows = torch.stack(terms).tolist() if terms else []  # one host synchronisation for all
