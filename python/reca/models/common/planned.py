@@ -86,7 +86,8 @@ class CachedPrompts:
         positions: Tensor,  # int64 [B, L]
         samples: Sequence[Sequence[AttentionSpan]],
     ):
-        self.model, self.samples = model, samples
+        self.model = model
+        self.prompts = [tuple(span._replace(cached=True) for span in sample) for sample in samples]
         self.following = positions.amax(dim=1, keepdim=True) + 1
         self.cache = decoding_cache(model)
         self.cached = with_cache(model, self.cache)
@@ -96,10 +97,7 @@ class CachedPrompts:
     def __call__(self, rows: Tensor) -> Tensor:  # [B, n, H]
         """Return the last hidden states of n tokens after each prompt, [B, n, H], with causal attention."""
         n, device = rows.shape[1], rows.device
-        own = AttentionSpan(n)
-        plan = attention_plan(
-            [(*(span._replace(cached=True) for span in sample), own) for sample in self.samples], device=device
-        )
+        plan = attention_plan([(*spans, AttentionSpan(n)) for spans in self.prompts], device=device)
         positions = self.following + torch.arange(n, device=device)
         hidden = self.model(inputs_embeds=rows, position_ids=positions, plan=plan, **self.cached).last_hidden_state
         self.cache.crop(-n)
@@ -154,6 +152,14 @@ def greedy(
         return head(advance(None if tokens is None else model.embed_tokens(tokens[:, None])))
 
     return greedy_tokens(next_logits, len(embeddings), max_new_tokens, end)
+
+
+def left_padded(lengths: Sequence[int], width: int) -> list[tuple[AttentionSpan, ...]]:
+    """Return the spans of causal samples of these lengths, padded on the left to `width`."""
+    return [
+        (AttentionSpan(width - length, "pad"), AttentionSpan(length)) if length < width else (AttentionSpan(length),)
+        for length in lengths
+    ]
 
 
 def _unpadded(samples: Sequence[Sequence[AttentionSpan]], device: torch.device) -> Tensor | None:

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from reca.models.common import chat
 from reca.models.common.chat import END, START, UNCONDITIONAL, Prompt, caption_request, chat_turn, reply_start
+from reca.models.common.planned import left_padded
 from reca.models.common.text import control, encode
 from reca_kernels import IGNORE_INDEX, AttentionSpan, VisualSegment, concat_plan
 from reca_kernels.host import on_device
@@ -73,10 +74,9 @@ class Layout(NamedTuple):
         src, labels, rows = (on_device(tensor, device) for tensor in (self.src, self.labels, self.rows))
         return Layout(src, labels, rows, self.lengths)
 
-    def spans(self) -> list[tuple[AttentionSpan, AttentionSpan]]:
+    def spans(self) -> list[tuple[AttentionSpan, ...]]:
         """Return the attention spans of each sample of a left-padded batch."""
-        width = self.src.shape[1]
-        return [(AttentionSpan(width - length, "pad"), AttentionSpan(length)) for length in self.lengths]
+        return left_padded(self.lengths, self.src.shape[1])
 
     def position_ids(self) -> Tensor:
         """Compute the position ids of a left-padded batch, int64 [B, L]."""

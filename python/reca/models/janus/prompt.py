@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from reca.data.tasks import Turn
+from reca.models.common.planned import left_padded
 from reca_kernels import (
     IGNORE_INDEX,
     AttentionPlan,
@@ -84,11 +85,7 @@ class Layout:
 
     def spans(self) -> list[tuple[AttentionSpan, ...]]:
         """Return the attention spans of each sample."""
-        pads = (self.src.shape[1] - length for length in self.lengths)
-        return [
-            (AttentionSpan(pad, "pad"), AttentionSpan(length)) if pad else (AttentionSpan(length),)
-            for pad, length in zip(pads, self.lengths, strict=True)
-        ]
+        return left_padded(self.lengths, self.src.shape[1])
 
     def plan(self) -> AttentionPlan:
         return attention_plan(self.spans(), device=self.src.device)
