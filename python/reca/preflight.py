@@ -15,6 +15,7 @@ from reca.data.templates import load_templates
 from reca.estimate.held import held, host_moments
 from reca.estimate.meta_model import build_meta, check_tasks
 from reca.eval.training import TrainingSuite
+from reca.hardware.devices import usable_device
 from reca.hardware.host_memory import total as host_memory
 from reca.models.base import Adapter
 from reca.monitoring.validation import open_run_sources
@@ -75,7 +76,7 @@ def check(
     check_passes(recipe, ranks)
     check_apex(model, recipe.optim, ranks)
     if recipe.train.float8:
-        float8.check_usable(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        float8.check_usable(usable_device(None))
     if begins:
         lineage.check_parent(recipe, model)
     sources = open_run_sources(recipe, tasks)
