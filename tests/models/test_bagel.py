@@ -478,7 +478,7 @@ def test_what_rows_see_and_what_is_kept(uniform):
     }
     now = Pass.plan(splits, cache, rotary, learn=True)
     assert now.uniform == uniform
-    out, (keys, values) = transformer.joint_attention(made, past, now)
+    out, (keys, values) = now.attend(made, past)
 
     wanted, kept, at = {UND: [], GEN: []}, [], [0, 0, 0]
     for c, text, n in sizes:
@@ -620,16 +620,24 @@ def test_answers_do_not_depend_on_the_batch(plain):
 
 
 @torch.no_grad()
-def test_cached_answers_are_those_of_the_whole_sequence(plain):
-    h_v = plain.encode_understanding([make_view(Image.new("RGB", (20, 20), "red"), plain.views("i2t").und)])
-    look, asked = prompt.VitImage(*h_v[0].shape[:2]), plain.text("what is this?")
-    _, cache = plain.prefill(prompt.Prompt([[look, asked]], h_v))
+@pytest.mark.parametrize("samples", [1, 3])
+def test_cached_answers_are_those_of_the_whole_sequence(samples, plain, monkeypatch):
+    """Samples are of uneven length. No step makes an attention plan, and the prompts' cache stays as it is."""
+    h_v = plain.encode_understanding(images([(18, 18), (6, 12), (18, 6)][:samples]))
+    asked = [plain.text(text) for text in ("what is this?", "describe the picture. what is it?", "this")]
+    items = [[prompt.VitImage(*one.shape[:2]), text] for one, text in zip(h_v, asked, strict=False)]
+    _, cache = plain.prefill(prompt.Prompt(items, h_v))
     logits: list[torch.Tensor] = []
-    tokens = sampling.greedy(plain, cache, 4, logits.append)
-    reply = [plain.vocabulary.bos, *tokens[0].tolist()[:-1]]
-    hidden, _ = plain.prefill(prompt.Prompt([[look, prompt.Text(asked.ids + reply)]], h_v))
-    whole = plain.language_model.lm_head(hidden[-len(reply) :])
-    torch.testing.assert_close(torch.cat(logits), whole, rtol=1e-4, atol=1e-5)
+    with monkeypatch.context() as patch:
+        patch.setattr(transformer, "attention_plan", None)
+        tokens = sampling.greedy(plain, cache, 4, logits.append)
+        assert torch.equal(sampling.greedy(plain, cache, 4), tokens)
+    starts = torch.full((samples, 1), plain.vocabulary.bos)
+    for number, (seen, text) in enumerate(items):
+        reply = torch.cat((starts, tokens), 1)[number, : len(logits)].tolist()
+        whole = prompt.Prompt([[seen, prompt.Text(text.ids + reply)]], h_v[number : number + 1])
+        wanted = plain.language_model.lm_head(plain.prefill(whole)[0][-len(reply) :])
+        torch.testing.assert_close(torch.stack(logits)[:, number], wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_answering_keeps_no_logits(plain):

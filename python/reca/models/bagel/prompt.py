@@ -123,11 +123,6 @@ class Layout:
         }
         return replace(self, **moved, positions={expert: on_device(p, device) for expert, p in self.positions.items()})
 
-    def next_tokens(self, ids: Tensor) -> "Layout":  # int64 [B]
-        """Return the layout of a pass with one text token per sample, after this one of the same kind."""
-        positions = {**self.positions, UND: self.positions[UND] + 1}
-        return replace(self, src=ids.int(), positions=positions, next_positions=[p + 1 for p in self.next_positions])
-
 
 def layout(
     samples: Sequence[Sequence[Item]],

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from reca.data.batch import Batch
 from reca.models.bagel import loss, modules
+from reca.models.bagel.decoding import Continuation
 from reca.models.bagel.modules import Network
-from reca.models.bagel.prompt import CleanImage, Item, Layout, NoisyImage, Prompt, Text, VitImage
+from reca.models.bagel.prompt import CleanImage, Item, Layout, NoisyImage, Prompt, VitImage
 from reca.models.bagel.transformer import KVCache
 from reca.models.bagel.views import edit_views, task_views
 from reca.models.common.greedy import decode_replies, greedy_tokens
@@ -266,14 +267,11 @@ def greedy(
     on_step=None,  # called with the logits [B, V] of each step
 ) -> Tensor:  # int64 [B, n], n <= max_new_tokens
     """Decode replies greedily; stop when every sample has generated eos."""
-    head, starts = net.language_model.lm_head, [[Text([net.vocabulary.bos])]] * len(cache)
-    layout = net.layout(starts, cache.positions).to(net.device)
+    head, advance = net.language_model.lm_head, Continuation(net, cache)
+    start = torch.full((len(cache),), net.vocabulary.bos, device=net.device)
 
     def next_logits(last: Tensor | None) -> Tensor:
-        nonlocal cache, layout
-        if last is not None:
-            layout = layout.next_tokens(last)
-        hidden, cache = net.prefill(Prompt(starts), cache, layout)
+        hidden = advance(start if last is None else last)
         logits = head(hidden.to(head.weight.dtype))
         if on_step:
             on_step(logits)

@@ -9,7 +9,7 @@ so that no gradient reaches their keys and values. The release's `freeze_und` de
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from reca_kernels import AttentionPlan, AttentionSpan, attention, attention_plan
 
 UND, GEN = "", "_moe_gen"  # parameter-name suffix of each expert
 KeysValues = tuple[Tensor, Tensor]  # each [rows, key heads, head_dim], samples concatenated
+Past = Any  # a layer's keys and values of earlier passes: KeysValues, None, or what another pass's `attend` keeps
 
 
 class Split(NamedTuple):
@@ -119,6 +120,27 @@ class Pass:
         """Tell whether this expert's rows are computed with a gradient."""
         return torch.is_grad_enabled() and (expert == GEN or self.learn)
 
+    @torch.compiler.disable  # else every new layout would recompile; a layer's rest compiles for any number of rows
+    def attend(self, projected: dict[str, tuple[Tensor, Tensor, Tensor]], past: Past) -> tuple[dict[str, Tensor], Past]:
+        """Compute attention jointly over the rows of both experts and the cached ones.
+
+        projected: queries, keys and values per expert, [rows, heads, d]. Returns [rows, heads, d] per expert, and the
+        keys and values to cache.
+        """
+        q, k, v = (_by_split({expert: rows[i] for expert, rows in projected.items()}, self) for i in range(3))
+        if past is not None:
+            k, v = (_behind(old, new, self) for old, new in zip(past, (k, v), strict=True))
+        q = q.to(k.dtype)
+        if self.uniform:
+            samples = len(self.lengths)
+            queries, keys, values = (x.unflatten(0, (samples, -1)) for x in (q, k, v))
+            out = attention(queries, keys, values, self.attention).flatten(0, 1)
+        else:
+            out = attention(q, k, v, self.attention)
+        mixed = _by_expert(out, list(projected), self)
+        mixed = {expert: heads if self.graph(expert) else heads.detach() for expert, heads in mixed.items()}
+        return mixed, _kept(past, (k, v), self)
+
 
 class RMSNorm(nn.Module):
     """RMSNorm with fp32 statistics and a result in the input's dtype."""
@@ -153,15 +175,13 @@ class Attention(nn.Module):
         )
         return q, k, v
 
-    def forward(
-        self, rows: dict[str, Tensor], past: KeysValues | None, now: Pass
-    ) -> tuple[dict[str, Tensor], KeysValues | None]:
+    def forward(self, rows: dict[str, Tensor], past: Past, now: Pass) -> tuple[dict[str, Tensor], Past]:
         """Attend jointly. rows: [rows, D] per expert that has rows. Returns the same, and keys and values to cache."""
         projected = {}
         for expert, x in rows.items():
             with torch.set_grad_enabled(now.graph(expert)):
                 projected[expert] = self.project(expert, x, now.rotary[expert])
-        mixed, kept = joint_attention(projected, past, now)
+        mixed, kept = now.attend(projected, past)
         out = {}
         for expert, heads in mixed.items():
             with torch.set_grad_enabled(now.graph(expert)):
@@ -191,9 +211,7 @@ class Layer(nn.Module):
             self.add_module(f"input_layernorm{expert}", RMSNorm(sizes.hidden_size, sizes.rms_norm_eps))
             self.add_module(f"post_attention_layernorm{expert}", RMSNorm(sizes.hidden_size, sizes.rms_norm_eps))
 
-    def forward(
-        self, rows: dict[str, Tensor], past: KeysValues | None, now: Pass
-    ) -> tuple[dict[str, Tensor], KeysValues | None]:
+    def forward(self, rows: dict[str, Tensor], past: Past, now: Pass) -> tuple[dict[str, Tensor], Past]:
         normed = {}
         for expert, x in rows.items():
             with torch.set_grad_enabled(now.graph(expert)):
@@ -216,19 +234,20 @@ class Transformer(nn.Module):
         for expert in (UND, GEN):
             self.add_module(f"norm{expert}", RMSNorm(sizes.hidden_size, sizes.rms_norm_eps))
 
+    def rotary(self, positions: Tensor) -> KeysValues:  # int64 [rows]
+        """Compute the cosines and sines of rotary positions, fp32 [rows, head_dim / 2]."""
+        c = self.sizes
+        return rotary_cos_sin(positions, c.hidden_size // c.num_attention_heads, c.rope_theta)
+
     def forward(
         self,
         rows: dict[str, Tensor],  # per expert [rows, D]
-        positions: dict[str, Tensor],  # per expert int64 [rows]
-        splits: Sequence[Split],
-        cache: KVCache,
-        learn: bool,
-    ) -> tuple[dict[str, Tensor], list[KeysValues | None]]:
+        layers: Sequence[Past],
+        now: Pass,
+    ) -> tuple[dict[str, Tensor], list[Past]]:
         """Return the normalised hidden states per expert, and the keys and values to cache per layer."""
-        head_dim = self.sizes.hidden_size // self.sizes.num_attention_heads
-        rotary = {expert: rotary_cos_sin(positions[expert], head_dim, self.sizes.rope_theta) for expert in rows}
-        now, kept = Pass.plan(splits, cache, rotary, learn), []
-        for layer, past in zip(self.layers, cache.layers, strict=True):
+        kept = []
+        for layer, past in zip(self.layers, layers, strict=True):
             rows, seen = layer(rows, past, now)
             kept.append(seen)
         out = {}
@@ -243,30 +262,6 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.model = Transformer(sizes)
         self.lm_head = nn.Linear(sizes.hidden_size, sizes.vocab_size, bias=False)
-
-
-@torch.compiler.disable  # else every new layout would recompile; the rest of a layer compiles for any number of rows
-def joint_attention(
-    projected: dict[str, tuple[Tensor, Tensor, Tensor]], past: KeysValues | None, now: Pass
-) -> tuple[dict[str, Tensor], KeysValues | None]:
-    """Compute attention jointly over the rows of both experts and the cached ones.
-
-    projected: queries, keys and values per expert, [rows, heads, d]. Returns [rows, heads, d] per expert, and the keys
-    and values to cache.
-    """
-    q, k, v = (_by_split({expert: rows[i] for expert, rows in projected.items()}, now) for i in range(3))
-    if past is not None:
-        k, v = (_behind(old, new, now) for old, new in zip(past, (k, v), strict=True))
-    q = q.to(k.dtype)
-    if now.uniform:
-        samples = len(now.lengths)
-        queries, keys, values = (x.unflatten(0, (samples, -1)) for x in (q, k, v))
-        out = attention(queries, keys, values, now.attention).flatten(0, 1)
-    else:
-        out = attention(q, k, v, now.attention)
-    mixed = _by_expert(out, list(projected), now)
-    mixed = {expert: heads if now.graph(expert) else heads.detach() for expert, heads in mixed.items()}
-    return mixed, _kept(past, (k, v), now)
 
 
 def _by_split(rows: dict[str, Tensor], now: Pass) -> Tensor:

@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicLayer
 ROOM = 64  # rows that memory is enlarged by
 
 
-class _Layer(DynamicLayer):
+class GrowingLayer(DynamicLayer):
     """Write new rows into memory that has room for more. Transformers' layer copies all rows for every new one."""
 
     memory: tuple[Tensor, Tensor] | None = None  # keys and values [B, H, rows and room, d]
@@ -36,7 +36,7 @@ def decoding_cache(model: PreTrainedModel) -> Cache:
 
     Up to ROOM rows of it are unused.
     """
-    return Cache(layers=[_Layer() for _ in range(model.config.num_hidden_layers)])
+    return Cache(layers=[GrowingLayer() for _ in range(model.config.num_hidden_layers)])
 
 
 def with_cache(model: PreTrainedModel, cache: Cache) -> dict[str, Any]:

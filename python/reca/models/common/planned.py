@@ -26,6 +26,17 @@ class OneRow(NamedTuple):
 
     keys: Tensor | None
 
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None = None
+    ) -> Tensor:  # [B, H, 1, d], [B, key heads, L, d] twice -> [B, H, d]
+        # Heads that share a key head are rows of it: no kernel has to support groups of heads.
+        rows = query.view(len(key), key.shape[1], -1, key.shape[3])
+        return F.scaled_dot_product_attention(rows, key, value, attn_mask=self.keys, scale=scaling).flatten(1, 2)
+
+    def behind(self) -> "OneRow":
+        """Return what the row after this one attends to."""
+        return self if self.keys is None else OneRow(F.pad(self.keys, (0, 1), value=True))
+
 
 @torch.compiler.disable  # else every new layout would recompile the layers
 def _planned(
@@ -47,10 +58,7 @@ def _planned(
             f"{type(module).__name__} has attention dropout {dropout:g}; attention plans do not support it, set it to 0"
         )
     if isinstance(plan, OneRow):
-        # Heads that share a key head are rows of it: no kernel has to support groups of heads.
-        rows = query.view(len(key), key.shape[1], -1, key.shape[3])
-        out = F.scaled_dot_product_attention(rows, key, value, attn_mask=plan.keys, scale=scaling)
-        return out.reshape(len(key), 1, -1, value.shape[3]), None
+        return plan.attend(query, key, value, scaling)[:, None], None
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     if len(q) == 1 < len(plan.samples):  # packed
         return attention(q[0], k[0], v[0], plan, scale=scaling)[None], None
@@ -119,7 +127,7 @@ class Continuation:
     ):
         self.model, self.embeddings, self.positions, self.samples = model, embeddings, positions, samples
         self.cached, self.new = with_cache(model, decoding_cache(model)), 0
-        self.keys = _unpadded(samples, embeddings.device)
+        self.row = OneRow(unpadded(samples, embeddings.device))
 
     def __call__(self, rows: Tensor | None) -> Tensor:
         """Return the last hidden states [B, H] after the next embedding of each sample, [B, 1, H]; None: prefill."""
@@ -129,8 +137,7 @@ class Continuation:
         else:
             self.new += 1
             at = self.positions[:, -1:] + self.new
-            self.keys = None if self.keys is None else F.pad(self.keys, (0, 1), value=True)
-            plan = OneRow(self.keys)
+            plan = self.row = self.row.behind()
         hidden = self.model(inputs_embeds=rows, position_ids=at, plan=plan, **self.cached).last_hidden_state
         return hidden[:, -1]
 
@@ -162,7 +169,7 @@ def left_padded(lengths: Sequence[int], width: int) -> list[tuple[AttentionSpan,
     ]
 
 
-def _unpadded(samples: Sequence[Sequence[AttentionSpan]], device: torch.device) -> Tensor | None:
+def unpadded(samples: Sequence[Sequence[AttentionSpan]], device: torch.device) -> Tensor | None:
     """Return which rows of left-padded samples are not padding, bool [B, 1, 1, L]; None: all."""
     pads = [sum(run.length for run in sample if run.mode == "pad") for sample in samples]
     if not any(pads):
