@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from reca.data.errors import DataError
+from reca.data.read_ahead import read_many
 from reca.data.sample import Source
 from reca.data.text import one_line
 
@@ -88,15 +89,19 @@ class BadSamples:
         file.seek(self.place)
         new = file.read()
         whole, _, tail = new.rpartition(b"\n")
+        listed = []
         for line in whole.splitlines():
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 entry = json.loads(line)
-                key, index = entry["key"], entry["sample"]
+                key, index, size, reason = (entry[name] for name in ("key", "sample", "bytes", "reason"))
                 if 0 <= index < len(self.source) and self.source.key(index) == key:
-                    if self.source.size(index) == entry["bytes"]:
-                        self.bad.setdefault(key, entry["reason"])
-                    else:
-                        self.bad.pop(key, None)
+                    listed.append((key, index, size, reason))
+        sizes = read_many(self.source.size, [index for _, index, _, _ in listed])
+        for (key, _, size, reason), now in zip(listed, sizes, strict=True):
+            if now == size:
+                self.bad.setdefault(key, reason)
+            else:
+                self.bad.pop(key, None)
         self.place += len(new) - len(tail)
         return bool(tail)
 

@@ -14,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from reca.data.read_ahead import read_ahead
+from reca.data.sources.remote import REQUESTS
 from reca.io.folders import write_atomically
 
 log = logging.getLogger("reca")
@@ -32,15 +34,13 @@ class FeatureShards:
     def __init__(self, folder: Path):
         self.paths: list[Path] = []
         starts: list[np.ndarray[Any, Any]] = []
-        for path in sorted(folder.glob(PATTERN)):
-            try:
-                with safe_open(path, "pt") as shard:
-                    addresses = sorted({key.partition("/")[0] for key in shard.keys()})  # noqa: SIM118 (no mapping)
-            except (OSError, SafetensorError) as error:
-                log.warning("%s cannot be read (%s): its features are computed again", path, error)
-                continue
-            starts.append(np.array([_start(address) for address in addresses], np.uint64))
-            self.paths.append(path)
+        paths = sorted(folder.glob(PATTERN))
+        for path, found in zip(paths, read_ahead(_starts_of, paths, REQUESTS), strict=True):
+            if isinstance(found, Exception):
+                log.warning("%s cannot be read (%s): its features are computed again", path, found)
+            else:
+                starts.append(found)
+                self.paths.append(path)
         self.starts = np.concatenate(starts) if starts else np.zeros(0, np.uint64)
         self.shards = np.repeat(np.arange(len(starts), dtype=np.int32), [len(start) for start in starts])
         order = np.argsort(self.starts, kind="stable")
@@ -82,6 +82,16 @@ def features_of(features: dict[str, Any], number: int) -> dict[str, Tensor]:
 
 def _start(address: str) -> int:
     return int(address[:16], 16)
+
+
+def _starts_of(path: Path) -> np.ndarray[Any, Any] | Exception:
+    """Return the starts of the addresses in a shard, or the error that its reading raises."""
+    try:
+        with safe_open(path, "pt") as shard:
+            addresses = sorted({key.partition("/")[0] for key in shard.keys()})  # noqa: SIM118 (no mapping)
+        return np.array([_start(address) for address in addresses], np.uint64)
+    except (OSError, SafetensorError) as error:
+        return error
 
 
 class ShardWriter:

@@ -1,7 +1,7 @@
 """LLaVA-style JSON: questions and answers about images."""
 
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from reca.data.errors import DataError
+from reca.data.read_ahead import read_many
 from reca.data.sample import MAX_IMAGE_BYTES, Sample, digest
 from reca.data.sources.chat_rows import BadRow, absolute, image_name, turns
 from reca.data.sources.folder import total_size
@@ -82,18 +83,9 @@ class Conversations(KeyedRows):
         return 0 if isinstance(self.root, RemotePath) else total_size([self.root / self.key(index)])
 
     def identity(self) -> str:
-        sizes: dict[int, int] = {}  # by hash of the name: many rows may share an image
-
-        def size(image: str) -> int:
-            if isinstance(self.root, RemotePath):
-                return 0
-            if hash(image) not in sizes:
-                sizes[hash(image)] = total_size([self.root / image])
-            return sizes[hash(image)]
-
-        def described() -> Iterator[tuple[bytes, int]]:
-            for number in range(len(self)):
-                record = self.rows[number]
-                yield record, size(key_of(record))
-
-        return digest(described())
+        first: dict[int, int] = {}  # row of an image, by hash of its name: many rows may share an image
+        for number in range(len(self)):
+            first.setdefault(hash(self.key(number)), number)
+        sizes = dict(zip(first, read_many(self.size, first.values()), strict=True))
+        records = map(self.rows.__getitem__, range(len(self)))
+        return digest((record, sizes[hash(key_of(record))]) for record in records)

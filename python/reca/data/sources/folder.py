@@ -3,9 +3,11 @@
 import os
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from reca.data.errors import DataError
+from reca.data.read_ahead import THREADS, read_many
 from reca.data.sample import (
     IMAGE_SUFFIXES,
     MAX_CAPTION_BYTES,
@@ -75,7 +77,7 @@ class ImageFolder:
         return self.total_size([self.names[index]] + ([self.captions[index]] if self.captions is not None else []))
 
     def identity(self) -> str:
-        return digest((self.key(index), self.size(index)) for index in range(len(self)))
+        return digest(zip(self.names, read_many(self.size, range(len(self))), strict=True))
 
 
 class Folder(ImageFolder):
@@ -134,39 +136,50 @@ def list_files(root: Path, skipped: Skipped) -> dict[str, list[str]]:
 
     Links are followed after all real folders, so that files get the path of their folder and not that of a link.
     """
+    with ThreadPoolExecutor(THREADS) as pool:
+        return _list_files(root, skipped, pool)
+
+
+def _list_files(root: Path, skipped: Skipped, pool: ThreadPoolExecutor) -> dict[str, list[str]]:
+    """List files as `list_files`. A folder is read in the pool from when it is found."""
     files, seen = defaultdict(list), set()
-    waiting = deque([("", False)])
-    links: deque[tuple[str, bool]] = deque()
+    waiting = deque([("", False, pool.submit(_read_folder, root))])
+    links: deque[tuple[str, bool, Future]] = deque()
     while waiting or links:
-        folder, linked = waiting.popleft() if waiting else links.popleft()
+        folder, linked, reading = waiting.popleft() if waiting else links.popleft()
         try:
-            status = os.stat(root / folder)
-            if linked and (status.st_dev, status.st_ino) in seen:
+            place, entries = reading.result()
+            if linked and place in seen:
                 skipped.add("links to a folder that is already read", folder)
                 continue
-            seen.add((status.st_dev, status.st_ino))
-            with os.scandir(root / folder) as found:
-                entries = sorted(found, key=lambda entry: entry.name)
+            seen.add(place)
         except OSError as error:
             if not folder:
                 raise DataError(f"data folder {root} cannot be read: {error.strerror}") from error
             skipped.add("folders that cannot be read", f"{folder}, {error.strerror}")
             continue
-        for entry in entries:
+        for entry, (is_folder, is_file) in zip(entries, read_many(_entry_type, entries), strict=True):
             name = f"{folder}/{entry.name}" if folder else entry.name
             suffix = _suffix(name)
-            is_folder, is_file = _entry_type(entry)
             if hidden(entry.name):
                 if is_folder or suffix in IMAGE_SUFFIXES:
                     skipped.add("hidden files and folders", name)
             elif is_folder:
-                (links if entry.is_symlink() else waiting).append((name, linked or entry.is_symlink()))
+                found = name, linked or entry.is_symlink(), pool.submit(_read_folder, root / name)
+                (links if entry.is_symlink() else waiting).append(found)
             elif not is_file:
                 if suffix in IMAGE_SUFFIXES:
                     skipped.add("images that are not files, or broken links", name)
             else:
                 files[suffix].append(name)
     return files
+
+
+def _read_folder(path: Path) -> tuple[tuple[int, int], list[os.DirEntry]]:
+    """Return what identifies a folder wherever it is linked, and its entries by name."""
+    status = os.stat(path)
+    with os.scandir(path) as found:
+        return (status.st_dev, status.st_ino), sorted(found, key=lambda entry: entry.name)
 
 
 def _entry_type(entry: os.DirEntry) -> tuple[bool, bool]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from reca.data.errors import DataError
-from reca.data.read_ahead import read_ahead
+from reca.data.read_ahead import read_ahead, read_many
 from reca.data.sources import remote
 from reca.data.sources.remote import REQUESTS, AnyPath, RemotePath
 
@@ -24,8 +24,9 @@ def expand(spec: str, kind: str = "tar") -> list[AnyPath]:
         return _all_there(spec, kind, *remote.find(_ranges(spec)))
     paths: dict[Path, None] = {}  # in order, each once
     missing = []
-    for name in [spec] if os.path.exists(spec) else _ranges(spec):
-        found = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
+    names = [spec] if os.path.exists(spec) else _ranges(spec)
+    for name, exists in zip(names, read_many(os.path.exists, names), strict=True):
+        found = [name] if exists else sorted(glob.glob(name, recursive=True))
         paths |= dict.fromkeys(map(Path, found))
         if not found:
             missing.append(name)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from reca.data.errors import BadSample, DataError
 from reca.data.pixels import shown_size
+from reca.data.read_ahead import read_many
 from reca.data.sample import MAX_IMAGE_BYTES, Sample, digest
 from reca.data.sources.chat_rows import BadRow, image_name
 from reca.data.sources.folder import total_size
@@ -84,7 +85,8 @@ class ScoredImages(KeyedRows):
         return total_size(self.root / name for name in (row.image, row.target) if name is not None)
 
     def identity(self) -> str:
-        return digest((tuple(self._row(index)), self.size(index)) for index in range(len(self)))
+        rows = (tuple(self._row(index)) for index in range(len(self)))
+        return digest(zip(rows, read_many(self.size, range(len(self))), strict=True))
 
 
 def _write_rows(items: Iterable[Any], write: Write) -> Facts:
