@@ -22,7 +22,7 @@ from reca.models.base import Adapter
 from reca.models.common.deferred_weights import DeferredWeights, deferring
 from reca.options.fields import RecipeError
 from reca.precision import autocast, cast, training_kernels
-from reca.runs.lineage import check_parent, load_parent, parent_digest
+from reca.runs.lineage import check_parent, load_parent
 from reca.training.lora import published_name
 
 
@@ -41,10 +41,11 @@ def _encoders(adapter: Adapter) -> set[str]:
     return {published_name(name) for name, role in roles.items() if read is None or role in read}
 
 
-def load_encoders(recipe: Recipe, device: torch.device) -> Adapter:
+def load_encoders(recipe: Recipe, device: torch.device) -> tuple[Adapter, str | None]:
     """Load the model that a run of this recipe starts from, with only the weights that `encode` reads.
 
     Other parameters are on the meta device. If the model does not declare `encoder_roles`, all weights are loaded.
+    Returns the model and the digest that `load_parent` returns.
     All ranks must call it. Raises as `check_parent` for train.init_from.
     """
     kind, plain, weights = umm_package(recipe.umm).Adapter, replace(recipe, lora=LoraConfig()), None
@@ -59,8 +60,7 @@ def load_encoders(recipe: Recipe, device: torch.device) -> Adapter:
         check_parent(plain, adapter)
     if weights is not None:
         weights.receive(adapter)
-    load_parent(adapter, plain)
-    return adapter
+    return adapter, load_parent(adapter, plain)
 
 
 def cache_features(recipe: Recipe) -> list[str]:
@@ -73,10 +73,10 @@ def cache_features(recipe: Recipe) -> list[str]:
     if recipe.data.cache is None:
         raise RecipeError("data.cache is null: set the folder of the features, as in data.cache=/fast/disk/features")
     device = distributed.initialize(60 * distributed.HOURS)  # shares differ in size if some features are cached
-    adapter = load_encoders(recipe, device).train()
+    adapter, parent = load_encoders(recipe, device)
     with distributed.fail_together(), out_of_memory.memory_errors():
-        cast(adapter, recipe.train.precision)
-        identity = features_identity(recipe, adapter, parent_digest(recipe))
+        cast(adapter.train(), recipe.train.precision)
+        identity = features_identity(recipe, adapter, parent)
     context = autocast(recipe.train.precision, device)
     lines = []
     for task in recipe.active_tasks():

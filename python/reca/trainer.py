@@ -129,8 +129,10 @@ class Trainer:
             with distributed.fail_together():  # each rank checks its own rows
                 lora.reset(self.adapter, recipe.train.seed)
         if state is None:
-            lineage.load_parent(self.adapter, recipe)
+            parent = lineage.load_parent(self.adapter, recipe)
+            self.fingerprint |= {"train.init_from": parent} if parent else {}
         else:
+            parent = state["fingerprint"].get("train.init_from")
             self.adapter.inherited = frozenset(state["inherited"])
         with distributed.fail_together():
             check_finite(self.adapter)
@@ -155,8 +157,7 @@ class Trainer:
         if self.ema and newest is not None and state is not None and self.ema.continues(state):
             checkpoint.load_ema(newest, self.ema.averages)
             self.ema.updates = state["ema"]["updates"]
-        parent = self.fingerprint.get("train.init_from")  # on rank 0
-        self.features = features_identity(recipe, self.adapter, distributed.all_gather(parent)[0])
+        self.features = features_identity(recipe, self.adapter, parent)
         with distributed.fail_together():  # both read files
             self.loaders = {task: self._loader(task) for task in self.tasks}
             for loader in self.loaders.values():

@@ -193,7 +193,7 @@ UNCACHED = (
     uncached(umm_package("show_o").Adapter, "load"),
     uncached(deferred_weights.DeferredWeights, "read_only"),
     uncached(precompute, "check_parent"),
-    uncached(precompute, "parent_digest"),
+    uncached(precompute, "features_identity"),
     uncached(precompute, "open_loader"),
     uncached(precompute, "fill"),
     uncached(Loader, "close"),

@@ -117,7 +117,7 @@ def test_without_a_sound_checkpoint_the_folders_to_remove_are_named(change, reci
     with pytest.raises(CheckpointError, match="no checkpoint .* is sound .*remove .*000002 and .*status.json to start"):
         Trainer(recipe(), ToyAdapter())
     with pytest.raises(CheckpointError, match="000002"):
-        checkpoint.load_weights(trainer.run_dir, ToyAdapter())
+        checkpoint.load_weights(checkpoint.find_valid(trainer.run_dir), ToyAdapter())
 
 
 @pytest.mark.parametrize("trained", ["more", "fewer"])
@@ -211,7 +211,7 @@ def try_everything(recipe, run_dir):
     for read in (
         lambda: Status.read(run_dir),
         lambda: checkpoint.latest_valid(run_dir),
-        lambda: checkpoint.load_weights(run_dir, ToyAdapter()),
+        lambda: checkpoint.load_weights(checkpoint.find_valid(run_dir), ToyAdapter()),
         lambda: checkpoint.load(run_dir / "checkpoints/000002", ToyAdapter(), torch.optim.SGD([torch.zeros(1)])),
         lambda: load_recipe(run_dir / "recipe.yaml"),
         lambda: Trainer(recipe("train.steps=3"), ToyAdapter()).run(),
@@ -383,7 +383,7 @@ def test_an_error_while_a_sound_checkpoint_is_read_is_no_damage(error, function,
     trainer = run_toy(recipe("train.steps=2"))
     monkeypatch.setattr(reading.HuggingFaceStorageReader, function, fail_with(error))
     with pytest.raises(type(error), match=str(error.args[-1])):
-        checkpoint.load_weights(trainer.run_dir, ToyAdapter())
+        checkpoint.load_weights(checkpoint.find_valid(trainer.run_dir), ToyAdapter())
 
 
 @pytest.mark.parametrize("function", READ)
@@ -391,7 +391,7 @@ def test_contents_that_cannot_be_parsed_are_damage(function, recipe, monkeypatch
     trainer = run_toy(recipe("train.steps=2"))
     monkeypatch.setattr(reading.HuggingFaceStorageReader, function, fail_with(SafetensorError("header too large")))
     with pytest.raises(CheckpointError, match="000002 is damaged .*header too large.* remove it"):
-        checkpoint.load_weights(trainer.run_dir, ToyAdapter())
+        checkpoint.load_weights(checkpoint.find_valid(trainer.run_dir), ToyAdapter())
 
 
 @pytest.mark.parametrize("gone", ["state.json", "COMPLETE", "weights", "."])
@@ -407,7 +407,7 @@ def test_files_that_go_while_they_are_read(gone, recipe, monkeypatch):
     monkeypatch.setattr(reading.HuggingFaceStorageReader, "read_data", remove)
     wanted = "was removed by a training run" if gone == "." else f"is damaged .*{gone}"
     with pytest.raises(CheckpointError, match=wanted):
-        checkpoint.load_weights(folder.parents[1], ToyAdapter())
+        checkpoint.load_weights(checkpoint.find_valid(folder.parents[1]), ToyAdapter())
 
 
 @pytest.mark.parametrize(

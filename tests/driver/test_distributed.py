@@ -231,7 +231,7 @@ def test_ranks_that_share_the_weights_evaluate_together(runs):
 def averages(run_dir: Path) -> dict[str, torch.Tensor]:
     """The EMA in the newest checkpoint of a run."""
     found = ToyAdapter()
-    checkpoint.load_weights(run_dir, found, ema=True)
+    checkpoint.load_weights(checkpoint.find_valid(run_dir), found, ema=True)
     return dict(found.named_parameters())
 
 

@@ -104,8 +104,8 @@ def test_a_skipped_step_is_not_averaged(recipe):
 def test_it_is_loaded_on_request(recipe, dtype):
     trainer = run_toy(recipe("ema.half_life=2"))
     raw, averaged = ToyAdapter(dtype=dtype), ToyAdapter(dtype=dtype)
-    checkpoint.load_weights(trainer.run_dir, raw)
-    names = checkpoint.load_weights(trainer.run_dir, averaged, ema=True)
+    checkpoint.load_weights(checkpoint.find_valid(trainer.run_dir), raw)
+    names = checkpoint.load_weights(checkpoint.find_valid(trainer.run_dir), averaged, ema=True)
     assert names == trainer.ema.averages.keys()
     for name in names:
         assert torch.equal(weights(raw)[name], weights(trainer.adapter)[name].to(dtype))
@@ -115,7 +115,7 @@ def test_it_is_loaded_on_request(recipe, dtype):
 def test_a_run_without_one_says_so(recipe):
     trainer = run_toy(recipe("train.steps=1"))
     with pytest.raises(CheckpointError, match="has no EMA.*ema.half_life=0"):
-        checkpoint.load_weights(trainer.run_dir, ToyAdapter(), ema=True)
+        checkpoint.load_weights(checkpoint.find_valid(trainer.run_dir), ToyAdapter(), ema=True)
     with pytest.raises(RecipeError, match="only a run has an EMA"):
         api.load("show_o_tiny", ema=True)
 

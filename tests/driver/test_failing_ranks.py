@@ -55,7 +55,7 @@ def outcomes(tmp_path_factory):
         ("uncached_ShowO.load", [4, 4], "none", None, []),
         ("uncached_DeferredWeights.read_only", [4, 4], "none", None, []),
         ("uncached_precompute.check_parent", [4, 4], "none", None, []),
-        ("uncached_precompute.parent_digest", [4, 4], "none", None, []),
+        ("uncached_precompute.features_identity", [4, 4], "none", None, []),
         ("uncached_precompute.open_loader", [4, 4], "none", None, []),
         ("uncached_precompute.fill", [4, 4], "none", None, []),
         ("uncached_Loader.close", [4, 4], "none", None, []),

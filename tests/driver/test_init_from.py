@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from reca import checkpoint
+from reca import checkpoint, trainer
 from reca.checkpoint import CheckpointError, listing, writing
 from reca.comparison.sides import find_sides
 from reca.eval.targets import opponent, target
 from reca.options.fields import RecipeError
-from reca.runs.lineage import load_start, load_trained
+from reca.runs.lineage import load_start, load_trained, parent_checkpoint
 from reca.trainer import Trainer
 from tests.driver.toy import ToyAdapter, run_toy, weights
 
@@ -145,6 +145,34 @@ def test_an_old_checkpoint_that_cannot_be_removed_ends_no_run(start, monkeypatch
     trainer = run_toy(start("run", None, "checkpoint.every=1", "checkpoint.keep=1"))
     assert "cannot be removed (Device or resource busy)" in caplog.text
     assert json.loads((trainer.run_dir / "status.json").read_text())["state"] == "finished"
+
+
+@pytest.mark.parametrize("fate", ["is saved", "is found to be damaged"])
+def test_a_run_records_the_checkpoint_that_it_has_loaded(fate, start, tmp_path, monkeypatch):
+    """The newest one of a run that goes on is another one when weights are read than when data are opened."""
+    run_toy(start("first", None, *FIRST, "checkpoint.every=1"))
+    began = tmp_path / "first/checkpoints/000002"
+
+    def goes_on(*given):
+        nonlocal began
+        trainer.choose_trained = choose_trained
+        if fate == "is saved":
+            run_toy(start("first", None, *FIRST, "train.steps=4"))
+            began = began.with_name("000004")
+        else:
+            (began / "state.json").write_text("{}")
+            began = began.with_name("000001")
+        return choose_trained(*given)
+
+    choose_trained = trainer.choose_trained
+    monkeypatch.setattr(trainer, "choose_trained", goes_on)
+    second = Trainer(start("second", "first", *SECOND), ToyAdapter())
+    loaded = ToyAdapter()
+    checkpoint.load_weights(began, loaded)
+    assert equal(weights(second.adapter), weights(loaded))
+    assert second.fingerprint["train.init_from"] == checkpoint.digest(began)
+    second.run()
+    assert parent_checkpoint(second.recipe, second.run_dir) == began
 
 
 def test_the_base_of_a_run_is_the_checkpoint_that_it_started_from(start, tmp_path, published):

@@ -258,7 +258,7 @@ def test_lora_starts_from_a_run_without(recipe, tmp_path):
 def test_lora_of_another_model_is_refused(recipe, tmp_path):
     run_toy(recipe(f"run_dir={tmp_path}/first", *ON, "train.steps=1"))
     with pytest.raises(checkpoint.CheckpointError, match="does not fit"):
-        checkpoint.load_weights(tmp_path / "first", ToyAdapter())
+        checkpoint.load_weights(checkpoint.find_valid(tmp_path / "first"), ToyAdapter())
 
 
 def test_without_peft_the_error_says_what_to_do(recipe, monkeypatch):

@@ -24,6 +24,7 @@ from reca.models.base import ROLES
 from reca.models.common import exporting
 from reca.models.common.exporting import export_to
 from reca.precompute import features_identity, load_encoders
+from reca.runs.lineage import parent_digest
 from tests.models.contract import quick
 
 TEXTS = {
@@ -170,7 +171,7 @@ def test_encoders_alone_make_the_same_features(model, tmp_path, weights):
         if any("tokenizer" in name for name in written):
             recipe.model.words = []
     whole = umm_package(model.name).Adapter.load(recipe.model)
-    alone = load_encoders(recipe, torch.device("cpu"))
+    alone, _ = load_encoders(recipe, torch.device("cpu"))
     roles = alone.roles()
     assert roles == whole.roles() and whole.encoder_roles <= set(ROLES)
     for name, parameter in alone.named_parameters():
@@ -194,12 +195,13 @@ def test_features_are_those_of_the_run_that_training_starts_from(model, tmp_path
     before = load_recipe(f"{model.name}_tiny", {"run_dir": str(tmp_path / "whole")})
     save_as_run(start, before, tmp_path / "whole", 1)
     own = load_recipe(f"{model.name}_tiny", {"train.init_from": str(tmp_path / "whole"), "lora.rank": rank})
-    alone = load_encoders(own, torch.device("cpu"))
+    alone, digest = load_encoders(own, torch.device("cpu"))
+    assert digest == parent_digest(own)
     assert any(parameter.is_meta for parameter in alone.parameters())
     for name, parameter in alone.named_parameters():
         assert parameter.is_meta or torch.equal(parameter, start.get_parameter(name)), name
     identities = [features_identity(own, alone, parent) for parent in ("one", "two")]
-    published = load_encoders(recipe, torch.device("cpu"))
+    published, _ = load_encoders(recipe, torch.device("cpu"))
     assert features_identity(recipe, published, None) not in identities and identities[0] != identities[1]
 
     trained = start.trainable_roles - start.encoder_roles
@@ -211,7 +213,7 @@ def test_features_are_those_of_the_run_that_training_starts_from(model, tmp_path
     optimizer = torch.optim.SGD([p for p in start.parameters() if p.requires_grad], lr=0.0)
     checkpoint.save(tmp_path / "part", {"step": 1}, start, optimizer, checkpoint.Keep(1))
     own.train.init_from = str(tmp_path / "part")
-    alone = load_encoders(own, torch.device("cpu"))
+    alone, _ = load_encoders(own, torch.device("cpu"))
     for name, parameter in alone.named_parameters():
         assert parameter.is_meta or torch.equal(parameter, published.get_parameter(name)), name
     assert features_identity(own, alone, "one") == features_identity(recipe, published, None)

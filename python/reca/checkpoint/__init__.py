@@ -27,6 +27,8 @@ from reca.checkpoint.listing import (
 )
 from reca.checkpoint.reading import (
     check_fit,
+    digest,
+    find_valid,
     list_weights,
     load,
     load_ema,
@@ -45,7 +47,9 @@ __all__ = [
     "Keep",
     "changed_parameters",
     "check_fit",
+    "digest",
     "find_damage",
+    "find_valid",
     "free_space",
     "latest",
     "latest_valid",

@@ -4,6 +4,7 @@ An error during reading is reported as damage only if that is proved: by content
 that differ from their checksums. Other errors, of the process group, the disk or memory, are raised unchanged.
 """
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -72,21 +73,25 @@ def load_ema(folder: Path, averages: dict[str, Tensor], all_of_them: bool = True
     _read(folder / EMA, {name: averages[name] for name in saved})
 
 
+def digest(folder: Path) -> str:
+    """Identify a complete checkpoint by the checksums of its files. Raises CheckpointError if they are damaged."""
+    return _reading(folder, lambda: hashlib.sha256((folder / MARKER).read_bytes()).hexdigest())
+
+
 def read_state(folder: Path) -> dict:
     """Read the counters of a checkpoint. Raises CheckpointError if they are damaged."""
     return _reading(folder, lambda: json.loads((folder / "state.json").read_text()))
 
 
-def load_weights(run_dir: Path, adapter: Adapter, ema: bool = False, folder: Path | None = None) -> frozenset[str]:
+def load_weights(folder: Path, adapter: Adapter, ema: bool = False) -> frozenset[str]:
     """Load the parameters that another run has changed, whatever this run trains. Return their names.
 
     The checkpoint's counters are kept as adapter.state, because that run may go on. Parameters on the meta device are
     not read.
-    ema: load the averages of trained parameters instead of their last values. folder: its checkpoint to load instead of
-    the newest.
-    Raises CheckpointError if that run has no valid checkpoint, no averages, or parameters that this model lacks.
+    folder: checkpoint that `find_valid` has found. ema: load the averages of trained parameters instead of their last
+    values.
+    Raises CheckpointError if there are no averages, or parameters that this model lacks.
     """
-    folder = _checkpoint_of(run_dir, folder)
     with distributed.fail_together():
         names, adapter.state = check_fit(folder, adapter), read_state(folder)
     own = {name: p.detach() for name, p in named_parameters(adapter).items() if name in names and not p.is_meta}
@@ -116,14 +121,13 @@ def check_fit(folder: Path, adapter: Adapter, mergeable: bool = False) -> frozen
     return frozenset(saved)
 
 
-def load_lora(run_dir: Path, adapter: Adapter, config: LoraConfig, folder: Path | None = None) -> frozenset[str]:
+def load_lora(folder: Path, adapter: Adapter, config: LoraConfig) -> frozenset[str]:
     """Load the parameters that a run with LoRA has changed into a model without, or with other LoRA, by merging.
 
-    config: that run's LoRA settings. folder: as in `load_weights`. Returns the names of the parameters that were
+    folder: as in `load_weights`. config: that run's LoRA settings. Returns the names of the parameters that were
     changed. Parameters on the meta device are not read.
     Raises CheckpointError like `load_weights`.
     """
-    folder = _checkpoint_of(run_dir, folder)
     with distributed.fail_together():
         names, shapes = check_fit(folder, adapter, mergeable=True), _saved(folder / "weights")
     own = {name: p.detach() for name, p in named_parameters(adapter).items() if not p.is_meta}
@@ -150,7 +154,7 @@ def read_weight(folder: Path, name: str) -> Tensor:
     return tensor
 
 
-def _checkpoint_of(run_dir: Path, folder: Path | None) -> Path:
+def find_valid(run_dir: Path, folder: Path | None = None) -> Path:
     """Find the latest valid checkpoint of another run, or check the given one. Raises CheckpointError if that fails."""
     if folder is not None:
         if damage := find_damage(folder):

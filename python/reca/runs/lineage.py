@@ -53,7 +53,7 @@ def fingerprint(
 
     The result is JSON-able and is saved with every checkpoint. sources: data sources of every active task. state: state
     of the checkpoint to resume from. If it names the same train.init_from, its digest is reused: the parent run may
-    have continued since.
+    have continued since. The parent of a new run is identified once it is loaded, by `load_parent`.
     """
     found: dict[str, Any] = {
         f"data.{DATA_KEYS[task]}": [len(sources[task]), sources[task].identity()] for task in recipe.active_tasks()
@@ -61,18 +61,16 @@ def fingerprint(
     if "reca" in recipe.active_tasks():
         found["data.templates"] = _digest("\n".join(templates).encode())
     found |= {f"model.{name}": _file_fingerprint(value) for name, value in published_files(recipe).items()}
-    if recipe.train.init_from is not None:
-        if state is not None and state["recipe"]["train"]["init_from"] == recipe.train.init_from:
-            found["train.init_from"] = state["fingerprint"].get("train.init_from")
-        else:
-            found["train.init_from"] = parent_digest(recipe)
+    if recipe.train.init_from is not None and state is not None:
+        same = state["recipe"]["train"]["init_from"] == recipe.train.init_from
+        found["train.init_from"] = state["fingerprint"].get("train.init_from") if same else parent_digest(recipe)
     return found
 
 
 def parent_digest(recipe: Recipe, run_dir: Path | None = None) -> str | None:
     """Return a digest of the checkpoint of `train.init_from` that `parent_checkpoint` finds; None if there is none."""
     folder = parent_checkpoint(recipe, run_dir)
-    return _marker_digest(folder) if folder else None
+    return checkpoint.digest(folder) if folder else None
 
 
 def parent_checkpoint(recipe: Recipe, run_dir: Path | None = None) -> Path | None:
@@ -85,12 +83,8 @@ def parent_checkpoint(recipe: Recipe, run_dir: Path | None = None) -> Path | Non
     complete = checkpoint.list_complete(Path(recipe.train.init_from))
     if run_dir is not None and (newest := checkpoint.latest(run_dir)) is not None:
         digest = checkpoint.read_state(newest)["fingerprint"].get("train.init_from")
-        complete = [folder for folder in complete if _marker_digest(folder) == digest]
+        complete = [folder for folder in complete if checkpoint.digest(folder) == digest]
     return complete[-1] if complete else None
-
-
-def _marker_digest(folder: Path) -> str:
-    return _digest((folder / checkpoint.MARKER).read_bytes())
 
 
 def reject_changed(recipe: Recipe, run_dir: Path, state: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -227,7 +221,7 @@ def load_trained(run_dir: Path, recipe: Recipe, device: torch.device | str = "cp
     if recipe.lora.rank:
         # bf16 base weights need a bf16 autocast throughout, which only training has.
         lora.choose_trained(adapter, replace(recipe, lora=replace(recipe.lora, base_dtype=None)))
-    adapter.inherited = checkpoint.load_weights(run_dir, adapter, ema)
+    adapter.inherited = checkpoint.load_weights(checkpoint.find_valid(run_dir), adapter, ema)
     check_finite(adapter)
     return adapter.eval()
 
@@ -243,15 +237,17 @@ def load_start(recipe: Recipe, device: torch.device | str = "cpu", run_dir: Path
     return adapter.eval()
 
 
-def load_parent(adapter: Adapter, recipe: Recipe, run_dir: Path | None = None) -> None:
+def load_parent(adapter: Adapter, recipe: Recipe, run_dir: Path | None = None) -> str | None:
     """Load the newest checkpoint of the run `train.init_from` over the published weights, if it is set.
+
+    Returns its digest, as `parent_digest`: that run may save another checkpoint meanwhile.
 
     The parent's LoRA is merged into the weights unless this run continues it.
     adapter: the model with the LoRA that the recipe requests. run_dir: load the checkpoint that this run started from.
     Raises CheckpointError if it is gone.
     """
     if recipe.train.init_from is None:
-        return
+        return None
     folder = Path(recipe.train.init_from)
     with distributed.fail_together():
         before = _parent_recipe(recipe)
@@ -261,13 +257,17 @@ def load_parent(adapter: Adapter, recipe: Recipe, run_dir: Path | None = None) -
                 f"train.init_from={folder} no longer contains the checkpoint that {run_dir} started from, so its base "
                 "model cannot be loaded; restore that checkpoint"
             )
+    found = checkpoint.find_valid(folder, started)
+    with distributed.fail_together():
+        digest = checkpoint.digest(found)
     if before.lora.rank and not lora.continues(before, recipe):
-        adapter.inherited = checkpoint.load_lora(folder, adapter, before.lora, started)
+        adapter.inherited = checkpoint.load_lora(found, adapter, before.lora)
     else:
-        adapter.inherited = checkpoint.load_weights(folder, adapter, folder=started)
+        adapter.inherited = checkpoint.load_weights(found, adapter)
     if recipe.lora.rank and not lora.continues(before, recipe):
         with distributed.fail_together():  # each rank checks its own rows
             lora.reset(adapter, recipe.train.seed)  # DoRA magnitudes must match the loaded weights
+    return digest
 
 
 def _parent_recipe(recipe: Recipe) -> Recipe:
