@@ -1,6 +1,8 @@
 """What a crash of the machine may lose: no file gets its name before its contents are on disk."""
 
+import errno
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,25 @@ def test_a_checkpoint_is_on_disk_before_it_has_its_name(tmp_path, disk):
     folder = checkpoint.save(tmp_path / "run", {"step": 1}, adapter, optimizer, checkpoint.Keep(1))
     assert checkpoint.latest_valid(tmp_path / "run") == folder and disk.lost == []
     assert disk.holds(tmp_path / "run/checkpoints") and disk.holds(tmp_path / "run")  # the names
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EIO])
+@pytest.mark.parametrize("kind", ["folders", "files"])
+def test_only_folders_may_be_on_a_file_system_that_cannot_flush_them(kind, code, tmp_path, monkeypatch):
+    """As NFS, SMB and FUSE mounts may be. A disk error is one, whatever it is about."""
+    real = os.fsync
+
+    def fsync(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode) == (kind == "folders"):
+            raise OSError(code, os.strerror(code))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    adapter = ToyAdapter()
+    optimizer = torch.optim.AdamW(adapter.layers.parameters())
+    saved = checkpoint.save(tmp_path / "run", {"step": 1}, adapter, optimizer, checkpoint.Keep(1))
+    assert (saved is not None) == (kind == "folders" and code != errno.EIO)
+    assert checkpoint.latest_valid(tmp_path / "run") == saved
 
 
 def test_an_export_is_on_disk_before_it_has_its_name(tmp_path, disk):

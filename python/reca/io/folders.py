@@ -1,6 +1,8 @@
 """Output folders, checked before the work begins, and atomic replacement of files."""
 
+import errno
 import os
+import stat
 import tempfile
 import uuid
 from pathlib import Path
@@ -8,6 +10,7 @@ from pathlib import Path
 from reca import exits
 
 PART = ".part"  # suffix of a file that is being written; a killed process leaves it behind
+NO_FSYNC = {errno.EINVAL, errno.EBADF, errno.ENOTSUP}  # errors of file systems without fsync of folders
 
 
 class NotWritable(ValueError):
@@ -63,9 +66,12 @@ def write_atomically(path: Path, content: str | bytes, sync: bool = True) -> Non
 
 
 def sync_to_disk(path: Path) -> None:
-    """Flush a file or folder to disk (fsync)."""
+    """Flush a file or folder to disk (fsync). A folder is not flushed on a file system that cannot do so."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in NO_FSYNC or not stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise
     finally:
         os.close(handle)
