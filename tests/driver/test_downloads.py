@@ -299,6 +299,17 @@ def test_too_little_disk_fetches_nothing(hub, tmp_path, monkeypatch, capsys):
     assert hub.sent == 0 and not (tmp_path / "w").exists()
 
 
+@pytest.mark.parametrize("to_cache", [False, True], ids=["folder", "cache"])
+def test_a_full_disk_with_everything_on_it_is_no_obstacle(hub, tmp_path, monkeypatch, to_cache, capsys):
+    """Nor is a cache that may only be read, as one that an administrator has filled."""
+    arguments = ["weights", "owner/parts/deep/one.pth", *([] if to_cache else ["--to", str(tmp_path)])]
+    assert get(*arguments) == 0
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "total used free")(0, 0, 0))
+    if to_cache:
+        monkeypatch.setattr(downloads, "ensure_writable", lambda *_: pytest.fail("nothing is written"))
+    assert get(*arguments) == 0 and "to fetch: 0 bytes" in capsys.readouterr().out
+
+
 def test_a_file_in_place_of_the_folder_is_named_before_anything_is_fetched(hub, tmp_path, capsys):
     (tmp_path / "w").touch()
     assert get(*show_o(tmp_path / "w")) == 4

@@ -122,12 +122,13 @@ def get(downloads: list[Download], to: Path | None = None, dry_run: bool = False
     print(f"to fetch: {amount}, into {folder}, which has {units.size(free)} free")
     if dry_run:
         return
-    if missing + SPARE > free:
+    if missing and missing + SPARE > free:
         raise DataError(
             f"{folder} has {units.size(free)} free, and {units.size(missing + SPARE)} are needed; free "
             f"{units.size(missing + SPARE - free)}, or give another folder ({'--to' if to else '--to, or HF_HOME'})"
         )
-    ensure_writable(folder, "--to" if to else "the cache of the hub (HF_HOME)")
+    if missing or to:  # a complete cache is only read; in a folder huggingface_hub locks even complete files
+        ensure_writable(folder, "--to" if to else "the cache of the hub (HF_HOME)")
     for download, listing in listings:
         try:
             place = bring(listing, download.file, download.patterns, to)
