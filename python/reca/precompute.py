@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from reca.models.base import Adapter
 from reca.models.common.deferred_weights import DeferredWeights, deferring
 from reca.options.fields import RecipeError
 from reca.precision import autocast, cast, training_kernels
-from reca.runs.lineage import check_parent, load_parent
+from reca.runs.lineage import check_parent, load_parent, published_model
 from reca.training.lora import published_name
 
 
@@ -31,7 +31,7 @@ def features_identity(recipe: Recipe, adapter: Adapter, parent: str | None) -> l
 
     parent: digest of the checkpoint that the run started from. It is included if `encode` reads one of its parameters.
     """
-    found = [recipe.umm, recipe.train.precision, asdict(recipe)["model"]]
+    found = [recipe.train.precision, published_model(recipe)]
     return [*found, parent] if adapter.inherited and _encoders(adapter) & adapter.inherited else found
 
 

@@ -157,8 +157,8 @@ class Trainer:
         if self.ema and newest is not None and state is not None and self.ema.continues(state):
             checkpoint.load_ema(newest, self.ema.averages)
             self.ema.updates = state["ema"]["updates"]
-        self.features = features_identity(recipe, self.adapter, parent)
-        with distributed.fail_together():  # both read files
+        with distributed.fail_together():  # all read files
+            self.features = features_identity(recipe, self.adapter, parent)
             self.loaders = {task: self._loader(task) for task in self.tasks}
             for loader in self.loaders.values():
                 self.adapter.check_templates(loader.templates or [])

@@ -122,6 +122,19 @@ def test_all_features_are_made_once_and_training_uses_them(recipe):
     assert {float(red) for batch in batches for red in batch.features["red"]} <= set(range(11))
 
 
+def test_features_belong_to_the_contents_of_weights_wherever_they_are(recipe, tmp_path):
+    def identity(name):
+        recipe.model.weights = str(tmp_path / name)
+        return precompute.features_identity(recipe, Model(), None)
+
+    (tmp_path / "here").write_bytes(b"weights")
+    first = identity("here")
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert identity("there") == first
+    (tmp_path / "there").write_bytes(b"others")
+    assert identity("there") != first
+
+
 def test_a_command_that_was_stopped_goes_on_and_ranks_share(recipe, monkeypatch):
     monkeypatch.setattr(feature_shards, "SHARD_BYTES", 1)
     encode = Model.encode

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import reca
-from reca import cli, inference
+from reca import checkpoint, cli, inference
 from reca.eval import evaluation, files, generate, judge, records, report, targets
 from reca.eval.errors import EvaluationError
 from reca.eval.judges.base import Judge
@@ -451,18 +451,52 @@ def test_images_of_other_weights_or_settings_are_not_mixed(painter, monkeypatch)
         with pytest.raises(EvaluationError, match=f"with other settings \\({name}\\); set another --out"):
             reca.evaluate("toy", painter, limit=5, out=painter / "eval/toy", **change)
     trained = Painter(0.0)
-    trained.state = {"step": 4}
     with monkeypatch.context() as patch:
         patch.setattr(targets.Target, "load", lambda *_: trained)
-        patch.setattr(targets.checkpoint, "latest", lambda _: painter / "000004")
-        (painter / "000004").mkdir()
-        (painter / "000004" / targets.checkpoint.MARKER).write_text("{" + " " * 100 + "}")
+        trained.state = save(painter, 4)
         with pytest.raises(EvaluationError, match=r"settings \(fingerprint.checkpoint, step \S+ -> 4\); set"):
             reca.evaluate("toy", painter, limit=5)
     monkeypatch.setattr(targets.Target, "load", lambda *_: Painter(0.2))
     with pytest.raises(EvaluationError, match="with other settings \\(other weights\\)"):
         reca.evaluate("toy", painter, limit=9)
     assert reca.evaluate("toy?seed=1", painter, limit=5, out=painter / "other")["counts"]["images"] == 5
+
+
+def save(run, step):
+    """A checkpoint of a run, without files. Return what it is known by."""
+    folder = run / f"checkpoints/{step:06d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / checkpoint.MARKER).write_text(json.dumps({"step": {"bytes": step, "sha256": ""}}))
+    return {"step": step, "digest": checkpoint.digest(folder)}
+
+
+def test_a_model_that_was_moved_is_the_same_model(painter, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/a.bin").write_bytes(b"weights")
+    reca.evaluate("toy", painter, limit=5, overrides=[f"model.weights={tmp_path / 'model'}"])
+    (tmp_path / "model").rename(tmp_path / "moved")
+    moved = [f"model.weights={tmp_path / 'moved'}"]
+    reca.evaluate("toy", painter, limit=5, overrides=moved)
+    assert Painter.made == 5
+    (tmp_path / "moved/a.bin").write_bytes(b"others")
+    with pytest.raises(EvaluationError, match="with other settings \\(fingerprint.model.weights\\)"):
+        reca.evaluate("toy", painter, limit=9, overrides=moved)
+
+
+def test_the_state_is_that_of_the_checkpoint_that_was_loaded(painter, monkeypatch):
+    """A run that goes on saves one after the other, also while its model is loaded."""
+    save(painter, 2)
+
+    def load(*_):
+        trained = Painter()
+        trained.state = save(painter, 4)
+        return trained
+
+    monkeypatch.setattr(targets.Target, "load", load)
+    for _ in range(2):
+        reca.evaluate("toy", painter, limit=5)
+        found = json.loads((painter / "eval/toy/generation.json").read_text())
+        assert Painter.made == 5 and found["model"]["step"] == 4
 
 
 @pytest.mark.parametrize(

@@ -86,14 +86,14 @@ def read_state(folder: Path) -> dict:
 def load_weights(folder: Path, adapter: Adapter, ema: bool = False) -> frozenset[str]:
     """Load the parameters that another run has changed, whatever this run trains. Return their names.
 
-    The checkpoint's counters are kept as adapter.state, because that run may go on. Parameters on the meta device are
-    not read.
+    The checkpoint's counters are kept as adapter.state, with its `digest`, because that run may go on. Parameters on
+    the meta device are not read.
     folder: checkpoint that `find_valid` has found. ema: load the averages of trained parameters instead of their last
     values.
     Raises CheckpointError if there are no averages, or parameters that this model lacks.
     """
     with distributed.fail_together():
-        names, adapter.state = check_fit(folder, adapter), read_state(folder)
+        names, adapter.state = check_fit(folder, adapter), read_state(folder) | {"digest": digest(folder)}
     own = {name: p.detach() for name, p in named_parameters(adapter).items() if name in names and not p.is_meta}
     _read(folder / "weights", own)
     if ema:
@@ -125,11 +125,12 @@ def load_lora(folder: Path, adapter: Adapter, config: LoraConfig) -> frozenset[s
     """Load the parameters that a run with LoRA has changed into a model without, or with other LoRA, by merging.
 
     folder: as in `load_weights`. config: that run's LoRA settings. Returns the names of the parameters that were
-    changed. Parameters on the meta device are not read.
+    changed, and sets adapter.state likewise. Parameters on the meta device are not read.
     Raises CheckpointError like `load_weights`.
     """
     with distributed.fail_together():
         names, shapes = check_fit(folder, adapter, mergeable=True), _saved(folder / "weights")
+        adapter.state = read_state(folder) | {"digest": digest(folder)}
     own = {name: p.detach() for name, p in named_parameters(adapter).items() if not p.is_meta}
     plain = {name for name in names if not lora.is_lora(name)}
     _read(folder / "weights", {name: own[name] for name in plain & own.keys()})

@@ -1,15 +1,15 @@
 """Tensors that training changed, and whether understanding uses any of them."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from reca import checkpoint
 from reca.comparison.sides import Side
-from reca.config.recipe import LoraConfig, Recipe
+from reca.config.recipe import LoraConfig
 from reca.estimate.meta_model import build_meta
-from reca.runs.lineage import published_fingerprints
+from reca.runs.lineage import published_model
 from reca.training.lora import is_lora, weight_beside
 
 SHOWN = 40  # maximum number of changed tensors to list
@@ -21,7 +21,7 @@ def understanding(before: Side, after: Side) -> dict[str, Any] | None:
     Compares the tensors of the checkpoints; tensors in neither are as published. Return None if a side has no weights,
     or if the models were loaded from different files or with different settings.
     """
-    if before.recipe is None or after.recipe is None or _published(before.recipe) != _published(after.recipe):
+    if before.recipe is None or after.recipe is None or published_model(before.recipe) != published_model(after.recipe):
         return None
     if before.lacks_weights or after.lacks_weights:
         return None
@@ -43,11 +43,6 @@ def understanding(before: Side, after: Side) -> dict[str, Any] | None:
             "example with reca eval mme or pope."
         )
     return {"identical": not touched, "changed": len(changed), "tensors": touched[:SHOWN], "text": text}
-
-
-def _published(recipe: Recipe) -> tuple[str, dict[str, Any]]:
-    """Identify a model without checkpoint: its type and settings, with fingerprints of files instead of paths."""
-    return recipe.umm, asdict(recipe)["model"] | published_fingerprints(recipe)
 
 
 def _changed(before: Side, after: Side) -> set[str]:

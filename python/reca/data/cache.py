@@ -39,8 +39,7 @@ class FeatureCache:
     They are in a subfolder whose name is a hash of everything else that they depend on. The first features that are
     read stay in memory, up to KEPT_BYTES. A thread writes, so that a step does not wait for the disk.
 
-    identity: JSON-serialisable identity of the encoders. Features of other identities in the same folder are ignored. A
-    checkpoint that changes under the same name is not detected: remove the folder in that case.
+    identity: JSON-serialisable identity of the encoders. Features of other identities in the same folder are ignored.
     """
 
     def __init__(self, folder: Path, views: Views, identity: Any):

@@ -128,7 +128,7 @@ def _generate(settings: Settings, side: Target, device: torch.device) -> None:
     if same and _complete(settings, items, folder):
         return
     model = side.load(device)
-    made["model"] = describe(model, side)
+    made |= {"model": describe(model, side), "fingerprint": side.fingerprint(model)}
     with distributed.fail_together():
         if distributed.rank() == 0:
             write_generation(folder, made, items)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from reca.eval.suites.base import agree
 from reca.models.base import Adapter
 from reca.models.common.inference import warn_of_random_weights
 from reca.options.fields import format_value
-from reca.runs.lineage import is_run, load_start, load_trained, parent_digest, published_fingerprints, recipe_of
+from reca.runs.lineage import is_run, load_start, load_trained, parent_checkpoint, published_model, recipe_of
 
 BASE = "base"
 GENERATION = "generation.json"
@@ -58,13 +58,19 @@ class Target:
         newest = checkpoint.latest(Path(self.source)) if self.trained else None
         return None if newest is None else int(newest.name)
 
-    def fingerprint(self) -> dict[str, Any]:
-        """Return values that identify the state of the model without reading its weights."""
+    def fingerprint(self, model: Adapter | None = None) -> dict[str, Any]:
+        """Return values that identify the state of the model, wherever its files are, without reading its weights.
+
+        model: result of `load`, if it is loaded. The run may have saved a newer checkpoint since.
+        """
         assert self.recipe is not None
-        newest = checkpoint.latest(Path(self.source)) if self.trained else None
-        found: dict[str, Any] = {"model": asdict(self.recipe)["model"], "files": published_fingerprints(self.recipe)}
-        found |= {"ema": self.ema, "init_from": None if self.trained else parent_digest(self.recipe, self.run)}
-        found["checkpoint"] = newest and (newest / checkpoint.MARKER).read_text()
+        found: dict[str, Any] = {"model": published_model(self.recipe), "ema": self.ema}
+        if model is not None:
+            digest = model.state and model.state.get("digest")
+        else:
+            newest = checkpoint.latest(Path(self.source)) if self.trained else parent_checkpoint(self.recipe, self.run)
+            digest = newest and checkpoint.digest(newest)
+        found |= {"init_from": None if self.trained else digest, "checkpoint": digest if self.trained else None}
         return json.loads(json.dumps(found, default=str))
 
 

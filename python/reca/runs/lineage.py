@@ -258,8 +258,6 @@ def load_parent(adapter: Adapter, recipe: Recipe, run_dir: Path | None = None) -
                 "model cannot be loaded; restore that checkpoint"
             )
     found = checkpoint.find_valid(folder, started)
-    with distributed.fail_together():
-        digest = checkpoint.digest(found)
     if before.lora.rank and not lora.continues(before, recipe):
         adapter.inherited = checkpoint.load_lora(found, adapter, before.lora)
     else:
@@ -267,7 +265,7 @@ def load_parent(adapter: Adapter, recipe: Recipe, run_dir: Path | None = None) -
     if recipe.lora.rank and not lora.continues(before, recipe):
         with distributed.fail_together():  # each rank checks its own rows
             lora.reset(adapter, recipe.train.seed)  # DoRA magnitudes must match the loaded weights
-    return digest
+    return adapter.state["digest"]
 
 
 def _parent_recipe(recipe: Recipe) -> Recipe:
@@ -318,9 +316,10 @@ def published_files(recipe: Recipe) -> dict[str, str]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def published_fingerprints(recipe: Recipe) -> dict[str, str]:
-    """Return fingerprints of the files that a model is loaded from, by key."""
-    return {name: _file_fingerprint(value) for name, value in published_files(recipe).items()}
+def published_model(recipe: Recipe) -> dict[str, Any]:
+    """Identify a model without checkpoint: its type and settings, with fingerprints of its files in place of paths."""
+    files = {name: _file_fingerprint(value) for name, value in published_files(recipe).items()}
+    return {"umm": recipe.umm} | asdict(recipe)["model"] | files
 
 
 def _file_fingerprint(source: str) -> str:
