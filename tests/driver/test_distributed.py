@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from reca import checkpoint, distributed
 from reca.config.recipe_files import load_recipe
@@ -361,6 +362,8 @@ def test_a_checkpoint_after_a_pass_without_gradients(alone, tmp_path):
     pixels = list(torch.zeros(2, 3, 4, 4, dtype=torch.uint8))
     with torch.no_grad():
         adapter.encode(Batch("reca", torch.arange(2), ["a"] * 2, gen=pixels, und=None))
+    gathered = [name for name, parameter in adapter.named_parameters() if not isinstance(parameter, DTensor)]
+    assert gathered == ["tower.weight", "tower.bias"]
     folder, again = checkpoint.save(tmp_path, {"step": 1}, adapter, optimizer, checkpoint.Keep(1)), ToyAdapter(seed=1)
     checkpoint.load(folder, again, torch.optim.AdamW(again.parameters()))
     same(weights(ToyAdapter()), weights(again), atol=0)

@@ -121,9 +121,8 @@ def _copies(tensor: Tensor) -> tuple[int, int]:
     """Return the number of ranks that hold the same data as this one, and this rank's index among them."""
     if not isinstance(tensor, DTensor):
         return distributed.world_size(), distributed.rank()
-    mesh, coordinate = tensor.device_mesh, tensor.device_mesh.get_coordinate()
-    if coordinate is None:  # the mesh does not contain this rank
-        return 1, 1
+    mesh = tensor.device_mesh
+    coordinate: Any = mesh.get_coordinate()  # never None: every mesh is of all ranks
     replicated = [dim for dim, placement in enumerate(tensor.placements) if placement.is_replicate()]
     index = 0
     for dim in replicated:
