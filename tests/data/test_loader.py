@@ -4,18 +4,21 @@ import io
 import itertools
 import json
 import tarfile
+import threading
 from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
 
+from reca.data import order
 from reca.data.config import DataConfig
 from reca.data.errors import DataError
 from reca.data.loader import open_loader
-from reca.data.order import Shuffled
+from reca.data.order import Block, Shuffled, Windows
 from reca.data.sources.factory import open_source
 from reca.data.views import View, Views
+from reca.rng import CounterRNG
 from tests.data.files import image_bytes
 
 VIEWS = Views(gen=View(4), und=None)
@@ -290,3 +293,31 @@ def test_random_crops_cannot_be_cached(folder, tmp_path):
     data = DataConfig(images=str(folder), cache=str(tmp_path))
     with pytest.raises(DataError, match=r"is a random crop.*data\.cache=null"):
         open_loader(data, "reca", Views(gen=View(4, "random_crop"), und=None), seed=0, micro_batch=4, identity="")
+
+
+@pytest.mark.parametrize("made", [lambda: Shuffled(100, 0), lambda: Windows([Block(10, 2**30)] * 10, 0)])
+def test_threads_share_the_order_of_an_epoch(made, monkeypatch):
+    """Of a hundred million samples it takes seconds and 400 MB, which every thread of every rank would take at once."""
+    real, epochs, all_ask = order._permutation, Counter(), threading.Event()
+
+    def permutation(rng, size):
+        epochs[rng.seed] += 1
+        all_ask.wait(10)
+        return real(rng, size)
+
+    def ask(place):
+        if next(asked) == 3:
+            all_ask.set()
+        found[place] = shared.index(place)
+
+    asked, found, shared = itertools.count(), {}, made()
+    with monkeypatch.context() as patch:
+        patch.setattr(order, "_permutation", permutation)
+        threads = [threading.Thread(target=ask, args=(place,)) for place in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    alone = made()
+    assert found == {place: alone.index(place) for place in range(4)}
+    assert epochs[CounterRNG(0, 0).seed] == 1

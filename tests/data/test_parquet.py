@@ -12,10 +12,10 @@ from reca.data import order
 from reca.data.config import ColumnsConfig, DataConfig
 from reca.data.errors import BadSample, DataError, LeftOut
 from reca.data.loader import open_loader
+from reca.data.recently_used import RecentlyUsed
 from reca.data.sources import columns as columns_module
 from reca.data.sources import parquet
 from reca.data.sources.factory import open_source
-from reca.data.sources.row_groups import RecentlyUsed
 from reca.data.views import View, Views
 from tests.data.files import fill, image_bytes, said
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
+from reca.data.recently_used import RecentlyUsed
 from reca.data.sample import Source
 from reca.rng import CounterRNG
 
@@ -55,7 +56,7 @@ class Shuffled:
 
     def __init__(self, size: int, seed: int):
         self.size, self.seed = size, seed
-        self._order = functools.lru_cache(maxsize=2)(self._order_of)  # one per instance, for this epoch and the next
+        self._order = RecentlyUsed(self._order_of, lambda _: 1, 2)  # this epoch and the next
 
     def index(self, position: int) -> int:
         epoch, slot = divmod(position, self.size)
@@ -88,7 +89,7 @@ class Windows:
         self.first = np.cumsum(self.samples) - self.samples
         self.size = int(self.samples.sum())
         self._far = Shuffled(self.size, seed)
-        self._windows = functools.lru_cache(maxsize=4)(self._windows_of)
+        self._windows = RecentlyUsed(self._windows_of, lambda _: 1, 4)
         self._samples = functools.lru_cache(maxsize=16)(self._samples_of)
 
     def index(self, position: int) -> int:

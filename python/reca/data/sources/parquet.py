@@ -16,11 +16,11 @@ from reca.data.config import ColumnsConfig
 from reca.data.errors import BadSample, DataError
 from reca.data.order import WINDOW, Block
 from reca.data.read_ahead import read_ahead
+from reca.data.recently_used import RecentlyUsed
 from reca.data.sample import Sample, digest
 from reca.data.sources.columns import BYTES, IMAGE, LIST, OTHER, TEXT, choose, make_sample
 from reca.data.sources.patterns import relative_names, some
 from reca.data.sources.remote import REQUESTS, AnyPath, RemotePath, to_path
-from reca.data.sources.row_groups import RecentlyUsed
 from reca.data.sources.skipped import log_once
 from reca.io.files import HEAD, packed, placeholder
 

@@ -1,4 +1,4 @@
-"""Cache of parquet row groups, which are read one at a time."""
+"""Cache of results that several threads ask for, such as parquet row groups."""
 
 import threading
 from collections import OrderedDict
