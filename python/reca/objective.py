@@ -39,8 +39,8 @@ def backward(
     """Accumulate the gradient of L_total over `batches` into the parameters' .grad.
 
     batches: this rank's micro-batches of one step, by task. Every rank must pass the same number.
-    labels: names of each task's data sources. For these tasks the loss is also returned per source, as TASK/loss@LABEL,
-    if the model computes per-sample losses.
+    labels: names of the data sources of tasks in `batches`. For these tasks the loss is also returned per source, as
+    TASK/loss@LABEL, if the model computes per-sample losses.
     Returns tensors [2] of (sum, weight) by name, over the samples counted on this rank: fp32, or fp64 if the model is.
     Summed over all ranks, sum / weight is L_k for a task. For a source it is the mean over its predicted tokens,
     whatever objective.mean is. A task without a label in the whole step contributes no gradient.
@@ -55,9 +55,7 @@ def backward(
 
     work = [(task, batch) for task, micro_batches in ready.items() for batch in micro_batches]
     sums = {task: torch.zeros_like(total) for task, total in totals.items()}
-    by_source = {
-        task: totals[task].new_zeros(len(names), 2) for task, names in labels.items() if names and task in totals
-    }
+    by_source = {task: totals[task].new_zeros(len(names), 2) for task, names in labels.items()}
     for position, (task, batch) in enumerate(work):
         set_gradient_sync(adapter, position == len(work) - 1)
         condition = objective.condition if task == "reca" else "own"
@@ -88,7 +86,7 @@ def backward(
     return sums
 
 
-def _ready(adapter: Adapter, batch: Batch, rng: CounterRNG, by_sample: bool = False) -> Batch:
+def _ready(adapter: Adapter, batch: Batch, rng: CounterRNG, by_sample: bool) -> Batch:
     """Return a copy of the batch with its `prepared` set, computing it if the loader has not."""
     ready = copy.copy(batch)
     ready.prepared = adapter.ensure_prepared(batch, rng)

@@ -52,6 +52,7 @@ EVALUATED = (
     "objective.i2t.batch_size=2 eval.every=2 eval.holdout=5 eval.suite=toy eval.prompts=3 eval.sampling=[steps=2] "
     "log.sample_every=2 log.reconstructions=2"
 ).split()
+MEANS = [*SMOOTH, "objective.mean=micro_batch", "objective.reca.batch_size=7", "train.precision=fp64"]
 OTHER = [*SMOOTH, "objective.reca.batch_size=3", "objective.condition=other"]
 
 
@@ -87,6 +88,7 @@ def jobs(toy: Path, folder: Path) -> list[list]:
         ["toy_1", 1, toy, ODD],
         ["chained_1", 1, toy, chained],
         ["unclipped_1", 1, toy, [*ODD, "optim.max_grad_norm=null"]],
+        ["means_1", 1, toy, MEANS],
         ["other_1", 1, toy, OTHER],
         ["released_1", 1, "show_o_tiny", released("show_o_512")],
         ["single_1", 1, "show_o_tiny", UNEVEN],
@@ -98,6 +100,7 @@ def jobs(toy: Path, folder: Path) -> list[list]:
         *[[f"{umm}_half_2", 2, f"{umm}_tiny", [*keys, "parallel.strategy=fsdp"]] for umm, keys in HALF.items()],
         ["evaluated_2", 2, "show_o_tiny", [*EVALUATED, "parallel.strategy=fsdp"]],
         ["chained_2", 2, toy, [*chained, "parallel.strategy=fsdp"]],
+        ["means_2", 2, toy, [*MEANS, "parallel.strategy=fsdp"]],
         ["unclipped_2", 2, toy, [*ODD, "parallel.strategy=fsdp", "optim.max_grad_norm=null"]],
         ["halves_2", 2, toy, [*ODD, "parallel.strategy=fsdp", "train.steps=3"]],
         ["halves_2", 2, toy, [*ODD, "parallel.strategy=fsdp"]],
@@ -192,6 +195,14 @@ def test_the_release_of_show_o_on_eight_ranks(runs):
     said = [line["warning"] for line in log(eight) if "warning" in line]
     assert any("reca 2 or 1 instead of 2; i2t 2 or 1 instead of 2" in text for text in said)
     assert not any("instead of" in line.get("warning", "") for line in log(one))
+
+
+def test_means_of_the_same_micro_batches_do_not_depend_on_the_ranks(runs):
+    """7 samples in 2, 2, 2 and 1, on one rank and on two."""
+    one, two = runs / "means_1", runs / "means_2"
+    same(final(one), final(two), atol=1e-12)
+    for a, b in zip(metrics(one), metrics(two), strict=True):
+        assert b == pytest.approx(a, rel=1e-12)
 
 
 def test_activation_checkpointing_on_ranks_of_unequal_micro_batches(runs):

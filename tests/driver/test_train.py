@@ -140,6 +140,8 @@ def test_what_ranks_tell_each_other_of_a_step_is_one_exchange(monkeypatch):
     sums = {"reca": torch.tensor([3.0, 4.0]), "reca/loss@a": torch.zeros(2), "reca/error": torch.tensor([1.0, 2.0])}
     assert objective.means(sums, ["reca"]) == {"reca/loss": 0.75, "reca/weight": 8.0, "reca/error": 0.5}
     assert [table.shape for table in exchanged] == [(3, 2)]
+    empty = {"reca": torch.zeros(2), "reca/loss@a": torch.zeros(2)}  # of a step without a label
+    assert objective.means(empty, ["reca"]) == {"reca/loss": 0, "reca/weight": 0}
 
 
 def test_attention_makes_no_plans(recipe, monkeypatch):
@@ -304,6 +306,18 @@ def test_dropout_is_on_in_steps_and_off_in_measurements(recipe):
     )
     trainer.run()
     assert set(modes) == {(True, True), (False, False)} and modes[-1] == (False, False)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_passes_compute_in_the_precision_of_the_run(precision, recipe):
+    """In steps and in measurements."""
+    keys = "train.steps=2", "log.gap_every=1", f"train.precision={precision}"
+    trainer, seen = Trainer(recipe(*keys), ToyAdapter()), set()
+    trainer.adapter.layers[0].register_forward_hook(
+        lambda layer, _, out: seen.add((torch.is_grad_enabled(), str(out.dtype)))
+    )
+    trainer.run()
+    assert seen == {(grad, "torch.bfloat16" if precision == "bf16" else "torch.float32") for grad in (True, False)}
 
 
 def test_the_loss_in_the_log_is_the_weighted_sum(recipe):
