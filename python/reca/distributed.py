@@ -32,6 +32,7 @@ def initialize(timeout_minutes: int) -> torch.device:
         device = torch.device("cuda", _gpu(torch.cuda.device_count()))
         torch.cuda.set_device(device)
     timeout = timedelta(minutes=timeout_minutes)
+    _forget_ended()
     if dist.is_initialized():
         set_timeout(timeout_minutes, device)
     elif "RANK" in os.environ:
@@ -72,12 +73,14 @@ def _gpu(visible: int) -> int:
     return next((int(os.environ[name]) for name in names if name in os.environ), 0) % visible
 
 
-_meshes: dict[tuple[str, int, int], DeviceMesh] = {}
+# By the training group they are of: a script may end it and join another, in which a mesh would find groups of its own
+# by names that are used again.
+_meshes: dict[tuple[Any, ...], DeviceMesh] = {}
 
 
 def mesh(device: torch.device, replicas: int, size: int) -> DeviceMesh:
     """Return the mesh of `replicas` groups of `size` adjacent ranks; with one replica it has one dimension."""
-    key = device.type, replicas, size
+    key = dist.group.WORLD, device.type, replicas, size
     if key not in _meshes:
         shape, names = ((replicas, size), ("replicate", "shard")) if replicas > 1 else ((size,), ("shard",))
         _meshes[key] = init_device_mesh(device.type, shape, mesh_dim_names=names)
@@ -107,7 +110,7 @@ def set_timeout(minutes: int, device: torch.device) -> None:
 
 
 # Gloo groups by training group and use. "host": host-side collectives of the training thread, if training uses NCCL.
-_groups: dict[tuple[Any, str], dist.ProcessGroup] = {}
+_groups: dict[tuple[Any, ...], dist.ProcessGroup] = {}
 
 
 def _gloo(use: str, timeout: timedelta) -> dist.ProcessGroup:
@@ -135,10 +138,17 @@ def waiting_group() -> dist.ProcessGroup | None:
 
 
 def shut_down() -> None:
-    _meshes.clear()
     if dist.is_initialized():
-        _groups.clear()
         dist.destroy_process_group()
+    _forget_ended()
+
+
+def _forget_ended() -> None:
+    """Drop meshes and groups of training groups that have ended."""
+    for key in [*_meshes, *_groups]:
+        if key[0] is not dist.group.WORLD:
+            _meshes.pop(key, None)
+            _groups.pop(key, None)
 
 
 def is_main_process() -> bool:

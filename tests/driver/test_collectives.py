@@ -1,20 +1,22 @@
 """What ranks tell each other, and what one process tells itself."""
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from reca import distributed
 from tests.driver.test_distributed import ROOT, environment
 
 
 @pytest.fixture(scope="module")
-def ranks() -> list[dict]:
-    """What each of three ranks was told; ranks 0 and 2 are on one machine."""
-    command = [sys.executable, str(ROOT / "tests/driver/launch_collectives.py")]
+def ranks(tmp_path_factory) -> list[dict]:
+    """What each of four ranks was told; rank 1 is on another machine than the others."""
+    command = [sys.executable, str(ROOT / "tests/driver/launch_collectives.py"), str(tmp_path_factory.mktemp("ranks"))]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -22,29 +24,46 @@ def ranks() -> list[dict]:
 
 def test_ranks_are_told_the_same_in_the_same_order(ranks):
     for told in ranks:
-        assert told["gathered"] == [{"own": 0}, {"own": 1}, {"own": 2}]
-        assert told["sum"] == [3, 30] and told["most"] == [2, 0, 5] and told["any"] == [True, False]
+        assert told["gathered"] == [{"own": number} for number in range(4)]
+        assert told["sum"] == [4, 60] and told["most"] == [3, 0, 5] and told["any"] == [True, False]
 
 
 def test_ranks_count_those_of_their_machine(ranks):
     """Where no launcher says it; memory of the machine is shared among them."""
-    assert [told["rank"] for told in ranks] == [[0, 3, 2], [1, 3, 1], [2, 3, 2]]
-    assert [told["main"] for told in ranks] == [True, False, False]
+    assert [told["rank"] for told in ranks] == [[0, 4, 3], [1, 4, 1], [2, 4, 3], [3, 4, 3]]
+    assert [told["main"] for told in ranks] == [True, False, False, False]
 
 
 def test_an_error_of_one_rank_is_one_of_all(ranks):
     """That of a rank's own comes before that of others."""
     one, wordless, own, none = zip(*(told["failed"] for told in ranks), strict=True)
     for found, kind, reason in ((one, "OSError", "full"), (wordless, "KeyError", "KeyError")):
-        assert [name for name, _ in found] == ["PeerFailed", kind, "PeerFailed"]
-        assert all("rank 1" in text and reason in text for _, text in found[::2])
-    assert list(own) == [["KeyError", ""]] * 3 and list(none) == [[]] * 3
+        assert [name for name, _ in found] == ["PeerFailed", kind, "PeerFailed", "PeerFailed"]
+        assert all("rank 1" in text and reason in text for name, text in found if name != kind)
+    assert list(own) == [["KeyError", ""]] * 4 and list(none) == [[]] * 4
+
+
+@pytest.mark.parametrize("group", ["groups", "again"])
+def test_adjacent_ranks_share_weights(ranks, group):
+    """Two replicas of two shards; also in a second process group, where names of groups come again."""
+    everyone = [0, 1, 2, 3]
+    assert [told[group] for told in ranks] == [
+        [[0, 1], [0, 2], everyone], [[0, 1], [1, 3], everyone],
+        [[2, 3], [0, 2], everyone], [[2, 3], [1, 3], everyone],
+    ]  # fmt: skip
+
+
+def test_a_new_timeout_is_that_of_all_groups_of_training(ranks):
+    """From when the last rank is there, which may still do what the old one was for."""
+    assert [told["waits"] for told in ranks] == [[True, True]] * 4
+    assert [told["minutes"] for told in ranks] == [[2, 2, 2, 3]] * 4
 
 
 def test_one_process_is_all_ranks(monkeypatch):
     for name in ("RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    assert distributed.is_main_process() and not distributed.is_joined()
+    distributed.initialize(1)
+    assert distributed.is_main_process() and not distributed.is_joined() and "LOCAL_WORLD_SIZE" not in os.environ
     assert [distributed.rank(), distributed.world_size(), distributed.local_world_size()] == [0, 1, 1]
     assert distributed.all_gather("own") == ["own"] and distributed.max_over_ranks([3, 1]) == [3, 1]
     assert distributed.sum_over_ranks(torch.ones(2)).tolist() == [1, 1]
@@ -53,3 +72,11 @@ def test_one_process_is_all_ranks(monkeypatch):
     distributed.barrier()
     with pytest.raises(OSError, match="full"), distributed.fail_together():
         raise OSError(28, "full")
+
+
+def test_groups_of_the_host_are_of_gloo_whatever_training_uses():
+    dist.init_process_group("fake", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        assert dist.get_backend() == "fake" and dist.get_backend(distributed.waiting_group()) == "gloo"
+    finally:
+        distributed.shut_down()
