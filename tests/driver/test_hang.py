@@ -181,18 +181,29 @@ def test_a_rank_that_is_not_late_answers_the_request_of_another(tmp_path, monkey
     assert "rank 0, step 3: training for" in stacks and "rank 0, step 3: saving for" in stacks
 
 
-def test_a_rank_that_is_late_asks_the_others_until_it_goes_on(tmp_path):
-    folder = tmp_path / hang.FOLDER
-    with HangWatch(tmp_path, 0.02) as watch:
-        watch.enter(3, "training")
+def test_a_rank_that_is_late_asks_the_others_until_it_goes_on(tmp_path, monkeypatch):
+    """It withdraws its own request, and none that another rank makes afterwards."""
+    monkeypatch.setattr(hang, "LONGEST_POLL", 0.01)
+    request, report = tmp_path / hang.FOLDER / hang.REQUEST, tmp_path / hang.FOLDER / "rank_0.json"
+
+    def wait_for_report() -> None:
         end = time.monotonic() + 60
-        while not (folder / "rank_0.json").exists():
+        while not report.exists():
             assert time.monotonic() < end
             time.sleep(0.01)
-        assert (folder / hang.REQUEST).exists()
+        report.unlink()
+
+    with HangWatch(tmp_path, 0.02) as watch:
+        watch.enter(3, "training")
+        wait_for_report()
+        assert request.exists()
         watch.limit = 1000.0
         watch.enter(3, "saving")
-        assert not (folder / hang.REQUEST).exists()
+        assert not request.exists()
+        request.touch()
+        wait_for_report()
+        watch.enter(4, "training")
+        assert request.exists()
 
 
 def test_the_flight_recorder_of_nccl(monkeypatch):

@@ -191,14 +191,14 @@ def test_non_finite_updates_are_skipped_then_fatal(recipe):
 
     def poisoned(batch, features, rng):
         term = loss(batch, features, rng)
-        return term._replace(sum=term.sum * float("nan")) if trainer.step in (1, 4, 5, 6) else term
+        return term._replace(sum=term.sum * float("nan")) if trainer.step in (0, 1, 4, 5, 6) else term
 
     trainer.adapter.loss = poisoned
     with pytest.raises(NonFiniteError, match="3 steps in a row"):
         trainer.run()
     assert all(torch.isfinite(p).all() for p in trainer.adapter.parameters())
     dump = [json.loads(line) for line in (trainer.run_dir / "non_finite_0.jsonl").read_text().splitlines()]
-    assert [d["step"] for d in dump] == [2, 5, 6, 7] and len(dump[0]["sample_ids"]["reca"]) == 8
+    assert [d["step"] for d in dump] == [1, 2, 5, 6, 7] and len(dump[0]["sample_ids"]["reca"]) == 8
 
 
 def test_disk_full_keeps_the_run_and_the_last_checkpoint(recipe, monkeypatch, caplog):
