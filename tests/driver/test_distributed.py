@@ -327,7 +327,9 @@ def test_a_process_joins_a_second_group_after_the_first(alone):
 
 def test_a_run_after_another_in_the_same_group_has_its_own_timeout(alone):
     distributed.set_timeout(5, alone)
+    shards, threads = distributed.mesh(alone, 1, 1), distributed.gloo_group()
     assert distributed.initialize(45) == alone and minutes(alone) == 45
+    assert distributed.mesh(alone, 1, 1) is shards and distributed.gloo_group() is threads
 
 
 def test_numbers_of_the_host_do_not_pass_the_gpu(alone, monkeypatch):
