@@ -8,6 +8,7 @@ import functools
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -16,7 +17,7 @@ import reca
 from reca.config.recipe import TrainConfig
 from reca.config.recipe_files import load_recipe
 from reca.data.cache import collate
-from reca.data.pixels import make_view
+from reca.data.pixels import as_rgb, make_view, pixels_of, read_image
 from reca.data.tasks import TASKS, Turn
 from reca.models import UMMS
 from reca.models.base import ROLES
@@ -443,6 +444,25 @@ def test_what_cannot_be_drawn(plain):
         plain.generate("a red circle", range(12))
     with pytest.raises(TypeError, match=r"seeds=0 must be a list; write seeds=\[0\]"):
         plain.generate(["a red circle"], 0)
+    for prompts in (iter(["a"]), {"a": 0}, {"a"}, None):
+        with pytest.raises(TypeError, match=f"prompts must be a list, got {type(prompts).__name__}"):
+            plain.generate(prompts, [0])
+    for seed in (True, 1.0, "0", torch.tensor(1.0)):
+        with pytest.raises(TypeError, match="seeds must be integers, got"):
+            plain.generate(["a"], [seed])
+    with pytest.raises(TypeError, match="generate: missing a required argument: 'seeds'; .* are prompts, seeds"):
+        plain.generate(["a"])
+    with pytest.raises(TypeError, match="generate: got an unexpected keyword argument 'cfg'; .*, batch=[0-9]+"):
+        plain.generate(["a"], [0], cfg=3)
+
+
+def test_seeds_of_numpy_and_torch(plain, recwarn):
+    """A tensor of seeds was taken with a warning by torch."""
+    options = {} if plain.name in WITHOUT_STEPS else {"steps": 2}
+    (expected,) = plain.generate(["a"], [3], **options)
+    for seeds in (np.array([3]), torch.tensor([3]), range(3, 4), (3,)):
+        assert torch.equal(plain.generate(["a"], seeds, **options)[0], expected)
+    assert not [str(warning.message) for warning in recwarn if "tensor" in str(warning.message)]
 
 
 def test_limits_of_sampling_options(plain):
@@ -467,11 +487,25 @@ def test_what_is_no_image(plain):
     wrong = [torch.zeros(3, 20, 20), *(torch.zeros(size, dtype=torch.uint8) for size in ((20, 20, 3), (3, 0, 20)))]
     named = ["Image", r"torch.float32 \[3, 20, 20\]", r"torch.uint8 \[20, 20, 3\]", r"torch.uint8 \[3, 0, 20\]"]
     for image, got in zip([of_pil, *wrong], named, strict=True):
-        with pytest.raises(TypeError, match=rf"must be a uint8 tensor \[3, H, W\], got {got}; .*read_image"):
+        with pytest.raises(TypeError, match=rf"must be a uint8 tensor \[3, H, W\], got {got}; .*read_image.*as_rgb"):
             plain.answer([image], ["what is this"])
         if "edit" in plain.abilities:
             with pytest.raises(TypeError, match=rf"must be a uint8 tensor \[3, H, W\], got {got}; "):
                 plain.edit([image], ["a red square"], [0], steps=3)
+    with pytest.raises(TypeError, match="reconstruct: expected a reca.data.batch.Batch, got list; .*image_batch"):
+        plain.reconstruct([of_pil], [0])
+    if "i2t" in plain.tasks:  # the first image None was taken for the one already encoded
+        with pytest.raises(TypeError, match="got NoneType"):
+            plain.log_likelihood([None], ["a"], ["b"])
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "I;16", "CMYK"])
+def test_images_that_a_message_says_how_to_convert(tmp_path, mode):
+    """By the two functions that `fit_to_view` names; a path may be a text."""
+    image, path = Image.new(mode, (4, 3)), tmp_path / "image.tif"
+    image.save(path)
+    read = read_image(str(path))
+    assert read.shape == (3, 3, 4) and torch.equal(read, pixels_of(as_rgb(image)))
 
 
 def test_answers_do_not_depend_on_the_batch(model):

@@ -195,8 +195,9 @@ def _flatten(image: Image.Image) -> Image.Image:
     return whole
 
 
-def read_image(path: Path) -> Tensor:
+def read_image(path: str | Path) -> Tensor:
     """Read an image file: uint8 [3, H, W]. Raises DataError."""
+    path = Path(path)
     if not path.is_file():
         raise DataError(f"image {path} {'is not a file' if path.exists() else 'does not exist'}")
     try:

@@ -109,17 +109,29 @@ def _checked(method: Callable) -> Callable:
     Return [] for empty input without a call.
     """
     signature = inspect.signature(method)
+    parameters = list(signature.parameters.values())[1:]  # without the model
+    shown = ", ".join(str(parameter.replace(annotation=inspect.Parameter.empty)) for parameter in parameters)
 
     @functools.wraps(method)
     def call(*args: Any, **options: Any) -> Any:
-        bound = signature.bind(*args, **options)
+        try:
+            bound = signature.bind(*args, **options)
+        except TypeError as error:
+            raise TypeError(f"{method.__name__}: {error}; its parameters are {shown}") from None
         given = bound.arguments
         lists = {
             name: given[name] for name in ("prompts", "images", "instructions", "questions", "seeds") if name in given
         }
-        if isinstance(batch := given.get("batch"), Batch):  # reconstruct; elsewhere `batch` is an int
+        if method.__name__ == "reconstruct":
+            if not isinstance(batch := given.get("batch"), Batch):
+                raise TypeError(
+                    f"reconstruct: expected a reca.data.batch.Batch, got {type(batch).__name__}; "
+                    "reca.monitoring.reconstructions.image_batch(RECIPE, MODEL, COUNT) reads one from data.images"
+                )
             lists["images"] = batch.text
         check_pairs(**lists)
+        if "seeds" in lists:
+            given["seeds"] = [int(seed) for seed in lists["seeds"]]
         for parameter in signature.parameters.values():
             if parameter.default is not parameter.empty and parameter.name in given:
                 given[parameter.name] = check_option(parameter, given[parameter.name])

@@ -40,7 +40,8 @@ def fit_to_view(image: Tensor, view: View) -> Tensor:  # uint8 [3, H, W]
     if not (fits and image.numel()):
         got = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
         raise TypeError(
-            f"an image must be a uint8 tensor [3, H, W], got {got}; reca.data.pixels.read_image(PATH) returns one"
+            f"an image must be a uint8 tensor [3, H, W], got {got}; reca.data.pixels.read_image(PATH) returns one, and "
+            "pixels_of(as_rgb(IMAGE)) of the same module that of a PIL image"
         )
     return make_view(image.cpu(), view)
 

@@ -3,7 +3,8 @@
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -44,18 +45,20 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 def check_pairs(**lists: Sequence) -> None:
     """Raise ValueError if the lists differ in length, or if a seed is outside [0, 2**56).
 
-    Raises TypeError for a single string or number in place of a list (a string's characters would pass for prompts),
-    for an item that is not a string, and for a seed that is not an integer.
+    Raises TypeError for anything but a list or the like (a string's characters would pass for prompts), for an item
+    that is not a string, and for a seed that is not an integer.
     """
     for name, values in lists.items():
         if isinstance(values, str | int):
             raise TypeError(f"{name}={values!r} must be a list; write {name}=[{values!r}]")
+        if isinstance(values, Mapping) or not (hasattr(values, "__len__") and hasattr(values, "__getitem__")):
+            raise TypeError(f"{name} must be a list, got {type(values).__name__}")
     for name in TEXTS.intersection(lists):
         for value in lists[name]:
             if not isinstance(value, str):
                 raise TypeError(f"{name} must be strings, got {value!r}")
     for seed in lists.get("seeds", ()):
-        if not hasattr(seed, "__index__"):
+        if not _is_index(seed):
             raise TypeError(f"seeds must be integers, got {seed!r}")
     if len({len(values) for values in lists.values()}) > 1:
         counts = ", ".join(f"{len(values)} {name}" for name, values in lists.items())
@@ -63,6 +66,14 @@ def check_pairs(**lists: Sequence) -> None:
     for seed in lists.get("seeds", ()):
         if not 0 <= seed < SEEDS:
             raise ValueError(f"seed {seed} is outside 0 to 2**56 - 1; choose another")
+
+
+def _is_index(seed: Any) -> bool:
+    try:
+        operator.index(seed)
+    except TypeError:  # of a tensor of floats, too, although it has __index__
+        return False
+    return not isinstance(seed, bool)
 
 
 def check_multiple(factor: int, height: int, width: int) -> None:

@@ -51,7 +51,7 @@ def log_likelihood(
     encoded = None
     with eval_mode(model), model.inference_autocast():
         for image, question, answer in zip(images, questions, answers, strict=True):
-            if image is not encoded:
+            if not pixels or image is not encoded:
                 pixels, encoded = [fit_to_view(image, view).to(device)], image
                 features.clear()
             sample = Batch(
