@@ -3,6 +3,7 @@
 import math
 import os
 import sys
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -67,6 +68,31 @@ def floating(op: str, **tensors: Tensor | None) -> None:
             raise TypeError(f"{op}: {name} must be fp32, bf16 or fp16, got {tensor.dtype}")
 
 
+def is_whole(value: object) -> bool:
+    """Return whether a value is a whole number, also a symbolic one or one of NumPy. A bool is none."""
+    return isinstance(value, int | torch.SymInt | Integral) and not isinstance(value, bool)
+
+
+def whole(op: str, **values: object) -> None:
+    """Raise TypeError for a value that is no whole number."""
+    for name, value in values.items():
+        if not is_whole(value):
+            raise TypeError(f"{op}: {name} must be a whole number, got {value!r}")
+
+
+def number(op: str, **values: float) -> None:
+    """Raise TypeError for a value that is no number. The gradient of a tensor would be dropped silently."""
+    for name, value in values.items():
+        if not isinstance(value, float | int | torch.SymFloat | torch.SymInt | Real):
+            raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+
+
+def result_dtype(op: str, out_dtype: torch.dtype | None) -> None:
+    """Raise TypeError for an out_dtype that is neither None nor of floating-point numbers."""
+    if out_dtype is not None and not (isinstance(out_dtype, torch.dtype) and out_dtype.is_floating_point):
+        raise TypeError(f"{op}: out_dtype must be a floating-point torch.dtype or None, got {out_dtype!r}")
+
+
 def constant(op: str, **tensors: Tensor | None) -> None:
     """Raise ValueError for a tensor that requires a gradient that the op does not compute, rather than drop it."""
     for name, tensor in tensors.items():
@@ -82,14 +108,19 @@ def integer(op: str, **tensors: Tensor) -> None:
 
 
 def cross_entropy(
-    op: str, rows: int, labels: Tensor, label_smoothing: float, z_loss: float, softcap: float | None, reduction: str
+    op: str,
+    rows: int,
+    labels: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    reduction: str,
 ) -> None:
     """Check the arguments common to both forms of cross-entropy. Raise TypeError or ValueError."""
     integer(op, labels=labels)
-    numbers = {"label_smoothing": label_smoothing, "z_loss": z_loss, "softcap": 0.0 if softcap is None else softcap}
-    for name, value in numbers.items():
-        if value is None or isinstance(value, Tensor):  # the gradient of a tensor would be dropped silently
-            raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+    whole(op, ignore_index=ignore_index)
+    number(op, label_smoothing=label_smoothing, z_loss=z_loss, softcap=0.0 if softcap is None else softcap)
     if labels.ndim != 1 or labels.shape[0] != rows:
         raise ValueError(f"{op}: labels must be [N] = [{rows}], one per row, got {list(labels.shape)}")
     if not 0 <= label_smoothing < 1:

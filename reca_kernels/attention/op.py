@@ -55,11 +55,15 @@ def attention(
     deterministic  the gradient is bit-identical in every run. Default: whether torch.use_deterministic_algorithms is
                    set without warn_only.
 
+    Derivatives    First derivatives. All of them within torch.nn.attention.sdpa_kernel(SDPBackend.MATH) and impl "sdpa"
+                   or "dense": torch's other kernels have none of second order.
+
     Under autocast q, k and v are cast as in torch's attention.
 
     Raises:
         ValueError: A shape or device does not match the plan or the other tensors, or the impl is unknown.
-        TypeError: q, k or v is not of a float dtype, they differ in dtype, or plan is not an AttentionPlan.
+        TypeError: q, k or v is not of a float dtype, they differ in dtype, scale is not a number, or plan is not an
+            AttentionPlan.
         RuntimeError: The forced impl cannot run here, or no impl has a deterministic gradient.
     """
     if not isinstance(plan, AttentionPlan):
@@ -85,6 +89,7 @@ def attention(
     if raw:
         _RAN.add((q.device.type, name, q.dtype, int(q.shape[-1])))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    checks.number(OP, scale=scale)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return IMPLS[name](q, k, v, plan, scale, deterministic)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from reca_kernels import compiling
+from reca_kernels.checks import is_whole
 from reca_kernels.host import in_mode, indexed, no_modes, on_device
 
 MODES = ("causal", "full", "noise", "pad")
@@ -148,8 +149,16 @@ def attention_plan(samples: Iterable[Sequence[AttentionSpan]], *, device: torch.
 
     Raises:
         ValueError: An item is not an AttentionSpan, or a span is invalid.
+        TypeError: The length of a span is no whole number.
     """
-    return _plan(tuple(tuple(sample) for sample in samples), indexed(device))
+    spans = tuple(tuple(sample) for sample in samples)
+    for number, sample in enumerate(spans):  # not in `_problem`, whose cache takes 2.0 for 2
+        for i, span in enumerate(sample):
+            if isinstance(span, AttentionSpan) and not is_whole(span.length):
+                raise TypeError(
+                    f"attention_plan: sample {number}, span {i}: length must be a whole number, got {span.length!r}"
+                )
+    return _plan(spans, indexed(device))
 
 
 @functools.lru_cache(maxsize=32)

@@ -36,14 +36,15 @@ def diffusion_add_noise(
     Raises:
         ValueError: Shapes do not match, x0, noise or the schedule requires a gradient, an index is out of range, the
             address of the noise is not a valid `Philox`, or the backend is unknown.
-        TypeError: x0 is not of a float dtype, t or rows are not int32 or int64, or a tensor is sparse, nested,
-            quantized or a DTensor.
+        TypeError: x0 or out_dtype is not of a float dtype, t or rows are not int32 or int64, or a tensor is sparse,
+            nested, quantized or a DTensor.
         RuntimeError: The backend set by `backend` or RECA_BACKEND cannot run here, `backend` does not support so many
             channels, or torch.jit.trace is active.
     """
     if not (raw := plain(x0, t, schedule, *tensors_of(OP, noise), optional=rows)):
         checks.dispatchable(OP, x0=x0, t=t, schedule=schedule, **checks.given(rows=rows), **named(noise))
     t, noise, rows = _checked(x0, t, noise, schedule, rows)
+    checks.result_dtype(OP, out_dtype)
     out_dtype = out_dtype or x0.dtype
     backend = _backend(x0, [x0.dtype, out_dtype], x0, backend)
     with torch.no_grad():

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from reca_kernels import compiling
+from reca_kernels import checks, compiling
 from reca_kernels.diffusion_loss import reference
 from reca_kernels.host import indexed, on_device, outside_of_modes
 
@@ -17,8 +17,10 @@ def diffusion_schedule(
 
     Columns: sqrt(abar), sqrt(1 - abar), sqrt(1 / abar), sqrt(1 / abar - 1), the posterior mean's coefficients of x0 and
     x_t, log of the posterior variance (that of step 1 for step 0), log beta. keep: the number of steps of a sampler,
-    spaced by `space_timesteps`. Raises ValueError for another `kind` or a `keep` outside [1, steps].
+    spaced by `space_timesteps`. Raises ValueError for another `kind` or a `keep` outside [1, steps], TypeError for a
+    number of steps that is not whole.
     """
+    checks.whole(OP, steps=steps, keep=keep or 0)
     if kind != "cosine":
         raise ValueError(f"{OP}: kind must be 'cosine', got {kind!r}")
     schedule: Tensor = _constant(steps, keep, torch.device(device))
@@ -46,6 +48,7 @@ def space_timesteps(steps: int, keep: int) -> Tensor:
 
     Raises ValueError if keep is not in [1, steps]. Source: `space_timesteps` of IDDPM (Nichol and Dhariwal 2021).
     """
+    checks.whole(OP, steps=steps, keep=keep)
     if not 1 <= keep <= steps:
         raise ValueError(f"{OP}: a sampler keeps 1 to {steps} steps, got {keep}")
     return (torch.arange(keep, dtype=torch.float64) * ((steps - 1) / max(keep - 1, 1))).round().long()

@@ -43,13 +43,15 @@ def flow_matching_add_noise(
         ValueError: Shapes do not match, x0, t or noise requires a gradient, the address of the noise is not a valid
             `Philox`, a level is outside [0, 1] (checked on CPUs, and on GPUs with RECA_CHECK=1), or the backend is
             unknown.
-        TypeError: x0 or t is not of a float dtype, or a tensor is sparse, nested, quantized or a DTensor.
+        TypeError: x0, t or out_dtype is not of a float dtype, patch is not a whole number, or a tensor is sparse,
+            nested, quantized or a DTensor.
         RuntimeError: The backend set by `backend` or RECA_BACKEND cannot run here, or torch.jit.trace is active.
     """
     if not (raw := plain(t, *_images_of(x0), *tensors_of(OP, noise))):
         checks.dispatchable(OP, **_named(x0, t, noise))
     batches, shape = _batches(x0, patch), _shape(x0, patch)
     checks.constant(OP, t=t)
+    checks.result_dtype(OP, out_dtype)
     t, noise = _level(t, batches), _noise(noise, batches, shape)
     out_dtype = out_dtype or batches[0].dtype
     dtype = batches[0].dtype if out_dtype in dispatch.FLOATS else out_dtype  # only the reference supports others
@@ -87,7 +89,8 @@ def flow_matching_loss(
     Raises:
         ValueError: Shapes do not match, the reduction or the backend is unknown, x0 or noise requires a gradient, or
             the address of the noise is not a valid `Philox`.
-        TypeError: pred, x0 or t is not of a float dtype, or a tensor is sparse, nested, quantized or a DTensor.
+        TypeError: pred, x0 or t is not of a float dtype, patch is not a whole number, or a tensor is sparse, nested,
+            quantized or a DTensor.
         RuntimeError: The backend set by `backend` or RECA_BACKEND cannot run here, torch.jit.trace is active, or a
             kernel's gradient is differentiated again.
     """
@@ -145,6 +148,7 @@ def _batches(x0: Tensor | Sequence[Tensor], patch: int) -> list[Tensor]:
         raise ValueError(
             f"{OP}: x0 must not be an empty list, which has no channels and no dtype; pass an empty batch [0, C, H, W]"
         )
+    checks.whole(OP, patch=patch)
     if patch < 1 or any(side % patch for image in images for side in image.shape[-2:]):
         sizes = sorted({tuple(map(int, image.shape[-2:])) for image in images})
         raise ValueError(f"{OP}: heights and widths {sizes} must be multiples of patch={patch}; crop or pad x0")

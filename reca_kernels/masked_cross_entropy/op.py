@@ -49,7 +49,7 @@ def masked_cross_entropy(
         ValueError: A shape, an option or a label is invalid, tensors are on several devices, inplace=True would
             overwrite a leaf tensor or overlapping rows, or the backend is unknown.
         TypeError: Logits are not of a float dtype, labels are not int32 or int64, label_smoothing, z_loss or softcap is
-            a tensor, or a tensor is sparse, nested, quantized or a DTensor.
+            not a number, ignore_index is not a whole one, or a tensor is sparse, nested, quantized or a DTensor.
         RuntimeError: The backend set by `backend` or RECA_BACKEND cannot run here, torch.jit.trace is active, a
             kernel's gradient is differentiated again, or inplace=True has already overwritten the logits.
     """
@@ -58,7 +58,7 @@ def masked_cross_entropy(
     if logits.ndim != 2 or logits.shape[1] == 0:
         raise ValueError(f"{OP}: logits must be [N, V] with V > 0, got {list(logits.shape)}; flatten the batch first")
     checks.floating(OP, logits=logits)
-    checks.cross_entropy(OP, logits.shape[0], labels, label_smoothing, z_loss, softcap, reduction)
+    checks.cross_entropy(OP, logits.shape[0], labels, ignore_index, label_smoothing, z_loss, softcap, reduction)
     backend = dispatch.choose(OP, logits, backend)
     options = CrossEntropyOptions(ignore_index, label_smoothing, z_loss, softcap, reduction)
     if inplace and learns(logits):

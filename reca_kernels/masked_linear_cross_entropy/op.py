@@ -63,7 +63,8 @@ def masked_linear_cross_entropy(
         ValueError: A shape, an option or a label is invalid, more rows carry a label than max_labelled, tensors are on
             several devices, or the backend is unknown.
         TypeError: hidden, weight or bias is not of a float dtype, labels are not int32 or int64, label_smoothing,
-            z_loss or softcap is a tensor, or a tensor is sparse, nested, quantized or a DTensor.
+            z_loss or softcap is not a number, another option is not a whole one, or a tensor is sparse, nested,
+            quantized or a DTensor.
         RuntimeError: The backend set by `backend` or RECA_BACKEND cannot run here, torch.jit.trace is active, a
             kernel's gradient is differentiated again, or the graph was traced for other gradients.
     """
@@ -78,12 +79,13 @@ def masked_linear_cross_entropy(
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{OP}: bias must be [V] = [{weight.shape[0]}], got {list(bias.shape)}")
+    checks.whole(OP, max_labelled=max_labelled or 0, chunk_rows=chunk_rows or 0)
     if max_labelled is not None and max_labelled < 0:
         raise ValueError(f"{OP}: max_labelled must be at least 0 or None, got {max_labelled}")
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"{OP}: chunk_rows must be at least 1 or None, got {chunk_rows}")
     checks.floating(OP, hidden=hidden, weight=weight, bias=bias)
-    checks.cross_entropy(OP, hidden.shape[0], labels, label_smoothing, z_loss, softcap, reduction)
+    checks.cross_entropy(OP, hidden.shape[0], labels, ignore_index, label_smoothing, z_loss, softcap, reduction)
     backend = dispatch.choose(OP, hidden, backend)
     options = CrossEntropyOptions(ignore_index, label_smoothing, z_loss, softcap, reduction)
     if backend == "reference":

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from reca_kernels.checks import whole
+
 
 class Philox(NamedTuple):
     """The address of a batch's noise.
@@ -45,6 +47,7 @@ def checked(op: str, noise: Philox) -> Philox:
         raise ValueError(f"{op}: sample_ids must be int64 [B], got {ids.dtype} {list(ids.shape)}")
     if not isinstance(seed, Tensor) or seed.ndim or seed.dtype != torch.int64 or seed.device != ids.device:
         raise ValueError(f"{op}: seed must be an int64 tensor [] on {ids.device}, where sample_ids are, got {seed!r}")
+    whole(op, stream=stream)
     if not 0 <= stream < 256:
         raise ValueError(f"{op}: stream must be in 0..255, got {stream}")
     return noise if ids.is_contiguous() else Philox(seed, ids.contiguous(), stream)

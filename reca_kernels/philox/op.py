@@ -25,8 +25,9 @@ def philox_uniform(noise: Philox, n: int, *, backend: str | None = None) -> Tens
         backend: The backend that runs. None: chosen by device and size.
 
     Raises:
-        ValueError: sample_ids, seed or stream is not valid for a `Philox`, or the backend is unknown.
-        TypeError: noise is not a Philox, or one of its tensors is sparse, nested, quantized or a DTensor.
+        ValueError: sample_ids, seed or stream is not valid for a `Philox`, n is negative, or the backend is unknown.
+        TypeError: noise is not a Philox, n or stream is not a whole number, or one of its tensors is sparse, nested,
+            quantized or a DTensor.
         RuntimeError: The backend set by `backend` or RECA_BACKEND cannot run here, or torch.jit.trace is active.
     """
     return _draw(noise, n, "uniform", backend)
@@ -45,8 +46,9 @@ def philox_normal(noise: Philox, n: int, *, backend: str | None = None) -> Tenso
         backend: The backend that runs. None: chosen by device and size.
 
     Raises:
-        ValueError: sample_ids, seed or stream is not valid for a `Philox`, or the backend is unknown.
-        TypeError: noise is not a Philox, or one of its tensors is sparse, nested, quantized or a DTensor.
+        ValueError: sample_ids, seed or stream is not valid for a `Philox`, n is negative, or the backend is unknown.
+        TypeError: noise is not a Philox, n or stream is not a whole number, or one of its tensors is sparse, nested,
+            quantized or a DTensor.
         RuntimeError: The backend set by `backend` or RECA_BACKEND cannot run here, or torch.jit.trace is active.
     """
     return _draw(noise, n, "normal", backend)
@@ -57,6 +59,9 @@ def _draw(noise: Philox, n: int, distribution: str, backend: str | None) -> Tens
         raise TypeError(f"{OP}: noise must be a Philox, got {type(noise).__name__}")
     if not (raw := plain(*noise[:2])):
         checks.dispatchable(OP, **named(noise))
+    checks.whole(OP, n=n)
+    if not isinstance(n, torch.SymInt) and n < 0:
+        raise ValueError(f"{OP}: n must be at least 0, got {n}")
     noise = checked(OP, noise)
     ids = noise.sample_ids
     backend = dispatch.choose(OP, ids, backend, dtype=torch.float32, numel=ids.shape[0] * n)

@@ -40,11 +40,14 @@ def template_concat(
     Raises:
         ValueError: Shapes do not match, an index is out of range, tensors are on several devices, or the backend is
             unknown.
-        TypeError: table, visual or rows are not of a float dtype, an index is not int32 or int64, or a tensor is
-            sparse, nested, quantized or a DTensor.
+        TypeError: table, visual, rows or out_dtype are not of a float dtype, `adds` is not a list of pairs, an index is
+            not int32 or int64, or a tensor is sparse, nested, quantized or a DTensor.
         RuntimeError: The backend set by `backend` or RECA_BACKEND cannot run here, torch.jit.trace is active, or a
             kernel's gradient is differentiated again.
     """
+    checks.result_dtype(OP, out_dtype)
+    if any(not isinstance(pair, Sequence) or len(pair) != 2 for pair in adds):
+        raise TypeError(f"{OP}: adds must be a list of pairs (rows, index)")
     rows = (table, visual, *(r for r, _ in adds))
     indices = (src, *(i for _, i in adds))
     if not (raw := plain(*rows, *indices)):

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from reca_kernels.checks import whole
+
 IGNORE_INDEX = -100
 
 
@@ -68,10 +70,12 @@ def concat_plan(
     Raises:
         ValueError: A sample (packed: all samples together) is longer than `length`, token ids and labels differ in
             number, a visual segment has n < 0, or the layout is unknown.
-        TypeError: A segment is neither a TextSegment nor a VisualSegment, or its ids or labels are not integers.
+        TypeError: A segment is neither a TextSegment nor a VisualSegment, or its ids, labels or n, `length` or `pad_id`
+            are not whole numbers.
     """
     if layout not in ("packed", "left", "right"):
         raise ValueError(f"layout must be 'packed', 'left' or 'right', got {layout!r}")
+    whole("concat_plan", length=length or 0, pad_id=pad_id)
     srcs: list[np.ndarray] = []
     labels: list[np.ndarray] = []
     visual_rows = 0
@@ -79,6 +83,7 @@ def concat_plan(
         src, label = [_NO_ROWS], [_NO_ROWS]
         for segment in sample:
             if isinstance(segment, VisualSegment):
+                whole(f"sample {number}: a visual segment", n=segment.n)
                 if segment.n < 0:
                     raise ValueError(f"sample {number}: a visual segment must have n >= 0 rows, got {segment.n}")
                 src.append(np.arange(-1 - visual_rows, -1 - visual_rows - segment.n, -1))

@@ -886,3 +886,12 @@ def test_gpu_deterministic_gradient():
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("impl", ["sdpa", "dense"])
+def test_second_derivatives_of_torchs_math_kernel(impl):
+    """As the docstring says: by default torch's kernel has none on a CPU."""
+    plan = attention_plan([[Span(3), Span(2, "full")], [Span(4), Span(1, "pad")]])
+    q, k, v = (torch.randn(10, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    with sdpa_kernel(SDPBackend.MATH):
+        assert torch.autograd.gradgradcheck(lambda *x: attention(*x, plan, impl=impl), (q, k, v))
