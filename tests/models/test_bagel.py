@@ -612,6 +612,18 @@ def test_editing_sees_image_and_instruction(variant):
     assert not near(model.edit(shown[:1], texts[1:2], [0], steps=3)[0], together[0])
 
 
+@pytest.mark.parametrize("task", ["reca", "t2i", "i2t"])
+def test_no_sample_is_longer_than_the_limit(task, plain, monkeypatch):
+    """Texts are truncated, images and their borders never; a caption still ends in eos."""
+    monkeypatch.setattr(prompt, "MAX_LENGTH", 60)
+    given = batch(plain, task)
+    given.text = [[("a " * 99, "red")] if task == "i2t" else "a " * 99, *given.text[1:]]
+    prepared = plain.prepare(given, CounterRNG(0))
+    assert prepared.tokens[0] == 60 and max(prepared.tokens[1:]) < 60
+    text = prepared.items[0][-1]
+    assert (text.ids[-1] == plain.vocabulary.eos) == (task != "i2t")
+
+
 def test_answers_do_not_depend_on_the_batch(plain):
     shown = images([(20, 20), (12, 20), (30, 15)])
     questions = ["what is this?", "describe the picture. what is it?", "this"]

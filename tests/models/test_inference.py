@@ -33,10 +33,10 @@ def test_warnings_of_what_is_not_read(caplog):
     tokenizer = word_tokenizer(["a", "red", "circle"], [])
     with caplog.at_level(logging.WARNING, "reca"):
         warn_of_unknown_words(tokenizer, ["a red circle"])
-        warn_of_cut([[1, 2, 3]], 3)
+        warn_of_cut([3], 3)
         assert not caplog.records
         warn_of_unknown_words(tokenizer, ["a red zebra", "a zebra quux"])
-        warn_of_cut([[1], [1, 2, 3]], 2)
+        warn_of_cut([1, 3], 2)
     assert [record.getMessage() for record in caplog.records] == [
         "words outside this model's vocabulary are read as <unk>: zebra, quux",
         "a prompt has 3 tokens, but this model reads at most 2: its end is truncated",

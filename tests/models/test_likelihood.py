@@ -75,9 +75,10 @@ def test_an_image_is_encoded_once_for_its_answers(name, monkeypatch):
     assert model.log_likelihood(*given) == alone and len(calls) == 2
 
 
-@pytest.mark.parametrize("name", sorted({*UMMS} - {"bagel"}))  # BAGEL has no limit
-def test_an_answer_that_is_not_read_is_the_least_likely(name, caplog):
+@pytest.mark.parametrize("name", UMMS)
+def test_an_answer_that_is_not_read_is_the_least_likely(name, caplog, monkeypatch):
     """And not a certain one: a sum over nothing. The question that leaves no room is named once."""
+    monkeypatch.setattr("reca.models.bagel.prompt.MAX_LENGTH", 2048)
     model, long = shared(name), f"{name} {'red ' * 3000}"
     likelihood._warn_of_unread.cache_clear()
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""BAGEL's decoding: passes of one text token per sample, in front of a cache that they extend in place."""
+"""BAGEL's decoding: passes of one text token per sample after a cache that they extend in place."""
 
 import torch
 from torch import Tensor

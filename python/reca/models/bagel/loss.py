@@ -14,7 +14,7 @@ from torch import Tensor
 from reca.data.batch import Batch
 from reca.models import base
 from reca.models.bagel.modules import Network, shift_timesteps
-from reca.models.bagel.prompt import CleanImage, Item, Layout, NoisyImage, Prompt, Text, VitImage
+from reca.models.bagel.prompt import CleanImage, Item, Layout, NoisyImage, Prompt, VitImage, image_tokens
 from reca.models.base import LossTerm
 from reca.models.common import by_sample
 from reca.models.common.scored_flow import scored_flow_loss, token_rewards
@@ -53,22 +53,25 @@ class Prepared(base.Prepared):
 
 def prepare(net: Network, batch: Batch, rng: CounterRNG) -> Prepared:
     """Tokenise and lay out a batch. Some texts are dropped and then take no position; h_v is never dropped."""
+    given: list[list[Item]] = [[] for _ in batch.text]
+    if batch.task in ("reca", "i2t"):
+        given = with_images(net, batch, given)
+    sizes = [] if batch.task == "i2t" else image_sizes(net, batch)
+    wanted: list[list[Item]] = [[NoisyImage(*size)] for size in sizes] or [[] for _ in given]
+    beside = [image_tokens([*images, *target]) for images, target in zip(given, wanted, strict=True)]
     if batch.task == "i2t":
-        texts = [[net.conversation(turns)] for turns in batch.text]
+        texts = [[net.conversation(turns, n)] for turns, n in zip(batch.text, beside, strict=True)]
     else:
         share = net.config.template_drop if batch.task == "reca" else net.config.caption_drop
         dropped = (rng.uniform(RandomStream.CONDITION_DROP, batch.host_ids)[:, 0] < share).tolist()
         captions = [said.caption for said in batch.text] if batch.task == "srum" else batch.text
-        texts = [[] if drop else [net.text(text)] for text, drop in zip(captions, dropped, strict=True)]
-    items: list[list[Item]] = [[*text] for text in texts]
-    if batch.task in ("reca", "i2t"):
-        items = with_images(net, batch, texts)
+        texts = [[] if drop else [net.text(text, n)] for text, drop, n in zip(captions, dropped, beside, strict=True)]
+    items: list[list[Item]] = [[*images, *text] for images, text in zip(given, texts, strict=True)]
     layout = net.layout(items)
     made = batch.task, rng.seed
     if batch.task == "i2t":
         return Prepared(*made, float(layout.labelled), batch.host_ids, items, layout, None)
-    sizes = image_sizes(net, batch)
-    image = net.layout([[NoisyImage(*size)] for size in sizes], layout.next_positions)
+    image = net.layout(wanted, layout.next_positions)
     tokens = float(sum(height * width for height, width in sizes))
     rewards = None
     if batch.task == "srum":
@@ -77,7 +80,7 @@ def prepare(net: Network, batch: Batch, rng: CounterRNG) -> Prepared:
     return Prepared(*made, tokens, batch.host_ids, items, layout, image, rewards)
 
 
-def with_images(net: Network, batch: Batch, texts: Sequence[Sequence[Text]]) -> list[list[Item]]:
+def with_images(net: Network, batch: Batch, texts: Sequence[Sequence[Item]]) -> list[list[Item]]:
     """Prepend the images of h_v to texts."""
     item: type[CleanImage | VitImage] = CleanImage if _copies_latents(net, batch) else VitImage
     return [[item(*size), *text] for size, text in zip(_hv_sizes(net, batch), texts, strict=True)]

@@ -190,12 +190,14 @@ class Network(nn.Module):
 
     # text -> ids
 
-    def text(self, text: str) -> prompt.Text:
-        return prompt.add_bos_eos(encode(self.tokenizer, text), self.vocabulary)
+    def text(self, text: str, beside: int = 0) -> prompt.Text:
+        """Tokenise a text. beside: number of other tokens of its sample."""
+        return prompt.add_bos_eos(encode(self.tokenizer, text), self.vocabulary, beside)
 
-    def conversation(self, turns: Sequence[Sequence[str]]) -> prompt.Text:
+    def conversation(self, turns: Sequence[Sequence[str]], beside: int = 0) -> prompt.Text:
+        """Tokenise a conversation. beside: as in `text`."""
         ids = [(encode(self.tokenizer, asked), encode(self.tokenizer, answer)) for asked, answer in turns]
-        return prompt.conversation(ids, self.vocabulary)
+        return prompt.conversation(ids, self.vocabulary, beside)
 
     # sequences -> hidden states
 

@@ -10,6 +10,7 @@ position, and the next item starts one later. The tokens around an image are tex
 processes them even around latents.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from reca_kernels import IGNORE_INDEX, TextSegment, VisualSegment, concat_plan
 from reca_kernels.host import on_device
 
 BEGIN, END, IMAGE, END_OF_IMAGE = "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"
+MAX_LENGTH = 16384  # maximum tokens of a sample; the release skips longer ones, here texts are truncated
 SPECIAL_TOKENS = (BEGIN, END, IMAGE, END_OF_IMAGE)
 
 
@@ -177,20 +179,27 @@ def layout(
     return Layout(plan.src, _cat(vit_at), plan.labels, _cat(latent_at), _cat(image_ids), rotary, splits, ends, labelled)
 
 
-def add_bos_eos(ids: Sequence[int], v: Vocabulary) -> Text:
-    return Text([v.bos, *ids, v.eos])
+def image_tokens(items: Sequence[Item]) -> int:
+    """Return the number of tokens of the images of a sample, with the tokens around them."""
+    return sum(math.prod(item) + 2 for item in items if isinstance(item, VitImage | CleanImage | NoisyImage))
 
 
-def conversation(turns: Sequence[tuple[Sequence[int], Sequence[int]]], v: Vocabulary) -> Text:
+def add_bos_eos(ids: Sequence[int], v: Vocabulary, beside: int = 0) -> Text:
+    """Return bos ids eos, truncated to MAX_LENGTH with the `beside` other tokens of the sample."""
+    return Text([v.bos, *ids[: max(0, MAX_LENGTH - beside - 2)], v.eos])
+
+
+def conversation(turns: Sequence[tuple[Sequence[int], Sequence[int]]], v: Vocabulary, beside: int = 0) -> Text:
     """Join questions and answers to one causal text, in which answers and their eos are labelled.
 
-    A label belongs to the position before its token.
+    A label belongs to the position before its token. The text is truncated as in `add_bos_eos`.
     """
     ids, labels = [], []
     for question, answer in turns:
         ids += [v.bos, *question, v.eos, v.bos, *answer, v.eos]
         labels += [IGNORE_INDEX] * (len(question) + 2) + [*answer, v.eos, IGNORE_INDEX]
-    return Text(ids, labels)
+    most = max(0, MAX_LENGTH - beside)
+    return Text(ids[:most], labels[:most])
 
 
 def grid(height: int, width: int, size: int) -> Tensor:

@@ -7,15 +7,16 @@ import torch
 from torch import Tensor
 
 from reca.data.batch import Batch
-from reca.models.bagel import loss, modules
+from reca.models.bagel import loss, modules, prompt
 from reca.models.bagel.decoding import Continuation
 from reca.models.bagel.modules import Network
-from reca.models.bagel.prompt import CleanImage, Item, Layout, NoisyImage, Prompt, VitImage
+from reca.models.bagel.prompt import CleanImage, Item, Layout, NoisyImage, Prompt, Text, VitImage
 from reca.models.bagel.transformer import KVCache
 from reca.models.bagel.views import edit_views, task_views
 from reca.models.common.greedy import decode_replies, greedy_tokens
 from reca.models.common.images import fit_to_view, to_uint8
-from reca.models.common.inference import check_multiple
+from reca.models.common.inference import check_multiple, warn_of_cut
+from reca.models.common.text import encode
 from reca.rng import RandomStream, seeded_normal
 
 RENORMS = ("global", "channel", "text_channel")
@@ -44,8 +45,8 @@ def generate(
     check_multiple(side, height, width)
     size, images = (height // side, width // side), []  # in tokens
     for i in range(0, len(prompts), batch):
-        items = [[net.text(text)] for text in prompts[i : i + batch]]
-        sizes = [size] * len(items)
+        sizes = [size] * len(prompts[i : i + batch])
+        items = texts(net, prompts[i : i + batch], [[NoisyImage(*size)] for size in sizes])
         _, full = net.prefill(Prompt(items))
         tokens = denoise(
             net, start_noise(net, sizes, seeds[i : i + batch]), sizes, full, net.empty_cache(len(items)), None,
@@ -104,6 +105,14 @@ def edit(
     return edited
 
 
+def texts(net: Network, said: Sequence[str], images: Sequence[Sequence[Item]]) -> list[list[Text]]:
+    """Tokenise the text of each sample, and warn if it is too long to be read together with the sample's images."""
+    beside = [prompt.image_tokens(items) for items in images]
+    pairs = list(zip(said, beside, strict=True))
+    warn_of_cut((len(encode(net.tokenizer, text)) + 2 + n for text, n in pairs), prompt.MAX_LENGTH)
+    return [[net.text(text, n)] for text, n in pairs]
+
+
 def edit_caches(
     net: Network,
     sources: list[Tensor],  # uint8 [3, H, W], resized for the codec
@@ -125,10 +134,11 @@ def edit_caches(
         [CleanImage(*size), VitImage(*one.shape[:2])] for size, one in zip(sizes, h_v, strict=True)
     ]
     _, textless = net.prefill(Prompt(items, h_v, clean))
-    texts, n = [[net.text(text)] for text in instructions], len(sources)
+    shown = [[*given, NoisyImage(*size)] for given, size in zip(items, sizes, strict=True)]
+    asked, n = texts(net, instructions, shown), len(sources)
     # Without the image, the text starts at position 0, as in the release, although in training dropped images keep
     # their positions.
-    _, both = net.prefill(Prompt(texts * 2), textless + net.empty_cache(n))
+    _, both = net.prefill(Prompt(asked * 2), textless + net.empty_cache(n))
     full, imageless = both.split(n)
     return full, textless, imageless, sizes
 
@@ -252,9 +262,8 @@ def answer(net: Network, images: list[Tensor], questions: list[str], max_new_tok
     view = task_views(net, "i2t").und
     assert view is not None
     h_v = net.encode_understanding([fit_to_view(image, view).to(net.device) for image in images])
-    items: list[list[Item]] = [
-        [VitImage(*one.shape[:2]), net.text(text)] for one, text in zip(h_v, questions, strict=True)
-    ]
+    shown: list[list[Item]] = [[VitImage(*one.shape[:2])] for one in h_v]
+    items = [[*image, *text] for image, text in zip(shown, texts(net, questions, shown), strict=True)]
     _, cache = net.prefill(Prompt(items, h_v))
     tokens = greedy(net, cache, max_new_tokens)
     return decode_replies(net.tokenizer, tokens, net.vocabulary.eos)

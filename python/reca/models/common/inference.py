@@ -4,7 +4,7 @@ import contextlib
 import functools
 import logging
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -82,9 +82,9 @@ def check_multiple(factor: int, height: int, width: int) -> None:
         raise ValueError(f"height and width must be multiples of {factor}, got {height} x {width}")
 
 
-def warn_of_cut(prompts: Sequence[Sequence[int]], most: int) -> None:
+def warn_of_cut(lengths: Iterable[int], most: int) -> None:
     """Warn if a prompt has more tokens than the model's limit `most`."""
-    longest = max(map(len, prompts), default=0)
+    longest = max(lengths, default=0)
     if longest > most:
         log.warning("a prompt has %d tokens, but this model reads at most %d: its end is truncated", longest, most)
 

@@ -96,7 +96,7 @@ class Harmon(Network, Adapter):
         side, factor = self.config.image_size, self.factor
         height, width = height or side, width or side
         check_multiple(factor, height, width)
-        warn_of_cut([prompt.whole_caption(self.tokenizer, text) for text in prompts], prompt.MAX_TEXT)
+        warn_of_cut((len(prompt.whole_caption(self.tokenizer, text)) for text in prompts), prompt.MAX_TEXT)
         images = []
         for i in range(0, len(prompts), batch):
             cond = [prompt.caption(self.tokenizer, text) for text in prompts[i : i + batch]]

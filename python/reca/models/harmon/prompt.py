@@ -50,10 +50,16 @@ def conversation(tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, 
     return Prompt(ids[:MAX_CONVERSATION], slot, labels[:MAX_CONVERSATION])
 
 
-def question(tokenizer: PreTrainedTokenizerBase, text: str) -> Prompt:
-    """Build the prompt of a question. The text before the image and the text after it are tokenised separately."""
-    before = [control(tokenizer, START), *encode(tokenizer, "user\n")]
-    return Prompt([*before, *encode(tokenizer, f"\n{text}"), *reply_start(tokenizer)], len(before))
+def question(tokenizer: PreTrainedTokenizerBase, text: str, most: int | None = None) -> Prompt:
+    """Build the prompt of a question. The text before the image and the text after it are tokenised separately.
+
+    most: maximum tokens of the prompt; the text is truncated.
+    """
+    before, said = [control(tokenizer, START), *encode(tokenizer, "user\n")], encode(tokenizer, f"\n{text}")
+    reply = reply_start(tokenizer)
+    if most is not None:
+        said = said[: most - len(before) - len(reply)]
+    return Prompt([*before, *said, *reply], len(before))
 
 
 class Layout(NamedTuple):

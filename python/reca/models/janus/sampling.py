@@ -48,7 +48,7 @@ def generate(
     """Generate images code by code (`sample_codes`), `batch` at a time. Seeds are in [0, 2**56)."""
     most, images = net.config.max_length - net.image_tokens + 1, []
     ids = [prompt.caption(net.tokens, text, net.vocabulary, most) for text in prompts]
-    warn_of_cut([prompt.caption(net.tokens, text, net.vocabulary) for text in prompts], most)
+    warn_of_cut((len(prompt.caption(net.tokens, text, net.vocabulary)) for text in prompts), most)
     for i in range(0, len(prompts), batch):
         noise = SamplerNoise(torch.tensor(seeds[i : i + batch], device=net.device))
         codes = sample_codes(net, ids[i : i + batch], noise, guidance=guidance, temperature=temperature)
@@ -124,9 +124,9 @@ def answer(
 ) -> list[str]:
     """Answer questions about images by greedy decoding, `batch` at a time. ask: builds the prompt of a question."""
     v, view, replies = net.vocabulary, net.views("i2t").und, []
-    asked = [
-        ask(net.tokens, text, v, net.hv_tokens, net.config.system_prompt, net.config.max_length) for text in questions
-    ]
+    given, most = (v, net.hv_tokens, net.config.system_prompt), net.config.max_length
+    warn_of_cut(prompt.layout([ask(net.tokens, text, *given) for text in questions], v).lengths, most)
+    asked = [ask(net.tokens, text, *given, most) for text in questions]
     for i in range(0, len(images), batch):
         layout = prompt.layout(asked[i : i + batch], v).to(net.device)
         pixels = to_unit([fit_to_view(image, view) for image in images[i : i + batch]]).to(net.device)

@@ -19,7 +19,7 @@ def generate(
 ) -> list[Tensor]:
     """Generate images with Euler's method (`denoise`), `batch` at a time. Seeds are in [0, 2**56)."""
     given, images = [t2i_prompt(net, text) for text in prompts], []
-    warn_of_cut([prompt.caption(net.tokens, text, net.vocabulary) for text in prompts], longest_prompt(net))
+    warn_of_cut((len(prompt.caption(net.tokens, text, net.vocabulary)) for text in prompts), longest_prompt(net))
     for i in range(0, len(prompts), batch):
         part = slice(i, i + batch)
         images += draw(net, given[part], None, seeds[part], steps=steps, guidance=guidance)

@@ -69,7 +69,7 @@ def sample_prompts(net: Network, batch: Batch, rng: CounterRNG) -> list[Prompt]:
 
 def reca_prompts(net: Network, templates: Sequence[str]) -> list[Prompt]:
     """Build the reconstruction prompts of these templates."""
-    most = prompt.MAX_LENGTH - modules.hv_tokens(net.config) - len(prompt.with_image(net.tokenizer, "", 0).ids)
+    most = prompt.MAX_LENGTH - modules.hv_tokens(net.config)
     return [prompt.with_image(net.tokenizer, text, most) for text in templates]
 
 

@@ -35,16 +35,18 @@ def whole_caption(tokenizer: PreTrainedTokenizerBase, text: str | None) -> list[
 
 
 def with_image(tokenizer: PreTrainedTokenizerBase, text: str, most: int | None = None) -> Prompt:
-    """Build a prompt of an image and a text whose reply starts an image. most: maximum tokens of the text."""
-    asked = question(tokenizer, text, most)
+    """Build a prompt of an image and a text whose reply starts an image. most: as in `question`."""
+    asked = question(tokenizer, text, None if most is None else most - 1)
     return asked._replace(ids=[*asked.ids, control(tokenizer, IMAGE)])
 
 
 def question(tokenizer: PreTrainedTokenizerBase, text: str, most: int | None = None) -> Prompt:
-    """Build the prompt of a question about an image. most: maximum tokens of the text."""
+    """Build the prompt of a question about an image. most: maximum tokens besides h_v; the text is truncated."""
     before = [control(tokenizer, START), *encode(tokenizer, "user\n"), control(tokenizer, IMAGE)]
-    behind = [control(tokenizer, END_OF_IMAGE), *encode(tokenizer, f"\n{text}")[:most]]
-    return Prompt([*before, *behind, *reply_start(tokenizer)], len(before))
+    behind, reply = [control(tokenizer, END_OF_IMAGE), *encode(tokenizer, f"\n{text}")], reply_start(tokenizer)
+    if most is not None:
+        behind = behind[: most - len(before) - len(reply)]
+    return Prompt([*before, *behind, *reply], len(before))
 
 
 def conversation(tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]], most: int) -> Prompt:

@@ -31,7 +31,7 @@ def generate(
     batch: int = 16,
 ) -> list[Tensor]:
     """Generate images with DPM-Solver++ (`sample`), `batch` at a time. Seeds are in [0, 2**56)."""
-    warn_of_cut([prompt.whole_caption(net.tokenizer, text) for text in prompts], prompt.MAX_TEXT)
+    warn_of_cut((len(prompt.whole_caption(net.tokenizer, text)) for text in prompts), prompt.MAX_TEXT)
     size, images, uncond = {"height": height, "width": width}, [], [prompt.caption(net.tokenizer, None)]
     for i in range(0, len(prompts), batch):
         cond, own = [prompt.caption(net.tokenizer, text) for text in prompts[i : i + batch]], seeds[i : i + batch]
@@ -56,8 +56,10 @@ def edit(
     Both guidance branches see the image; the unconditional one has the instruction to keep it.
     """
     size, view, edited = {"height": height, "width": width}, View(net.config.image_size), []
+    most = prompt.MAX_LENGTH - modules.hv_tokens(net.config)
+    warn_of_cut((len(prompt.with_image(net.tokenizer, text).ids) for text in instructions), most)
     for i in range(0, len(images), batch):
-        cond = [prompt.with_image(net.tokenizer, text) for text in instructions[i : i + batch]]
+        cond = [prompt.with_image(net.tokenizer, text, most) for text in instructions[i : i + batch]]
         uncond, own = [prompt.with_image(net.tokenizer, prompt.KEEP)] * len(cond), seeds[i : i + batch]
         h_v = encode_input(net, images[i : i + batch], view)
         edited += sample(net, cond, uncond, h_v, own, steps=steps, guidance=guidance, **size)
@@ -69,7 +71,9 @@ def answer(
     net: Network, images: list[Tensor], questions: list[str], max_new_tokens: int = 100, batch: int = 64
 ) -> list[str]:
     """Answer questions about images by greedy decoding, `batch` at a time."""
-    prompts, replies = [prompt.question(net.tokenizer, text) for text in questions], []
+    most, replies = prompt.MAX_LENGTH - modules.hv_tokens(net.config), []
+    warn_of_cut((len(prompt.question(net.tokenizer, text).ids) for text in questions), most)
+    prompts = [prompt.question(net.tokenizer, text, most) for text in questions]
     eos, view = control(net.tokenizer, prompt.END), View(modules.understanding_size(net.config))
     for i in range(0, len(images), batch):
         layout = prompt.layout(prompts[i : i + batch], modules.hv_tokens(net.config), "left").to(net.device)

@@ -84,7 +84,7 @@ class ShowO(Network, Adapter):
     ) -> list[Tensor]:
         """Generate images with MaskGIT (`sampling.sample_codes`), `batch` at a time. Seeds are in [0, 2**56)."""
         images, ids = [], [self.tokens(text) for text in prompts]
-        warn_of_cut(ids, self.config.max_prompt_tokens - 2)  # bos and eos count, too
+        warn_of_cut(map(len, ids), self.config.max_prompt_tokens - 2)  # bos and eos count, too
         for i in range(0, len(prompts), batch):
             noise = sampling.SamplerNoise(torch.tensor(seeds[i : i + batch], device=self.device))
             codes = sampling.sample_codes(

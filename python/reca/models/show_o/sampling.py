@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from reca.models.common.greedy import decode_replies
+from reca.models.common.inference import warn_of_cut
 from reca.models.common.planned import greedy as planned_greedy
 from reca.models.show_o import prompt
 from reca.models.show_o.conditioner import conditioner
@@ -99,7 +100,11 @@ def fill_codes(
 def answer(net: Network, h_v: Tensor, questions: list[str], max_new_tokens: int) -> list[str]:
     """Answer a batch of questions about images greedily. h_v: features [B, n, C] or [B, C], or codes [B, n]."""
     v, source, system = net.vocabulary, conditioner(net, "i2t"), net.tokens(net.config.system_prompt)
-    ids = [source.question(net.tokens, text, v) for text in questions]
+    frame = sum(run.length for run in source.conversation_sample([], [], v, system).runs)
+    most = net.config.phi.max_position_embeddings - frame
+    whole, end = [source.question(net.tokens, text, v) for text in questions], net.tokens(" ASSISTANT:")
+    warn_of_cut(map(len, whole), most)
+    ids = [row if len(row) <= most else [*row[: most - len(end)], *end] for row in whole]
     samples = [source.conversation_sample(row, [IGNORE_INDEX] * len(row), v, system) for row in ids]
     layout = prompt.layout(samples, v).to(net.device)
     tokens = greedy(net, net.embed(layout.src, h_v), layout, max_new_tokens)

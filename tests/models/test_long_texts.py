@@ -1,0 +1,60 @@
+"""Texts that are longer than what a model reads are truncated, with a warning, wherever a user gives one."""
+
+import pytest
+import torch
+
+from reca.config.recipe_files import load_recipe
+from reca.models import UMMS, umm_package
+from reca.models.bagel import prompt as bagel
+from reca.models.harmon import prompt as harmon
+from reca.models.open_uni import prompt as open_uni
+
+MOST = 200
+LONG = [f"what is this ? {'red ' * 400} {end}" for end in ("circle", "square")]
+CUT = "its end is truncated"
+
+
+@pytest.fixture
+def limited(monkeypatch):
+    """Load tiny models that read MOST tokens."""
+    monkeypatch.setattr(bagel, "MAX_LENGTH", MOST)
+    monkeypatch.setattr(harmon, "MAX_CONVERSATION", MOST)
+    monkeypatch.setattr(open_uni, "MAX_LENGTH", MOST)
+    return lambda name: umm_package(name).Adapter.load(limited_config(name)).eval()
+
+
+def limited_config(name: str):
+    config = load_recipe(f"{name}_tiny").model
+    if name == "show_o":
+        config.phi.max_position_embeddings = MOST
+    elif "janus" in name:
+        config.max_length = MOST
+    return config
+
+
+def images(n: int) -> list[torch.Tensor]:
+    return [torch.full((3, 20, 20), 9, dtype=torch.uint8)] * n
+
+
+@pytest.mark.parametrize("name", UMMS)
+def test_questions(name, limited, caplog):
+    model = limited(name)
+    model.answer(images(1), ["what is this ?"], max_new_tokens=1)
+    assert CUT not in caplog.text
+    one, other = model.answer(images(2), LONG, max_new_tokens=4)
+    assert one == other and CUT in caplog.text
+
+
+@pytest.mark.parametrize("name", ["bagel", "open_uni"])
+def test_instructions(name, limited, caplog):
+    model, option = limited(name), {"steps": 2}
+    model.edit(images(1), ["red"], [0], **option)
+    assert CUT not in caplog.text
+    one, other = model.edit(images(2), LONG, [0, 0], **option)
+    assert torch.equal(one, other) and CUT in caplog.text
+
+
+def test_prompts_of_bagel(limited, caplog):
+    model = limited("bagel")
+    one, other = model.generate(LONG, [0, 0], steps=2)
+    assert torch.equal(one, other) and CUT in caplog.text
