@@ -7,7 +7,7 @@ from torch.nn.utils.rnn import pad_sequence
 from reca.models.bagel.modules import Network
 from reca.models.bagel.transformer import UND, KeysValues, KVCache, Pass
 from reca.models.common.kv_cache import GrowingLayer
-from reca.models.common.planned import OneRow, left_padded, unpadded
+from reca.models.common.planned import OneRow, padded, unpadded
 
 
 class OneRowPass(Pass):
@@ -33,8 +33,8 @@ class Continuation:
 
     def __init__(self, net: Network, cache: KVCache):
         self.net, self.positions = net, torch.tensor(cache.positions, device=net.device)
-        self.row = OneRow(unpadded(left_padded(cache.lengths, max(cache.lengths)), net.device))
-        self.layers = [_padded(layer, cache.lengths) for layer in cache.layers]
+        self.row = OneRow(unpadded(padded(cache.lengths, max(cache.lengths)), net.device))
+        self.layers = [_growing(layer, cache.lengths) for layer in cache.layers]
 
     def __call__(self, ids: Tensor) -> Tensor:  # int64 [B]
         """Return the last hidden states of these tokens, [B, D]."""
@@ -45,7 +45,7 @@ class Continuation:
         return out[UND]
 
 
-def _padded(packed: KeysValues | None, lengths: list[int]) -> GrowingLayer:
+def _growing(packed: KeysValues | None, lengths: list[int]) -> GrowingLayer:
     """Return the rows of a layer padded on the left, with room for more."""
     layer = GrowingLayer()
     if packed is not None:

@@ -95,7 +95,7 @@ class CachedPrompts:
         samples: Sequence[Sequence[AttentionSpan]],
     ):
         self.model = model
-        self.prompts = [tuple(span._replace(cached=True) for span in sample) for sample in samples]
+        self.prompts = cached(samples)
         self.following = positions.amax(dim=1, keepdim=True) + 1
         self.cache = decoding_cache(model)
         self.cached = with_cache(model, self.cache)
@@ -161,12 +161,15 @@ def greedy(
     return greedy_tokens(next_logits, len(embeddings), max_new_tokens, end)
 
 
-def left_padded(lengths: Sequence[int], width: int) -> list[tuple[AttentionSpan, ...]]:
-    """Return the spans of causal samples of these lengths, padded on the left to `width`."""
-    return [
-        (AttentionSpan(width - length, "pad"), AttentionSpan(length)) if length < width else (AttentionSpan(length),)
-        for length in lengths
-    ]
+def padded(lengths: Sequence[int], width: int, side: str = "left") -> list[tuple[AttentionSpan, ...]]:
+    """Return the spans of causal samples of these lengths, padded on one side to `width`."""
+    pairs = [(AttentionSpan(width - length, "pad"), AttentionSpan(length)) for length in lengths]
+    return [tuple(span for span in pair[:: 1 if side == "left" else -1] if span.length) for pair in pairs]
+
+
+def cached(samples: Sequence[Sequence[AttentionSpan]]) -> list[tuple[AttentionSpan, ...]]:
+    """Return the same spans as those of rows in a KV cache."""
+    return [tuple(span._replace(cached=True) for span in sample) for sample in samples]
 
 
 def unpadded(samples: Sequence[Sequence[AttentionSpan]], device: torch.device) -> Tensor | None:

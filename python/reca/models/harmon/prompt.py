@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from reca.models.common import chat
 from reca.models.common.chat import END, START, UNCONDITIONAL, Prompt, caption_request, chat_turn, reply_start
-from reca.models.common.planned import left_padded
+from reca.models.common.planned import padded
 from reca.models.common.text import control, encode
 from reca_kernels import IGNORE_INDEX, AttentionSpan, VisualSegment, concat_plan
 from reca_kernels.host import on_device
@@ -82,7 +82,7 @@ class Layout(NamedTuple):
 
     def spans(self) -> list[tuple[AttentionSpan, ...]]:
         """Return the attention spans of each sample of a left-padded batch."""
-        return left_padded(self.lengths, self.src.shape[1])
+        return padded(self.lengths, self.src.shape[1])
 
     def position_ids(self) -> Tensor:
         """Compute the position ids of a left-padded batch, int64 [B, L]."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from reca.data.tasks import Turn
-from reca.models.common.planned import left_padded
+from reca.models.common.planned import padded
 from reca_kernels import (
     IGNORE_INDEX,
     AttentionPlan,
@@ -85,7 +85,7 @@ class Layout:
 
     def spans(self) -> list[tuple[AttentionSpan, ...]]:
         """Return the attention spans of each sample."""
-        return left_padded(self.lengths, self.src.shape[1])
+        return padded(self.lengths, self.src.shape[1])
 
     def plan(self) -> AttentionPlan:
         return attention_plan(self.spans(), device=self.src.device)

@@ -17,7 +17,7 @@ from reca.models.common.efficientnet import EfficientNetLite0
 from reca.models.common.images import check_side, per_channel
 from reca.models.common.kv_cache import with_cache
 from reca.models.common.patch_codec import PatchCodec, PatchSizes
-from reca.models.common.planned import PLANNED
+from reca.models.common.planned import PLANNED, cached
 from reca.models.common.pooled_features import PooledProjector, pooled
 from reca.models.common.qwen2 import qwen2_config
 from reca.models.common.siglip import siglip_encoder
@@ -217,7 +217,7 @@ class Network(nn.Module):
         """
         n, queries = layout.src.shape[1], AttentionSpan(self.config.queries)
         prefill = attention_plan(layout.spans(), device=self.device)
-        behind = attention_plan([(*spans, queries) for spans in layout.spans(cached=True)], device=self.device)
+        behind = attention_plan([(*spans, queries) for spans in cached(layout.spans())], device=self.device)
         cache, model = DynamicCache(config=self.mllm.config.text_config), self.mllm.model.language_model
         with torch.set_grad_enabled(self.prompt_requires_grad()):
             model(

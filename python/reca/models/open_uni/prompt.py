@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from reca.models.common import chat
 from reca.models.common.chat import END, START, Prompt, caption_request, chat_turn, reply_start
+from reca.models.common.planned import padded
 from reca.models.common.text import control, encode
 from reca_kernels import IGNORE_INDEX, AttentionSpan, concat_plan
 from reca_kernels.host import on_device
@@ -84,14 +85,9 @@ class Layout(NamedTuple):
         """Return the number of labels. On a GPU this would synchronise, so call it on the host."""
         return int((self.labels != IGNORE_INDEX).sum())
 
-    def spans(self, cached: bool = False) -> list[tuple[AttentionSpan, ...]]:
-        """Return the attention spans of each sample. cached: the prompts are in the KV cache."""
-        found: list[tuple[AttentionSpan, ...]] = []
-        for length in self.lengths:
-            pad = AttentionSpan(self.src.shape[1] - length, "pad", cached=cached)
-            own = AttentionSpan(length, cached=cached)
-            found.append((pad, own) if self.side == "left" else (own, pad))
-        return found
+    def spans(self) -> list[tuple[AttentionSpan, ...]]:
+        """Return the attention spans of each sample's prompt."""
+        return padded(self.lengths, self.src.shape[1], self.side)
 
 
 def layout(prompts: Sequence[Prompt], hv_tokens: int, side: str, queries: int = 0) -> Layout:
