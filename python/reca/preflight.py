@@ -1,6 +1,7 @@
 """Checks before weights are loaded: recipe, data, memory and disk."""
 
 import logging
+import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from reca import checkpoint, distributed, units
 from reca.config.recipe import Recipe
 from reca.data.errors import DataError
 from reca.data.sample import Source
+from reca.data.sources.factory import DATA_KEYS
 from reca.data.templates import load_templates
 from reca.estimate.held import held, host_moments
 from reca.estimate.meta_model import build_meta, check_tasks
@@ -26,6 +28,8 @@ from reca.training import float8
 from reca.training.lora import choose_trained
 
 log = logging.getLogger("reca")
+
+COMPARED = 64  # samples of a source whose keys are compared between ranks
 
 
 def check_on_ranks(
@@ -49,7 +53,31 @@ def check_on_ranks(
     with distributed.fail_together():
         if distributed.rank() > 0:
             sources = open_run_sources(recipe, tasks)
+    _reject_other_samples(sources)
     return sources, fingerprint
+
+
+def _reject_other_samples(sources: Mapping[str, Source]) -> None:
+    """Raise DataError on ranks whose samples differ from rank 0's in number or in COMPARED keys, PeerFailed on others.
+
+    A file server may show a machine an earlier state of a folder; the ranks would then draw from different orders.
+    """
+    with distributed.fail_together():
+        own = {name: [len(source), *_some_keys(source)] for name, source in sources.items()}
+    first = distributed.all_gather(own)[0]
+    with distributed.fail_together():
+        if differing := [name for name in own if own[name] != first[name]]:
+            name = differing[0]
+            raise DataError(
+                f"rank {distributed.rank()} on {socket.gethostname()} has other samples of "
+                f"{'data.' + DATA_KEYS[name] if name in DATA_KEYS else name} than rank 0 ({own[name][0]} and "
+                f"{first[name][0]}): wait until all machines have the same files, then start again"
+            )
+
+
+def _some_keys(source: Source) -> list[str]:
+    """Return the keys of COMPARED samples at equal distances."""
+    return [source.key(len(source) * number // COMPARED) for number in range(COMPARED)]
 
 
 def check(

@@ -6,6 +6,7 @@ The ranks are forks of this process, so that everything is imported once.
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -345,6 +346,15 @@ def another_recipe(name: str) -> None:
     trainer(name, f"optim.lr={0.1 * (1 + int(os.environ['RANK']))}", f"data.images={FOLDER / 'images'}/").run()
 
 
+def other_samples(name: str) -> None:
+    """The file server does not show the second machine the last image yet."""
+    earlier = FOLDER / f"earlier_{os.environ['RANK']}"
+    shutil.copytree(FOLDER / "images", earlier)
+    if os.environ["RANK"] == "1":
+        max(earlier.glob("*.png")).unlink()
+    trainer(name, f"data.images={earlier}").run()
+
+
 def another_folder(name: str) -> None:
     """run_dir is on a disk of each machine, where the second has had a run of its own."""
     (FOLDER / name).mkdir(exist_ok=True)
@@ -414,6 +424,7 @@ CASES = (
     one_breaks,
     moved,
     another_recipe,
+    other_samples,
     another_folder,
     no_folder,
     full_in_evaluation,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +74,7 @@ def outcomes(tmp_path_factory):
         ("one_breaks", [1, 4], "failed", 4, ["000002"]),
         ("moved", [4, 4], "none", None, []),
         ("another_recipe", [3, 3], "failed", 3, []),
+        ("other_samples", [4, 4], "failed", 4, []),
         ("another_folder", [4, 4], "none", None, []),
         ("no_folder", [4, 4], "none", None, []),
         ("full_in_evaluation", [0, 0], "finished", 0, ["000002", "000004"]),
@@ -85,6 +87,8 @@ def test_both_ranks_end_as_one_run(outcomes, case, codes, state, exit_code, chec
 
 
 def test_the_rank_that_failed_is_in_the_status(outcomes):
+    said = r"rank 1 on .* other samples of data.images than rank 0 \(23 and 24\)"
+    assert re.search(said, outcomes["other_samples"][3])
     told = outcomes["another_recipe"][3]
     assert "rank 1 on" in told and "different recipe than rank 0 (optim.lr 0.1 -> 0.2)" in told
     for case in ("killed_at_the_end", "killed_reading"):
