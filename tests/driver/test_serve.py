@@ -2,10 +2,12 @@
 
 import builtins
 import json
+import os
 import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -154,23 +156,37 @@ def test_an_address_of_ipv6(requests):
         assert address == f"http://[::1]:{port}/" and urllib.request.urlopen(address).status == 200
 
 
-def test_a_server_is_stopped_while_it_draws():
+def test_whoever_can_reach_the_page_is_said(caplog):
+    check_address("127.0.0.1", free_port())
+    assert not caplog.records
+    check_address("0.0.0.0", port := free_port())
+    assert f"anyone who can reach 0.0.0.0:{port} can use this model" in caplog.text
+    for port in (0, 2**16):
+        with pytest.raises(ValueError, match="between 1 and 65535"):
+            check_address("127.0.0.1", port)
+
+
+def test_a_server_is_stopped_while_it_draws(tmp_path):
+    """What it was given and has drawn is gone then."""
     pytest.importorskip("gradio", reason="gradio is not installed")
     from gradio_client import Client
 
     command = [sys.executable, "-m", "reca", "serve", "open_uni_tiny", "--port", str(free_port())]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes, env=os.environ | {"TMPDIR": str(tmp_path)}) as server:
         try:
             address = re.search(r"http://\S+/", server.stdout.readline())[0]
-            job = Client(address, verbose=False, analytics_enabled=False).submit(
-                "a", 0, "steps=1000000", api_name="/generate"
-            )
+            client = Client(address, verbose=False, analytics_enabled=False)
+            client.predict("a", 0, "steps=1", api_name="/generate")
+            assert list(tmp_path.glob("reca_serve_*/**/*.png"))
+            job = client.submit("a", 0, "steps=1000000", api_name="/generate")
             while job.status().code.name != "PROCESSING":
                 assert not job.done()
                 time.sleep(0.1)
             time.sleep(1)
             server.terminate()  # a shell's background jobs ignore SIGINT
             assert server.wait(60) == 130 and server.stderr.read().endswith("reca: stopped\n")
+            assert not list(tmp_path.rglob("*.png")) and not list(tmp_path.glob("reca_serve_*"))
         finally:
             server.kill()
 
@@ -200,6 +216,36 @@ def test_requests_over_http(address, requests, image, tmp_path):
     ):
         with pytest.raises(Exception, match=words):
             client.predict(*given, api_name="/answer")
+
+
+class Stub(Requests):
+    """Requests that say how they met."""
+
+    def __init__(self):
+        self.sides, self.abilities = [Side("stub", None)], {"generate", "answer"}
+        self.drawing, self.answering, self.met = threading.Event(), threading.Event(), False
+
+    def generate(self, prompt, seed, sampling=""):
+        self.drawing.set()
+        self.met = self.answering.wait(0.5)
+        return [Image.new("RGB", (4, 4))]
+
+    def answer(self, path, question):
+        self.answering.set()
+        raise RuntimeError("something of the server")
+
+
+def test_a_model_serves_one_request_at_a_time_and_no_traceback():
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    from gradio_client import Client
+
+    with served(make_page(stub := Stub(), "stub"), "127.0.0.1", free_port()) as address:
+        client = Client(address, verbose=False, analytics_enabled=False)
+        job = client.submit("a", 0, "", api_name="/generate")
+        assert stub.drawing.wait(60)
+        with pytest.raises(Exception, match="see the log of the server") as said:
+            client.predict(None, "what?", api_name="/answer")
+        assert "something" not in str(said.value) and job.result() and not stub.met
 
 
 def test_no_button_sends_an_image_away(address):
