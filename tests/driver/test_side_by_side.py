@@ -150,7 +150,9 @@ def test_a_job_takes_the_results_of_those_it_uses(tmp_path):
     assert str(found["never"]) == "broken failed"
 
 
-def test_a_failure_stops_what_comes_after_it_and_nothing_else(tmp_path):
+@pytest.mark.parametrize("slot", [None, "7"])
+def test_a_failure_stops_what_comes_after_it_and_nothing_else(slot, tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     jobs = [
         Job("broken", fail),
         Job("never", report, (tmp_path, "never"), after=("broken",)),
@@ -158,11 +160,11 @@ def test_a_failure_stops_what_comes_after_it_and_nothing_else(tmp_path):
         Job("killed", die),
         Job("fine", report, (tmp_path, "fine")),
     ]
-    found = side_by_side.run(jobs, ["7"])
+    found = side_by_side.run(jobs, [slot])
     assert str(found["broken"]) == "ValueError: no such image"
     assert str(found["never"]) == "broken failed" and str(found["nor this"]) == "never failed"
     assert isinstance(found["killed"], Failure) and "terminated abruptly" in str(found["killed"])
-    assert found["fine"] == ("fine", "1", "7")  # by a new process, on the same GPU
+    assert found["fine"] == ("fine", "1", slot)  # by a new process, on the same core or GPU
     assert not (tmp_path / "never").exists()
 
 
