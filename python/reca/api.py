@@ -18,7 +18,7 @@ from reca.models import umm_package
 from reca.models.base import Adapter
 from reca.models.common.inference import warn_of_random_weights, warn_of_untrained
 from reca.options.fields import RecipeError, format_value
-from reca.runs.lineage import finished_steps, is_run, load_trained, recipe_of
+from reca.runs.lineage import finished_steps, load_trained, recipe_of, trained_source
 from reca.trainer import Trainer
 from reca.training.finite_weights import check_finite
 
@@ -41,8 +41,8 @@ def load(
 
     Args:
         source: Name or path of a recipe, whose published files are loaded; or a run folder, whose newest
-            checkpoint is applied on top of them. To load an export, name its recipe and override
-            {"model.weights": FOLDER}.
+            checkpoint is applied on top of them; or the folder of an earlier checkpoint, RUN/checkpoints/STEP. To
+            load an export, name its recipe and override {"model.weights": FOLDER}.
         overrides: Recipe keys to override: ["model.dtype=bf16"] or {"model.dtype": "bf16"}.
         device: Device of the weights. None: a GPU, if there is one.
         ema: Load the run's exponential moving average (ema.half_life) instead of its last weights. Off by default,
@@ -59,7 +59,7 @@ def load(
     source = expand_home(str(source))
     recipe = recipe_of(source, overrides)
     device = usable_device(device)
-    if is_run(source):
+    if trained_source(source):
         return load_trained(Path(source), recipe, device, ema)
     if ema:
         raise RecipeError(
@@ -165,7 +165,7 @@ def evaluate(
 
     Args:
         suite: Name, such as "toy" or "geneval".
-        source: A run folder, or a recipe.
+        source: A run folder, one of its checkpoints (RUN/checkpoints/STEP), or a recipe.
         overrides: Recipe keys to override.
         against: "base" (what the run started from), a run, a recipe, or the folder of an evaluation.
         judge: NAME or NAME:ARGUMENT. Only the named judge is called; the toy datasets use their own.
@@ -174,7 +174,7 @@ def evaluate(
         images: A folder of images made elsewhere, in the benchmark's layout, instead of the step generate.
         records: Records, or a result file of the benchmark's own scripts, instead of the step judge.
         data: The benchmark's files, where they are not shipped.
-        out: The folder of the evaluation. None: RUN/eval/SUITE.
+        out: The folder of the evaluation. None: RUN/eval/SUITE, of a checkpoint RUN/eval/STEP/SUITE.
         images_per_item: Images per prompt. None: that of the benchmark.
         limit: Number of items, spread evenly over the suite.
         sampling: Options of the model's sampler.

@@ -17,6 +17,8 @@ from reca.arguments import as_path, path_text, takes_overrides, takes_pairs
 from reca.commands import general, inference
 from reca.processes import library_logs
 
+OR_RUN = "recipe name or .yaml file, a run folder, or a checkpoint's RUN/checkpoints/STEP"
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one subcommand.
@@ -125,9 +127,7 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     def takes_recipe(sub: argparse.ArgumentParser, or_run: bool = False) -> None:
-        sub.add_argument(
-            "recipe", type=path_text, help="recipe name or .yaml file" + (", or a run folder" if or_run else "")
-        )
+        sub.add_argument("recipe", type=path_text, help=OR_RUN if or_run else "recipe name or .yaml file")
         takes_overrides(sub)
 
     def takes_ema(sub: argparse.ArgumentParser) -> None:
@@ -201,7 +201,7 @@ def _parser() -> argparse.ArgumentParser:
         inference.best_of,
         "Generate several images per prompt and keep the one that the model itself scores highest.",
     )
-    best.add_argument("recipe", type=path_text, help="recipe name or .yaml file, or a run folder")
+    best.add_argument("recipe", type=path_text, help=OR_RUN)
     best.add_argument("prompts", type=as_path, help="text file with one prompt per line")
     takes_overrides(best)
     takes_ema(best)

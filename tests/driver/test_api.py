@@ -75,8 +75,8 @@ def test_a_run_is_trained_continued_and_loaded(tmp_path, caplog, monkeypatch):
     assert torch.equal(reca.load("~/run").showo.lm_head.weight, model.showo.lm_head.weight)
     found = reca.evaluate("toy", "~/run", limit=1, sampling={"steps": 1}, out="~/found")
     assert found == json.loads((tmp_path / "found/results.json").read_text())
-    with pytest.raises(RecipeError, match=rf"is inside the run folder '{folder}': pass that folder"):
-        reca.load(folder / "checkpoints" / "000002")
+    with pytest.raises(RecipeError, match=rf"is inside the run folder '{folder}': pass that folder.*: 000001, 000002"):
+        reca.load(folder / "checkpoints" / "000003")
     assert "is the recipe of a run" not in caplog.text
     assert torch.equal(reca.load(folder / "recipe.yaml").showo.lm_head.weight, start.showo.lm_head.weight)
     assert f"loads the model before training; for the trained model pass the folder {folder}" in caplog.text
@@ -186,6 +186,29 @@ def test_the_command_line_has_no_second_way(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(api, "evaluate", lambda *given, **options: calls.append((given, options["limit"])))
     assert cli.main(["eval", "toy", "show_o_tiny", "model.seed=1", "--limit", "3"]) == 0
     assert calls[-1] == (("toy", "show_o_tiny", ["model.seed=1"]), 3)
+
+
+def test_an_earlier_checkpoint_is_loaded_evaluated_exported_and_compared(tmp_path):
+    """What checkpoint.keep_every keeps, such as that of the best held-out loss."""
+    run = tmp_path / "run"
+    given = {"run_dir": run, "train": {"steps": 2, "threads": 1}, "data.workers": 0, "objective.i2t.weight": 0}
+    given |= {"objective.reca.batch_size": 4, "log.tensorboard": False, "checkpoint": {"every": 1, "keep_every": 1}}
+    reca.train("show_o_tiny", given)
+    first, last = (reca.load(run / "checkpoints" / step) for step in ("000001", "000002"))
+    assert first.state["step"] == 1 and not torch.equal(first.showo.lm_head.weight, last.showo.lm_head.weight)
+    assert torch.equal(last.showo.lm_head.weight, reca.load(run).showo.lm_head.weight)
+    options = {"limit": 1, "sampling": {"steps": 1}, "against": "base"}
+    scores = [reca.evaluate("toy", source, **options) for source in (run / "checkpoints/000001", run)]
+    assert [found["model"]["step"] for found in scores] == [1, 2]
+    assert scores[0] == json.loads((run / "eval/000001/toy/results.json").read_text())
+    earlier = str(run / "checkpoints/000001")
+    assert cli.main(["export", earlier, "--out", str(tmp_path / "out"), "--card"]) == 0
+    exported = reca.load("show_o_tiny", {"model.weights": tmp_path / "out"})
+    assert torch.equal(exported.showo.lm_head.weight, first.showo.lm_head.weight)
+    assert "after 1 steps of" in (tmp_path / "out/README.md").read_text()
+    assert cli.main(["compare", earlier, str(run), "--reconstructions", "0"]) == 0
+    compared = json.loads((run / "comparison/comparison.json").read_text())
+    assert [compared[side]["step"] for side in ("before", "after")] == [1, 2] and compared["suites"]
 
 
 def test_a_checkpoint_that_is_gone_names_its_run(tmp_path, monkeypatch):

@@ -40,7 +40,7 @@ def answer(options: argparse.Namespace) -> None:
 def best_of(options: argparse.Namespace) -> None:
     """Run `reca best-of`. Under torchrun every rank takes a share of the prompts."""
     from reca import distributed
-    from reca.api import is_run, recipe_of
+    from reca.api import recipe_of, trained_source
     from reca.commands import best_of
     from reca.data.sample import digest
     from reca.eval.targets import Target
@@ -53,7 +53,7 @@ def best_of(options: argparse.Namespace) -> None:
     adapter = _adapter(options, "generate")
     choice.sampling = _sampling(options, adapter.generate, ends, [*prompts, choice.question])
     _adapter(options, "answer")
-    source = Target(str(options.recipe), recipe, is_run(options.recipe), options.out, options.ema)
+    source = Target(str(options.recipe), recipe, trained_source(options.recipe) is not None, options.out, options.ema)
     choice.model = {
         "umm": recipe.umm,
         "step": source.step(),
@@ -74,7 +74,7 @@ def export(options: argparse.Namespace) -> None:
     from reca.comparison.weights import understanding
     from reca.io.folders import ensure_writable
     from reca.publishing import card, push
-    from reca.runs.lineage import is_run
+    from reca.runs.lineage import trained_source
 
     recipe = recipe_of(options.recipe, options.overrides)
     if not options.push and (options.public or options.update):
@@ -88,7 +88,7 @@ def export(options: argparse.Namespace) -> None:
         name = options.push.split("/")[1] if options.push else options.out.absolute().name
         written += card.write(options.recipe, recipe, model, options.ema, options.out, name)
     print(f"wrote {', '.join(dict.fromkeys(name.split('/')[0] for name in written))} to {options.out}")
-    if is_run(options.recipe) and (found := understanding(*find_sides("base", str(options.recipe)))):
+    if trained_source(options.recipe) and (found := understanding(*find_sides("base", str(options.recipe)))):
         print(f"against the model before training: {found['text']}")
     if options.push:
         del model  # frees the GPU during the upload, which takes hours

@@ -4,13 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reca import checkpoint
 from reca.config.recipe import Recipe
 from reca.eval import report
 from reca.eval.errors import OptionError
 from reca.eval.report import RESULTS
 from reca.eval.targets import BASE
-from reca.runs.lineage import is_run, parent_checkpoint, recipe_of
+from reca.runs.lineage import parent_checkpoint, recipe_of, trained_source
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,8 @@ class Side:
 
     @property
     def run_dir(self) -> Path | None:
-        return Path(self.source) if self.kind == "run" else None
+        trained = trained_source(self.source) if self.kind == "run" else None
+        return trained and trained[0]
 
     @property
     def step(self) -> int | None:
@@ -72,8 +72,10 @@ def find_sides(before: str, after: str) -> tuple[Side, Side]:
 
 def _side(name: str) -> Side:
     folder = Path(name)
-    if is_run(folder):
-        return Side(name, "run", _evaluations(folder / "eval"), recipe_of(folder), checkpoint.latest(folder))
+    if trained := trained_source(folder):
+        run, weights = trained
+        step = "" if weights is None or run == folder else weights.name
+        return Side(name, "run", _evaluations(run / "eval" / step), recipe_of(run), weights)
     if (folder / RESULTS).is_file():
         return Side(name, "evaluation", (folder,))
     raise OptionError(
@@ -84,11 +86,12 @@ def _side(name: str) -> Side:
 
 def _base_of(name: str) -> Side:
     folder = Path(name)
-    if not is_run(folder):
+    if not (trained := trained_source(folder)):
         raise OptionError(f"base is the model that a run started from, but {name} is not a run folder")
-    recipe = recipe_of(folder)
-    weights = parent_checkpoint(recipe, folder)
-    return Side(f"base of {name}", "base", _evaluations(folder / "eval" / BASE), recipe, weights, folder)
+    run = trained[0]
+    recipe = recipe_of(run)
+    weights = parent_checkpoint(recipe, run)
+    return Side(f"base of {name}", "base", _evaluations(run / "eval" / BASE), recipe, weights, run)
 
 
 def _evaluations(folder: Path) -> tuple[Path, ...]:

@@ -19,7 +19,7 @@ from reca.eval.suites.base import agree
 from reca.models.base import Adapter
 from reca.models.common.inference import warn_of_random_weights
 from reca.options.fields import format_value
-from reca.runs.lineage import is_run, load_start, load_trained, parent_checkpoint, published_model, recipe_of
+from reca.runs.lineage import load_start, load_trained, parent_checkpoint, published_model, recipe_of, trained_source
 
 BASE = "base"
 GENERATION = "generation.json"
@@ -33,7 +33,7 @@ class Target:
 
     source   as given by the user; for the base model of a run, "base of" and the run
     recipe   recipe of the model; None for the folder of an existing evaluation
-    trained  whether the model has the weights of the run's newest checkpoint
+    trained  whether source is a run, with the weights of its newest checkpoint, or one of its checkpoints
     folder   output folder of the evaluation
     ema      whether to evaluate the moving average of the weights
     run      for the base model of a run, that run
@@ -54,9 +54,13 @@ class Target:
             warn_of_random_weights(self.source, self.recipe.model)
         return load_start(self.recipe, device, self.run)
 
+    @property
+    def _checkpoint(self) -> Path | None:
+        trained = trained_source(self.source) if self.trained else None
+        return trained and trained[1]
+
     def step(self) -> int | None:
-        newest = checkpoint.latest(Path(self.source)) if self.trained else None
-        return None if newest is None else int(newest.name)
+        return None if self._checkpoint is None else int(self._checkpoint.name)
 
     def fingerprint(self, model: Adapter | None = None) -> dict[str, Any]:
         """Return values that identify the state of the model, wherever its files are, without reading its weights.
@@ -68,8 +72,8 @@ class Target:
         if model is not None:
             digest = model.state and model.state.get("digest")
         else:
-            newest = checkpoint.latest(Path(self.source)) if self.trained else parent_checkpoint(self.recipe, self.run)
-            digest = newest and checkpoint.digest(newest)
+            folder = self._checkpoint if self.trained else parent_checkpoint(self.recipe, self.run)
+            digest = folder and checkpoint.digest(folder)
         found |= {"init_from": None if self.trained else digest, "checkpoint": digest if self.trained else None}
         return json.loads(json.dumps(found, default=str))
 
@@ -77,10 +81,12 @@ class Target:
 def target(
     source: str | Path, overrides: Sequence[str] | Mapping[str, Any], suite: str, out: Path | None, ema: bool = False
 ) -> Target:
-    """Return the Target of a run folder or a recipe. out: output folder; None: the default."""
+    """Return the Target of a run, one of its checkpoints or a recipe. out: output folder; None: the default."""
     recipe = recipe_of(source, overrides)
-    if is_run(source):
-        return Target(str(source), recipe, True, out or Path(source) / "eval" / suite, ema)
+    if trained := trained_source(source):
+        run, folder = trained
+        step = "" if folder is None or run == Path(source) else folder.name
+        return Target(str(source), recipe, True, out or run / "eval" / step / suite, ema)
     return Target(str(source), recipe, False, out or Path(recipe.run_dir) / "eval" / BASE / suite)
 
 
@@ -89,7 +95,9 @@ def opponent(name: str | Path, mine: Target, overrides: Sequence[str] | Mapping[
     if str(name) == BASE:
         if not mine.trained:
             raise OptionError(f"--against base needs a run; {mine.source} is a base model itself")
-        run = Path(mine.source)
+        trained = trained_source(mine.source)
+        assert trained is not None
+        run = trained[0]
         return Target(f"base of {mine.source}", mine.recipe, False, run / "eval" / BASE / suite, run=run)
     folder = Path(name)
     if any((folder / file).is_file() for file in (GENERATION, "records.jsonl", report.RESULTS)):

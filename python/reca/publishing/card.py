@@ -26,7 +26,7 @@ from reca.models import umm_package
 from reca.models.base import Adapter
 from reca.models.common.hub import hub_name
 from reca.options.values import override_text
-from reca.runs.lineage import is_run
+from reca.runs.lineage import trained_source
 
 CARD = "README.md"
 IMAGES = "images"  # folder of the images, below the export
@@ -47,8 +47,9 @@ def write(source: str | Path, recipe: Recipe, model: Adapter, ema: bool, folder:
     card = folder / CARD
     if card.is_file() and not is_generated(folder):
         return [CARD, *sorted(path.relative_to(folder).as_posix() for path in (folder / IMAGES).glob("*.png"))]
-    run = Path(source) if is_run(source) else None
-    sides = find_sides("base", str(run)) if run else None
+    trained = trained_source(source)
+    run = trained[0] if trained else None
+    sides = find_sides("base", str(source)) if trained else None
     scores = _scores(*sides, weights_hash(model)) if sides else Scores([], [], [])
     state = model.state if run else None
     images = _images(run, state["step"], recipe, folder) if run and state else []

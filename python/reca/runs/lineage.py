@@ -200,28 +200,49 @@ def is_run(source: str | Path) -> bool:
     return (Path(source) / "recipe.yaml").is_file()
 
 
+def trained_source(source: str | Path) -> tuple[Path, Path | None] | None:
+    """Split a run folder, or the folder of one of its checkpoints, into the run and the checkpoint.
+
+    The checkpoint is the newest one of a run folder; None if it has none. Return None for any other source.
+    """
+    path = Path(source)
+    if is_run(path):
+        return path, checkpoint.latest(path)
+    run = path.parent.parent
+    if path.parent.name == "checkpoints" and path.name.isdecimal() and path.is_dir() and is_run(run):
+        return run, path
+    return None
+
+
 def recipe_of(source: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Recipe:
-    """Read a recipe by name or path, or the recipe of a run folder."""
+    """Read a recipe by name or path, or the recipe of a run, given as its folder or that of a checkpoint."""
+    trained = trained_source(source)
     try:
-        return load_recipe(Path(source) / "recipe.yaml" if is_run(source) else source, overrides)
+        return load_recipe(trained[0] / "recipe.yaml" if trained else source, overrides)
     except UnknownRecipe as error:
         run = next((str(folder) for folder in Path(source).parents if is_run(folder)), None)
         bare = Path(source).name == str(source)  # possibly a misspelt recipe, with a run as working directory
         if run is not None and (Path(source).exists() or not bare):
-            raise RecipeError(f"{str(source)!r} is inside the run folder {run!r}: pass that folder") from error
+            steps = ", ".join(folder.name for folder in checkpoint.list_complete(Path(run))) or "none"
+            raise RecipeError(
+                f"{str(source)!r} is inside the run folder {run!r}: pass that folder, or one of its checkpoints as "
+                f"{run}/checkpoints/STEP (there are: {steps})"
+            ) from error
         raise RecipeError(f"{str(source)!r} is not a run folder, and there is {error}") from error
 
 
-def load_trained(run_dir: Path, recipe: Recipe, device: torch.device | str = "cpu", ema: bool = False) -> Adapter:
-    """Load the trained model of a run: the published weights, overwritten by its newest checkpoint.
+def load_trained(source: Path, recipe: Recipe, device: torch.device | str = "cpu", ema: bool = False) -> Adapter:
+    """Load the trained model of a run: the published weights, overwritten by a checkpoint.
 
+    source: the run folder, for the newest checkpoint that is valid, or the folder of a checkpoint.
     ema: load the exponential moving average of the trained parameters instead of their last values.
     """
     adapter = umm_package(recipe.umm).Adapter.load(recipe.model, device)
     if recipe.lora.rank:
         # bf16 base weights need a bf16 autocast throughout, which only training has.
         lora.choose_trained(adapter, replace(recipe, lora=replace(recipe.lora, base_dtype=None)))
-    adapter.inherited = checkpoint.load_weights(checkpoint.find_valid(run_dir), adapter, ema)
+    found = checkpoint.find_valid(source) if is_run(source) else checkpoint.find_valid(source.parents[1], source)
+    adapter.inherited = checkpoint.load_weights(found, adapter, ema)
     check_finite(adapter)
     return adapter.eval()
 
