@@ -56,7 +56,7 @@ def load(
         ValueError: Files are missing, or do not match the recipe.
         CheckpointError: The run has no complete checkpoint, or no average for ema=True.
     """
-    source = expand_home(str(source))
+    source = _path(source)
     recipe = recipe_of(source, overrides)
     device = usable_device(device)
     if trained_source(source):
@@ -70,6 +70,14 @@ def load(
     adapter = umm_package(recipe.umm).Adapter.load(recipe.model, device).eval()
     check_finite(adapter)
     return adapter
+
+
+def _path(source: str | Path) -> str:
+    if not isinstance(source, str | Path):
+        raise RecipeError(
+            f"the model must be named by a recipe or a run folder, got an object of type {type(source).__name__}"
+        )
+    return expand_home(str(source))
 
 
 def train(
@@ -199,6 +207,8 @@ def evaluate(
     for name, options in (("judge_options", judge_options), ("sampling", sampling)):
         if not isinstance(options, Mapping | None):
             raise EvaluationError(f"{name}={options!r} must be a dict, such as {{'steps': 8}}")
+    if not isinstance(judge, str | None):
+        raise EvaluationError(f"judge must be a text, NAME or NAME:ARGUMENT, got {type(judge).__name__}")
     for name, number in (("images_per_item", images_per_item or 0), ("limit", limit or 0), ("seed", seed)):
         if not isinstance(number, Integral):
             raise EvaluationError(f"{name}={number!r} must be a whole number")
@@ -210,5 +220,5 @@ def evaluate(
         suite, path(data), steps=tuple(steps), judge=judge, judge_options=judge_options or {},
         images_per_item=images_per_item, limit=limit, sampling=sampling or {}, seed=seed, partial=partial,
     )  # fmt: skip
-    source = expand_home(str(source))
+    source = _path(source)
     return evaluate(settings, source, overrides, path(against), path(images), path(records), path(out), device, ema)

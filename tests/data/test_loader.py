@@ -16,6 +16,7 @@ from reca.data.config import DataConfig
 from reca.data.errors import DataError
 from reca.data.loader import open_loader
 from reca.data.order import Block, Shuffled, Windows
+from reca.data.sample import Sample
 from reca.data.sources.factory import open_source
 from reca.data.views import View, Views
 from reca.rng import CounterRNG
@@ -321,3 +322,21 @@ def test_threads_share_the_order_of_an_epoch(made, monkeypatch):
     alone = made()
     assert found == {place: alone.index(place) for place in range(4)}
     assert epochs[CounterRNG(0, 0).seed] == 1
+
+
+@pytest.mark.parametrize(
+    "item", ["image", ("a", b"", None), Sample("a", "no bytes", None)], ids=["text", "tuple", "image"]
+)
+def test_a_source_that_returns_no_sample(item):
+    """A PIL image failed as an object without `text`."""
+
+    class Source(list):
+        def key(self, index):
+            return "a"
+
+    made = open_loader(DataConfig(), "reca", VIEWS, seed=0, micro_batch=1, source=Source([item]))
+    with pytest.raises(
+        DataError, match=r"a source returns reca.data.sample.Sample\(key, image, text\).*; got .*(str|tuple)"
+    ):
+        made.row_of(0)
+    made.close()

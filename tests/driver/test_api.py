@@ -8,6 +8,7 @@ import subprocess
 import sys
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 
@@ -219,3 +220,18 @@ def test_a_checkpoint_that_is_gone_names_its_run(tmp_path, monkeypatch):
             recipe_of(source)
     with pytest.raises(RecipeError, match="there is no recipe 'show_o_tyny'"):
         recipe_of("show_o_tyny")
+
+
+def test_objects_in_place_of_names(tmp_path):
+    """A dataset was read as a folder named by its repr, a model as a path too long for the disk."""
+    for images in (object(), [object()], [{"source": object(), "weight": 1}]):
+        with pytest.raises(RecipeError, match=r"data.images in the overrides has an object of type object .*:FUNCTION"):
+            load_recipe("show_o_tiny", {"data.images": images})
+    plain = {"data.images": [tmp_path, "a"], "optim.lr": np.float32(0.5), "data.shuffle": np.bool_(False)}
+    assert load_recipe("show_o_tiny", plain).optim.lr == 0.5
+    model = reca.load("show_o_tiny")
+    for call in (lambda: reca.load(model), lambda: reca.evaluate("toy", model), lambda: reca.load(None)):
+        with pytest.raises(RecipeError, match="named by a recipe or a run folder, got an object of type"):
+            call()
+    with pytest.raises(ValueError, match="judge must be a text, NAME or NAME:ARGUMENT, got function"):
+        reca.evaluate("geneval", "show_o_tiny", judge=lambda image: 1)

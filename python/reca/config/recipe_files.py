@@ -7,8 +7,12 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from difflib import get_close_matches
+from numbers import Real
 from pathlib import Path
+from types import NoneType
 from typing import Any, get_type_hints
+
+import numpy as np
 
 from reca.config.paths import each_path, expand_home, make_absolute
 from reca.config.recipe import Recipe
@@ -21,6 +25,7 @@ _types = functools.cache(get_type_hints)
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 OVERRIDES = "the overrides"
+PLAIN = (str, Real, os.PathLike, np.generic, NoneType)  # values that a recipe can hold as text
 
 
 class UnknownRecipe(RecipeError):
@@ -146,6 +151,12 @@ def _check_parts(key: str, value: Any) -> None:
                 raise RecipeError(
                     f"{key}={format_value(value)} in {OVERRIDES} has {format_value(part)} where a text or a number is "
                     "expected; lists cannot be nested"
+                )
+            if not isinstance(part, PLAIN):
+                raise RecipeError(
+                    f"{key} in {OVERRIDES} has an object of type {type(part).__name__} where a text or a number is "
+                    "expected: a recipe is a file; name an object that Python makes as package.module:FUNCTION, where "
+                    "the key takes one"
                 )
 
 

@@ -291,6 +291,12 @@ class Loader:
         """
         try:
             sample = self.source[index]
+            if not isinstance(sample, Sample) or not isinstance(sample.image, bytes):
+                kind = type(sample.image if isinstance(sample, Sample) else sample).__name__
+                raise TypeError(
+                    "a source returns reca.data.sample.Sample(key, image, text), with the bytes of an image file; got "
+                    + (f"an image of type {kind}" if isinstance(sample, Sample) else kind)
+                )
             other = sample.text.target if isinstance(sample.text, Scored) else None
             address = content(sample.image + (other or b"")) if self.cache else ""
             if self.cache and cached and (features := self.cache.get(address)):

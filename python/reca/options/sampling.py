@@ -51,7 +51,7 @@ def check_sampling_options(method: Callable, given: Mapping[str, Any], what: str
         if name not in known:
             near = get_close_matches(name, known, 1)
             hint = f"; did you mean {near[0]}?" if near else "."
-            usual = ", ".join(f"{p.name}={_format(p.default)}" for p in known.values())
+            usual = ", ".join(f"{p.name}={_format(p.default)}" for p in known.values()) or "there are none"
             raise ValueError(f"there is no {what} {name!r}{hint} Options and their defaults: {usual}")
         checked[name] = check_option(known[name], value, what)
     return checked
