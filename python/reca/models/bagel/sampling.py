@@ -257,16 +257,17 @@ def pixels(net: Network, tokens: Tensor, sizes: list[tuple[int, int]]) -> list[T
 
 
 @torch.no_grad()
-def answer(net: Network, images: list[Tensor], questions: list[str], max_new_tokens: int) -> list[str]:
-    """Answer a batch of questions by greedy decoding."""
-    view = task_views(net, "i2t").und
+def answer(net: Network, images: list[Tensor], questions: list[str], max_new_tokens: int, batch: int = 8) -> list[str]:
+    """Answer questions about images by greedy decoding, `batch` at a time."""
+    view, replies = task_views(net, "i2t").und, []
     assert view is not None
-    h_v = net.encode_understanding([fit_to_view(image, view).to(net.device) for image in images])
-    shown: list[list[Item]] = [[VitImage(*one.shape[:2])] for one in h_v]
-    items = [[*image, *text] for image, text in zip(shown, texts(net, questions, shown), strict=True)]
-    _, cache = net.prefill(Prompt(items, h_v))
-    tokens = greedy(net, cache, max_new_tokens)
-    return decode_replies(net.tokenizer, tokens, net.vocabulary.eos)
+    for i in range(0, len(images), batch):
+        h_v = net.encode_understanding([fit_to_view(image, view).to(net.device) for image in images[i : i + batch]])
+        shown: list[list[Item]] = [[VitImage(*one.shape[:2])] for one in h_v]
+        said = texts(net, questions[i : i + batch], shown)
+        _, cache = net.prefill(Prompt([[*image, *text] for image, text in zip(shown, said, strict=True)], h_v))
+        replies += decode_replies(net.tokenizer, greedy(net, cache, max_new_tokens), net.vocabulary.eos)
+    return replies
 
 
 def greedy(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from reca.data.batch import Batch
 from reca.data.views import View, Views
 from reca.models.base import Adapter, LossTerm
-from reca.models.common.images import fit_to_view, to_uint8, to_unit
+from reca.models.common.images import to_uint8, to_unit
 from reca.models.common.inference import warn_of_cut
 from reca.models.common.patch_codebook import PatchCodebook
 from reca.models.show_o import sampling, weights
@@ -102,11 +102,7 @@ class ShowO(Network, Adapter):
         return list(to_uint8(self.codec.decode(codes)))
 
     def answer(self, images: list[Tensor], questions: list[str], max_new_tokens: int = 100) -> list[str]:
-        source = conditioner(self, "i2t")
-        und = to_unit([fit_to_view(image, source.view()) for image in images]).to(self.device)
-        with torch.no_grad():
-            h_v = source.encode(und)
-        return sampling.answer(self, h_v, questions, max_new_tokens)
+        return sampling.answer(self, images, questions, max_new_tokens)
 
     def export(self, folder: Path) -> list[str]:
         """Write config.json and pytorch_model.safetensors as Show-o publishes them.

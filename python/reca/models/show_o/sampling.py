@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from reca.models.common.greedy import decode_replies
+from reca.models.common.images import fit_to_view, to_unit
 from reca.models.common.inference import warn_of_cut
 from reca.models.common.planned import greedy as planned_greedy
 from reca.models.show_o import prompt
@@ -97,18 +98,21 @@ def fill_codes(
 
 
 @torch.no_grad()
-def answer(net: Network, h_v: Tensor, questions: list[str], max_new_tokens: int) -> list[str]:
-    """Answer a batch of questions about images greedily. h_v: features [B, n, C] or [B, C], or codes [B, n]."""
+def answer(net: Network, images: list[Tensor], questions: list[str], max_new_tokens: int, batch: int = 64) -> list[str]:
+    """Answer questions about images by greedy decoding, `batch` at a time."""
     v, source, system = net.vocabulary, conditioner(net, "i2t"), net.tokens(net.config.system_prompt)
     frame = sum(run.length for run in source.conversation_sample([], [], v, system).runs)
-    most = net.config.phi.max_position_embeddings - frame
+    most, view, replies = net.config.phi.max_position_embeddings - frame, source.view(), []
     whole, end = [source.question(net.tokens, text, v) for text in questions], net.tokens(" ASSISTANT:")
     warn_of_cut(map(len, whole), most)
     ids = [row if len(row) <= most else [*row[: most - len(end)], *end] for row in whole]
     samples = [source.conversation_sample(row, [IGNORE_INDEX] * len(row), v, system) for row in ids]
-    layout = prompt.layout(samples, v).to(net.device)
-    tokens = greedy(net, net.embed(layout.src, h_v), layout, max_new_tokens)
-    return decode_replies(net.tokenizer, tokens, v.eos)
+    for i in range(0, len(images), batch):
+        pixels = to_unit([fit_to_view(image, view) for image in images[i : i + batch]]).to(net.device)
+        layout = prompt.layout(samples[i : i + batch], v).to(net.device)
+        tokens = greedy(net, net.embed(layout.src, source.encode(pixels)), layout, max_new_tokens)
+        replies += decode_replies(net.tokenizer, tokens, v.eos)
+    return replies
 
 
 def greedy(net: Network, embeddings: Tensor, layout: prompt.Layout, max_new_tokens: int) -> Tensor:
