@@ -1,5 +1,6 @@
 """OpenUni's adapter beyond the golden data: sizes, files, batching, learning, sampling, kernels, bad input."""
 
+import copy
 import shutil
 from contextlib import nullcontext
 from dataclasses import fields, replace
@@ -15,6 +16,7 @@ from reca.config.recipe_files import load_recipe
 from reca.data.batch import Batch
 from reca.data.pixels import make_view
 from reca.data.tasks import Turn
+from reca.models.common import planned
 from reca.models.common.images import fit_to_view
 from reca.models.common.qwen2 import Qwen2Sizes
 from reca.models.common.tiny_tokenizer import word_tokenizer
@@ -389,6 +391,24 @@ def test_internvl3_in_the_type_of_its_files(published, tmp_path):
     assert mixed.meta_queries.grad.dtype == torch.float32 and mixed.meta_queries.grad.abs().sum() > 0
     whole = model(batch, CounterRNG(0))
     assert (term.sum / term.weight).item() == pytest.approx((whole.sum / whole.weight).item(), rel=0.02)
+
+
+def test_answers_in_bf16_need_no_autocast(published, monkeypatch):
+    """They run InternVL3 alone: logits are the same bits inside of autocast, where likelihoods are computed."""
+    mixed, logits, decode = copy.deepcopy(published[0]), [], planned.greedy_tokens
+    mixed.mllm.bfloat16()
+
+    def recorded(next_logits, *args):
+        return decode(lambda last: logits.append(next_logits(last)) or logits[-1], *args)
+
+    monkeypatch.setattr(planned, "greedy_tokens", recorded)
+    image = torch.randint(0, 256, (3, 24, 20), dtype=torch.uint8)
+    replies = mixed.answer([image], ["a"], 3)
+    count = len(logits)
+    with mixed.inference_autocast():
+        assert torch.is_autocast_enabled("cpu") and mixed.answer([image], ["a"], 3) == replies
+    assert logits[0].dtype == torch.bfloat16 and len(logits) == 2 * count
+    assert torch.equal(torch.stack(logits[:count]), torch.stack(logits[count:]))
 
 
 def test_internvl3_as_transformers_writes_it(published, tmp_path):

@@ -241,7 +241,10 @@ class Network(nn.Module):
         return self.mllm.get_input_embeddings().weight.dtype
 
     def inference_autocast(self) -> contextlib.AbstractContextManager:
-        """Autocast to InternVL3's dtype if it differs from that of the trained parts, as in bf16 training."""
+        """Autocast to InternVL3's dtype if it differs from that of the trained parts, as in bf16 training.
+
+        Answers run InternVL3 alone, in its own dtype, and need no autocast.
+        """
         mixed = self.text_dtype() != self.meta_queries.dtype
         return torch.autocast(self.device.type, self.text_dtype()) if mixed else contextlib.nullcontext()
 
