@@ -1,5 +1,7 @@
 """Texts that are longer than what a model reads are truncated, with a warning, wherever a user gives one."""
 
+import bisect
+
 import pytest
 import torch
 
@@ -8,6 +10,8 @@ from reca.models import UMMS, umm_package
 from reca.models.bagel import prompt as bagel
 from reca.models.harmon import prompt as harmon
 from reca.models.open_uni import prompt as open_uni
+from reca.rng import CounterRNG
+from tests.models.contract import batch
 
 MOST = 200
 LONG = [f"what is this ? {'red ' * 400} {end}" for end in ("circle", "square")]
@@ -52,6 +56,33 @@ def test_instructions(name, limited, caplog):
     assert CUT not in caplog.text
     one, other = model.edit(images(2), LONG, [0, 0], **option)
     assert torch.equal(one, other) and CUT in caplog.text
+
+
+@pytest.mark.parametrize("name", UMMS)
+def test_templates(name, limited, monkeypatch):
+    """Are refused, from the first one on that would lose a token in training."""
+    monkeypatch.setattr(harmon, "MAX_TEXT", MOST)
+    model = limited(name)
+    model.check_templates(["describe this picture", "red " * 5])
+    with pytest.raises(ValueError, match="shorten it in data.templates: 'red red"):
+        model.check_templates(["describe this picture", "red " * 400])
+
+    def refused(words: int) -> bool:
+        try:
+            model.check_templates(["red " * words])
+        except ValueError:
+            return True
+        return False
+
+    def tokens(words: int) -> int:
+        sample = batch(model, "reca", [0])
+        sample.text = ["red " * words]
+        return model.prepare(sample, CounterRNG(0)).tokens[0]
+
+    longest = bisect.bisect_left(range(400), True, key=refused) - 1
+    assert longest >= 5 and tokens(longest) == tokens(longest - 1) + 1
+    if name not in {"show_o", "bagel"}:  # Show-o raises in training, too; BAGEL is checked for its largest images
+        assert tokens(longest + 1) == tokens(longest)
 
 
 def test_prompts_of_bagel(limited, caplog):

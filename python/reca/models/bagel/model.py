@@ -1,5 +1,6 @@
 """BAGEL's Adapter: generation expert and latent projections are trained, everything else is frozen."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,13 @@ from torch import Tensor, nn
 
 from reca.data.batch import Batch
 from reca.data.views import Views
-from reca.models.bagel import loss, modules, sampling, views, weights
+from reca.models.bagel import loss, modules, prompt, sampling, views, weights
 from reca.models.bagel.config import BagelConfig
 from reca.models.bagel.transformer import GEN
 from reca.models.base import Adapter, LossTerm
-from reca.models.common.inference import options_of
+from reca.models.common.inference import check_lengths, options_of
 from reca.models.common.kl_codec import KlCodec
+from reca.models.common.text import encode
 from reca.rng import CounterRNG
 
 
@@ -61,6 +63,10 @@ class Bagel(modules.Network, Adapter):
             vae = batch.task == "reca" and self.config.hv_source == "vae"
             features["h_v"] = self.moments(batch.und) if vae else self.encode_understanding(batch.und)
         return features
+
+    def check_templates(self, templates: Sequence[str]) -> None:
+        images = sum(tokens + 2 for tokens in self.sequence().values())  # at most; two more around each
+        check_lengths(templates, lambda text: len(encode(self.tokenizer, text)) + 2, prompt.MAX_LENGTH - images)
 
     def prepare(self, batch: Batch, rng: CounterRNG) -> loss.Prepared:
         return loss.prepare(self, batch, rng)

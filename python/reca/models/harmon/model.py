@@ -1,5 +1,6 @@
 """Harmon's Adapter: one MAR encoder and one Qwen2 understand and generate; only the image codec is frozen."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from reca.data.batch import Batch
 from reca.data.views import View, Views
 from reca.models.base import Adapter, LossTerm
 from reca.models.common.images import fit_to_view, to_uint8, to_unit
-from reca.models.common.inference import check_multiple, warn_of_cut
+from reca.models.common.inference import check_lengths, check_multiple, warn_of_cut
 from reca.models.harmon import modules, prompt, sampling, weights
 from reca.models.harmon.config import HarmonConfig
 from reca.models.harmon.loss import Prepared, compute_loss, prepare
@@ -70,6 +71,9 @@ class Harmon(Network, Adapter):
         if batch.task != "t2i":
             features["h_v"] = features["latents"] if batch.und is None else self.latents(to_unit(batch.und))
         return features
+
+    def check_templates(self, templates: Sequence[str]) -> None:
+        check_lengths(templates, lambda text: len(prompt.whole_template(self.tokenizer, text)), prompt.MAX_TEXT)
 
     def prepare(self, batch: Batch, rng: CounterRNG) -> Prepared:
         return prepare(self, batch, rng)

@@ -40,7 +40,12 @@ def template(tokenizer: PreTrainedTokenizerBase, text: str | None) -> Prompt:
     The template starts with a newline and the turn is tokenised as a whole, so that in Qwen2's vocabulary two newlines
     merge into the one token before the image.
     """
-    return Prompt(chat_turn(tokenizer, UNCONDITIONAL if text is None else f"\n{text}")[:MAX_TEXT], SLOT)
+    return Prompt(whole_template(tokenizer, text)[:MAX_TEXT], SLOT)
+
+
+def whole_template(tokenizer: PreTrainedTokenizerBase, text: str | None) -> list[int]:
+    """Return the token ids of `template` before truncation."""
+    return chat_turn(tokenizer, UNCONDITIONAL if text is None else f"\n{text}")
 
 
 def conversation(tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]]) -> Prompt:

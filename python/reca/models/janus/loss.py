@@ -1,5 +1,6 @@
 """Janus-Pro's losses: cross-entropy on an image's codes with teacher forcing (reca, t2i), and on replies (i2t)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import Tensor
 from reca.data.batch import Batch
 from reca.models import base
 from reca.models.base import LossTerm
+from reca.models.common.inference import check_lengths
 from reca.models.janus import prompt
 from reca.models.janus.modules import Network, SharedLlama
 from reca.models.janus.prompt import Layout, Segment
@@ -66,6 +68,17 @@ def reca_prompt(net: Network, text: str) -> list[Segment]:
     before, image, asked = prompt.with_image(net.tokens, text, v, net.hv_tokens, config.reca_system_prompt, most)
     assert isinstance(asked, TextSegment)
     return [before, image, TextSegment([*asked.ids, v.boi])]
+
+
+def check_templates(net: Network, templates: Sequence[str]) -> None:
+    """Raise ValueError for a template that `reca_prompt` would truncate."""
+
+    def length(text: str) -> int:
+        return prompt.text_length(
+            prompt.with_image(net.tokens, text, net.vocabulary, net.hv_tokens, net.config.reca_system_prompt)
+        )
+
+    check_lengths(templates, length, net.config.max_length - net.image_tokens - net.hv_tokens)
 
 
 def _t2i(net: Network, text: str) -> list[Segment]:

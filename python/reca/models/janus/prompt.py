@@ -134,6 +134,11 @@ def with_image(
     return [TextSegment(before), VisualSegment(hv_tokens), TextSegment([v.eoi, *said, *frame])]
 
 
+def text_length(segments: Sequence[Segment]) -> int:
+    """Return the number of text tokens of a prompt."""
+    return sum(len(segment.ids) for segment in segments if isinstance(segment, TextSegment))
+
+
 def conversation(
     tokens: Tokens, turns: Sequence[Turn], v: Vocabulary, hv_tokens: int, system: str, most: int
 ) -> list[Segment]:

@@ -1,5 +1,6 @@
 """JanusFlow's losses: flow matching on an image's latents (reca, t2i), and cross-entropy on replies (i2t)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from reca.data.batch import Batch
 from reca.models.base import LossTerm
 from reca.models.common import by_sample
+from reca.models.common.inference import check_lengths
 from reca.models.janus import loss as janus
 from reca.models.janus import prompt as janus_prompt
 from reca.models.janusflow import prompt
@@ -48,6 +50,17 @@ def reca_prompt(net: Network, text: str) -> list[Segment]:
     """Build RECA's prompt: image and template."""
     system, most = net.config.reca_system_prompt, longest_prompt(net)
     return prompt.with_image(net.tokens, text, net.vocabulary, net.hv_tokens, system, most)
+
+
+def check_templates(net: Network, templates: Sequence[str]) -> None:
+    """Raise ValueError for a template that `reca_prompt` would truncate."""
+
+    def length(text: str) -> int:
+        system = net.config.reca_system_prompt
+        given = prompt.with_image(net.tokens, text, net.vocabulary, net.hv_tokens, system)
+        return janus_prompt.text_length(given) + 1  # one more row of the image takes the place of boi
+
+    check_lengths(templates, length, longest_prompt(net) - net.hv_tokens)
 
 
 def t2i_prompt(net: Network, text: str) -> list[Segment]:

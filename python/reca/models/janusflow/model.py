@@ -1,5 +1,6 @@
 """JanusFlow's Adapter: one Llama understands and generates; SigLIP and SDXL's autoencoder are frozen."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from reca.models.common.kl_codec import KlCodec
 from reca.models.janus.sampling import answer
 from reca.models.janusflow import prompt, sampling, weights
 from reca.models.janusflow.config import JanusFlowConfig
-from reca.models.janusflow.loss import Prepared, compute_loss, prepare
+from reca.models.janusflow.loss import Prepared, check_templates, compute_loss, prepare
 from reca.models.janusflow.modules import Network
 from reca.rng import CounterRNG
 
@@ -39,6 +40,9 @@ class JanusFlow(Network, Adapter):
 
     def sequence(self) -> dict[str, int]:
         return {"h_v": self.hv_tokens, "time": 1, "image": self.image_tokens}
+
+    def check_templates(self, templates: Sequence[str]) -> None:
+        check_templates(self, templates)
 
     def prepare(self, batch: Batch, rng: CounterRNG) -> Prepared:
         return prepare(self, batch, rng)

@@ -1,5 +1,6 @@
 """OpenUni's Adapter: InternVL3 is frozen; queries, connector, projector and SANA are trained."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from reca.data.batch import Batch
 from reca.data.views import View, Views
 from reca.models.base import Adapter, LossTerm
 from reca.models.common.images import to_unit
-from reca.models.common.inference import options_of
-from reca.models.open_uni import modules, sampling, weights
+from reca.models.common.inference import check_lengths, options_of
+from reca.models.open_uni import modules, prompt, sampling, weights
 from reca.models.open_uni.config import OpenUniConfig
 from reca.models.open_uni.loss import Prepared, compute_loss, prepare, reca_prompts
 from reca.models.open_uni.modules import Network
@@ -67,6 +68,10 @@ class OpenUni(Network, Adapter):
         if batch.task == "reca":
             features["h_v"] = self.encode_understanding(to_unit(batch.und) if batch.und else pixels)
         return features
+
+    def check_templates(self, templates: Sequence[str]) -> None:
+        most = prompt.MAX_LENGTH - modules.hv_tokens(self.config)
+        check_lengths(templates, lambda text: len(prompt.with_image(self.tokenizer, text).ids), most)
 
     def prepare(self, batch: Batch, rng: CounterRNG) -> Prepared:
         return prepare(self, batch, rng)

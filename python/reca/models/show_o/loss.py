@@ -80,7 +80,7 @@ def reca_samples(net: Network, templates: Sequence[str]) -> list[prompt.Sample]:
         try:
             samples.append(source.reca_sample(net.tokens(prompt.TEMPLATE.format(text)), net.vocabulary))
         except ValueError as error:
-            raise ValueError(f"{error}: {text!r}") from error
+            raise ValueError(f"{error}; shorten it in data.templates: {text!r}") from error
     return samples
 
 
