@@ -482,10 +482,12 @@ def test_limits_of_sampling_options(plain):
 
 
 def test_what_is_no_image(plain):
-    """A PIL image, floats, channels behind height and width, and an image without pixels."""
+    """A PIL image, floats, channels behind height and width, and images without pixels."""
     of_pil = Image.new("RGB", (20, 20))
     wrong = [torch.zeros(3, 20, 20), *(torch.zeros(size, dtype=torch.uint8) for size in ((20, 20, 3), (3, 0, 20)))]
-    named = ["Image", r"torch.float32 \[3, 20, 20\]", r"torch.uint8 \[20, 20, 3\]", r"torch.uint8 \[3, 0, 20\]"]
+    wrong.append(torch.zeros(3, 20, 20, dtype=torch.uint8, device="meta"))
+    found = [f"torch.{one}" for one in (r"float32 \[3, 20, 20\]", r"uint8 \[20, 20, 3\]", r"uint8 \[3, 0, 20\]")]
+    named = ["Image", *(f"{one} on cpu" for one in found), r"torch.uint8 \[3, 20, 20\] on meta"]
     for image, got in zip([of_pil, *wrong], named, strict=True):
         with pytest.raises(TypeError, match=rf"must be a uint8 tensor \[3, H, W\], got {got}; .*read_image.*as_rgb"):
             plain.answer([image], ["what is this"])

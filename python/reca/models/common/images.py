@@ -34,11 +34,15 @@ def to_uint8(pixels: Tensor, floor: bool = False) -> Tensor:
 def fit_to_view(image: Tensor, view: View) -> Tensor:  # uint8 [3, H, W]
     """Resize and crop an image for inference as the training view does. Returns uint8 [3, h, w] on the host.
 
-    Raises TypeError for anything but a uint8 tensor [3, H, W].
+    Raises TypeError for anything but a uint8 tensor [3, H, W] with values, on any device.
     """
     fits = isinstance(image, Tensor) and image.dtype == torch.uint8 and image.ndim == 3 and len(image) == 3
-    if not (fits and image.numel()):
-        got = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
+    if not (fits and image.numel() and not image.is_meta):
+        got = (
+            f"{image.dtype} {list(image.shape)} on {image.device}"
+            if isinstance(image, Tensor)
+            else type(image).__name__
+        )
         raise TypeError(
             f"an image must be a uint8 tensor [3, H, W], got {got}; reca.data.pixels.read_image(PATH) returns one, and "
             "pixels_of(as_rgb(IMAGE)) of the same module that of a PIL image"
