@@ -3,6 +3,7 @@
 import math
 import os
 import sys
+from collections.abc import Sequence
 from numbers import Integral, Real
 
 import torch
@@ -107,28 +108,30 @@ def integer(op: str, **tensors: Tensor) -> None:
             raise TypeError(f"{op}: {name} must be int32 or int64, got {tensor.dtype}")
 
 
-def cross_entropy(
-    op: str,
-    rows: int,
-    labels: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float | None,
-    reduction: str,
-) -> None:
-    """Check the arguments common to both forms of cross-entropy. Raise TypeError or ValueError."""
+def one_reduction(op: str, reduction: str, known: Sequence[str] = REDUCTIONS) -> None:
+    """Raise ValueError for an unknown reduction."""
+    if reduction not in known:
+        raise ValueError(f"{op}: reduction must be one of {', '.join(known)}, got {reduction!r}")
+
+
+def label_rows(op: str, rows: int, labels: Tensor) -> None:
+    """Raise TypeError or ValueError unless labels are integers, one per row."""
     integer(op, labels=labels)
-    whole(op, ignore_index=ignore_index)
-    number(op, label_smoothing=label_smoothing, z_loss=z_loss, softcap=0.0 if softcap is None else softcap)
     if labels.ndim != 1 or labels.shape[0] != rows:
         raise ValueError(f"{op}: labels must be [N] = [{rows}], one per row, got {list(labels.shape)}")
+
+
+def cross_entropy_options(
+    op: str, ignore_index: int, label_smoothing: float, z_loss: float, softcap: float | None, reduction: str
+) -> None:
+    """Check the options common to both forms of cross-entropy. Raise TypeError or ValueError."""
+    whole(op, ignore_index=ignore_index)
+    number(op, label_smoothing=label_smoothing, z_loss=z_loss, softcap=0.0 if softcap is None else softcap)
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"{op}: label_smoothing must be in [0, 1), got {label_smoothing}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"{op}: softcap must be positive or None, got {softcap}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"{op}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    one_reduction(op, reduction)
 
 
 # ---- checks of values: called in the body of a kernel op, and by a public function before it calls the reference

@@ -1,4 +1,4 @@
-"""The losses as modules: options are set at construction, tensors passed at every call. No parameters, no buffers."""
+"""The losses as modules: options are checked at construction, tensors passed at each call. No parameters or buffers."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,10 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reca_kernels import checks
+from reca_kernels.diffusion_loss import op as diffusion
 from reca_kernels.diffusion_loss.op import diffusion_add_noise, diffusion_loss
 from reca_kernels.diffusion_loss.schedule import diffusion_schedule
+from reca_kernels.flow_matching import op as flow_matching
 from reca_kernels.flow_matching.op import flow_matching_add_noise, flow_matching_loss
+from reca_kernels.masked_cross_entropy import op as cross_entropy
 from reca_kernels.masked_cross_entropy.op import masked_cross_entropy
+from reca_kernels.masked_linear_cross_entropy import op as linear_cross_entropy
 from reca_kernels.masked_linear_cross_entropy.op import masked_linear_cross_entropy
 from reca_kernels.philox.address import Philox
 
@@ -48,6 +53,7 @@ class MaskedCrossEntropy(_Loss):
         inplace: bool = False,
         backend: str | None = None,
     ) -> None:
+        checks.cross_entropy_options(cross_entropy.OP, ignore_index, label_smoothing, z_loss, softcap, reduction)
         super().__init__(
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
@@ -92,6 +98,8 @@ class MaskedLinearCrossEntropy(_Loss):
         chunk_rows: int | None = None,
         backend: str | None = None,
     ) -> None:
+        linear_cross_entropy.check_chunk_rows(chunk_rows)
+        checks.cross_entropy_options(linear_cross_entropy.OP, ignore_index, label_smoothing, z_loss, softcap, reduction)
         super().__init__(
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
@@ -126,6 +134,8 @@ class FlowMatchingLoss(_Loss):
     """
 
     def __init__(self, patch: int = 1, reduction: str = "mean", backend: str | None = None) -> None:
+        flow_matching.check_patch(patch)
+        checks.one_reduction(flow_matching.OP, reduction, flow_matching.REDUCTIONS)
         super().__init__(patch=patch, reduction=reduction, backend=backend)
 
     def add_noise(
@@ -154,7 +164,7 @@ class FlowMatchingLoss(_Loss):
 class DiffusionLoss(_Loss):
     """Add noise and compute `diffusion_loss`, with the same schedule for both.
 
-    Raises what `diffusion_add_noise` and `diffusion_loss` raise, and ValueError for an unknown `kind`.
+    Raises what `diffusion_schedule`, `diffusion_add_noise` and `diffusion_loss` raise.
 
     Args:
         steps: The number of steps of the diffusion process.
@@ -167,7 +177,9 @@ class DiffusionLoss(_Loss):
         self, steps: int = 1000, kind: str = "cosine", reduction: str = "mean", backend: str | None = None
     ) -> None:
         super().__init__(reduction=reduction, backend=backend)
+        checks.one_reduction(diffusion.OP, reduction)
         self.steps, self.kind = steps, kind
+        self.schedule("cpu")  # raises for wrong steps and an unknown kind
 
     def extra_repr(self) -> str:
         return f"steps={self.steps}, kind={self.kind!r}, {super().extra_repr()}"

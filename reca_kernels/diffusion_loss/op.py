@@ -90,8 +90,7 @@ def diffusion_loss(
     if not (raw := plain(out, x0, t, schedule, *tensors_of(OP, noise), optional=rows)):
         checks.dispatchable(OP, x0=x0, t=t, schedule=schedule, **checks.given(rows=rows), out=out, **named(noise))
     t, noise, rows = _checked(x0, t, noise, schedule, rows)
-    if reduction not in checks.REDUCTIONS:
-        raise ValueError(f"{OP}: reduction must be one of {', '.join(checks.REDUCTIONS)}, got {reduction!r}")
+    checks.one_reduction(OP, reduction)
     checks.floating(OP, out=out)
     if tuple(out.shape) != (t.shape[0], 2 * x0.shape[1]):
         raise ValueError(f"{OP}: out must be [M, 2 C] = [{t.shape[0]}, {2 * x0.shape[1]}], got {list(out.shape)}")

@@ -17,10 +17,12 @@ def diffusion_schedule(
 
     Columns: sqrt(abar), sqrt(1 - abar), sqrt(1 / abar), sqrt(1 / abar - 1), the posterior mean's coefficients of x0 and
     x_t, log of the posterior variance (that of step 1 for step 0), log beta. keep: the number of steps of a sampler,
-    spaced by `space_timesteps`. Raises ValueError for another `kind` or a `keep` outside [1, steps], TypeError for a
-    number of steps that is not whole.
+    spaced by `space_timesteps`. Raises ValueError for another `kind`, fewer steps than 1 or a `keep` outside
+    [1, steps], TypeError for a number of steps that is not whole.
     """
     checks.whole(OP, steps=steps, keep=keep or 0)
+    if steps < 1:
+        raise ValueError(f"{OP}: steps must be at least 1, got {steps}")
     if kind != "cosine":
         raise ValueError(f"{OP}: kind must be 'cosine', got {kind!r}")
     schedule: Tensor = _constant(steps, keep, torch.device(device))

@@ -16,6 +16,7 @@ from reca_kernels.memory import has_values, mean_of, plain
 from reca_kernels.philox.address import NOISE_SCHEMA, Philox, checked, flattened, named, tensors_of, unflattened
 
 OP = "flow_matching"
+REDUCTIONS = ("mean", "sum", "sample")
 
 
 def flow_matching_add_noise(
@@ -97,8 +98,7 @@ def flow_matching_loss(
     if not (raw := plain(pred, t, *_images_of(x0), *tensors_of(OP, noise), optional=weight)):
         checks.dispatchable(OP, **_named(x0, t, noise), pred=pred, **checks.given(weight=weight))
     batches = _batches(x0, patch)
-    if reduction not in ("mean", "sum", "sample"):
-        raise ValueError(f"{OP}: reduction must be mean, sum or sample, got {reduction!r}")
+    checks.one_reduction(OP, reduction, REDUCTIONS)
     checks.floating(OP, pred=pred)
     _level(t, batches)
     expected = _shape(x0, patch)
@@ -139,6 +139,13 @@ def _named(x0: Tensor | Sequence[Tensor], t: Tensor, noise: Philox | Tensor) -> 
     return {**images, "t": t, **named(noise)}
 
 
+def check_patch(patch: int) -> None:
+    """Raise TypeError or ValueError unless the side of a patch is a whole number of at least 1."""
+    checks.whole(OP, patch=patch)
+    if patch < 1:
+        raise ValueError(f"{OP}: patch must be at least 1, got {patch}")
+
+
 def _batches(x0: Tensor | Sequence[Tensor], patch: int) -> list[Tensor]:
     """Return contiguous batches [n, C, H, W]: x0 as one, so that a graph supports any batch size, or one per image."""
     batch, images = isinstance(x0, Tensor), _images_of(x0)
@@ -148,8 +155,8 @@ def _batches(x0: Tensor | Sequence[Tensor], patch: int) -> list[Tensor]:
         raise ValueError(
             f"{OP}: x0 must not be an empty list, which has no channels and no dtype; pass an empty batch [0, C, H, W]"
         )
-    checks.whole(OP, patch=patch)
-    if patch < 1 or any(side % patch for image in images for side in image.shape[-2:]):
+    check_patch(patch)
+    if any(side % patch for image in images for side in image.shape[-2:]):
         sizes = sorted({tuple(map(int, image.shape[-2:])) for image in images})
         raise ValueError(f"{OP}: heights and widths {sizes} must be multiples of patch={patch}; crop or pad x0")
     kinds = [(image.shape[-3], image.dtype, image.device) for image in images]

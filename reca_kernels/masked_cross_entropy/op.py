@@ -58,7 +58,8 @@ def masked_cross_entropy(
     if logits.ndim != 2 or logits.shape[1] == 0:
         raise ValueError(f"{OP}: logits must be [N, V] with V > 0, got {list(logits.shape)}; flatten the batch first")
     checks.floating(OP, logits=logits)
-    checks.cross_entropy(OP, logits.shape[0], labels, ignore_index, label_smoothing, z_loss, softcap, reduction)
+    checks.label_rows(OP, logits.shape[0], labels)
+    checks.cross_entropy_options(OP, ignore_index, label_smoothing, z_loss, softcap, reduction)
     backend = dispatch.choose(OP, logits, backend)
     options = CrossEntropyOptions(ignore_index, label_smoothing, z_loss, softcap, reduction)
     if inplace and learns(logits):

@@ -79,13 +79,13 @@ def masked_linear_cross_entropy(
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{OP}: bias must be [V] = [{weight.shape[0]}], got {list(bias.shape)}")
-    checks.whole(OP, max_labelled=max_labelled or 0, chunk_rows=chunk_rows or 0)
+    checks.whole(OP, max_labelled=max_labelled or 0)
+    check_chunk_rows(chunk_rows)
     if max_labelled is not None and max_labelled < 0:
         raise ValueError(f"{OP}: max_labelled must be at least 0 or None, got {max_labelled}")
-    if chunk_rows is not None and chunk_rows < 1:
-        raise ValueError(f"{OP}: chunk_rows must be at least 1 or None, got {chunk_rows}")
     checks.floating(OP, hidden=hidden, weight=weight, bias=bias)
-    checks.cross_entropy(OP, hidden.shape[0], labels, ignore_index, label_smoothing, z_loss, softcap, reduction)
+    checks.label_rows(OP, hidden.shape[0], labels)
+    checks.cross_entropy_options(OP, ignore_index, label_smoothing, z_loss, softcap, reduction)
     backend = dispatch.choose(OP, hidden, backend)
     options = CrossEntropyOptions(ignore_index, label_smoothing, z_loss, softcap, reduction)
     if backend == "reference":
@@ -107,6 +107,13 @@ def masked_linear_cross_entropy(
 def _check_labels(labels: Tensor, weight: Tensor, ignore_index: int, max_labelled: int | None) -> None:
     checks.labels_inside(OP, labels, weight.shape[0], ignore_index)
     checks.check_label_count(OP, labels, ignore_index, max_labelled)
+
+
+def check_chunk_rows(chunk_rows: int | None) -> None:
+    """Raise TypeError or ValueError for a number of rows that is neither None nor at least 1."""
+    checks.whole(OP, chunk_rows=chunk_rows or 0)
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"{OP}: chunk_rows must be at least 1 or None, got {chunk_rows}")
 
 
 # ---- kernel ops ----

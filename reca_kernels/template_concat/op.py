@@ -31,7 +31,7 @@ def template_concat(
     A negative index in `adds` adds nothing. `concat_plan` computes src. Rows may be used any number of times. Sums are
     accumulated in fp32, left to right, and rounded once; without additions rows are copied.
 
-    Shapes       src [T] gives [T, D], src [B, L] gives [B, L, D]. Sources may differ in dtype: fp32, bf16, fp16.
+    Shapes       src [..., L] gives [..., L, D]. Sources may differ in dtype: fp32, bf16, fp16.
     Returns      out_dtype, default: the dtype of the table. Autocast has no effect, as for an embedding.
     Bad index    Row indices are checked on CPUs, and on GPUs with RECA_CHECK=1. Without the check the kernels make a
                  position with an index out of range NaN and drop its gradient.

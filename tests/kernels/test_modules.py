@@ -105,3 +105,19 @@ def test_defaults_are_those_of_the_function(module, function):
     own, others = inspect.signature(module).parameters, inspect.signature(function).parameters
     shared = own.keys() & others.keys()
     assert shared and {name: own[name].default for name in shared} == {name: others[name].default for name in shared}
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [
+        *((name, "reduction", "x") for name in CASES),
+        *((name, "label_smoothing", 1.5) for name in ("cross-entropy", "linear")),
+        ("linear", "chunk_rows", 0),
+        ("flow", "patch", -1),
+        ("diffusion", "kind", "x"),
+        ("diffusion", "steps", 0),
+    ],
+)
+def test_wrong_options_are_refused_at_construction(name, option, value):
+    with pytest.raises(ValueError, match=f"{option} must be"):
+        type(CASES[name][0])(**{option: value})
