@@ -22,7 +22,8 @@ from reca.models.base import Adapter
 from reca.models.common.deferred_weights import DeferredWeights, deferring
 from reca.options.fields import RecipeError
 from reca.precision import autocast, cast, training_kernels
-from reca.runs.lineage import check_parent, load_parent, published_model
+from reca.runs.lineage import check_parent, load_parent
+from reca.runs.published import published_model
 from reca.training.lora import published_name
 
 

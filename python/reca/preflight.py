@@ -24,6 +24,7 @@ from reca.monitoring.validation import open_run_sources
 from reca.optim import check_apex, check_passes
 from reca.options.fields import RecipeError
 from reca.runs import lineage
+from reca.runs.published import published_files
 from reca.training import float8
 from reca.training.lora import choose_trained
 
@@ -140,7 +141,7 @@ def check_recipe(recipe: Recipe) -> list[str]:
 
 def check_files(recipe: Recipe) -> None:
     """Raise RecipeError if a model file that is given as a path does not exist."""
-    for name, value in lineage.published_files(recipe).items():
+    for name, value in published_files(recipe).items():
         if value.startswith(("/", "./", "../", "~")) and not Path(value).exists():
             raise RecipeError(
                 f"model.{name}={value} does not exist; set a file, a folder, or a hub id such as owner/name"

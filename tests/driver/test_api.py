@@ -14,10 +14,11 @@ import torch
 
 import reca
 from reca import api, cli
+from reca.checkpoint import CheckpointError
 from reca.config.recipe_files import load_recipe, save_recipe
 from reca.eval.errors import EvaluationError
 from reca.options.fields import RecipeError
-from reca.runs.lineage import recipe_of
+from reca.runs.lineage import recipe_of, trained_source
 from tests.driver.toy import ToyAdapter, ToyConfig, write_images, write_recipe
 
 SMALL = ["data.workers=0", "objective.i2t.weight=0", "objective.reca.batch_size=4", "log.tensorboard=false"]
@@ -210,6 +211,24 @@ def test_an_earlier_checkpoint_is_loaded_evaluated_exported_and_compared(tmp_pat
     assert cli.main(["compare", earlier, str(run), "--reconstructions", "0"]) == 0
     compared = json.loads((run / "comparison/comparison.json").read_text())
     assert [compared[side]["step"] for side in ("before", "after")] == [1, 2] and compared["suites"]
+    assert cli.main(["compare", "base", f"{earlier}/", "--reconstructions", "0"]) == 0
+    assert json.loads((run / "comparison/comparison.json").read_text())["after"]["step"] == 1
+
+
+def test_a_checkpoint_is_named_by_any_path_to_it(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    folder = run / "checkpoints/000002"
+    folder.mkdir(parents=True)
+    save_recipe(load_recipe("show_o_tiny"), run / "recipe.yaml")
+    (tmp_path / "best").symlink_to(folder)
+    for place, name in [(tmp_path, "run/checkpoints/000002/"), (tmp_path, "best"), (run, "checkpoints/000002")]:
+        monkeypatch.chdir(place)
+        assert [path.resolve() for path in trained_source(name)] == [run, folder]
+    for place, name in [(folder.parent, "000002"), (folder, "."), (folder / "..", "000002/../000002")]:
+        monkeypatch.chdir(place)
+        assert trained_source(name) == (run, folder)
+    with pytest.raises(CheckpointError, match=f"{folder} is not a complete checkpoint"):
+        reca.load(folder)
 
 
 def test_a_checkpoint_that_is_gone_names_its_run(tmp_path, monkeypatch):

@@ -200,6 +200,33 @@ def test_the_base_of_a_run_is_the_checkpoint_that_it_started_from(start, tmp_pat
         load_start(second.recipe, run_dir=second.run_dir)
 
 
+def test_a_run_starts_from_an_earlier_checkpoint(start, tmp_path, published):
+    run_toy(start("first", None, *FIRST, "checkpoint.every=1", "checkpoint.keep=0"))
+    began = tmp_path / "first/checkpoints/000001"
+    second = run_toy(start("second", "first/checkpoints/000001", *SECOND))
+    loaded = ToyAdapter()
+    checkpoint.load_weights(began, loaded)
+    assert equal(weights(second.adapter), weights(loaded), "layers.1")
+    assert second.fingerprint["train.init_from"] == checkpoint.digest(began)
+    assert parent_checkpoint(second.recipe, second.run_dir) == began
+    assert equal(weights(load_start(second.recipe, run_dir=second.run_dir)), weights(loaded))
+    assert find_sides("base", str(second.run_dir))[0].step == 1
+    (tmp_path / "link").symlink_to(began)
+    Trainer(start("second", "link", *SECOND, "train.steps=4"), ToyAdapter())
+    with pytest.raises(RecipeError, match="train.init_from .* has other contents"):
+        Trainer(start("second", "first", *SECOND, "train.steps=4"), ToyAdapter())
+
+    with pytest.raises(RecipeError, match=r"000003 is inside the run folder .* \(there are: 000001, 000002\)"):
+        Trainer(start("third", "first/checkpoints/000003"), ToyAdapter())
+    shard = next((began / "weights").iterdir())
+    shard.write_bytes(shard.read_bytes() + b"x")
+    with pytest.raises(CheckpointError, match=r"000001 is damaged \(.*\); pass another one of its run"):
+        Trainer(start("third", "first/checkpoints/000001"), ToyAdapter())
+    (began / "COMPLETE").unlink()
+    with pytest.raises(CheckpointError, match="train.init_from=.*000001 is not a complete checkpoint"):
+        Trainer(start("third", "first/checkpoints/000001"), ToyAdapter())
+
+
 def test_only_a_base_without_any_weights_is_called_random(start, tmp_path, published, caplog):
     run_toy(start("first", None, *FIRST))
     mine = target(run_toy(start("second", "first")).run_dir, (), "toy", None)

@@ -19,6 +19,7 @@ from reca.options.fields import RecipeError
 from reca.runs import lineage
 from reca.runs.folder import RunFolder, RunInUse
 from reca.runs.folder_lock import is_locked
+from reca.runs.published import file_fingerprint
 from reca.runs.status import Status
 from reca.trainer import Trainer
 from reca.training.skipped_steps import NonFiniteError
@@ -288,15 +289,15 @@ def test_folders_of_weights_are_told_apart_by_what_is_in_them(tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_bytes(bytes(2**21))
-    own = lineage._file_fingerprint(f"{tmp_path}/one")
-    assert own == lineage._file_fingerprint(f"{tmp_path}/two")
+    own = file_fingerprint(f"{tmp_path}/one")
+    assert own == file_fingerprint(f"{tmp_path}/two")
     (tmp_path / "two/.cache").mkdir()
     (tmp_path / "two/.cache/lock").touch()  # of the hub's client
-    assert own == lineage._file_fingerprint(f"{tmp_path}/two")
+    assert own == file_fingerprint(f"{tmp_path}/two")
     (tmp_path / "two/model.safetensors").write_bytes(bytes(2**21 - 1) + b"x")
-    assert own != lineage._file_fingerprint(f"{tmp_path}/two")
-    one, two = (lineage._file_fingerprint(f"{tmp_path}/{name}/model.safetensors") for name in ("one", "two"))
-    assert one != two and lineage._file_fingerprint("owner/name") == "owner/name"
+    assert own != file_fingerprint(f"{tmp_path}/two")
+    one, two = (file_fingerprint(f"{tmp_path}/{name}/model.safetensors") for name in ("one", "two"))
+    assert one != two and file_fingerprint("owner/name") == "owner/name"
 
 
 def test_a_template_that_the_model_refuses_ends_the_start(recipe, tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ from reca.data.loader import open_loader
 from reca.estimate.meta_model import build_meta
 from reca.models import umm_package
 from reca.precision import autocast, cast
-from reca.runs import lineage
+from reca.runs.published import published_files
 from reca.training import compiled_blocks
 from reca.training.lora import choose_trained
 
@@ -83,7 +83,7 @@ def test_narrow_has_the_sequences_of_the_published_model(model, tmp_path):
     assert (narrow.train.precision, real.train.precision) == ("fp32", "bf16")
     assert build_meta(narrow)[0].sequence() == PUBLISHED[model]
     for recipe in (narrow, real):  # nothing is to be downloaded, and one task is trained
-        assert lineage.published_files(recipe) == {} and recipe.active_tasks() == ["reca"]
+        assert published_files(recipe) == {} and recipe.active_tasks() == ["reca"]
 
 
 @pytest.mark.parametrize("model", MODELS)

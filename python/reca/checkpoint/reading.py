@@ -219,4 +219,6 @@ def _damage(error: BaseException) -> str:
 def _damaged(folder: Path, damage: str) -> CheckpointError:
     if not folder.exists():
         return CheckpointError(f"{folder} was removed by a training run while it was read: start again")
-    return CheckpointError(f"{folder} is damaged ({damage}); remove it to use the checkpoint before it")
+    if not (folder / MARKER).exists():
+        return CheckpointError(f"{folder} is not a complete checkpoint (no {MARKER} file); use an earlier one")
+    return CheckpointError(f"{folder} is damaged ({damage}); remove it, and use the checkpoint before it")

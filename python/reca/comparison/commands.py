@@ -31,14 +31,16 @@ def run(options: argparse.Namespace) -> None:
     from reca.eval import figures
     from reca.io.folders import ensure_writable
     from reca.options.sampling import read_pairs
+    from reca.runs.lineage import trained_source
 
     sampling = read_pairs(options.sampling, "--sampling")
     if options.pairs < 0:
         raise ValueError(f"--pairs must be at least 0, got {options.pairs}")
     if options.reconstructions is not None and options.reconstructions < 0:
         raise ValueError(f"--reconstructions must be at least 0, got {options.reconstructions}")
-    named = options.before if options.after == "base" else options.after
-    out = options.out or Path(named) / "comparison"
+    named = Path(options.before if options.after == "base" else options.after)
+    trained = trained_source(named)
+    out = options.out or (trained[0] if trained else named) / "comparison"
     found = build.compare(options.before, options.after)
     ensure_writable(out, "--out")
     count = options.reconstructions

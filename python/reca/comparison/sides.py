@@ -8,7 +8,7 @@ from reca.config.recipe import Recipe
 from reca.eval import report
 from reca.eval.errors import OptionError
 from reca.eval.report import RESULTS
-from reca.eval.targets import BASE
+from reca.eval.targets import BASE, evaluations_of
 from reca.runs.lineage import parent_checkpoint, recipe_of, trained_source
 
 
@@ -74,8 +74,7 @@ def _side(name: str) -> Side:
     folder = Path(name)
     if trained := trained_source(folder):
         run, weights = trained
-        step = "" if weights is None or run == folder else weights.name
-        return Side(name, "run", _evaluations(run / "eval" / step), recipe_of(run), weights)
+        return Side(name, "run", _evaluations(evaluations_of(folder, *trained)), recipe_of(run), weights)
     if (folder / RESULTS).is_file():
         return Side(name, "evaluation", (folder,))
     raise OptionError(

@@ -9,7 +9,7 @@ from reca import checkpoint
 from reca.comparison.sides import Side
 from reca.config.recipe import LoraConfig
 from reca.estimate.meta_model import build_meta
-from reca.runs.lineage import published_model
+from reca.runs.published import published_model
 from reca.training.lora import is_lora, weight_beside
 
 SHOWN = 40  # maximum number of changed tensors to list

@@ -131,7 +131,8 @@ class TrainConfig:
     seed: int = config_field(0, "seed of all random numbers of the run", least=0)
     init_from: Optional[str] = config_field(
         None,
-        "run folder of the same model, whose trained weights this run starts from (for example SFT, then RECA)",
+        "run folder of the same model, or a checkpoint of one (RUN/checkpoints/STEP), whose trained weights this run "
+        "starts from (for example SFT, then RECA)",
         path=LOCAL,
     )
     roles: Optional[list[str]] = config_field(

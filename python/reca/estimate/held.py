@@ -9,7 +9,7 @@ from reca.config.recipe import Recipe
 from reca.data.micro_batches import accumulation_steps
 from reca.models.base import Adapter
 from reca.optim import state_bytes
-from reca.runs.lineage import published_files
+from reca.runs.published import published_files
 from reca.training.parallelize import predicted_shard_size
 
 

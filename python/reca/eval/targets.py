@@ -19,7 +19,8 @@ from reca.eval.suites.base import agree
 from reca.models.base import Adapter
 from reca.models.common.inference import warn_of_random_weights
 from reca.options.fields import format_value
-from reca.runs.lineage import load_start, load_trained, parent_checkpoint, published_model, recipe_of, trained_source
+from reca.runs.lineage import is_run, load_start, load_trained, parent_checkpoint, recipe_of, trained_source
+from reca.runs.published import published_model
 
 BASE = "base"
 GENERATION = "generation.json"
@@ -84,10 +85,13 @@ def target(
     """Return the Target of a run, one of its checkpoints or a recipe. out: output folder; None: the default."""
     recipe = recipe_of(source, overrides)
     if trained := trained_source(source):
-        run, folder = trained
-        step = "" if folder is None or run == Path(source) else folder.name
-        return Target(str(source), recipe, True, out or run / "eval" / step / suite, ema)
+        return Target(str(source), recipe, True, out or evaluations_of(source, *trained) / suite, ema)
     return Target(str(source), recipe, False, out or Path(recipe.run_dir) / "eval" / BASE / suite)
+
+
+def evaluations_of(source: str | Path, run: Path, folder: Path | None) -> Path:
+    """Return RUN/eval for a run, RUN/eval/STEP for a checkpoint. run, folder: `trained_source` of the source."""
+    return run / "eval" if folder is None or is_run(source) else run / "eval" / folder.name
 
 
 def opponent(name: str | Path, mine: Target, overrides: Sequence[str] | Mapping[str, Any], suite: str) -> Target:

@@ -1,10 +1,10 @@
 """Lineage of runs: what may change on resume, which run a run starts from, and loading of trained weights."""
 
 import contextlib
-import hashlib
+import os
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from reca.models import umm_package
 from reca.models.base import Adapter
 from reca.options.fields import RecipeError
 from reca.runs.folder import RunFolder
+from reca.runs.published import digest, file_fingerprint, published_files
 from reca.runs.status import Status
 from reca.training import lora
 from reca.training.finite_weights import check_finite
@@ -43,7 +44,6 @@ COMPARED_BY_CONTENT = (
 )
 HELD_OUT_KEYS = ("eval.holdout", "eval.holdout_from", "eval.seed")  # they determine the remaining training images
 OF_A_MACHINE = {"train.threads", "data.workers"}  # keys that may differ between the ranks of a run
-PIECES, PIECE = 16, 1 << 16  # number and bytes of the excerpts that identify a weight file
 
 
 def fingerprint(
@@ -59,8 +59,8 @@ def fingerprint(
         f"data.{DATA_KEYS[task]}": [len(sources[task]), sources[task].identity()] for task in recipe.active_tasks()
     }
     if "reca" in recipe.active_tasks():
-        found["data.templates"] = _digest("\n".join(templates).encode())
-    found |= {f"model.{name}": _file_fingerprint(value) for name, value in published_files(recipe).items()}
+        found["data.templates"] = digest("\n".join(templates).encode())
+    found |= {f"model.{name}": file_fingerprint(value) for name, value in published_files(recipe).items()}
     if recipe.train.init_from is not None and state is not None:
         same = state["recipe"]["train"]["init_from"] == recipe.train.init_from
         found["train.init_from"] = state["fingerprint"].get("train.init_from") if same else parent_digest(recipe)
@@ -74,13 +74,15 @@ def parent_digest(recipe: Recipe, run_dir: Path | None = None) -> str | None:
 
 
 def parent_checkpoint(recipe: Recipe, run_dir: Path | None = None) -> Path | None:
-    """Return the newest checkpoint of the run `train.init_from`, or the one that the run in `run_dir` started from.
+    """Return the checkpoint `train.init_from`, or the newest of that run, or the one the run in `run_dir` started from.
 
     Returns None if train.init_from is not set, or the checkpoint is gone.
     """
-    if recipe.train.init_from is None:
+    if recipe.train.init_from is None or (trained := trained_source(recipe.train.init_from)) is None:
         return None
-    complete = checkpoint.list_complete(Path(recipe.train.init_from))
+    complete = checkpoint.list_complete(trained[0])
+    if not is_run(recipe.train.init_from):
+        complete = [folder for folder in complete if folder == trained[1]]
     if run_dir is not None and (newest := checkpoint.latest(run_dir)) is not None:
         digest = checkpoint.read_state(newest)["fingerprint"].get("train.init_from")
         complete = [folder for folder in complete if checkpoint.digest(folder) == digest]
@@ -203,14 +205,16 @@ def is_run(source: str | Path) -> bool:
 def trained_source(source: str | Path) -> tuple[Path, Path | None] | None:
     """Split a run folder, or the folder of one of its checkpoints, into the run and the checkpoint.
 
-    The checkpoint is the newest one of a run folder; None if it has none. Return None for any other source.
+    The checkpoint is the newest one of a run folder; None if it has none. Return None for any other source. Links to a
+    checkpoint, and paths relative to a folder inside the run, are followed.
     """
     path = Path(source)
     if is_run(path):
         return path, checkpoint.latest(path)
-    run = path.parent.parent
-    if path.parent.name == "checkpoints" and path.name.isdecimal() and path.is_dir() and is_run(run):
-        return run, path
+    for folder in (path, Path(os.path.realpath(path))) if path.is_dir() else ():
+        run = folder.parent.parent
+        if folder.parent.name == "checkpoints" and folder.name.isdecimal() and is_run(run):
+            return run, folder
     return None
 
 
@@ -220,15 +224,28 @@ def recipe_of(source: str | Path, overrides: Sequence[str] | Mapping[str, Any] =
     try:
         return load_recipe(trained[0] / "recipe.yaml" if trained else source, overrides)
     except UnknownRecipe as error:
-        run = next((str(folder) for folder in Path(source).parents if is_run(folder)), None)
         bare = Path(source).name == str(source)  # possibly a misspelt recipe, with a run as working directory
-        if run is not None and (Path(source).exists() or not bare):
-            steps = ", ".join(folder.name for folder in checkpoint.list_complete(Path(run))) or "none"
-            raise RecipeError(
-                f"{str(source)!r} is inside the run folder {run!r}: pass that folder, or one of its checkpoints as "
-                f"{run}/checkpoints/STEP (there are: {steps})"
-            ) from error
+        if (Path(source).exists() or not bare) and (hint := _around(Path(source))):
+            raise RecipeError(f"{str(source)!r} {hint}") from error
         raise RecipeError(f"{str(source)!r} is not a run folder, and there is {error}") from error
+
+
+def _around(path: Path) -> str:
+    """Say which run folder contains a path, and which checkpoints it has; empty if there is no such folder."""
+    run = next((folder for folder in path.parents if is_run(folder)), None)
+    if run is None:
+        return ""
+    steps = ", ".join(folder.name for folder in checkpoint.list_complete(run)) or "none"
+    return (
+        f"is inside the run folder {str(run)!r}: pass that folder, or one of its checkpoints as "
+        f"{run}/checkpoints/STEP (there are: {steps})"
+    )
+
+
+def _find_valid(source: Path) -> Path:
+    """Find the latest valid checkpoint of a run, or check the one that `source` is. Raises CheckpointError."""
+    trained = trained_source(source)
+    return checkpoint.find_valid(source, None if is_run(source) else trained and trained[1])
 
 
 def load_trained(source: Path, recipe: Recipe, device: torch.device | str = "cpu", ema: bool = False) -> Adapter:
@@ -241,8 +258,7 @@ def load_trained(source: Path, recipe: Recipe, device: torch.device | str = "cpu
     if recipe.lora.rank:
         # bf16 base weights need a bf16 autocast throughout, which only training has.
         lora.choose_trained(adapter, replace(recipe, lora=replace(recipe.lora, base_dtype=None)))
-    found = checkpoint.find_valid(source) if is_run(source) else checkpoint.find_valid(source.parents[1], source)
-    adapter.inherited = checkpoint.load_weights(found, adapter, ema)
+    adapter.inherited = checkpoint.load_weights(_find_valid(source), adapter, ema)
     check_finite(adapter)
     return adapter.eval()
 
@@ -259,7 +275,7 @@ def load_start(recipe: Recipe, device: torch.device | str = "cpu", run_dir: Path
 
 
 def load_parent(adapter: Adapter, recipe: Recipe, run_dir: Path | None = None) -> str | None:
-    """Load the newest checkpoint of the run `train.init_from` over the published weights, if it is set.
+    """Load the checkpoint `train.init_from`, or the newest of that run, over the published weights, if it is set.
 
     Returns its digest, as `parent_digest`: that run may save another checkpoint meanwhile.
 
@@ -278,7 +294,7 @@ def load_parent(adapter: Adapter, recipe: Recipe, run_dir: Path | None = None) -
                 f"train.init_from={folder} no longer contains the checkpoint that {run_dir} started from, so its base "
                 "model cannot be loaded; restore that checkpoint"
             )
-    found = checkpoint.find_valid(folder, started)
+    found = _find_valid(folder) if started is None else checkpoint.find_valid(folder, started)
     if before.lora.rank and not lora.continues(before, recipe):
         adapter.inherited = checkpoint.load_lora(found, adapter, before.lora)
     else:
@@ -290,15 +306,15 @@ def load_parent(adapter: Adapter, recipe: Recipe, run_dir: Path | None = None) -
 
 
 def _parent_recipe(recipe: Recipe) -> Recipe:
-    """Read the recipe of the run `train.init_from`. Raises RecipeError if it is not a run folder."""
+    """Read the recipe of `train.init_from`. Raises RecipeError if that is neither a run nor a checkpoint of one."""
     assert recipe.train.init_from is not None
     folder = Path(recipe.train.init_from)
-    if not is_run(folder):
-        raise RecipeError(
-            f"train.init_from={folder} is not a run folder: it has no recipe.yaml. If the run was moved, pass its new "
-            "place as train.init_from"
+    if (trained := trained_source(folder)) is None:
+        moved = (
+            "is not a run folder: it has no recipe.yaml. If the run was moved, pass its new place as train.init_from"
         )
-    return load_recipe(folder / "recipe.yaml")
+        raise RecipeError(f"train.init_from={folder} {_around(folder) or moved}")
+    return load_recipe(trained[0] / "recipe.yaml")
 
 
 def check_parent(recipe: Recipe, model: Adapter) -> None:
@@ -312,8 +328,8 @@ def check_parent(recipe: Recipe, model: Adapter) -> None:
         return
     folder, before = Path(recipe.train.init_from), _parent_recipe(recipe)
     ours, theirs = ({"umm": r.umm} | published_files(r) for r in (recipe, before))
-    if ours != theirs and {k: _file_fingerprint(v) for k, v in ours.items()} != {
-        k: _file_fingerprint(v) for k, v in theirs.items()
+    if ours != theirs and {k: file_fingerprint(v) for k, v in ours.items()} != {
+        k: file_fingerprint(v) for k, v in theirs.items()
     }:
         differences = ", ".join(
             f"{k} {theirs.get(k)!r} -> {ours.get(k)!r}" for k in ours | theirs if ours.get(k) != theirs.get(k)
@@ -322,53 +338,14 @@ def check_parent(recipe: Recipe, model: Adapter) -> None:
             f"train.init_from={folder} is a run with other published files than this recipe ({differences}); both must "
             "use the same umm and the same files"
         )
-    newest = checkpoint.latest(folder)
+    newest = parent_checkpoint(recipe)
     if newest is None:
-        raise checkpoint.CheckpointError(
-            f"train.init_from={folder} has no complete checkpoint; wait until the run has saved one"
-        )
-    if not checkpoint.find_damage(newest, contents=False):
+        wrong = "has no complete checkpoint" if is_run(folder) else "is not a complete checkpoint"
+        raise checkpoint.CheckpointError(f"train.init_from={folder} {wrong}; wait until the run has saved one")
+    if not (damage := checkpoint.find_damage(newest, contents=False)):
         checkpoint.check_fit(newest, model, mergeable=not lora.continues(before, recipe))
-
-
-def published_files(recipe: Recipe) -> dict[str, str]:
-    """Return the files, folders and hub ids that a model is loaded from, by key."""
-    values = {f.name: getattr(recipe.model, f.name) for f in fields(recipe.model) if f.metadata.get("path")}
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def published_model(recipe: Recipe) -> dict[str, Any]:
-    """Identify a model without checkpoint: its type and settings, with fingerprints of its files in place of paths."""
-    files = {name: _file_fingerprint(value) for name, value in published_files(recipe).items()}
-    return {"umm": recipe.umm} | asdict(recipe)["model"] | files
-
-
-def _file_fingerprint(source: str) -> str:
-    """Hash excerpts of a file, or of all files in a folder. Return a hub id unchanged."""
-    path = Path(source)
-    if path.is_file():
-        return _digest(_excerpt(path))
-    if path.is_dir():
-        inside = sorted(
-            p for p in path.rglob("*") if p.is_file() and not p.relative_to(path).as_posix().startswith(".")
-        )
-        return _digest(b"".join(b"%r %s" % (p.relative_to(path).as_posix(), _excerpt(p)) for p in inside))
-    return source
-
-
-def _excerpt(path: Path) -> bytes:
-    """Return the size and evenly spaced excerpts of a file, including its first and last bytes."""
-    size = path.stat().st_size
-    pieces = [b"%d" % size]
-    with path.open("rb") as file:
-        for i in range(PIECES):
-            file.seek(max(0, size - PIECE) * i // (PIECES - 1))
-            pieces.append(file.read(PIECE))
-    return b"".join(pieces)
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+    elif not is_run(folder):
+        raise checkpoint.CheckpointError(f"train.init_from={folder} is damaged ({damage}); pass another one of its run")
 
 
 def _flat(config: Mapping, prefix: str = "") -> dict[str, Any]:
