@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,6 +49,26 @@ def small(monkeypatch):
 
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_weights_that_were_loaded_are_recorded(tmp_path):
+    """A run that goes on saves another checkpoint between the start and the loading."""
+    choice = best_of.Choice(2, model="first")
+
+    def load():
+        choice.model = "second"
+        return Model()
+
+    best_of.choose(load, PROMPTS[:1], choice, tmp_path)
+    assert json.loads((tmp_path / "best_of.json").read_text())["model"] == "second"
+    choice.model = "second"
+
+    def load_third():
+        choice.model = "third"
+        return Model()
+
+    with pytest.raises(ValueError, match="model was 'second' and is 'third'"):
+        best_of.choose(load_third, PROMPTS[:2], choice, tmp_path)
 
 
 def test_the_best_is_kept_with_its_prompt_and_scores(tmp_path):
@@ -191,7 +212,13 @@ def test_images_of_two_runs_do_not_mix(tmp_path, monkeypatch, capsys):
         folder.mkdir(parents=True)
         (folder / checkpoint.MARKER).write_text(weights)
         save_recipe(load_recipe("show_o_tiny", {"run_dir": str(tmp_path / "run")}), tmp_path / name / "recipe.yaml")
-    monkeypatch.setattr(inference, "_model", lambda *_: Model())
+
+    def load(options, _):
+        model = Model()
+        model.state = {"step": 7, "digest": checkpoint.digest(checkpoint.latest(Path(options.recipe)))}
+        return model
+
+    monkeypatch.setattr(inference, "_model", load)
     monkeypatch.setattr(Model, "tokenizer", None, raising=False)
     monkeypatch.setattr("reca.models.common.inference.warn_of_unknown_words", lambda *_: None)
     monkeypatch.setattr("reca.inference.generate", lambda model, texts, seeds, **_: model.generate(texts, seeds))

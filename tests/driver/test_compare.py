@@ -3,8 +3,10 @@
 import functools
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from reca import checkpoint
 from reca.comparison import triplets
@@ -46,7 +48,7 @@ def test_images_that_have_changed_are_drawn_anew(tmp_path, monkeypatch):
 
     def stub(targets, recipe, source, images, count, *_):
         drawn.append([source.key(i) for i in range(len(source))])
-        return {"rows": []}
+        return {"rows": []}, [target.fingerprint() for target in targets]
 
     monkeypatch.setattr(triplets, "_draw", stub)
     for images in (str(photos), None):
@@ -62,6 +64,24 @@ def test_images_that_have_changed_are_drawn_anew(tmp_path, monkeypatch):
         write_images(photos, 3 if images else 4)
         draw()
         assert len(drawn) == 3 and len(drawn[2]) == (3 if images else 4)
+
+
+def test_reconstructions_record_the_checkpoint_that_was_loaded(tmp_path, monkeypatch):
+    """A run that goes on saves another one between the start and the loading."""
+    write_images(tmp_path / "photos", 1)
+    run = tmp_path / "run"
+    folder = run / "checkpoints/000001"
+    folder.mkdir(parents=True)
+    (folder / checkpoint.MARKER).write_text("of the weights")
+    save_recipe(load_recipe("show_o_tiny", {"run_dir": run}), run / "recipe.yaml")
+    picture = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    monkeypatch.setattr(triplets.Target, "load", lambda *_: SimpleNamespace(state={"digest": "of another"}))
+    batch = SimpleNamespace(gen=[picture])
+    monkeypatch.setattr(triplets, "named_images", lambda *_: (["a"], batch))
+    monkeypatch.setattr(triplets, "reconstruct", lambda *_, **__: [picture])
+    triplets.draw("base", str(run), tmp_path / "out", 1, str(tmp_path / "photos"))
+    found = json.loads((tmp_path / "out/reconstructions/made.json").read_text())
+    assert found["of"][0][1]["checkpoint"] == "of another"
 
 
 def test_the_evaluation_that_is_named_after_its_suite_is_compared(tmp_path):

@@ -74,30 +74,18 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def open_folder(out: Path, choice: Choice, prompts: Sequence[str]) -> dict[int, dict[str, Any]]:
-    """Open a new folder or one that the same command left, and return the records of finished prompts by number.
+    """Check a new folder or one that the same command left, and return the records of finished prompts by number.
 
     Raises ValueError if the folder was made with other settings or prompts.
     """
-    wanted = choice.settings()
     with distributed.fail_together():
         if distributed.rank() == 0:
             ensure_writable(out, "--out")
-            if not (out / SETTINGS).exists():
-                write_atomically(out / SETTINGS, json.dumps(wanted, indent=1) + "\n")
+    done: dict[int, dict[str, Any]] = {}
     with distributed.fail_together():
-        try:
-            found = json.loads((out / SETTINGS).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{out / SETTINGS} cannot be read ({error}); remove it, or give another --out") from error
-        changed = sorted(name for name in wanted if found.get(name) != wanted[name])
-        if changed:
-            differences = "; ".join(
-                f"{name} was {found.get(name)!r:.200} and is {wanted[name]!r:.200}" for name in changed
-            )
-            raise ValueError(
-                f"--out {out} was made with other settings: {differences}. Give another folder, or the same settings"
-            )
-        done = {}
+        if not (out / SETTINGS).exists():
+            return done
+        _reject_other_settings(out, choice)
         for record in _records(out):
             number = record["number"]
             if number >= len(prompts) or record["prompt"] != prompts[number]:
@@ -110,10 +98,34 @@ def open_folder(out: Path, choice: Choice, prompts: Sequence[str]) -> dict[int, 
     return done
 
 
+def record_settings(out: Path, choice: Choice) -> None:
+    """Write the settings of a new folder. Raises ValueError if the folder was made with other settings."""
+    with distributed.fail_together():
+        if distributed.rank() == 0 and not (out / SETTINGS).exists():
+            write_atomically(out / SETTINGS, json.dumps(choice.settings(), indent=1) + "\n")
+    with distributed.fail_together():
+        _reject_other_settings(out, choice)
+
+
+def _reject_other_settings(out: Path, choice: Choice) -> None:
+    wanted = choice.settings()
+    try:
+        found = json.loads((out / SETTINGS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{out / SETTINGS} cannot be read ({error}); remove it, or give another --out") from error
+    changed = sorted(name for name in wanted if found.get(name) != wanted[name])
+    if changed:
+        differences = "; ".join(f"{name} was {found.get(name)!r:.200} and is {wanted[name]!r:.200}" for name in changed)
+        raise ValueError(
+            f"--out {out} was made with other settings: {differences}. Give another folder, or the same settings"
+        )
+
+
 def choose(load: Callable[[], Adapter], prompts: Sequence[str], choice: Choice, out: Path) -> list[dict[str, Any]]:
     """Generate, score and select images for this rank's share of the unfinished prompts.
 
-    load: builds the model; called on every rank, or on none if all prompts are finished.
+    load: builds the model and updates choice.model, because a run may have saved another checkpoint since; called on
+    every rank, or on none if all prompts are finished.
     An image depends on its prompt and seed only, so the number of ranks and interruptions do not change the result.
     Returns the records of all prompts. Raises OSError if they cannot be written.
     """
@@ -123,6 +135,8 @@ def choose(load: Callable[[], Adapter], prompts: Sequence[str], choice: Choice, 
     several = max(1, TOGETHER // choice.count)
     with distributed.fail_together():
         model = load() if missing else None  # on every rank: they read a checkpoint together
+    if missing:
+        record_settings(out, choice)
     record = jsonl.JsonLines(out / PART.format(distributed.rank()))
     with tqdm(total=len(own), unit="prompt", disable=None if distributed.rank() == 0 else True) as bar:
         for start in range(0, len(own), several):

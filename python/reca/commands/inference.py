@@ -54,15 +54,20 @@ def best_of(options: argparse.Namespace) -> None:
     choice.sampling = _sampling(options, adapter.generate, ends, [*prompts, choice.question])
     _adapter(options, "answer")
     source = Target(str(options.recipe), recipe, trained_source(options.recipe) is not None, options.out, options.ema)
-    choice.model = {
-        "umm": recipe.umm,
-        "step": source.step(),
-        "ema": options.ema,
-        "weights": digest([source.fingerprint()]),
-    }
 
+    def identify(step: int | None, model: Any = None) -> None:
+        weights = digest([source.fingerprint(model)])
+        choice.model = {"umm": recipe.umm, "step": step, "ema": options.ema, "weights": weights}
+
+    def load() -> Any:
+        model = _model(options, [*prompts, choice.question])
+        if source.trained:
+            identify(model.state["step"], model)
+        return model
+
+    identify(source.step())
     distributed.initialize(60 * distributed.HOURS)  # each rank works on its share alone
-    records = best_of.choose(lambda: _model(options, [*prompts, choice.question]), prompts, choice, options.out)
+    records = best_of.choose(load, prompts, choice, options.out)
     if distributed.is_main_process():
         print(*best_of.report(records, options.out), sep="\n")
     distributed.shut_down()

@@ -70,14 +70,16 @@ def draw(
     source = _open(run, images)
     data = [images, run.recipe.data.images, run.recipe.eval.holdout, run.recipe.eval.holdout_from, run.recipe.eval.seed]
     shown = [*data, len(source), source.identity()]
-    made_from = [[target.fingerprint() for target in targets], shown, count, dict(sampling or {})]
-    wanted = json.loads(json.dumps(made_from, default=str))
-    made = _made(place, wanted)
+
+    def made_from(models: list[dict[str, Any]]) -> Any:
+        return json.loads(json.dumps([models, shown, count, dict(sampling or {})], default=str))
+
+    made = _made(place, made_from([target.fingerprint() for target in targets]))
     if made is None:
         ensure_writable(place, "folder")
         (place / MADE).unlink(missing_ok=True)  # it describes images that are about to be overwritten
-        made = _draw(targets, run.recipe, source, images, count, place, device, sampling or {})
-        write(place / MADE, json.dumps({"of": wanted, "made": made}, indent=1))
+        made, models = _draw(targets, run.recipe, source, images, count, place, device, sampling or {})
+        write(place / MADE, json.dumps({"of": made_from(models), "made": made}, indent=1))
     return made
 
 
@@ -100,10 +102,13 @@ def _draw(
     place: Path,
     device: torch.device,
     sampling: Mapping[str, Any],
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Draw the images. Return `reconstructions` of comparison.json, and the fingerprint of each loaded model."""
     columns: dict[str, list[Tensor]] = {}
+    models = []
     for name, target in zip(("before", "after"), targets, strict=True):
         model = target.load(device)
+        models.append(target.fingerprint(model))
         names, batch = named_images(recipe, model, count, source)
         columns.setdefault("input", batch.gen or [])
         columns[name] = reconstruct(model, batch, **sampling)
@@ -115,7 +120,7 @@ def _draw(
             write(place.parent / row[name], encode_png(column[number]))
         rows.append({"name": "/".join(key.split("/")[-2:]), **row})
     kind = "given" if images else "held-out" if recipe.eval.holdout else "training"
-    return {"pictures": kind, "source": images, "rows": rows}
+    return {"pictures": kind, "source": images, "rows": rows}, models
 
 
 def _open(run: Side, images: str | None) -> Source:
