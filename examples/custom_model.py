@@ -1,6 +1,6 @@
 """A custom model: everything that the driver requires of one. A recipe names its module, `umm: examples.custom_model`.
 
-    reca train my_recipe.yaml        # or reca.train({...}), see tests/test_contributing.py
+    reca train my_recipe.yaml        # or reca.train("my_recipe.yaml"), see tests/test_contributing.py
 
 The "UMM" is a denoiser of small images. Its understanding encoder is a frozen linear map, its text is the bytes of the
 caption, and its native loss is flow matching.

@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -56,6 +56,35 @@ def test_what_reca_offers_is_completed():
 def test_arguments_of_another_type_are_named(given, said, tmp_path):
     with pytest.raises(EvaluationError, match=re.escape(said)):
         reca.evaluate("toy", "show_o_tiny", out=tmp_path, **given)
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ({"limit": 0}, "limit must be at least 1, got 0"),
+        ({"images_per_item": 0}, "images_per_item must be at least 1, got 0"),
+        ({"steps": ["draw"]}, "steps 'draw': unknown; the steps are generate,"),
+        ({"seed": -1}, "seed -1 is outside 0 to 2**56 - 1"),
+    ],
+)
+def test_values_of_arguments_are_checked_by_their_names_in_python(given, said, tmp_path):
+    with pytest.raises(ValueError, match=f"^{re.escape(said)}"):
+        reca.evaluate("toy", "show_o_tiny", out=tmp_path / "out", **given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_recipe_changed_in_python_has_its_paths_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    trained = []
+    monkeypatch.setattr(api, "Trainer", lambda recipe, model: trained.append(recipe) or SimpleNamespace(run=int))
+    recipe = load_recipe("show_o_tiny", {"run_dir": tmp_path / "run"})
+    recipe.model.weights, recipe.data.images = "~/weights", [{"source": "~/photos", "weight": 1}]
+    reca.train(recipe)
+    assert trained[0].model.weights == f"{tmp_path}/weights" and recipe.model.weights == "~/weights"
+    assert trained[0].data.images == [{"source": f"{tmp_path}/photos", "weight": 1}]
+    recipe.model.weights = "~nobody-of-this-name/weights"
+    with pytest.raises(RecipeError, match="model.weights in the recipe: .* there is no such user"):
+        reca.train(recipe)
 
 
 def test_a_run_is_trained_continued_and_loaded(tmp_path, caplog, monkeypatch):

@@ -508,7 +508,7 @@ def test_a_modification_that_is_not_there_is_refused(pretrained, recipe, tmp_pat
         (["main", "--recipe", "show_o_512", "--suite", "geneval", "--data", "x"], "--data 'x' must be SUITE=..."),
         (["main", "--recipe", "show_o_512", "--suite", "geneval"], "name the suite: --judge geneval=..."),
         (["main", "--recipe", "show_o_512", "--suite", "gedit", "--judge", "gedit=local:x"], "gedit needs a model"),
-        (["main", "--recipe", "show_o_512", "--suite", "toy", "--limit", "0"], "--limit must be at least 1, got 0"),
+        (["main", "--recipe", "show_o_512", "--suite", "toy", "--limit", "0"], "limit must be at least 1, got 0"),
         (["main", "--recipe", "show_o_512", "--suite", "toy", "--sampling", "stepz=1"], "no sampling option 'stepz'"),
         (["main", "--limit", "0"], "are for --recipe"),
         (["main", "--scale", "3"], "--scale must lie in (0, 1]"),

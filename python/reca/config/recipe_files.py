@@ -85,6 +85,17 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
     write_atomically(path, write_yaml(asdict(recipe)))
 
 
+def expand_paths(recipe: Recipe) -> Recipe:
+    """Return a copy of a recipe that was changed in Python, with ~ expanded in its paths, as in those of a file."""
+    recipe = copy.deepcopy(recipe)
+    layer = _Layer(recipe, "the recipe")
+    for config, f, key in walk(recipe):
+        value = getattr(config, f.name)
+        if f.metadata.get("path") and value is not None:
+            setattr(config, f.name, each_path(value, functools.partial(layer.path, key=key)))
+    return recipe
+
+
 def absolute_paths(recipe: Recipe) -> Recipe:
     """Return a copy of the recipe with relative paths made absolute.
 
@@ -191,14 +202,14 @@ class _Layer:
             reject_switch(raw, wanted, key, self.source, path=f.metadata.get("path") is not None)
         value = convert(raw, wanted, key, self.source)
         if f.metadata.get("path") and value is not None:
-            value = each_path(value, functools.partial(self._path, key=key))
+            value = each_path(value, functools.partial(self.path, key=key))
         elif any(
             "\ud800" <= c <= "\udfff" for item in (value if isinstance(value, list) else [value]) for c in str(item)
         ):
             raise RecipeError(f"{key} in {self.source} is not UTF-8 text")
         setattr(group, name, value)
 
-    def _path(self, text: str, key: str) -> str:
+    def path(self, text: str, key: str) -> str:
         if not text.strip(BLANK):
             raise RecipeError(f"{key} in {self.source} is empty; write a path")
         try:

@@ -43,7 +43,7 @@ def check(
     given = None if records is None else recorded.Imported(records, recorded.import_answers(records, suite, items))
     if settings.count > 1 and suite.path(items[0], 0) == suite.path(items[0], 1):
         what = "answer" if suite.ability == "answer" else "image"
-        raise OptionError(f"--images-per-item {settings.count}: {suite.name} has one {what} per item; set 1")
+        raise OptionError(f"images_per_item={settings.count}: {suite.name} has one {what} per item; set 1")
     if suite.ability != "generate" and not records and {"generate", "judge"} & set(settings.steps):
         check_sources(suite, items)
     to_judge = {} if given is not None else {sides[0].folder: _images_to_judge(settings, items, images)}

@@ -7,6 +7,7 @@ from typing import Any
 
 from reca.eval.suites import Item, Suite, open_suite
 from reca.eval.suites.base import check_items
+from reca.models.common.inference import check_pairs
 
 STEPS = ("generate", "judge", "score", "report")
 
@@ -27,11 +28,12 @@ class Settings:
 
     def __post_init__(self) -> None:
         if unknown := [step for step in self.steps if step not in STEPS]:
-            raise ValueError(f"--steps {','.join(unknown)}: unknown; the steps are {', '.join(STEPS)}")
+            raise ValueError(f"steps {', '.join(map(repr, unknown))}: unknown; the steps are {', '.join(STEPS)}")
         for name in ("images_per_item", "limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_pairs(seeds=[self.seed])
 
     @property
     def count(self) -> int:
