@@ -1,4 +1,4 @@
-"""Errors: the first line of a message, and printing each message once, however many ranks raise it."""
+"""Errors of a run, the first line of a message, and printing each message once, however many ranks raise it."""
 
 import contextlib
 import hashlib
@@ -13,6 +13,8 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from datetime import timedelta
+
+from reca import exits
 
 # The parts of messages of gloo, NCCL and the store that prove a lost connection or a late rank; the group is quoted.
 _LOST = re.compile(
@@ -35,6 +37,18 @@ class PeerFailed(RuntimeError):
     def __init__(self, rank: int, exit_code: int, reason: str):
         super().__init__(f"rank {rank} failed: {reason}")
         self.exit_code, self.reason = exit_code, reason
+
+
+class NotSavedError(RuntimeError):
+    """The last checkpoint of a run could not be written."""
+
+    exit_code = exits.NOT_SAVED
+
+
+class CollapseError(RuntimeError):
+    """An alarm stopped the run (eval.stop_on_alarm)."""
+
+    exit_code = exits.NOT_LEARNING
 
 
 def first_line(error: BaseException) -> str:

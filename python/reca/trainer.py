@@ -14,6 +14,7 @@ from reca.config.recipe import Recipe, TaskConfig
 from reca.config.recipe_files import absolute_paths, save_recipe
 from reca.data.batch import Batch
 from reca.data.loader import Loader, open_loader
+from reca.errors import CollapseError, NotSavedError
 from reca.estimate import fit_run, out_of_memory
 from reca.hardware.host_memory import FreedMemory
 from reca.io.folders import ensure_writable
@@ -41,18 +42,6 @@ from reca.training.parallelize import load, parallelize
 from reca.training.skipped_steps import SkippedSteps
 
 log = logging.getLogger("reca")
-
-
-class NotSavedError(RuntimeError):
-    """The last checkpoint of a run could not be written."""
-
-    exit_code = exits.NOT_SAVED
-
-
-class CollapseError(RuntimeError):
-    """An alarm stopped the run (eval.stop_on_alarm)."""
-
-    exit_code = exits.NOT_LEARNING
 
 
 class Trainer:
