@@ -405,8 +405,8 @@ def test_files_that_go_while_they_are_read(gone, recipe, monkeypatch):
         raise FileNotFoundError(path)
 
     monkeypatch.setattr(reading.HuggingFaceStorageReader, "read_data", remove)
-    wanted = "was removed by a training run" if gone == "." else f"is damaged .*{gone}"
-    with pytest.raises(CheckpointError, match=wanted):
+    other = {".": "was removed by a training run", "COMPLETE": "is not a complete checkpoint .no COMPLETE file"}
+    with pytest.raises(CheckpointError, match=other.get(gone, f"is damaged .*{gone}")):
         checkpoint.load_weights(checkpoint.find_valid(folder.parents[1]), ToyAdapter())
 
 

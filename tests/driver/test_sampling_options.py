@@ -1,11 +1,12 @@
 """Sampling options are the keyword-only parameters of the method that takes them."""
 
 import inspect
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
+from reca.data.batch import Batch
 from reca.models import UMMS, umm_package
 from reca.options.sampling import check_sampling_options
 from tests.models.contract import quick
@@ -51,7 +52,7 @@ def test_a_model_names_the_option_that_is_of_another_type(name):
         "generate": (["a"], [0]),
         "edit": ([None], ["a"], [0]),
         "answer": ([None], ["a"]),
-        "reconstruct": (SimpleNamespace(text=["a"]), [0]),
+        "reconstruct": (Batch("reca", torch.tensor([0]), ["a"]), [0]),
     }
     for ability in adapter.abilities:
         method, of_the_model = getattr(adapter, ability), object()

@@ -432,7 +432,7 @@ def test_a_layout_of_one_image_for_every_item_takes_no_more(painter, tmp_path):
     data = tmp_path / "wise.json"
     data.write_text(json.dumps([{"prompt_id": 1, "Prompt": "p", "Explanation": "e", "Category": "c"}]))
     given = {"data": data, "judge": "local:none", "steps": ["generate"]}
-    with pytest.raises(EvaluationError, match="--images-per-item 2: wise has one image per item; set 1"):
+    with pytest.raises(EvaluationError, match="images_per_item=2: wise has one image per item; set 1"):
         reca.evaluate("wise", painter, images_per_item=2, **given)
     assert Painter.made == 0
     reca.evaluate("wise", painter, images_per_item=1, **given)
@@ -511,9 +511,9 @@ def test_the_state_is_that_of_the_checkpoint_that_was_loaded(painter, monkeypatc
         ),
         ({"judge": "endpoint:http://x"}, "--judge endpoint does not support toy; use one of toy"),
         ({"judge": "toy", "judge_options": {"speed": 2}}, "there is no judge option 'speed'"),
-        ({"steps": ["generate", "judgement"]}, "--steps judgement: unknown; the steps are generate, judge,"),
+        ({"steps": ["generate", "judgement"]}, "steps 'judgement': unknown; the steps are generate, judge,"),
         ({"steps": "generate"}, "steps='generate' must be a list; write steps=['generate']"),
-        ({"images_per_item": 0}, "--images-per-item must be at least 1, got 0"),
+        ({"images_per_item": 0}, "images_per_item must be at least 1, got 0"),
         ({"sampling": {"stepz": 1}}, "there is no sampling option 'stepz'; did you mean steps?"),
         ({"steps": ["score"]}, "contains no images of toy|contains no records; add the step judge"),
         ({"steps": ["report"]}, "results.json does not exist; add the step score"),

@@ -389,7 +389,7 @@ def test_mistakes_are_named():
     _bad("pred must be", pred=torch.zeros(3, 5, 7, 8))
     _bad("one level per image", t=torch.zeros(2))
     _bad("multiples of patch=2", patch=2)
-    _bad("must be mean, sum or sample", reduction="none")
+    _bad("must be one of mean, sum, sample", reduction="none")
     _bad("one per image", noise=Philox(torch.tensor(0), torch.arange(2), 1))
     _bad(r"noise must be \[3, 5, 7, 9\], shaped like the result, got \[4\]", noise=torch.zeros(4))
     _bad("shaped like the result", noise=torch.zeros(3, 7, 9, 5))  # as many elements, in another order
