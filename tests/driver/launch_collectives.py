@@ -1,4 +1,4 @@
-"""Four gloo ranks, the second on a machine of its own: launch_collectives.py FOLDER; what each is told goes to stdout.
+"""Four gloo ranks, the second on a machine of its own: launch_collectives.py FOLDER; the results of each go to stdout.
 
 As a line of JSON for each rank. FOLDER: of files by which ranks see who was where.
 """
@@ -56,7 +56,7 @@ def minutes(device: torch.device) -> list[float]:
     return [found.options._timeout.total_seconds() / 60 for found in (*backends, backend)]
 
 
-def told(rank: int) -> dict:
+def results(rank: int) -> dict:
     socket.gethostname = lambda: "abaa"[rank]
     del os.environ["LOCAL_WORLD_SIZE"]  # as where no torchrun has started the ranks
     device = distributed.initialize(3)
@@ -85,7 +85,7 @@ def again(port: int) -> list[list[int]]:
 
 
 def work(rank: int, write: int, port: int) -> None:
-    found = told(rank) | {"again": again(port)}
+    found = results(rank) | {"again": again(port)}
     os.write(write, (json.dumps(found) + "\n").encode())  # in one piece, between those of other ranks
 
 

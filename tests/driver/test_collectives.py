@@ -15,7 +15,7 @@ from tests.driver.test_distributed import ROOT, environment
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict]:
-    """What each of four ranks was told; rank 1 is on another machine than the others."""
+    """The results of each of four ranks; rank 1 is on another machine than the others."""
     command = [sys.executable, str(ROOT / "tests/driver/launch_collectives.py"), str(tmp_path_factory.mktemp("ranks"))]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -23,20 +23,20 @@ def ranks(tmp_path_factory) -> list[dict]:
 
 
 def test_ranks_are_told_the_same_in_the_same_order(ranks):
-    for told in ranks:
-        assert told["gathered"] == [{"own": number} for number in range(4)]
-        assert told["sum"] == [4, 60] and told["most"] == [3, 0, 5] and told["any"] == [True, False]
+    for found in ranks:
+        assert found["gathered"] == [{"own": number} for number in range(4)]
+        assert found["sum"] == [4, 60] and found["most"] == [3, 0, 5] and found["any"] == [True, False]
 
 
 def test_ranks_count_those_of_their_machine(ranks):
     """Where no launcher says it; memory of the machine is shared among them."""
-    assert [told["rank"] for told in ranks] == [[0, 4, 3], [1, 4, 1], [2, 4, 3], [3, 4, 3]]
-    assert [told["main"] for told in ranks] == [True, False, False, False]
+    assert [found["rank"] for found in ranks] == [[0, 4, 3], [1, 4, 1], [2, 4, 3], [3, 4, 3]]
+    assert [found["main"] for found in ranks] == [True, False, False, False]
 
 
 def test_an_error_of_one_rank_is_one_of_all(ranks):
     """That of a rank's own comes before that of others."""
-    one, wordless, own, none = zip(*(told["failed"] for told in ranks), strict=True)
+    one, wordless, own, none = zip(*(found["failed"] for found in ranks), strict=True)
     for found, kind, reason in ((one, "OSError", "full"), (wordless, "KeyError", "KeyError")):
         assert [name for name, _ in found] == ["PeerFailed", kind, "PeerFailed", "PeerFailed"]
         assert all("rank 1" in text and reason in text for name, text in found if name != kind)
@@ -47,7 +47,7 @@ def test_an_error_of_one_rank_is_one_of_all(ranks):
 def test_adjacent_ranks_share_weights(ranks, group):
     """Two replicas of two shards; also in a second process group, where names of groups come again."""
     everyone = [0, 1, 2, 3]
-    assert [told[group] for told in ranks] == [
+    assert [found[group] for found in ranks] == [
         [[0, 1], [0, 2], everyone], [[0, 1], [1, 3], everyone],
         [[2, 3], [0, 2], everyone], [[2, 3], [1, 3], everyone],
     ]  # fmt: skip
@@ -55,8 +55,8 @@ def test_adjacent_ranks_share_weights(ranks, group):
 
 def test_a_new_timeout_is_that_of_all_groups_of_training(ranks):
     """From when the last rank is there, which may still do what the old one was for."""
-    assert [told["waits"] for told in ranks] == [[True, True]] * 4
-    assert [told["minutes"] for told in ranks] == [[2, 2, 2, 3]] * 4
+    assert [found["waits"] for found in ranks] == [[True, True]] * 4
+    assert [found["minutes"] for found in ranks] == [[2, 2, 2, 3]] * 4
 
 
 def test_one_process_is_all_ranks(monkeypatch):
