@@ -102,8 +102,8 @@ def test_one_process_that_hangs(recipe, caplog):
 
     trainer.train_step, began = slow, time.monotonic()
     trainer.run()
-    told = json.loads((trainer.run_dir / "hang/rank_0.json").read_text())
-    assert told["step"] == 2 and 0.2 <= told["seconds"] <= time.monotonic() - began
+    record = json.loads((trainer.run_dir / "hang/rank_0.json").read_text())
+    assert record["step"] == 2 and 0.2 <= record["seconds"] <= time.monotonic() - began
     assert "step 2 has made no progress" in caplog.text and "rank 0 has been in training of step 2" in caplog.text
     assert "in slow" in (trainer.run_dir / "hang/rank_0.txt").read_text()
 

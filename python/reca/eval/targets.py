@@ -61,7 +61,8 @@ class Target:
         return trained and trained[1]
 
     def step(self) -> int | None:
-        return None if self._checkpoint is None else int(self._checkpoint.name)
+        found = self._checkpoint
+        return None if found is None else int(found.name)
 
     def fingerprint(self, model: Adapter | None = None) -> dict[str, Any]:
         """Return values that identify the state of the model, wherever its files are, without reading its weights.
