@@ -147,7 +147,7 @@ class Trainer:
             checkpoint.load_ema(newest, self.ema.averages)
             self.ema.updates = state["ema"]["updates"]
         with distributed.fail_together():  # all read files
-            self.features = features_identity(recipe, self.adapter, parent)
+            self.features = features_identity(recipe, self.adapter, parent) if recipe.data.cache else None
             self.loaders = {task: self._loader(task) for task in self.tasks}
             for loader in self.loaders.values():
                 self.adapter.check_templates(loader.templates or [])

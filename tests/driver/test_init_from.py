@@ -47,7 +47,8 @@ def equal(a: dict, b: dict, part: str = "") -> bool:
 def test_the_run_before_may_change_once_the_next_has_begun(fate, start, tmp_path, published):
     """Its layer, which the second run freezes, stays what it was when that began."""
     first = weights(run_toy(start("first", None, *FIRST)).adapter)
-    second = run_toy(start("second", "first", *SECOND))
+    cached = [*SECOND, f"data.cache={tmp_path}/features"]
+    second = run_toy(start("second", "first", *cached))
     assert equal(weights(second.adapter), first, "layers.1") and not equal(weights(second.adapter), first, "layers.0")
 
     if fate == "trains on":
@@ -61,7 +62,7 @@ def test_the_run_before_may_change_once_the_next_has_begun(fate, start, tmp_path
         shutil.rmtree(tmp_path / "first/checkpoints")
     loaded = load_trained(second.run_dir, second.recipe)
     assert equal(weights(second.adapter), weights(loaded))
-    resumed = run_toy(start("second", "first", *SECOND, "train.steps=4"))
+    resumed = run_toy(start("second", "first", *cached, "train.steps=4"))
     assert resumed.step == 4 and equal(weights(resumed.adapter), first, "layers.1")
     assert resumed.features == second.features and second.features[-1] is not None  # it goes on with its cache
 
