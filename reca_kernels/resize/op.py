@@ -5,6 +5,7 @@ from torch import Tensor
 
 from reca_kernels import native
 from reca_kernels.host import in_mode
+from reca_kernels.image_planes.op import image_planes
 from reca_kernels.memory import has_values
 from reca_kernels.resize import reference
 from reca_kernels.resize.taps import FILTERS, taps
@@ -48,7 +49,7 @@ def resize(
     if not (0 <= left < right <= width and 0 <= top < bottom <= height):
         raise ValueError(f"{OP}: box must not be empty and must lie inside the image of {height} x {width}, got {box}")
     if (height, width, left, top, right, bottom) == (down, across, 0, 0, width, height):
-        return image.contiguous()
+        return image_planes(image)
     where = image.device, native.launch(image).stream
     columns = taps(width, left, right, across, filter, *where)
     rows = taps(height, top, bottom, down, filter, *where)

@@ -214,6 +214,31 @@ def test_bound_sizes(size, view, expected):
     assert bound_size(*size, view) == expected
 
 
+@pytest.mark.parametrize("size", [(1, 1), (7, 5), (40, 24), (24, 40)])
+@pytest.mark.parametrize("memory", ["one block", "strips", "blocks", "no module", "old Pillow"])
+def test_pixels_of_pillow(size, memory, monkeypatch):
+    """An image above STRIP, memory in blocks that are not Arrow's, and what is used without Arrow."""
+    if memory == "strips":
+        monkeypatch.setattr(pixels, "STRIP", 100)
+    elif memory == "no module":
+        monkeypatch.setattr("reca_kernels.native.module", None)
+    elif memory == "old Pillow":
+        monkeypatch.delattr(Image.Image, "__arrow_c_array__", raising=False)
+    before = Image.core.get_block_size()
+    if memory == "blocks":
+        Image.core.set_block_size(4096)
+    try:
+        image = drawn(*size)
+        large = image.resize((size[0], 64 * size[1]))
+        for one in (image, large):
+            want = np.array(one).transpose(2, 0, 1)
+            got = pixels.pixels_of(one)
+            del one  # the tensor does not share Pillow's memory
+            assert got.dtype == torch.uint8 and np.array_equal(got, want)
+    finally:
+        Image.core.set_block_size(before)
+
+
 def test_views_are_made_under_any_default_device():
     pixels._resizes_as_pillow.cache_clear()
     image = torch.zeros(3, 40, 30, dtype=torch.uint8)

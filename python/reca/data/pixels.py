@@ -21,6 +21,7 @@ from reca.data.views import View, Views
 from reca.io.files import HEAD
 from reca.io.image_grid import to_pil
 from reca.rng import CounterRNG, RandomStream
+from reca_kernels.image_planes.op import arrow_planes
 from reca_kernels.resize.op import compiled, resize
 
 RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -29,7 +30,7 @@ MAX_PIXELS = 2**26  # 8192 x 8192, which need 0.8 GB for decoding and conversion
 MAX_PIXELS_WEBP = 2**25  # its decoder needs memory for three images
 MAX_PIXELS_JPEG = 2**27  # 16384 x 8192: above MAX_PIXELS decoded at half the size, which needs at most 0.9 GB
 SMALL = 2**22  # pixels
-STRIP = 2**22  # pixels that are converted at a time
+STRIP = 2**22  # pixels that are converted at a time: as many as Pillow keeps in one block of memory
 GREY_STEPS = {"L;2": 85, "L;4": 17}  # Pillow's raw mode of a grey PNG -> size of one level in 8 bits
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF: two tags, and a value of the second
 TRANSPOSE = {
@@ -185,14 +186,24 @@ def _flatten(image: Image.Image) -> Image.Image:
     """Convert to RGB, transparency on white. Work in strips, to avoid temporary copies of the whole image."""
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
-    whole, rows = Image.new("RGB", image.size), max(1, STRIP // image.width)
-    for top in range(0, image.height, rows):
-        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+    whole, top = Image.new("RGB", image.size), 0
+    for strip in _strips(image):
         if image.has_transparency_data:
             strip = strip.convert("RGBA")
             strip = Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip)
         whole.paste(strip.convert("RGB"), (0, top))
+        top += strip.height
     return whole
+
+
+def _strips(image: Image.Image) -> Iterator[Image.Image]:
+    """Yield the image from top to bottom in copies of at most STRIP pixels; the image itself if it has no more."""
+    rows = max(1, STRIP // image.width)
+    if image.height <= rows:
+        yield image
+        return
+    for top in range(0, image.height, rows):
+        yield image.crop((0, top, image.width, min(top + rows, image.height)))
 
 
 def read_image(path: str | Path) -> Tensor:
@@ -264,7 +275,23 @@ def make_view(image: Image.Image | Tensor, view: View, crop: float = 0.5) -> Ten
 
 
 def pixels_of(image: Image.Image) -> Tensor:
-    """Return an RGB image as uint8 [3, H, W] in channels-last memory order."""
+    """Return an RGB image as uint8 [3, H, W].
+
+    Pillow's memory is read in place through its Arrow interface. `np.array` takes several times as long, and holds the
+    GIL meanwhile, for which the thread that launches kernels would wait.
+    """
+    strips = [_planes(strip) for strip in _strips(image)]
+    return strips[0] if len(strips) == 1 else torch.cat(strips, 1)
+
+
+def _planes(image: Image.Image) -> Tensor:
+    if compiled() and hasattr(image, "__arrow_c_array__"):  # since Pillow 11.2
+        try:
+            _, array = image.__arrow_c_array__()
+        except ValueError:  # the memory is in several blocks: the process has set PILLOW_BLOCK_SIZE
+            pass
+        else:
+            return arrow_planes(array, image.height, image.width)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
