@@ -158,6 +158,18 @@ def test_mfu_is_flops_over_time_gpus_and_peak(monkeypatch):
     assert (found["step_s"], found["data_wait_s"], found["data_wait"]) == pytest.approx((0.5, 0.1, 0.2))
 
 
+def test_a_line_is_about_the_steps_since_the_last_one(monkeypatch):
+    monkeypatch.setattr(speed, "peak_memory", lambda device: 3 * 2**29)
+    meter = speed.Speed(images=10, steps=100)
+    meter.flops = 4e12  # without the rate of the GPU there is no share of it
+    meter.add(1, seconds=2.0, waited=1.5)
+    meter.metrics(CPU)
+    meter.add(2, seconds=0.5, waited=0.1)
+    found = meter.metrics(CPU)
+    assert (found["step_s"], found["images_per_s"], found["data_wait_s"]) == pytest.approx((0.5, 20, 0.1))
+    assert found["memory_gib"] == 1.5 and "mfu" not in found
+
+
 def test_the_time_to_the_end_leaves_out_the_first_step(monkeypatch):
     now = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
@@ -168,3 +180,4 @@ def test_the_time_to_the_end_leaves_out_the_first_step(monkeypatch):
     now += 8.0
     meter.add(5, 1.0, 0.0)
     assert meter.remaining(5) == pytest.approx(4.0 * 7)
+    assert meter.remaining(12) == 0
