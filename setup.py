@@ -108,7 +108,8 @@ class CMakeBuild(build_ext):
             self.warn(
                 f"\n{rule}\nreca_kernels: THE NATIVE MODULE IS NOT BUILT: {missing}\n"
                 "Installing pure Python: on CPUs every op runs on its slow PyTorch reference.\n"
-                f"`reca doctor` reports this. Install the missing tool, then reinstall.\n{rule}"
+                "`reca doctor` reports this. Install the missing tool, then reinstall with pip's --force-reinstall "
+                f"--no-deps --no-cache-dir.\n{rule}"
             )
             return
         target = Path(self.get_ext_fullpath(ext.name)).resolve()

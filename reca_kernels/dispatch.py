@@ -183,7 +183,7 @@ def unusable(op: str, backend: str, device: str, index: int | None = None) -> st
         if device != backend:
             return f"the tensors are on {device}"
     if backend == "cuda" and not native.kernels().cuda_archs:
-        return "the native module was built without CUDA; reinstall with nvcc in PATH and RECA_CUDA=ON"
+        return f"the native module was built without CUDA; put nvcc into PATH and {native.REINSTALL} RECA_CUDA=ON"
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed"
@@ -198,7 +198,7 @@ def unusable(op: str, backend: str, device: str, index: int | None = None) -> st
         if backend == "cuda" and not native.cuda_runs_on(capability):
             return (
                 f"the native module was built for {native.kernels().cuda_archs}, the device has "
-                f"{capability[0]}.{capability[1]}; reinstall with RECA_CUDA_ARCHS"
+                f"{capability[0]}.{capability[1]}; {native.REINSTALL} RECA_CUDA_ARCHS"
             )
     return None
 
@@ -229,9 +229,11 @@ def backend_report() -> str:
             able = [b for b in BACKENDS if unusable(op, b, device) is None]
             # The choice for a large fp32 tensor.
             chosen = _by_table(op, device, None, torch.float32, None)
-            why = [f"{b}: {unusable(op, b, device)}" for b in _kernels(op, device) if b not in able]
-            line = f"{op} on {device}: {chosen}, {_basis(op, device)}"
-            lines.append(line + (f"  (not {'; '.join(why)})" if why else ""))
+            reasons = {b: unusable(op, b, device) for b in _kernels(op, device) if b not in able}
+            why = [f"{b}: {'no native module' if r == native.missing else r}" for b, r in reasons.items()]
+            # Where no kernel can run, the reference is not what was measured to be best.
+            basis = "" if why and chosen == "reference" else f", {_basis(op, device)}"
+            lines.append(f"{op} on {device}: {chosen}{basis}" + (f"  (not {'; '.join(why)})" if why else ""))
     attention = importlib.import_module("reca_kernels.attention.op")  # uses torch and flash-attn, not backends
     lines += attention.report(devices)
     return "\n".join(lines)

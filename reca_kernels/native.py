@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
+# Otherwise pip keeps the installed package, or installs the wheel it once built, whatever this machine has now.
+REINSTALL = "reinstall with pip's --force-reinstall --no-deps --no-cache-dir and"
 
 
 def _sources() -> str:
@@ -33,7 +35,7 @@ try:
     module, missing = importlib.import_module("reca_kernels._native"), ""
 except ImportError as error:
     module = None
-    missing = f"the native module did not load ({error}); install a C++ compiler and reinstall with RECA_NATIVE=ON"
+    missing = f"the native module did not load ({error}); install a C++ compiler and {REINSTALL} RECA_NATIVE=ON"
 if module and (expected := _sources()) and getattr(module, "sources", "") != expected:
     missing = (
         f"{module.__file__} was built from other sources than those in {ROOT / 'csrc'}; "

@@ -133,7 +133,9 @@ def test_without_the_native_module_everything_runs_and_says_so():
         print(reca_kernels.backend_report())
         """)
     assert out.startswith("1 masked_cross_entropy runs on its PyTorch reference")
-    assert "NO NATIVE MODULE" in out and "install a C++ compiler and reinstall" in out
+    advice = "install a C++ compiler and reinstall with pip's --force-reinstall --no-deps --no-cache-dir and"
+    assert "NO NATIVE MODULE" in out and out.count(advice) == 2  # the warning's, and once in the report
+    assert "masked_cross_entropy on cpu: reference  (not cpu: no native module)\n" in out
 
 
 def test_kernels_do_not_import_the_driver():
