@@ -25,7 +25,7 @@ from reca.optim import check_apex, check_passes
 from reca.options.fields import RecipeError
 from reca.runs import lineage
 from reca.runs.published import published_files
-from reca.training import float8
+from reca.training import compiled_blocks, float8
 from reca.training.lora import choose_trained
 
 log = logging.getLogger("reca")
@@ -106,6 +106,7 @@ def check(
     check_apex(model, recipe.optim, ranks)
     if recipe.train.float8:
         float8.check_usable(usable_device(None))
+    compiled_blocks.check_usable(recipe.train, usable_device(None))
     if begins:
         lineage.check_parent(recipe, model)
     sources = open_run_sources(recipe, tasks)

@@ -4,11 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch._inductor.config
 from torch._dynamo.utils import counters
 
+from reca import preflight
 from reca.config.recipe import TrainConfig
 from reca.config.recipe_files import load_recipe
 from reca.models import UMMS, umm_package
+from reca.options.fields import RecipeError
 from reca.training.compiled_blocks import compile_blocks, wanted
 from reca.training.recompute import checkpoint_activations
 from tests.models.contract import TEXTS, batch, load, loss
@@ -90,3 +93,12 @@ def test_on_for_gpus_by_default(monkeypatch):
     assert not wanted(TrainConfig(compile=False), gpu)
     monkeypatch.setattr("reca.training.compiled_blocks.has_triton", lambda: False)
     assert not wanted(TrainConfig(), gpu)
+
+
+def test_a_cpu_without_a_compiler_is_refused_before_weights_are_read(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
+    (tmp_path / "checkpoints").mkdir()
+    keys = ["objective.i2t.weight=0", f"run_dir={tmp_path}"]
+    preflight.check(load_recipe("show_o_tiny", keys), ["reca"], 1, 1)
+    with pytest.raises(RecipeError, match="train.compile=true needs a C[+][+] compiler on a CPU"):
+        preflight.check(load_recipe("show_o_tiny", [*keys, "train.compile=true"]), ["reca"], 1, 1)

@@ -15,6 +15,7 @@ from torch.utils._triton import has_triton
 
 from reca.config.recipe import TrainConfig
 from reca.models.base import Adapter
+from reca.options.fields import RecipeError
 
 KINDS = 32  # graphs per function: with and without gradient, cache and single samples; at most 6 occurred in practice
 
@@ -27,6 +28,20 @@ def wanted(config: TrainConfig, device: torch.device) -> bool:
     if config.compile is None:
         return device.type == "cuda" and has_triton() and not config.deterministic
     return config.compile
+
+
+def check_usable(config: TrainConfig, device: torch.device) -> None:
+    """Raise RecipeError if `train.compile` cannot run: on a CPU inductor needs a C++ compiler."""
+    if device.type == "cpu" and wanted(config, device):
+        from torch._inductor import cpp_builder, exc
+
+        try:
+            cpp_builder.get_cpp_compiler()
+        except exc.InvalidCxxCompiler:
+            raise RecipeError(
+                "train.compile=true needs a C++ compiler on a CPU, and neither g++ nor that of CXX was found: install "
+                "one, or set it to false"
+            ) from None
 
 
 def compile_blocks(adapter: Adapter, backend: str = "inductor") -> None:
