@@ -43,14 +43,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _report(error: BaseException) -> None:
     """Print an error: the message of an expected one, otherwise the traceback."""
-    from reca.errors import PeerFailed, print_once
+    from reca.errors import PeerFailed, lost_rank, print_of_other_machine, print_once
 
-    if isinstance(error, SystemExit | PeerFailed):
+    if isinstance(error, SystemExit):
         return
-    if isinstance(error, KeyboardInterrupt):
+    if isinstance(error, PeerFailed):
+        print_of_other_machine(error)
+    elif isinstance(error, KeyboardInterrupt):
         print_once("reca: stopped")
     elif exits.expected(error) is None:
-        print_once("".join(traceback.format_exception(error)))
+        cause = f"reca: {lost}" if (lost := lost_rank(error)) else ""
+        print_once("".join(traceback.format_exception(error)) + cause)
     else:
         print_once(f"reca: {error}")
 

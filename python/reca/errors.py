@@ -32,11 +32,11 @@ HEAD_START = 3.0  # seconds that other ranks wait for rank 0 to print the same m
 
 
 class PeerFailed(RuntimeError):
-    """Another rank failed, and prints the reason itself."""
+    """Another rank failed, and prints the reason itself, where that rank's output is."""
 
     def __init__(self, rank: int, exit_code: int, reason: str):
         super().__init__(f"rank {rank} failed: {reason}")
-        self.exit_code, self.reason = exit_code, reason
+        self.rank, self.exit_code, self.reason = rank, exit_code, reason
 
 
 class NotSavedError(RuntimeError):
@@ -89,6 +89,14 @@ def print_once(sentence: str) -> None:
             with contextlib.suppress(OSError):  # the exit code also reports the failure
                 print(sentence, file=sys.stderr, flush=True)
             _report_to_torchrun(sentence)
+
+
+def print_of_other_machine(error: PeerFailed) -> None:
+    """Print on rank 0 the error of a rank of another machine, whose output may be another terminal or file."""
+    if int(os.environ.get("RANK", 0)) == 0 and error.rank >= int(os.environ.get("LOCAL_WORLD_SIZE", error.rank + 1)):
+        print_once(f"reca: {error}")
+        with _ignore_sigterm():
+            time.sleep(HEAD_START + 1)  # the store may end with this rank; that one needs it until it has printed
 
 
 @contextlib.contextmanager

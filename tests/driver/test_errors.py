@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from reca.errors import lost_rank, print_once
+from reca import cli
+from reca.errors import PeerFailed, lost_rank, print_once
 
 ROOT = Path(__file__).parents[2]
 
@@ -120,6 +121,15 @@ def test_a_lost_rank_is_recognised(text, words):
     assert said.startswith("another rank ended without reporting an error (") and words in said.partition("):")[0]
 
 
+def test_a_lost_rank_is_the_last_line_below_the_traceback(capfd):
+    lost, other = (RuntimeError(f"[/gloo/transport/tcp/pair.cc:1] {what}") for what in ("Broken pipe", "no address"))
+    cli._report(lost)
+    first, *_, last = capfd.readouterr().err.splitlines()
+    assert first.startswith("RuntimeError: [/gloo") and last == f"reca: {lost_rank(lost)}"
+    cli._report(other)
+    assert "reca:" not in capfd.readouterr().err
+
+
 PEERS = {"[10.0.0.2]:4711": "[10.0.0.3]:815", "10.0.0.2<33759>": "fe80::3%eth0<815>", "node2<57859>": "node3<815>",
          "[::1]:4711": "[fe80::3]:815"}  # fmt: skip
 
@@ -162,3 +172,19 @@ def test_a_collective_that_timed_out_is_recognised(text, words):
 )  # fmt: skip
 def test_another_error_is_no_lost_rank(error):
     assert lost_rank(error) is None
+
+
+@pytest.mark.parametrize(
+    ("own", "machine", "failed", "told"),
+    [(0, 2, 2, True), (0, 2, 1, False), (2, 2, 1, False), (1, 2, 2, False), (1, None, 0, False), (0, None, 1, False)],
+)
+def test_rank_0_says_what_failed_on_another_machine(monkeypatch, capsys, own, machine, failed, told):
+    """The output of that machine may be elsewhere; in the one terminal of a machine it stands once."""
+    monkeypatch.setattr("reca.errors.HEAD_START", -1)
+    monkeypatch.setenv("RANK", str(own))
+    if machine is None:
+        monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    else:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(machine))
+    cli._report(PeerFailed(failed, 4, "its disk is full"))
+    assert capsys.readouterr().err == told * f"reca: rank {failed} failed: its disk is full\n"
