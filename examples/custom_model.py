@@ -69,7 +69,7 @@ class Adapter(base.Adapter):
         return model.to(device)
 
     @classmethod
-    def build_meta(cls, config: Config) -> "Adapter":
+    def build_meta(cls, config: Config, tokenizer: None = None) -> "Adapter":
         return cls(config)
 
     def export(self, folder: Path) -> list[str]:

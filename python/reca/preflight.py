@@ -15,10 +15,11 @@ from reca.data.sample import Source
 from reca.data.sources.factory import DATA_KEYS
 from reca.data.templates import load_templates
 from reca.estimate.held import held, host_moments
-from reca.estimate.meta_model import build_meta, check_tasks
+from reca.estimate.meta_model import build_meta, check_tasks, check_templates
 from reca.eval.training import TrainingSuite
 from reca.hardware.devices import usable_device
 from reca.hardware.host_memory import total as host_memory
+from reca.models import umm_package
 from reca.models.base import Adapter
 from reca.monitoring.validation import open_run_sources
 from reca.optim import check_apex, check_passes
@@ -114,6 +115,10 @@ def check(
     if adapter is None:
         _memory(recipe, model, ranks, node)
     _disk(recipe, model)
+    if "reca" in tasks and adapter is None:
+        check_templates(recipe, umm_package(recipe.umm).Adapter.load_tokenizer(recipe.model), templates)
+    elif "reca" in tasks:
+        model.check_templates(templates)
     return sources, templates
 
 

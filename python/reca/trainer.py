@@ -149,8 +149,6 @@ class Trainer:
         with distributed.fail_together():  # all read files
             self.features = features_identity(recipe, self.adapter, parent) if recipe.data.cache else None
             self.loaders = {task: self._loader(task) for task in self.tasks}
-            for loader in self.loaders.values():
-                self.adapter.check_templates(loader.templates or [])
             self.diagnostics = Diagnostics(recipe, self.adapter, self.sources, self.loaders, self.device, self.autocast)
         self.evaluations = Evaluations(recipe, self.adapter, self.sources, self.device, self.autocast)
         self.evaluations.resume(self.run_dir, self.step)

@@ -313,6 +313,18 @@ def test_a_template_that_the_model_refuses_ends_the_start(recipe, tmp_path, monk
         Trainer(recipe(f"data.templates={tmp_path}/templates.txt"), ToyAdapter())
 
 
+def test_a_long_template_is_refused_before_weights_are_read(tmp_path, monkeypatch):
+    from reca.config.recipe_files import load_recipe
+    from reca.models.janus import Adapter
+
+    monkeypatch.setattr(Adapter, "load", lambda *_: pytest.fail("weights were read"))
+    (tmp_path / "a.png").touch()
+    (tmp_path / "templates.txt").write_text(f"describe this picture\n{'red ' * 400}\n")
+    given = [f"run_dir={tmp_path}", f"data.images={tmp_path}", f"data.templates={tmp_path}/templates.txt"]
+    with pytest.raises(ValueError, match="shorten it in data.templates: 'red red"):
+        Trainer(load_recipe("janus_tiny", [*given, "objective.i2t.weight=0"]))
+
+
 def test_templates_may_move_and_not_change(recipe, tmp_path):
     (tmp_path / "one.txt").write_text("Draw this.\nDraw that.\n")
     run_toy(recipe("train.steps=2", f"data.templates={tmp_path}/one.txt"))

@@ -176,7 +176,7 @@ def test_the_published_tokenizer_is_taken_as_it_is(golden, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "LlamaTokenizerFast"}))
     config = replace(load_recipe("janus_tiny").model, tokenizer=str(tmp_path))
     config.language.vocab_size = golden.config["tokenizer"]["vocab_size"]
-    read = weights.load_tokenizer(config, None)
+    read = weights.load_tokenizer(config)
     for text in (": a red cat\n\n", "a  b", " x"):
         assert encode(read, text) == list(text.encode()) and read.decode(encode(read, text)) == text
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from reca.config.recipe_files import load_recipe
+from reca.estimate.meta_model import check_templates
 from reca.models import UMMS, umm_package
 from reca.models.bagel import prompt as bagel
 from reca.models.harmon import prompt as harmon
@@ -83,6 +84,17 @@ def test_templates(name, limited, monkeypatch):
     assert longest >= 5 and tokens(longest) == tokens(longest - 1) + 1
     if name not in {"show_o", "bagel"}:  # Show-o raises in training, too; BAGEL is checked for its largest images
         assert tokens(longest + 1) == tokens(longest)
+
+
+@pytest.mark.parametrize("name", UMMS)
+def test_templates_are_checked_without_weights(name, limited, monkeypatch):
+    monkeypatch.setattr(harmon, "MAX_TEXT", MOST)
+    recipe = load_recipe(f"{name}_tiny")
+    recipe.model = limited_config(name)
+    tokenizer = umm_package(name).Adapter.load_tokenizer(recipe.model)
+    check_templates(recipe, tokenizer, ["describe this picture"])
+    with pytest.raises(ValueError, match="shorten it in data.templates: 'red red"):
+        check_templates(recipe, tokenizer, ["describe this picture", "red " * 400])
 
 
 def test_prompts_of_bagel(limited, caplog):

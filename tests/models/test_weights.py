@@ -1,11 +1,13 @@
 """Where weights come from, and what is said when they are not there."""
 
+from types import SimpleNamespace
+
 import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import errors
 
-from reca.models.common.hub import fetch
+from reca.models.common.hub import TOKENIZER, fetch, fetch_tokenizer
 from reca.models.common.weight_files import read_tensors
 
 
@@ -22,6 +24,17 @@ def test_hub_repository_and_file_of_one(monkeypatch, tmp_path):
     fetch("owner/name")
     fetch("owner/name/folder/file.pth")
     assert asked == ["owner/name", ("owner/name", "folder/file.pth")]
+
+
+@pytest.mark.parametrize("source", ["owner/name", "owner/name/file.pth"])
+def test_a_tokenizer_on_the_hub_is_read_without_the_weights_beside_it(monkeypatch, tmp_path, source):
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **how: asked.append(how) or str(tmp_path))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: pytest.fail("a file of weights was read"))
+    config, downloads = SimpleNamespace(tokenizer=None, weights=source), {"weights": ["*.safetensors"]}
+    assert fetch_tokenizer(config, downloads, local=True) == tmp_path
+    assert asked == [{"allow_patterns": TOKENIZER, "local_files_only": True}]
+    assert fetch_tokenizer(SimpleNamespace(tokenizer=None, weights=None), downloads) is None
 
 
 @pytest.mark.parametrize("source", ["/nowhere/at/all", "./model", "model", "owner/name/folder"])

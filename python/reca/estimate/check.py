@@ -18,10 +18,12 @@ from reca.config.recipe_files import by_key
 from reca.data import decode_speed
 from reca.data.batch import Batch
 from reca.data.micro_batches import describe_split, size_warning
+from reca.data.templates import load_templates
 from reca.estimate import cards, memory
 from reca.estimate.held import host_loading, host_moments
-from reca.estimate.meta_model import build_meta, empty_views
+from reca.estimate.meta_model import build_meta, check_templates, empty_views
 from reca.hardware.peaks import known_peak
+from reca.models import umm_package
 from reca.models.base import ROLES, Adapter
 from reca.models.common.on_cpu import as_gpu
 from reca.rng import CounterRNG
@@ -147,8 +149,9 @@ def report(recipe: Recipe, gpus: int = 1, node: int = 8, card: int | None = None
             most = memory.largest_sample(adapter, recipe, task, fake)
             split += f"; the largest sample has {most}" + ", a micro-batch by itself" * (most > config.max_tokens)
         lines.append(f"  {task:<22}{config.batch_size:>18}   {split}")
-    if text := size_warning(recipe.objective, recipe.active_tasks(), gpus):
-        lines += textwrap.wrap(text, 100, initial_indent="  ", subsequent_indent="  ")
+    notes = size_warning(recipe.objective, recipe.active_tasks(), gpus), _check_templates(recipe)
+    for text in filter(None, notes):
+        lines += textwrap.wrap(text, 100, initial_indent="  ", subsequent_indent="  ", break_long_words=False)
     lines += ["", f"predicted peak memory per GPU in a step, {units.counted(gpus, 'GPU')}"]
     if gpus > 1:
         shard = predicted_shard_size(adapter, recipe, gpus, node, room)
@@ -168,6 +171,18 @@ def report(recipe: Recipe, gpus: int = 1, node: int = 8, card: int | None = None
     if card is not None:
         lines += ["", f"GPUs of {units.size(card)}", *cards.describe(recipe, peak, gpus, node, card)]
     return "\n".join(lines)
+
+
+def _check_templates(recipe: Recipe) -> str | None:
+    """Raise ValueError for a template that is too long. Describe why the lengths are unknown, if they are."""
+    if not recipe.objective.reca.weight:
+        return None
+    try:
+        tokenizer = umm_package(recipe.umm).Adapter.load_tokenizer(recipe.model, local=True)
+    except ValueError as error:
+        return f"the templates' lengths are not checked, which needs the tokenizer: {error}"
+    check_templates(recipe, tokenizer, load_templates(recipe.data.templates, recipe.data.template_count))
+    return None
 
 
 class Decoding(NamedTuple):

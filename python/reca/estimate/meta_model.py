@@ -1,5 +1,8 @@
 """A recipe's model on fake tensors: shapes, dtypes, roles and layers as in training, without weights or memory."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -12,14 +15,15 @@ from reca.options.fields import RecipeError
 from reca.training.lora import choose_trained
 
 
-def build_meta(recipe: Recipe) -> tuple[Adapter, FakeTensorMode]:
+def build_meta(recipe: Recipe, tokenizer: Any = None) -> tuple[Adapter, FakeTensorMode]:
     """Build the recipe's model on fake tensors, frozen as in training. Return it with its FakeTensorMode.
 
+    tokenizer: as in `Adapter.build_meta`.
     Raises ValueError for roles and patterns that match nothing in the model, and RecipeError as `check_tasks`.
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
-        adapter = umm_package(recipe.umm).Adapter.build_meta(recipe.model)
+        adapter = umm_package(recipe.umm).Adapter.build_meta(recipe.model, tokenizer)
     check_tasks(adapter, recipe)
     choose_trained(adapter, recipe)
     for module in adapter.modules():  # LoRA parameters are real tensors
@@ -27,6 +31,12 @@ def build_meta(recipe: Recipe) -> tuple[Adapter, FakeTensorMode]:
             if p is not None and not isinstance(p, FakeTensor):
                 module._parameters[name] = nn.Parameter(fake.from_tensor(p.detach()), requires_grad=p.requires_grad)
     return adapter, fake
+
+
+def check_templates(recipe: Recipe, tokenizer: Any, templates: Sequence[str]) -> None:
+    """Raise ValueError for a template that is too long for the recipe's model, which has this tokenizer."""
+    adapter, _ = build_meta(recipe, tokenizer)
+    adapter.check_templates(templates)
 
 
 def empty_views(views: Views, images: int) -> tuple[list[Tensor] | None, list[Tensor] | None]:

@@ -178,11 +178,19 @@ class Adapter(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def build_meta(cls, config: Any) -> "Adapter":
+    def load_tokenizer(cls, config: Any, local: bool = False) -> Any:
+        """Load the tokenizer that `load` uses, and download no weights; None: the model has none.
+
+        local: download nothing. Raises ValueError if the tokenizer is missing or does not fit the model.
+        """
+        return None
+
+    @classmethod
+    def build_meta(cls, config: Any, tokenizer: Any = None) -> "Adapter":
         """Build the model without reading files: shapes, dtypes and roles follow the recipe, weights are not loaded.
 
-        A tokenizer that would have to be downloaded is replaced by one without words; where the number of tokens
-        matters, it has as many. `reca check` calls this under FakeTensorMode, so it allocates no memory.
+        tokenizer: that of `load_tokenizer`; None: one without words, and of as many tokens where their number matters.
+        `reca check` calls this under FakeTensorMode, so it allocates no memory.
         """
         raise NotImplementedError
 

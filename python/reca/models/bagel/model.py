@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from reca.data.batch import Batch
 from reca.data.views import Views
@@ -38,9 +39,13 @@ class Bagel(modules.Network, Adapter):
         return weights.load(cls, config, device)
 
     @classmethod
-    def build_meta(cls, config: BagelConfig) -> "Bagel":
-        model = cls(config, weights.load_tokenizer(replace(config, tokenizer=None), None))
-        return weights.to_kept_types(model)
+    def load_tokenizer(cls, config: BagelConfig, local: bool = False) -> PreTrainedTokenizerBase:
+        return weights.load_tokenizer(config, local)
+
+    @classmethod
+    def build_meta(cls, config: BagelConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> "Bagel":
+        tokenizer = tokenizer or weights.load_tokenizer(replace(config, weights=None, tokenizer=None))
+        return weights.to_kept_types(cls(config, tokenizer))
 
     def sequence(self) -> dict[str, int]:
         image, stride = self.config.image_size // self.token_side, self.config.vision.patch_size

@@ -15,7 +15,7 @@ from reca.models.bagel import prompt
 from reca.models.bagel.config import BagelConfig
 from reca.models.bagel.modules import Network, PositionTable, role
 from reca.models.common.exporting import export_to
-from reca.models.common.hub import TOKENIZER, beside, fetch
+from reca.models.common.hub import TOKENIZER, beside, fetch, fetch_tokenizer
 from reca.models.common.kl_codec import KlCodec
 from reca.models.common.ldm_autoencoder import to_diffusers, to_ldm
 from reca.models.common.text import read_tokenizer
@@ -58,12 +58,12 @@ def load(cls: type[T], config: BagelConfig, device: torch.device | str = "cpu") 
         if config.overlay or config.codec_weights:
             raise ValueError("model.overlay and model.codec_weights need model.weights, which is null; set it")
         with init_random(config.seed, device):
-            return to_kept_types(cls(config, load_tokenizer(config, None))).to(device)
+            return to_kept_types(cls(config, load_tokenizer(config))).to(device)
     source = fetch(config.weights, DOWNLOADS["weights"])
     folder = beside(source)
     check_sizes(folder, config)
     with init_on_meta():
-        model = cls(config, load_tokenizer(config, folder))
+        model = cls(config, load_tokenizer(config))
     state = read(source)
     if config.overlay:
         state |= read(fetch(config.overlay, DOWNLOADS["overlay"], "model.overlay"))
@@ -116,12 +116,14 @@ def kept_dtype(config: BagelConfig, name: str) -> torch.dtype:
     return torch.bfloat16
 
 
-def load_tokenizer(config: BagelConfig, folder: Path | None) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of the recipe or of a folder, or build a word tokenizer for a random model.
+def load_tokenizer(config: BagelConfig, local: bool = False) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of the recipe or of the weights, or build a word tokenizer for a random model.
 
     Raises ValueError if there is none, or if it has more tokens than the embedding table.
     """
-    source = fetch(config.tokenizer, DOWNLOADS["tokenizer"], "model.tokenizer") if config.tokenizer else folder
+    source = fetch_tokenizer(config, DOWNLOADS, local)
+    if source is not None and not config.tokenizer:
+        source = beside(source)
     if source is None:
         tokenizer = word_tokenizer(config.words, prompt.SPECIAL_TOKENS)
     elif any((source / name).is_file() for name in TOKENIZER_FILES):

@@ -1,7 +1,10 @@
 """Locate published files: a local path, or the Hugging Face hub."""
 
+import contextlib
 import logging
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from reca import catalog, units
 
@@ -20,13 +23,40 @@ def fetch(source: str, patterns: list[str] | None = None, key: str = "model.weig
     repository, file = hub_name(source, key)
     from huggingface_hub import hf_hub_download, snapshot_download
 
+    with _asking(repository, file, patterns, key):
+        if file:
+            return Path(hf_hub_download(repository, file))
+        return Path(snapshot_download(repository, allow_patterns=patterns))
+
+
+def fetch_tokenizer(
+    config: Any, downloads: Mapping[str, list[str]], local: bool = False, part: str = "weights"
+) -> Path | None:
+    """Return the path of model.tokenizer or, if it is null, of the part of the model that it is published with.
+
+    Returns None if both are null. Of a hub repository only the tokenizer's files are downloaded. local: nothing is
+    downloaded. downloads: the model's DOWNLOADS. Raises ValueError as `fetch`.
+    """
+    key = "tokenizer" if config.tokenizer else part
+    source = getattr(config, key)
+    if source is None or (path := Path(source).expanduser()).exists():
+        return source and path
+    repository, file = hub_name(source, f"model.{key}")
+    from huggingface_hub import snapshot_download
+
+    with _asking(repository, file, downloads[key], f"model.{key}"):
+        folder = snapshot_download(repository, allow_patterns=TOKENIZER, local_files_only=local)
+    return Path(folder, file).parent if file else Path(folder)
+
+
+@contextlib.contextmanager
+def _asking(repository: str, file: str, patterns: list[str] | None, key: str) -> Iterator[None]:
+    """Turn the errors of a download into a ValueError that names the command for it."""
     library = logging.getLogger("huggingface_hub")
     level = library.level
     library.setLevel(logging.ERROR)  # it warns at every attempt to reach the hub
     try:
-        if file:
-            return Path(hf_hub_download(repository, file))
-        return Path(snapshot_download(repository, allow_patterns=patterns))
+        yield
     except Exception as error:  # its HTTP library, whose errors pass through, depends on the version
         raise ValueError(_wanted(repository, file, patterns, key, error)) from error
     finally:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 from typing_extensions import Self
 
 from reca.data.batch import Batch
@@ -37,8 +38,12 @@ class Harmon(Network, Adapter):
         return weights.load(cls, config, device)
 
     @classmethod
-    def build_meta(cls, config: HarmonConfig) -> "Harmon":
-        return cls(config, weights.load_tokenizer(replace(config, tokenizer=None), None))
+    def load_tokenizer(cls, config: HarmonConfig, local: bool = False) -> PreTrainedTokenizerBase:
+        return weights.load_tokenizer(config, local)
+
+    @classmethod
+    def build_meta(cls, config: HarmonConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> "Harmon":
+        return cls(config, tokenizer or weights.load_tokenizer(replace(config, weights=None, tokenizer=None)))
 
     def sequence(self) -> dict[str, int]:
         """Return the token counts of one sequence.

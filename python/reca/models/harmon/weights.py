@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from reca.models.common.chat import WORDS
 from reca.models.common.exporting import export_to
-from reca.models.common.hub import TOKENIZER, beside, fetch
+from reca.models.common.hub import TOKENIZER, beside, fetch, fetch_tokenizer
 from reca.models.common.ldm_autoencoder import to_diffusers, to_ldm
 from reca.models.common.text import check_tokenizer, read_tokenizer
 from reca.models.common.tiny_tokenizer import word_tokenizer
@@ -38,7 +38,7 @@ def load(cls: type[N], config: HarmonConfig, device: torch.device | str) -> N:
     """
     source = fetch(config.weights, DOWNLOADS["weights"]) if config.weights else None
     codec_file = fetch(config.codec_weights, key="model.codec_weights") if config.codec_weights else None
-    tokenizer = load_tokenizer(config, source)
+    tokenizer = load_tokenizer(config)
     if source is None:
         with init_random(config.seed, device):
             net = cls(config, tokenizer)
@@ -100,15 +100,16 @@ def published_parts(net: Network) -> nn.ModuleDict:
     return nn.ModuleDict({part: getattr(net, part) for part in PARTS})
 
 
-def load_tokenizer(config: HarmonConfig, source: Path | None) -> PreTrainedTokenizerBase:
+def load_tokenizer(config: HarmonConfig, local: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer, or build a word tokenizer for a random model.
 
     Raises ValueError if there is none, or if it lacks tokens of Qwen's chat format or has too many tokens.
     """
-    if config.tokenizer:
-        tokenizer = read_tokenizer(fetch(config.tokenizer, DOWNLOADS["tokenizer"], "model.tokenizer"))
-    elif source is None:
+    source = fetch_tokenizer(config, DOWNLOADS, local)
+    if source is None:
         tokenizer = word_tokenizer([*config.words, *WORDS], prompt.SPECIAL_TOKENS)
+    elif config.tokenizer:
+        tokenizer = read_tokenizer(source)
     else:
         folder = beside(source).absolute()
         found = next((f for f in (folder / "tokenizer", folder) if (f / "tokenizer_config.json").is_file()), None)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from reca.data.batch import Batch
 from reca.models.base import Adapter, LossTerm
@@ -33,8 +34,12 @@ class Janus(Network, Adapter):
         return weights.load(cls, config).to(device)
 
     @classmethod
-    def build_meta(cls, config: JanusConfig) -> "Janus":
-        return weights.build_meta(cls, config)
+    def load_tokenizer(cls, config: JanusConfig, local: bool = False) -> PreTrainedTokenizerBase:
+        return weights.load_tokenizer(config, local)
+
+    @classmethod
+    def build_meta(cls, config: JanusConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> "Janus":
+        return weights.build_meta(cls, config, tokenizer)
 
     def sequence(self) -> dict[str, int]:
         return {"h_v": self.hv_tokens, "image": self.image_tokens}

@@ -5,7 +5,7 @@ Parameter names here are DeepSeek's. transformers' layout has other names, split
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from reca.models.common.exporting import export_to
-from reca.models.common.hub import TOKENIZER, beside, fetch
+from reca.models.common.hub import TOKENIZER, beside, fetch, fetch_tokenizer
 from reca.models.common.text import check_tokenizer, read_tokenizer
 from reca.models.common.tiny_tokenizer import word_tokenizer
 from reca.models.common.weight_files import assign_state_dict, cast_parameters, init_on_meta, init_random, read_tensors
@@ -75,7 +75,7 @@ def load(cls: type[N], config: JanusConfig) -> N:
     Raises ValueError for files that do not fit the recipe, listing missing, unexpected and misshapen tensors.
     """
     source = fetch(config.weights, DOWNLOADS["weights"]) if config.weights else None
-    tokenizer = load_tokenizer(config, source)
+    tokenizer = load_tokenizer(config)
     if source is None:
         with init_random(config.seed):
             net = cls(config, tokenizer)
@@ -101,9 +101,9 @@ def kept_dtype(config: JanusConfig, name: str) -> torch.dtype:
     return DTYPES[config.dtype] if name.startswith(TRAINED) else torch.float32
 
 
-def build_meta(cls: type[N], config: JanusConfig) -> N:
+def build_meta(cls: type[N], config: JanusConfig, tokenizer: PreTrainedTokenizerBase | None) -> N:
     """Build the model that `load` builds, without reading weights."""
-    net = cls(config, load_tokenizer(replace(config, tokenizer=None), None))
+    net = cls(config, tokenizer or load_tokenizer(replace(config, weights=None, tokenizer=None)))
     return cast_parameters(net, lambda name: kept_dtype(config, name))
 
 
@@ -111,20 +111,22 @@ def build_meta(cls: type[N], config: JanusConfig) -> N:
 class TokenizerNeeds:
     """A model's requirements on its tokenizer.
 
-    tokens   control tokens
-    words    words that prompts add to the user's text
-    model    display name of the model
-    example  hub id of a suitable tokenizer
+    tokens     control tokens
+    words      words that prompts add to the user's text
+    model      display name of the model
+    example    hub id of a suitable tokenizer
+    downloads  recipe key -> glob patterns of the files to download
     """
 
     tokens: tuple[str, ...] = prompt.SPECIAL_TOKENS
     words: tuple[str, ...] = prompt.WORDS
     model: str = "Janus-Pro"
     example: str = "deepseek-ai/Janus-Pro-1B"
+    downloads: Mapping[str, list[str]] = field(default_factory=lambda: DOWNLOADS)
 
 
 def load_tokenizer(
-    config: Any, source: Path | None, needs: TokenizerNeeds = TokenizerNeeds()
+    config: Any, local: bool = False, needs: TokenizerNeeds = TokenizerNeeds()
 ) -> PreTrainedTokenizerBase:
     """Load the tokenizer, or build a word tokenizer for a random model.
 
@@ -132,8 +134,7 @@ def load_tokenizer(
     rebuild with Llama's own rules. Its tokenizer.json is therefore loaded unchanged. Raises ValueError if there is no
     tokenizer.json, if control tokens are missing, or if it has too many tokens.
     """
-    if config.tokenizer:
-        source = fetch(config.tokenizer, DOWNLOADS["tokenizer"], "model.tokenizer")
+    source = fetch_tokenizer(config, needs.downloads, local)
     if source is not None:
         folder = beside(source)
         if not (folder / "tokenizer.json").is_file():

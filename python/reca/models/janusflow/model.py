@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from reca.data.batch import Batch
 from reca.models.base import Adapter, LossTerm
@@ -35,8 +36,12 @@ class JanusFlow(Network, Adapter):
         return weights.load(cls, config).to(device)
 
     @classmethod
-    def build_meta(cls, config: JanusFlowConfig) -> "JanusFlow":
-        return weights.build_meta(cls, config)
+    def load_tokenizer(cls, config: JanusFlowConfig, local: bool = False) -> PreTrainedTokenizerBase:
+        return weights.load_tokenizer(config, local)
+
+    @classmethod
+    def build_meta(cls, config: JanusFlowConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> "JanusFlow":
+        return weights.build_meta(cls, config, tokenizer)
 
     def sequence(self) -> dict[str, int]:
         return {"h_v": self.hv_tokens, "time": 1, "image": self.image_tokens}

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from reca.io.files import read_json
 from reca.models.common.exporting import export_to
@@ -18,8 +19,9 @@ from reca.models.common.hub import TOKENIZER, beside, fetch
 from reca.models.common.kl_codec import KlCodec
 from reca.models.common.ldm_autoencoder import renew_attention
 from reca.models.common.weight_files import assign_state_dict, cast_parameters, init_on_meta, init_random, read_tensors
+from reca.models.janus import weights as janus
 from reca.models.janus.published import HALF, PREPROCESSOR, compare, language_file, processor_files, tower
-from reca.models.janus.weights import DTYPES, TokenizerNeeds, load_tokenizer
+from reca.models.janus.weights import DTYPES, TokenizerNeeds
 from reca.models.janusflow import prompt
 from reca.models.janusflow.config import JanusFlowConfig
 from reca.models.janusflow.modules import PATCH, Network
@@ -36,7 +38,7 @@ DOWNLOADS = {
     "tokenizer": TOKENIZER,
 }
 TRAINED = ("language_model.", "vision_gen_")  # parts in model.dtype; the others are fp32
-NEEDS = TokenizerNeeds(prompt.SPECIAL_TOKENS, prompt.WORDS, "JanusFlow", "deepseek-ai/JanusFlow-1.3B")
+NEEDS = TokenizerNeeds(prompt.SPECIAL_TOKENS, prompt.WORDS, "JanusFlow", "deepseek-ai/JanusFlow-1.3B", DOWNLOADS)
 
 
 def load(cls: type[N], config: JanusFlowConfig) -> N:
@@ -45,7 +47,7 @@ def load(cls: type[N], config: JanusFlowConfig) -> N:
     Raises ValueError for files that do not fit the recipe, listing missing, unexpected and misshapen tensors.
     """
     source = fetch(config.weights, DOWNLOADS["weights"]) if config.weights else None
-    tokenizer = load_tokenizer(config, source, NEEDS)
+    tokenizer = load_tokenizer(config)
     if source is None:
         if config.codec_weights:
             raise ValueError("model.codec_weights needs model.weights, which is null; set both or neither")
@@ -92,9 +94,14 @@ def kept_dtype(config: JanusFlowConfig, name: str) -> torch.dtype:
     return DTYPES[config.dtype] if name.startswith(TRAINED) else torch.float32
 
 
-def build_meta(cls: type[N], config: JanusFlowConfig) -> N:
+def load_tokenizer(config: JanusFlowConfig, local: bool = False) -> PreTrainedTokenizerBase:
+    """Load the tokenizer as Janus-Pro's, with JanusFlow's control tokens."""
+    return janus.load_tokenizer(config, local, NEEDS)
+
+
+def build_meta(cls: type[N], config: JanusFlowConfig, tokenizer: PreTrainedTokenizerBase | None) -> N:
     """Build the model that `load` builds, without reading weights."""
-    net = cls(config, load_tokenizer(replace(config, tokenizer=None), None, NEEDS))
+    net = cls(config, tokenizer or load_tokenizer(replace(config, weights=None, tokenizer=None)))
     return cast_parameters(net, lambda name: kept_dtype(config, name))
 
 

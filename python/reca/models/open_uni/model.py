@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderDC
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from reca.data.batch import Batch
 from reca.data.views import View, Views
@@ -39,8 +40,12 @@ class OpenUni(Network, Adapter):
         return weights.load(cls, config, device)
 
     @classmethod
-    def build_meta(cls, config: OpenUniConfig) -> "OpenUni":
-        return weights.build_meta(cls, config)
+    def load_tokenizer(cls, config: OpenUniConfig, local: bool = False) -> PreTrainedTokenizerBase:
+        return weights.load_tokenizer(config, local)
+
+    @classmethod
+    def build_meta(cls, config: OpenUniConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> "OpenUni":
+        return weights.build_meta(cls, config, tokenizer)
 
     def sequence(self) -> dict[str, int]:
         latents = (self.config.image_size // modules.codec_sizes(self.config).size) ** 2

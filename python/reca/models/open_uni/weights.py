@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from reca.io.files import read_json
 from reca.models.base import in_fp32
 from reca.models.common.exporting import export_to
-from reca.models.common.hub import TOKENIZER, beside, fetch
+from reca.models.common.hub import TOKENIZER, beside, fetch, fetch_tokenizer
 from reca.models.common.pooled_features import assign_weights
 from reca.models.common.text import check_tokenizer, read_tokenizer
 from reca.models.common.tiny_tokenizer import word_tokenizer
@@ -132,12 +132,13 @@ def _published(cls: type[N], config: OpenUniConfig) -> N:
     return net
 
 
-def build_meta(cls: type[N], config: OpenUniConfig) -> N:
+def build_meta(cls: type[N], config: OpenUniConfig, tokenizer: PreTrainedTokenizerBase | None) -> N:
     """Build the model without files, in fp32.
 
     `load` keeps InternVL3 in the dtype of its files, so that the published one, in bf16, takes half the memory.
     """
-    return cls(config, load_tokenizer(replace(config, tokenizer=None, mllm=None))).requires_grad_(True)
+    tokenizer = tokenizer or load_tokenizer(replace(config, mllm=None, tokenizer=None))
+    return cls(config, tokenizer).requires_grad_(True)
 
 
 def assign_published(net: Network, state: dict[str, Tensor], source: str) -> None:
@@ -193,17 +194,13 @@ def frozen_beside(weights: str | None) -> Path | None:
     return path if path.is_file() else None
 
 
-def load_tokenizer(config: OpenUniConfig) -> PreTrainedTokenizerBase:
+def load_tokenizer(config: OpenUniConfig, local: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer of the recipe or of InternVL3, or build a word tokenizer for a random model.
 
     Raises ValueError if it does not fit the model.
     """
-    if config.tokenizer:
-        tokenizer = read_tokenizer(fetch(config.tokenizer, DOWNLOADS["tokenizer"], "model.tokenizer"))
-    elif config.mllm:
-        tokenizer = read_tokenizer(fetch(config.mllm, DOWNLOADS["mllm"], "model.mllm"))
-    else:
-        tokenizer = word_tokenizer(config.words, prompt.SPECIAL_TOKENS)
+    source = fetch_tokenizer(config, DOWNLOADS, local, part="mllm")
+    tokenizer = read_tokenizer(source) if source else word_tokenizer(config.words, prompt.SPECIAL_TOKENS)
     check_tokenizer(tokenizer, prompt.SPECIAL_TOKENS, config.language.vocab_size, "OpenUni")
     return tokenizer
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from reca.data.batch import Batch
 from reca.data.views import View, Views
@@ -36,8 +37,12 @@ class ShowO(Network, Adapter):
         return weights.load(cls, config).to(device)
 
     @classmethod
-    def build_meta(cls, config: ShowOConfig) -> "ShowO":
-        return weights.build_meta(cls, config)
+    def load_tokenizer(cls, config: ShowOConfig, local: bool = False) -> PreTrainedTokenizerBase:
+        return weights.load_tokenizer(config, local)
+
+    @classmethod
+    def build_meta(cls, config: ShowOConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> "ShowO":
+        return weights.build_meta(cls, config, tokenizer)
 
     def sequence(self) -> dict[str, int]:
         return {"h_v": conditioner(self, "reca").reca_tokens(), "image": self.image_tokens}

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from reca.io.files import lost_links, read_json
 from reca.models.common.exporting import export_to
-from reca.models.common.hub import TOKENIZER, beside, fetch
+from reca.models.common.hub import TOKENIZER, beside, fetch, fetch_tokenizer
 from reca.models.common.pooled_features import assign_weights
 from reca.models.common.text import read_tokenizer
 from reca.models.common.tiny_tokenizer import UNKNOWN, word_tokenizer
@@ -40,7 +40,7 @@ def load(cls: type[N], config: ShowOConfig) -> N:
     Raises ValueError for files that do not fit the recipe, listing missing, unexpected and misshapen tensors.
     """
     folder = fetch(config.weights, DOWNLOADS["weights"]) if config.weights else None
-    tokenizer = load_tokenizer(config, folder)
+    tokenizer = load_tokenizer(config)
     if folder is None:
         with init_random(config.seed):
             net = cls(config, tokenizer)
@@ -63,14 +63,9 @@ def load(cls: type[N], config: ShowOConfig) -> N:
     return net
 
 
-def build_meta(cls: type[N], config: ShowOConfig) -> N:
+def build_meta(cls: type[N], config: ShowOConfig, tokenizer: PreTrainedTokenizerBase | None) -> N:
     """Build the model that `load` builds, without reading weights. A local tokenizer is read for its size."""
-    folder = Path(config.weights).expanduser() if config.weights else None
-    own = Path(config.tokenizer).expanduser() if config.tokenizer else folder and beside(folder) / "tokenizer"
-    if own and not own.is_dir():
-        words = [f"word{i}" for i in range(PHI_TOKENS - len((UNKNOWN, *prompt.WORDS, prompt.END_OF_TEXT)))]
-        config, folder = replace(config, tokenizer=None, words=words), None
-    net = cls(config, load_tokenizer(config, folder))
+    net = cls(config, tokenizer or _tokenizer_of_its_size(config))
     cast_parameters(published_parts(net) if config.weights else net.showo, lambda _: DTYPES[config.dtype])
     return net
 
@@ -127,12 +122,11 @@ def described(net: Network) -> dict[str, tuple]:
     }
 
 
-def load_tokenizer(config: ShowOConfig, folder: Path | None) -> PreTrainedTokenizerBase:
+def load_tokenizer(config: ShowOConfig, local: bool = False) -> PreTrainedTokenizerBase:
     """Load the text tokenizer and append Show-o's tokens, whose order determines their ids."""
-    if config.tokenizer:
-        source: Path | None = fetch(config.tokenizer, DOWNLOADS["tokenizer"], "model.tokenizer")
-    else:
-        source = None if folder is None else beside(folder) / "tokenizer"
+    source = fetch_tokenizer(config, DOWNLOADS, local)
+    if source is not None and not config.tokenizer:
+        source = beside(source) / "tokenizer"
     if source is None:
         tokenizer = word_tokenizer([*config.words, *prompt.WORDS], [prompt.END_OF_TEXT])
     elif source.is_dir():
@@ -146,6 +140,16 @@ def load_tokenizer(config: ShowOConfig, folder: Path | None) -> PreTrainedTokeni
         )
     tokenizer.add_tokens(new, special_tokens=True)
     return tokenizer
+
+
+def _tokenizer_of_its_size(config: ShowOConfig) -> PreTrainedTokenizerBase:
+    """Load a local tokenizer, or build one with as many tokens as Phi-1.5's in place of one on the hub."""
+    folder = Path(config.weights).expanduser() if config.weights else None
+    own = Path(config.tokenizer).expanduser() if config.tokenizer else folder and beside(folder) / "tokenizer"
+    if own and not own.is_dir():
+        words = [f"word{i}" for i in range(PHI_TOKENS - len((UNKNOWN, *prompt.WORDS, prompt.END_OF_TEXT)))]
+        config = replace(config, weights=None, tokenizer=None, words=words)
+    return load_tokenizer(config)
 
 
 def _part_source(given: str | None, folder: Path | None, part: str) -> Path | None:
