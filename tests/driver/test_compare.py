@@ -11,6 +11,7 @@ import torch
 from reca import checkpoint
 from reca.comparison import triplets
 from reca.comparison.build import _suites, compare
+from reca.comparison.curves import loss_curves
 from reca.comparison.sides import find_sides
 from reca.comparison.weights import understanding
 from reca.config.recipe_files import load_recipe, save_recipe
@@ -116,6 +117,16 @@ def test_scores_of_an_earlier_step_are_said_to_be_so(tmp_path):
     shutil.rmtree(tmp_path / "eval/geneval")
     evaluation(tmp_path / "eval/geneval", 1.0, model={"step": 8})
     assert _suites(*find_sides("base", str(tmp_path)))[1] == []
+
+
+def test_the_curve_of_an_earlier_checkpoint_ends_at_its_step(tmp_path):
+    save_recipe(load_recipe("show_o_tiny", {"run_dir": str(tmp_path)}), tmp_path / "recipe.yaml")
+    (tmp_path / "log.jsonl").write_text("".join(f'{{"step": {n}, "reca/loss": {n}.5}}\n' for n in (4, 6, 8)))
+    for step in (4, 6):
+        (tmp_path / f"checkpoints/{step:06}").mkdir(parents=True)
+        (tmp_path / f"checkpoints/{step:06}" / checkpoint.MARKER).write_text("of the weights")
+    (curve,) = loss_curves(*find_sides(str(tmp_path / "checkpoints/000006"), str(tmp_path)))
+    assert curve == {"name": "reca/loss", "before": [[4, 4.5], [6, 6.5]], "after": [[4, 4.5], [6, 6.5], [8, 8.5]]}
 
 
 def test_a_model_is_not_compared_with_itself(tmp_path):

@@ -1,28 +1,33 @@
 """Losses of two runs, and the recipe keys that differ."""
 
-from pathlib import Path
+import math
 from typing import Any
 
 from reca.comparison.sides import Side
 from reca.config.recipe_files import by_key
 from reca.io import jsonl
+from reca.runs.lineage import is_run
 
 POINTS = 400  # maximum per curve, to limit the size of the page
 OWN = ("run_dir",)  # keys that always differ
 
 
 def loss_curves(before: Side, after: Side) -> list[dict[str, Any]]:
-    """Read all losses that either run has logged, subsampled evenly to at most POINTS points."""
-    sides = [_losses(side.run_dir) for side in (before, after)]
+    """Read all losses that either run has logged, subsampled evenly to at most POINTS points.
+
+    The curve of an earlier checkpoint ends at its step.
+    """
+    sides = [_losses(side) for side in (before, after)]
     names = dict.fromkeys(name for side in sides for name in side)
     return [{"name": name, "before": sides[0].get(name, []), "after": sides[1].get(name, [])} for name in names]
 
 
-def _losses(run_dir: Path | None) -> dict[str, list[list[float]]]:
+def _losses(side: Side) -> dict[str, list[list[float]]]:
     curves: dict[str, list[list[float]]] = {}
-    for values in jsonl.read(run_dir / "log.jsonl") if run_dir else ():
+    last = math.inf if side.step is None or is_run(side.source) else side.step
+    for values in jsonl.read(side.run_dir / "log.jsonl") if side.run_dir else ():
         step = values.get("step")
-        if not isinstance(step, int | float):
+        if not isinstance(step, int | float) or step > last:
             continue
         for name, value in values.items():
             if name.endswith("/loss") and isinstance(value, int | float):
