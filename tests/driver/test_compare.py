@@ -2,7 +2,6 @@
 
 import functools
 import json
-import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -89,34 +88,38 @@ def test_the_evaluation_that_is_named_after_its_suite_is_compared(tmp_path):
     save_recipe(load_recipe("show_o_tiny", {"run_dir": str(tmp_path)}), tmp_path / "recipe.yaml")
     evaluation(tmp_path / "eval/base/geneval", 0.5)
     for name, value in (("a", 0.0), ("geneval", 1.0), ("geneval_ema", 0.0)):
-        evaluation(tmp_path / "eval" / name, value)
-    evaluation(tmp_path / "eval/other", 0.0, protocol="GenEval of other prompts")
+        evaluation(tmp_path / "eval/000008" / name, value)
+    evaluation(tmp_path / "eval/000008/other", 0.0, protocol="GenEval of other prompts")
     found = compare("base", str(tmp_path))
     (suite,) = found["suites"]
     assert suite["overall"]["value"] == 1.0 and suite["against"]["overall"]["value"] == 0.5
     alone, *left_out = found["notes"]
     assert "geneval was evaluated for" in alone
     assert [note.split(" is ignored")[0] for note in left_out] == [
-        str(tmp_path / "eval" / name) for name in ("a", "geneval_ema")
+        str(tmp_path / "eval/000008" / name) for name in ("a", "geneval_ema")
     ]
-    (tmp_path / "eval/geneval/results.json").unlink()
+    (tmp_path / "eval/000008/geneval/results.json").unlink()
     (suite,) = compare("base", str(tmp_path))["suites"]
     assert suite["overall"]["value"] == 0.0
 
 
-def test_scores_of_an_earlier_step_are_said_to_be_so(tmp_path):
+def test_a_run_is_compared_by_the_evaluations_of_its_newest_checkpoint(tmp_path):
     save_recipe(load_recipe("show_o_tiny", {"run_dir": str(tmp_path)}), tmp_path / "recipe.yaml")
     for step in (4, 8):
         (tmp_path / f"checkpoints/{step:06}").mkdir(parents=True)
         (tmp_path / f"checkpoints/{step:06}" / checkpoint.MARKER).write_text("of the weights")
     evaluation(tmp_path / "eval/base/geneval", 0.5, model={"step": None})
-    evaluation(tmp_path / "eval/geneval", 1.0, model={"step": 4})
-    sides = find_sides("base", str(tmp_path))
-    (note,) = _suites(*sides)[1]
-    assert note.startswith(f"{tmp_path}/eval/geneval is of step 4, and {tmp_path} is at step 8 now: delete")
-    shutil.rmtree(tmp_path / "eval/geneval")
-    evaluation(tmp_path / "eval/geneval", 1.0, model={"step": 8})
-    assert _suites(*find_sides("base", str(tmp_path)))[1] == []
+    evaluation(tmp_path / "eval/000004/geneval", 1.0, model={"step": 4})
+    suites, notes = _suites(*find_sides("base", str(tmp_path)))
+    assert not suites and len(notes) == 2
+    assert notes[1].startswith(f"{tmp_path} stands for step 8, which was not evaluated, but other steps were: ")
+    assert notes[1].endswith(f"in {tmp_path}/eval (000004)")
+    (suite,), notes = _suites(*find_sides("base", str(tmp_path / "checkpoints/000004")))
+    assert suite["model"]["step"] == 4 and not notes
+    evaluation(tmp_path / "eval/000008/geneval", 1.0, model={"step": 8})
+    for name in (tmp_path, tmp_path / "checkpoints/000008"):
+        (suite,), notes = _suites(*find_sides("base", str(name)))
+        assert suite["model"]["step"] == 8 and not notes
 
 
 def test_the_curve_of_an_earlier_checkpoint_ends_at_its_step(tmp_path):
@@ -125,14 +128,21 @@ def test_the_curve_of_an_earlier_checkpoint_ends_at_its_step(tmp_path):
     for step in (4, 6):
         (tmp_path / f"checkpoints/{step:06}").mkdir(parents=True)
         (tmp_path / f"checkpoints/{step:06}" / checkpoint.MARKER).write_text("of the weights")
-    (curve,) = loss_curves(*find_sides(str(tmp_path / "checkpoints/000006"), str(tmp_path)))
-    assert curve == {"name": "reca/loss", "before": [[4, 4.5], [6, 6.5]], "after": [[4, 4.5], [6, 6.5], [8, 8.5]]}
+    (curve,) = loss_curves(*find_sides(str(tmp_path / "checkpoints/000004"), str(tmp_path)))
+    assert curve == {"name": "reca/loss", "before": [[4, 4.5]], "after": [[4, 4.5], [6, 6.5], [8, 8.5]]}
 
 
 def test_a_model_is_not_compared_with_itself(tmp_path):
     evaluation(tmp_path / "a", 1.0)
-    with pytest.raises(EvaluationError, match="both sides are .*: pass two folders, or base as one side"):
+    (tmp_path / "b").mkdir()
+    with pytest.raises(EvaluationError, match="both sides are .*: pass two models, or base as one side"):
         compare(str(tmp_path / "a"), f"{tmp_path}/b/../a")
+    save_recipe(load_recipe("show_o_tiny", {"run_dir": str(tmp_path)}), tmp_path / "recipe.yaml")
+    newest = tmp_path / "checkpoints/000004"
+    newest.mkdir(parents=True)
+    (newest / checkpoint.MARKER).write_text("of the weights")
+    with pytest.raises(EvaluationError, match=f"both sides are {newest}: pass two models, or base as one side"):
+        compare(str(newest), str(tmp_path))
 
 
 def test_a_base_whose_parent_is_gone_is_not_taken_for_the_published_model(tmp_path):

@@ -47,7 +47,7 @@ def test_the_card_of_a_run(run, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "README.md" in printed and "against the model before training: Understanding is bit-identical: " in printed
     text, found = (tmp_path / "out/README.md").read_text(), metadata(tmp_path / "out")
-    results = json.loads((run / "eval/toy/results.json").read_text())
+    results = json.loads((run / "eval/000002/toy/results.json").read_text())
     after, before = results["overall"]["value"], results["against"]["overall"]["value"]
     assert f"| {before * 100:.1f} % | {after * 100:.1f} % [" in text
     assert "after 2 steps" in text and "weight 1, 8 samples per step, 16 in total, from " in text
@@ -81,7 +81,7 @@ def test_the_run_goes_on_while_it_is_exported(run, tmp_path):
 def test_results_of_other_weights_are_left_out(run, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
-    path = copy / "eval/toy/results.json"
+    path = copy / "eval/000002/toy/results.json"
     found = json.loads(path.read_text())
     found["model"]["weights_sha256"] = "0" * 64
     path.write_text(json.dumps(found))
@@ -95,14 +95,14 @@ def test_a_score_is_of_the_weights_beside_it(run, tmp_path):
     """Whatever other evaluation of the same suite lies in the run, as that of its EMA."""
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
-    own = json.loads((copy / "eval/toy/results.json").read_text())
+    own = json.loads((copy / "eval/000002/toy/results.json").read_text())
     for name in ("a", "toy_ema"):
         other = own | {
             "overall": own["overall"] | {"value": 0.25},
             "model": own["model"] | {"weights_sha256": "0" * 64},
         }
-        (copy / "eval" / name).mkdir()
-        (copy / "eval" / name / "results.json").write_text(json.dumps(other))
+        (copy / "eval/000002" / name).mkdir()
+        (copy / "eval/000002" / name / "results.json").write_text(json.dumps(other))
     sides = find_sides("base", str(copy))
     (score,), _, left_out = card._scores(*sides, own["model"]["weights_sha256"])
     assert score["overall"] == own["overall"] and score["against"]["overall"] == own["against"]["overall"]
@@ -119,7 +119,7 @@ def test_a_change_that_is_not_of_training_alone(run, tmp_path):
     found = json.loads(path.read_text())
     found["sampling"]["steps"] = 2
     path.write_text(json.dumps(found))
-    weights = json.loads((run / "eval/toy/results.json").read_text())["model"]["weights_sha256"]
+    weights = json.loads((run / "eval/000002/toy/results.json").read_text())["model"]["weights_sha256"]
     for source, said in ((run, False), (copy, True)):
         (score,), *_ = card._scores(*find_sides("base", str(source)), weights)
         assert card._row(score)["change"].endswith("], with different sampling") == said
@@ -139,9 +139,9 @@ def test_scores_of_other_prompts_are_shown_without_a_change(run, tmp_path, capsy
     assert "other prompts, source images or questions, so these scores are not compared: toy dataset shapes.\n" in text
     assert re.search(r"\| toy dataset shapes \|  \| [\d.]+ % \[.*\] \|  \| 2 prompts", text) and str(copy) not in text
     assert cli.main(["compare", "base", str(copy), "--out", str(tmp_path / "page"), "--reconstructions", "0"]) == 0
-    assert "eval/toy is not compared, because " in capsys.readouterr().out
+    assert "eval/000002/toy is not compared, because " in capsys.readouterr().out
     with pytest.raises(EvaluationError, match="no results to compare: .*has no prompts of this evaluation"):
-        build.compare(str(copy / "eval/base/toy"), str(copy / "eval/toy"))
+        build.compare(str(copy / "eval/base/toy"), str(copy / "eval/000002/toy"))
 
 
 def test_keys_of_a_card_can_be_given_again():

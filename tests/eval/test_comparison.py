@@ -76,14 +76,14 @@ def test_fewer_pairs(compared, painter):
 
 
 def test_two_evaluations(compared, painter):
-    found = compare(str(painter / "eval/toy"), str(painter / "eval/base/toy"))
+    found = compare(str(painter / "eval/000002/toy"), str(painter / "eval/base/toy"))
     assert found["suites"][0]["against"]["overall"]["difference"] < 0
     assert found["understanding"] is None and found["curves"] == [] and found["settings"] == []
 
 
 def test_an_evaluation_that_was_moved_keeps_its_images(compared, painter, tmp_path):
     for name in ("before", "after"):
-        (painter / ("eval/base/toy" if name == "before" else "eval/toy")).rename(tmp_path / name)
+        (painter / ("eval/base/toy" if name == "before" else "eval/000002/toy")).rename(tmp_path / name)
         results = tmp_path / name / "results.json"
         prompt = json.loads(results.read_text())["items"][0]["prompt"]
         results.write_text(results.read_text().replace(prompt, r"\ud83d"))  # half of an emoji
@@ -107,8 +107,8 @@ def test_names_that_stand_for_nothing(painter, tmp_path, capsys):
     with pytest.raises(EvaluationError, match="both sides are base"):
         compare("base", "base")
     assert "was evaluated" in compare("base", str(painter))["notes"][0]
-    (painter / "eval/toy").mkdir(parents=True)
-    (painter / "eval/toy/results.json").write_text("{")
+    (painter / "eval/000002/toy").mkdir(parents=True)
+    (painter / "eval/000002/toy/results.json").write_text("{")
     with pytest.raises(EvaluationError, match=r"results.json cannot be read: .* --steps score"):
         compare("base", str(painter))
 

@@ -9,6 +9,8 @@ import torch
 
 import reca
 from reca import checkpoint, cli, inference
+from reca.checkpoint import CheckpointError
+from reca.comparison.sides import find_sides
 from reca.eval import evaluation, files, generate, judge, records, report, targets
 from reca.eval.errors import EvaluationError
 from reca.eval.judges.base import Judge
@@ -42,7 +44,7 @@ def test_the_whole_chain_on_every_tiny_model(tmp_path, umm, monkeypatch, capsys)
     assert cli.main(["train", f"{umm}_tiny", *small]) == 0
     assert cli.main(["eval", "toy", run, "--against", "base", "--limit", "3"]) == 0
     assert cli.main(["compare", "base", run, "--reconstructions", "2"]) == 0
-    printed, folder = capsys.readouterr().out, tmp_path / run / "eval/toy"
+    printed, folder = capsys.readouterr().out, tmp_path / run / "eval/000001/toy"
     found = json.loads((folder / "results.json").read_text())
     assert found["counts"] == {"items": 3, "images": 3, "failed": 0, "missing": 0}
     assert len(found["model"]["weights_sha256"]) == 64 and found["judge"]["exact"] is True
@@ -64,7 +66,7 @@ def test_the_whole_chain_on_every_tiny_model(tmp_path, umm, monkeypatch, capsys)
 def test_before_and_after(painter, capsys):
     assert cli.main(["eval", "toy", str(painter), "--against", "base", "--limit", str(LIMIT)]) == 0
     shown = capsys.readouterr().out
-    found = json.loads((painter / "eval/toy/results.json").read_text())
+    found = json.loads((painter / "eval/000002/toy/results.json").read_text())
     before = json.loads((painter / "eval/base/toy/results.json").read_text())
     assert found["overall"]["value"] == 1 and before["overall"]["value"] < 0.8
     change = found["against"]["overall"]
@@ -81,7 +83,7 @@ def test_before_and_after(painter, capsys):
         and " change +" in shown
         and "points  [+" in shown
     )
-    assert shown.strip() == (painter / "eval/toy/report.txt").read_text().strip()
+    assert shown.strip() == (painter / "eval/000002/toy/report.txt").read_text().strip()
 
 
 def test_results_count_what_they_are_of():
@@ -149,7 +151,7 @@ def test_one_model_with_two_settings_can_differ(painter, tmp_path):
     """That its images are all right with both says little of other prompts; with the same ones it is no surprise."""
     reca.evaluate("toy", painter, limit=LIMIT)
     for seed in (0, 1):
-        given = {"against": painter / "eval/toy", "out": tmp_path / str(seed)}
+        given = {"against": painter / "eval/000002/toy", "out": tmp_path / str(seed)}
         change = reca.evaluate("toy", painter, limit=LIMIT, seed=seed, **given)["against"]
         assert change["identical_settings"] == (seed == 0)
         low, high = change["overall"]["difference_interval"]
@@ -206,7 +208,7 @@ def test_an_image_depends_on_its_item_alone(painter, monkeypatch, tmp_path):
 
 def test_a_half_written_record(painter):
     first = reca.evaluate("toy", painter, limit=LIMIT)
-    path = painter / "eval/toy/records.jsonl"
+    path = painter / "eval/000002/toy/records.jsonl"
     whole = path.read_text().splitlines()
     path.write_text("\n".join(whole[:-2]) + "\n" + whole[-2] + "\n" + whole[-1][:30])
     assert reca.evaluate("toy", painter, limit=LIMIT) == first
@@ -220,7 +222,7 @@ def test_a_full_disk_loses_nothing(painter, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    real, folder = files.write_atomically, painter / "eval/toy"
+    real, folder = files.write_atomically, painter / "eval/000002/toy"
     calls = []
 
     def fills_up(path, *rest, **options):
@@ -275,7 +277,8 @@ def test_a_disk_that_is_full_at_any_file(painter, monkeypatch):
             named.add(str(error).split(" cannot be written")[0].rpartition("/")[2])
         left = 40
         assert reca.evaluate("toy", painter, against="base", limit=1)["counts"]["images"] == 1
-        shutil.rmtree(painter / "eval")
+        shutil.rmtree(painter / "eval/base", ignore_errors=True)
+        shutil.rmtree(painter / "eval/000002/toy")
     assert named == {"generation.json", "metadata.jsonl", "0000.png", "results.json", "report.txt"}
 
 
@@ -301,17 +304,17 @@ def test_an_evaluation_draws_the_same_images(painter, monkeypatch, caplog):
     found = reca.evaluate("toy", painter, limit=40, out=painter / "again")
     assert {**found, "images": None} == {**whole, "images": None}
     again = {p.relative_to(painter / "again/images"): p.read_bytes() for p in (painter / "again").rglob("*.png")}
-    assert again == {path.relative_to("eval/toy/images"): content for path, content in images.items()}
+    assert again == {path.relative_to("eval/000002/toy/images"): content for path, content in images.items()}
     assert caplog.text.count("memory was full with 32 images at once") == 1
     monkeypatch.setattr(Painter, "generate", raising(torch.OutOfMemoryError("CUDA out of memory")))
     with pytest.raises(inference.MemoryFull, match="a single image"):
         reca.evaluate("toy", painter, limit=50)
-    assert len(list((painter / "eval/toy").rglob("*.png"))) == 40  # what was made is kept
+    assert len(list((painter / "eval/000002/toy").rglob("*.png"))) == 40  # what was made is kept
 
 
 def test_missing_images_and_another_layout(painter, tmp_path):
     reca.evaluate("toy", painter, limit=LIMIT, steps=["generate"])
-    images = painter / "eval/toy/images"
+    images = painter / "eval/000002/toy/images"
     shutil.rmtree(images / "00010")
     elsewhere = tmp_path / "elsewhere"
     with pytest.raises(EvaluationError, match="1 images of toy are missing: 00010 \\(0\\). Generate them, or set --p"):
@@ -330,7 +333,7 @@ def test_missing_images_and_another_layout(painter, tmp_path):
 def test_a_lost_image_loses_no_other(painter):
     given = {"limit": 3, "images_per_item": 4, "steps": ["score"]}
     reca.evaluate("toy", painter, **given | {"steps": ["generate", "judge", "score"]})
-    sorted((painter / "eval/toy/images").rglob("*.png"))[0].unlink()
+    sorted((painter / "eval/000002/toy/images").rglob("*.png"))[0].unlink()
     with pytest.raises(EvaluationError, match=r"1 images of toy are missing: 00000 \(0\). Generate them"):
         reca.evaluate("toy", painter, **given)
     counts = reca.evaluate("toy", painter, partial=True, **given)["counts"]
@@ -351,7 +354,7 @@ def test_what_is_generated_is_what_is_judged(painter, tmp_path, monkeypatch):
     found = reca.evaluate("geneval", painter, limit=5, judge="owlv2:x", images_per_item=1)
     wanted = [item.id for item in open_settings("geneval", None, limit=5).items()]
     assert [row["item"] for row in found["items"]] == wanted and found["counts"]["images"] == 5
-    images, given = painter / "eval/geneval/images", {"judge": "owlv2:x", "partial": True}
+    images, given = painter / "eval/000002/geneval/images", {"judge": "owlv2:x", "partial": True}
     monkeypatch.setattr(GenEval, "images_per_item", 1)
     assert reca.evaluate("geneval", painter, limit=5, judge="owlv2:x")["counts"]["images"] == 5
     found = reca.evaluate("geneval", painter, images=images, out=tmp_path / "out", **given)
@@ -360,7 +363,7 @@ def test_what_is_generated_is_what_is_judged(painter, tmp_path, monkeypatch):
 
 def test_images_that_were_not_judged_are_not_left_out_in_silence(painter, tmp_path):
     first = reca.evaluate("toy", painter, limit=LIMIT)
-    path = painter / "eval/toy/records.jsonl"
+    path = painter / "eval/000002/toy/records.jsonl"
     half = path.read_text()[: len(path.read_text()) // 2]  # the judge was killed while it wrote a line
     path.write_text(half)
     elsewhere = {"records": tmp_path / "theirs.jsonl", "out": tmp_path / "out"}
@@ -375,7 +378,7 @@ def test_images_that_were_not_judged_are_not_left_out_in_silence(painter, tmp_pa
 
 def test_changed_images_are_judged_again(painter):
     reca.evaluate("toy", painter, limit=LIMIT)
-    folder = painter / "eval/toy"
+    folder = painter / "eval/000002/toy"
     shutil.copy(sorted(folder.rglob("*.png"))[-1], sorted(folder.rglob("*.png"))[1])
     assert reca.evaluate("toy", painter, limit=LIMIT)["counts"]["images"] == LIMIT
     assert len(lines(folder / "records.jsonl")) == LIMIT + 1
@@ -383,7 +386,7 @@ def test_changed_images_are_judged_again(painter):
 
 def test_images_that_cannot_be_read_are_drawn_again_or_refused(painter, tmp_path, caplog, monkeypatch):
     wanted = reca.evaluate("toy", painter, limit=LIMIT)
-    images = painter / "eval/toy/images"
+    images = painter / "eval/000002/toy/images"
     paths = sorted(images.rglob("*.png"))
     contents = [path.read_bytes() for path in paths]
     broken = [
@@ -449,11 +452,11 @@ def test_images_of_other_weights_or_settings_are_not_mixed(painter, monkeypatch)
     }
     for name, change in settings.items():
         with pytest.raises(EvaluationError, match=f"with other settings \\({name}\\); set another --out"):
-            reca.evaluate("toy", painter, limit=5, out=painter / "eval/toy", **change)
+            reca.evaluate("toy", painter, limit=5, out=painter / "eval/000002/toy", **change)
     trained = Painter(0.0)
     with monkeypatch.context() as patch:
         patch.setattr(targets.Target, "load", lambda *_: trained)
-        trained.state = save(painter, 4)
+        trained.state = save(painter, 2) | {"step": 4}
         with pytest.raises(EvaluationError, match=r"settings \(fingerprint.checkpoint, step \S+ -> 4\); set"):
             reca.evaluate("toy", painter, limit=5)
     monkeypatch.setattr(targets.Target, "load", lambda *_: Painter(0.2))
@@ -483,20 +486,43 @@ def test_a_model_that_was_moved_is_the_same_model(painter, tmp_path):
         reca.evaluate("toy", painter, limit=9, overrides=moved)
 
 
-def test_the_state_is_that_of_the_checkpoint_that_was_loaded(painter, monkeypatch):
-    """A run that goes on saves one after the other, also while its model is loaded."""
-    save(painter, 2)
+def test_a_run_stands_for_its_newest_checkpoint(painter, monkeypatch):
+    """A run that goes on saves one after the other, also while its model is loaded: each has its own evaluations."""
+    states = {save(painter, step)["step"]: save(painter, step) for step in (2, 4)}
 
-    def load(*_):
+    def load_trained(folder, *_):
+        save(painter, 6)
         trained = Painter()
-        trained.state = save(painter, 4)
+        trained.state = states[int(folder.name)]
         return trained
 
-    monkeypatch.setattr(targets.Target, "load", load)
-    for _ in range(2):
+    monkeypatch.undo()
+    monkeypatch.chdir(painter.parent)
+    monkeypatch.setattr(targets, "load_trained", load_trained)
+    found = reca.evaluate("toy", painter, limit=5)
+    assert found["model"]["step"] == 4 and (painter / "eval/000004/toy/results.json").is_file()
+    states[6] = save(painter, 6)
+    for name, made in (("000004", 5), ("000002", 10), ("000006", 15)):
+        again = reca.evaluate("toy", painter / "checkpoints" / name, limit=5)
+        assert again["model"]["step"] == int(name) and Painter.made == made
+    assert reca.evaluate("toy", painter, limit=5)["model"]["step"] == 6 and Painter.made == 15
+    before, after = str(painter / "checkpoints/000004"), str(painter)
+    assert [side.evaluations for side in find_sides(before, after)] == [
+        (painter / f"eval/{step}/toy",) for step in ("000004", "000006")
+    ]
+
+
+def test_a_model_is_not_evaluated_against_itself(painter):
+    save(painter, 2)
+    with pytest.raises(EvaluationError, match="are the same model, or two that .*: compare with another model"):
+        reca.evaluate("toy", painter, against=painter / "checkpoints/000002", limit=1)
+    assert Painter.made == 0
+
+
+def test_a_run_without_checkpoints_or_evaluations_is_refused(painter):
+    (painter / "eval/000002").rmdir()
+    with pytest.raises(CheckpointError, match="run has no complete checkpoint; did the run save one"):
         reca.evaluate("toy", painter, limit=5)
-        found = json.loads((painter / "eval/toy/generation.json").read_text())
-        assert Painter.made == 5 and found["model"]["step"] == 4
 
 
 @pytest.mark.parametrize(

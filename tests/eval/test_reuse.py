@@ -70,7 +70,7 @@ def test_images_of_other_prompts_are_refused(painter, old):
     """Also in a folder without digests, whose results name the prompts."""
     first = reca.evaluate("toy", painter, limit=42)
     if old:
-        without_digests(painter / "eval/toy")
+        without_digests(painter / "eval/000002/toy")
     for other in ("toy?seed=1", "toy?dataset=emoji"):
         for steps in (("generate", "judge", "score"), ("score",)):
             with pytest.raises(
@@ -81,12 +81,12 @@ def test_images_of_other_prompts_are_refused(painter, old):
     for limit, count, made in ((50, 1, 50), (50, 2, 100)):  # more of the same
         found = reca.evaluate("toy", painter, limit=limit, images_per_item=count)
         assert found["counts"]["images"] == made and Painter.made >= made
-    assert len(read_generation(painter / "eval/toy")["items"]) >= 50
+    assert len(read_generation(painter / "eval/000002/toy")["items"]) >= 50
 
 
 def test_another_protocol_is_refused(painter):
     reca.evaluate("toy", painter, limit=5)
-    path = painter / "eval/toy/generation.json"
+    path = painter / "eval/000002/toy/generation.json"
     path.write_text(path.read_text().replace('"toy dataset shapes"', '"older name"'))
     with pytest.raises(EvaluationError, match=r"with other settings \(protocol 'older name' -> 'toy dataset shapes'\)"):
         reca.evaluate("toy", painter, limit=5)
@@ -196,10 +196,10 @@ def test_an_edited_question_is_asked_anew(painter, reader, tmp_path):
 
 def test_records_of_earlier_releases_count(painter):
     first = reca.evaluate("toy", painter, limit=5)
-    without_digests(painter / "eval/toy")
-    before = (painter / "eval/toy/records.jsonl").read_text()
+    without_digests(painter / "eval/000002/toy")
+    before = (painter / "eval/000002/toy/records.jsonl").read_text()
     assert reca.evaluate("toy", painter, limit=5) == first
-    assert (painter / "eval/toy/records.jsonl").read_text() == before
+    assert (painter / "eval/000002/toy/records.jsonl").read_text() == before
 
 
 # ---- judges ----
@@ -293,7 +293,7 @@ def test_a_result_file_that_was_replaced_is_read_again(tmp_path):
 
 def test_a_file_to_judge_by_is_read_before_anything_is_drawn(painter, tmp_path, monkeypatch):
     reca.evaluate("toy", painter, limit=5)
-    lines = (painter / "eval/toy/records.jsonl").read_text().splitlines()
+    lines = (painter / "eval/000002/toy/records.jsonl").read_text().splitlines()
     kept, read = tmp_path / "kept.jsonl", []
     parse = records.import_answers
     monkeypatch.setattr(records, "import_answers", lambda *given: read.append(1) or parse(*given))
@@ -313,7 +313,7 @@ def test_a_file_to_judge_by_is_read_before_anything_is_drawn(painter, tmp_path, 
 
 def test_records_of_other_images_do_not_count(painter):
     reca.evaluate("toy", painter, limit=5)
-    folder = painter / "eval/toy"
+    folder = painter / "eval/000002/toy"
     kept = folder.parent / "kept.jsonl"
     shutil.copy(folder / "records.jsonl", kept)
     given = {"limit": 5, "images": folder / "images", "records": kept, "out": painter / "out", "steps": ["score"]}
@@ -329,7 +329,7 @@ def test_a_recorded_judge_is_checked_for_both_sides_before_anything_is_drawn(pai
     other, kept = tmp_path / "other", tmp_path / "kept.jsonl"
     reca.evaluate("toy", painter, limit=5)
     reca.evaluate("toy", painter, limit=5, images_per_item=2, out=other, steps=["generate"])
-    lines = (painter / "eval/toy/records.jsonl").read_text()
+    lines = (painter / "eval/000002/toy/records.jsonl").read_text()
     kept.write_text(lines)
     given = {"limit": 5, "judge": f"recorded:{kept}", "out": tmp_path / "out"}
     Painter.made = 0

@@ -77,7 +77,7 @@ def test_geneval_writes_and_reads_its_layout(geneval, painter):
     suite = open_suite("geneval", geneval)
     arguments = {"suite": "geneval", "source": painter, "data": geneval}
     reca.evaluate(**arguments, steps=["generate"])
-    images = painter / "eval/geneval/images"
+    images = painter / "eval/000002/geneval/images"
     files = sorted(str(path.relative_to(images)) for path in images.rglob("*.*"))
     assert files[:5] == ["00000/metadata.jsonl", *(f"00000/samples/{k:04d}.png" for k in range(4))] and len(files) == 10
     assert json.loads((images / "00001/metadata.jsonl").read_text()) == ROWS[1]

@@ -12,7 +12,9 @@ from reca.comparison.weights import understanding
 from reca.eval import report
 from reca.eval.errors import EvaluationError
 from reca.eval.files import HALVES
+from reca.eval.targets import evaluated_steps
 from reca.io.folders import write_atomically
+from reca.runs.lineage import is_run
 
 PAGE = "comparison.html"
 
@@ -54,11 +56,11 @@ def _suites(before: Side, after: Side) -> tuple[list[dict[str, Any]], list[str]]
         if key not in other
     ]
     notes += [
-        f"{folder} is of step {step}, and {side.source} is at step {side.step} now: delete that folder and run "
-        f"reca eval {key[0]} {side.source} for scores of these weights"
-        for found, mine, side in zip(results, chosen, (before, after), strict=True)
-        for key, folder in mine.items()
-        if side.kind == "run" and (step := (found[folder]["model"] or {}).get("step")) not in (None, side.step)
+        f"{side.source} stands for step {side.step}, which was not evaluated, but other steps were: to compare one of "
+        f"them, pass its checkpoint, or the folder of its evaluation in {side.run_dir}/eval ({', '.join(steps)})"
+        for side in (before, after)
+        if side.run_dir and is_run(side.source) and side.step is not None and not side.evaluations
+        if (steps := evaluated_steps(side.run_dir))
     ]
     if not suites and not notes:
         notes.append("neither model was evaluated; run reca eval SUITE RUN --against base to add scores and images")

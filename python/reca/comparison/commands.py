@@ -8,8 +8,8 @@ from reca.arguments import as_path, takes_pairs
 
 def add(sub: argparse.ArgumentParser) -> None:
     """Add the options of `reca compare`."""
-    sub.add_argument("before", help="run folder or evaluation folder; or base: the model that AFTER started from")
-    sub.add_argument("after", help="the same; base: the model that BEFORE started from")
+    sub.add_argument("before", help="folder of a run, checkpoint or evaluation; or base: what AFTER started from")
+    sub.add_argument("after", help="the same; base: what BEFORE started from")
     sub.add_argument("--out", type=as_path, metavar="DIR", help="output folder (default: RUN/comparison)")
     sub.add_argument("--pairs", type=int, default=60, help="image pairs to show per suite (default: %(default)s)")
     sub.add_argument(

@@ -1,6 +1,7 @@
 """Losses of two runs, and the recipe keys that differ."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 from reca.comparison.sides import Side
@@ -17,15 +18,18 @@ def loss_curves(before: Side, after: Side) -> list[dict[str, Any]]:
 
     The curve of an earlier checkpoint ends at its step.
     """
-    sides = [_losses(side) for side in (before, after)]
+    sides = [_losses(side.run_dir, _last_step(side)) for side in (before, after)]
     names = dict.fromkeys(name for side in sides for name in side)
     return [{"name": name, "before": sides[0].get(name, []), "after": sides[1].get(name, [])} for name in names]
 
 
-def _losses(side: Side) -> dict[str, list[list[float]]]:
+def _last_step(side: Side) -> float:
+    return math.inf if side.step is None or is_run(side.source) else side.step
+
+
+def _losses(run_dir: Path | None, last: float = math.inf) -> dict[str, list[list[float]]]:
     curves: dict[str, list[list[float]]] = {}
-    last = math.inf if side.step is None or is_run(side.source) else side.step
-    for values in jsonl.read(side.run_dir / "log.jsonl") if side.run_dir else ():
+    for values in jsonl.read(run_dir / "log.jsonl") if run_dir else ():
         step = values.get("step")
         if not isinstance(step, int | float) or step > last:
             continue

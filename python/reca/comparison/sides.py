@@ -61,20 +61,26 @@ def find_sides(before: str, after: str) -> tuple[Side, Side]:
     """
     if before == BASE and after == BASE:
         raise OptionError("both sides are base: pass a run on one side")
-    if BASE not in (before, after) and Path(before).resolve() == Path(after).resolve():
-        raise OptionError(f"both sides are {after}: pass two folders, or base as one side")
     if before == BASE:
         return _base_of(after), _side(after)
     if after == BASE:
         return _side(before), _base_of(before)
-    return _side(before), _side(after)
+    sides = _side(before), _side(after)
+    if _place(sides[0]) == _place(sides[1]):
+        raise OptionError(f"both sides are {_place(sides[0])}: pass two models, or base as one side")
+    return sides
+
+
+def _place(side: Side) -> Path:
+    """Return the folder of the checkpoint that a run stands for, or that of an evaluation."""
+    return (side.weights or Path(side.source)).resolve()
 
 
 def _side(name: str) -> Side:
     folder = Path(name)
     if trained := trained_source(folder):
         run, weights = trained
-        return Side(name, "run", _evaluations(evaluations_of(folder, *trained)), recipe_of(run), weights)
+        return Side(name, "run", _evaluations(evaluations_of(run, weights)), recipe_of(run), weights)
     if (folder / RESULTS).is_file():
         return Side(name, "evaluation", (folder,))
     raise OptionError(
@@ -93,5 +99,5 @@ def _base_of(name: str) -> Side:
     return Side(f"base of {name}", "base", _evaluations(run / "eval" / BASE), recipe, weights, run)
 
 
-def _evaluations(folder: Path) -> tuple[Path, ...]:
-    return tuple(sorted(path.parent for path in folder.glob(f"*/{RESULTS}") if path.parent.name != BASE))
+def _evaluations(folder: Path | None) -> tuple[Path, ...]:
+    return tuple(sorted(path.parent for path in folder.glob(f"*/{RESULTS}"))) if folder else ()

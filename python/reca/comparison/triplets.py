@@ -66,7 +66,12 @@ def draw(
     run = sides[1] if sides[1].kind == "run" else sides[0]
     assert run.recipe is not None
     place = out / FOLDER
-    targets = [Target(side.source, side.recipe, side.kind == "run", place, run=side.base_of) for side in sides]
+    targets = [
+        Target(side.source, side.recipe, True, place, checkpoint=side.weights)
+        if side.kind == "run"
+        else Target(side.source, side.recipe, False, place, run=side.base_of)
+        for side in sides
+    ]
     source = _open(run, images)
     data = [images, run.recipe.data.images, run.recipe.eval.holdout, run.recipe.eval.holdout_from, run.recipe.eval.seed]
     shown = [*data, len(source), source.identity()]

@@ -12,12 +12,13 @@ from reca.demo.variants import Outcome
 from reca.eval.evaluation import evaluate
 from reca.eval.settings import Settings
 from reca.eval.suites import Suite, open_suite
+from reca.eval.targets import BASE, opponent, target
 from reca.models import umm_package
 from reca.options.sampling import defaults
 from reca.runs.lineage import recipe_of
 
 NAME = build.PAGE
-FOLDER = "demo"  # evaluation folder in the run folder; `reca eval toy` generates its own images in another one
+FOLDER = "demo"  # name of the evaluation folders; `reca eval toy` generates its own images in others
 
 
 def write(
@@ -37,7 +38,8 @@ def write(
     """
     opened = open_suite(suite)
     settings = Settings(opened, steps=("judge", "score"), partial=every > 1)
-    for outcome, folder in ((before, run_dir / "eval" / "base" / FOLDER), (after, run_dir / "eval" / FOLDER)):
+    trained = target(run_dir, (), FOLDER, None)
+    for outcome, folder in ((before, opponent(BASE, trained, (), FOLDER).folder), (after, trained.folder)):
         _write_images([image for _, image, _ in outcome.measured.samples], opened, every, folder / "images")
         evaluate(settings, run_dir, out=folder)
     found = build.compare("base", str(run_dir))

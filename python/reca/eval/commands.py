@@ -10,7 +10,7 @@ from reca.options.sampling import read_pairs
 def add(sub: argparse.ArgumentParser) -> None:
     """Add the options of `reca eval`."""
     sub.add_argument("suite", help=f"{', '.join(SUITES)}; toy?dataset=emoji&seed=1: the toy dataset emoji, seed 1")
-    sub.add_argument("recipe", type=path_text, help="run folder, or recipe name or .yaml file")
+    sub.add_argument("recipe", type=path_text, help="run folder, RUN/checkpoints/STEP, or recipe name or .yaml file")
     takes_overrides(sub)
     sub.add_argument(
         "--against", metavar="RUN|base", help="compare with: base, a run, a recipe, or an evaluation folder"
@@ -27,7 +27,7 @@ def add(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--images", type=path_text, metavar="DIR", help="existing images, in the benchmark's own layout")
     sub.add_argument("--records", type=path_text, metavar="FILE", help="existing records or a result file")
     sub.add_argument("--data", type=path_text, metavar="PATH", help="files of a benchmark that are not shipped")
-    sub.add_argument("--out", type=path_text, metavar="DIR", help="output folder (default: RUN/eval/SUITE)")
+    sub.add_argument("--out", type=path_text, metavar="DIR", help="output folder (default: RUN/eval/STEP/SUITE)")
     sub.add_argument("--images-per-item", type=int, help="images per prompt (default: that of the benchmark)")
     sub.add_argument("--limit", type=int, help="number of items, spread evenly over the suite (default: all)")
     sub.add_argument("--partial", action="store_true", help="score the available images although some are missing")

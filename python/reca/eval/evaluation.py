@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from reca import distributed
 from reca.eval import records as recorded
 from reca.eval import report
 from reca.eval.checks import check
-from reca.eval.errors import EvaluationError
+from reca.eval.errors import EvaluationError, OptionError
 from reca.eval.files import write
 from reca.eval.generate import generate_answers, generate_images, is_drawn, read_answers
 from reca.eval.inputs import count_unjudged, images_of
@@ -56,6 +57,11 @@ def evaluate(
     suite, device = settings.suite, None if device is None else usable_device(device)
     mine = target(source, overrides, suite.name, out, ema)
     sides = [mine] if against is None else [mine, opponent(against, mine, overrides, suite.name)]
+    if len({side.folder.resolve() for side in sides}) < len(sides):
+        raise OptionError(
+            f"{source} and {against} are the same model, or two that would be evaluated in the same folder, "
+            f"{mine.folder}: compare with another model"
+        )
     for side in sides:
         if side.recipe is not None:
             ensure_writable(side.folder, "--out")
@@ -83,10 +89,13 @@ def evaluate(
 def _generate_on_all_ranks(settings: Settings, sides: Sequence[Target], device: torch.device | None) -> torch.device:
     """Generate for these sides on all ranks, and return this rank's device.
 
+    A run may save a checkpoint while the ranks start, so all take the one that is the newest on rank 0.
     The process group is destroyed afterwards unless the caller had created it: rank 0 alone runs the other steps.
     """
     joined = distributed.is_joined()
     place = distributed.initialize(60 * distributed.HOURS) if device is None else device
+    first = distributed.all_gather([(side.folder, side.checkpoint) for side in sides])[0]
+    sides = [replace(side, folder=f, checkpoint=c) for side, (f, c) in zip(sides, first, strict=True)]
     with distributed.fail_together():
         for side in sides:
             _generate(settings, side, place)

@@ -19,7 +19,7 @@ from reca.eval.suites.base import agree
 from reca.models.base import Adapter
 from reca.models.common.inference import warn_of_random_weights
 from reca.options.fields import format_value
-from reca.runs.lineage import is_run, load_start, load_trained, parent_checkpoint, recipe_of, trained_source
+from reca.runs.lineage import load_start, load_trained, parent_checkpoint, recipe_of, trained_source
 from reca.runs.published import published_model
 
 BASE = "base"
@@ -32,12 +32,13 @@ SHORT = 40  # characters of a value that a message shows
 class Target:
     """One side of an evaluation.
 
-    source   as given by the user; for the base model of a run, "base of" and the run
-    recipe   recipe of the model; None for the folder of an existing evaluation
-    trained  whether source is a run, with the weights of its newest checkpoint, or one of its checkpoints
-    folder   output folder of the evaluation
-    ema      whether to evaluate the moving average of the weights
-    run      for the base model of a run, that run
+    source      as given by the user; for the base model of a run, "base of" and the run
+    recipe      recipe of the model; None for the folder of an existing evaluation
+    trained     whether source is a run or one of its checkpoints
+    folder      output folder of the evaluation
+    ema         whether to evaluate the moving average of the weights
+    run         for the base model of a run, that run
+    checkpoint  of a run, the newest one when this was made: the run may go on; None if it has none
     """
 
     source: str
@@ -46,35 +47,27 @@ class Target:
     folder: Path
     ema: bool = False
     run: Path | None = None
+    checkpoint: Path | None = None
 
     def load(self, device: torch.device | str) -> Adapter:
         assert self.recipe is not None
         if self.trained:
-            return load_trained(Path(self.source), self.recipe, device, self.ema)
+            return load_trained(self.checkpoint or Path(self.source), self.recipe, device, self.ema)
         if self.recipe.train.init_from is None:
             warn_of_random_weights(self.source, self.recipe.model)
         return load_start(self.recipe, device, self.run)
 
-    @property
-    def _checkpoint(self) -> Path | None:
-        trained = trained_source(self.source) if self.trained else None
-        return trained and trained[1]
-
-    def step(self) -> int | None:
-        found = self._checkpoint
-        return None if found is None else int(found.name)
-
     def fingerprint(self, model: Adapter | None = None) -> dict[str, Any]:
         """Return values that identify the state of the model, wherever its files are, without reading its weights.
 
-        model: result of `load`, if it is loaded. The run may have saved a newer checkpoint since.
+        model: result of `load`, if it is loaded. The run of train.init_from may have saved a newer checkpoint since.
         """
         assert self.recipe is not None
         found: dict[str, Any] = {"model": published_model(self.recipe), "ema": self.ema}
         if model is not None:
             digest = model.state and model.state.get("digest")
         else:
-            folder = self._checkpoint if self.trained else parent_checkpoint(self.recipe, self.run)
+            folder = self.checkpoint if self.trained else parent_checkpoint(self.recipe, self.run)
             digest = folder and checkpoint.digest(folder)
         found |= {"init_from": None if self.trained else digest, "checkpoint": digest if self.trained else None}
         return json.loads(json.dumps(found, default=str))
@@ -83,16 +76,33 @@ class Target:
 def target(
     source: str | Path, overrides: Sequence[str] | Mapping[str, Any], suite: str, out: Path | None, ema: bool = False
 ) -> Target:
-    """Return the Target of a run, one of its checkpoints or a recipe. out: output folder; None: the default."""
+    """Return the Target of a run, one of its checkpoints or a recipe. out: output folder; None: the default.
+
+    Raises CheckpointError for a run without checkpoints and evaluations, unless `out` is set.
+    """
     recipe = recipe_of(source, overrides)
     if trained := trained_source(source):
-        return Target(str(source), recipe, True, out or evaluations_of(source, *trained) / suite, ema)
+        run, newest = trained
+        if out is None:
+            if (place := evaluations_of(run, newest)) is None:
+                raise checkpoint.CheckpointError(f"{run} has no complete checkpoint; did the run save one?")
+            out = place / suite
+        return Target(str(source), recipe, True, out, ema, checkpoint=newest)
     return Target(str(source), recipe, False, out or Path(recipe.run_dir) / "eval" / BASE / suite)
 
 
-def evaluations_of(source: str | Path, run: Path, folder: Path | None) -> Path:
-    """Return RUN/eval for a run, RUN/eval/STEP for a checkpoint. run, folder: `trained_source` of the source."""
-    return run / "eval" if folder is None or is_run(source) else run / "eval" / folder.name
+def evaluations_of(run: Path, folder: Path | None) -> Path | None:
+    """Return RUN/eval/STEP, which has the evaluations of a checkpoint. run, folder: result of `trained_source`.
+
+    If the run has no checkpoint (left), its last step with evaluations is returned; None if there is none.
+    """
+    steps = evaluated_steps(run) if folder is None else [folder.name]
+    return run / "eval" / steps[-1] if steps else None
+
+
+def evaluated_steps(run: Path) -> list[str]:
+    """List the steps of a run that have evaluations, as the names of their folders in RUN/eval."""
+    return sorted((path.name for path in (run / "eval").glob("*") if path.name.isdecimal()), key=int)
 
 
 def opponent(name: str | Path, mine: Target, overrides: Sequence[str] | Mapping[str, Any], suite: str) -> Target:
@@ -113,7 +123,7 @@ def opponent(name: str | Path, mine: Target, overrides: Sequence[str] | Mapping[
 def describe(model: Adapter, side: Target) -> dict[str, Any]:
     """Describe a loaded model for the results."""
     assert side.recipe is not None
-    step = model.state["step"] if side.trained else None  # not side.step(): the run may have written a newer checkpoint
+    step = model.state["step"] if side.trained else None
     return {"source": side.source, "umm": side.recipe.umm, "trained": side.trained, "step": step,
             "dtype": _dtype(model), "weights_sha256": weights_hash(model)}  # fmt: skip
 
