@@ -18,9 +18,8 @@ from reca.models import umm_package
 from reca.models.base import Adapter
 from reca.models.common.inference import warn_of_random_weights, warn_of_untrained
 from reca.options.fields import RecipeError, format_value
-from reca.runs.lineage import finished_steps, load_trained, recipe_of, trained_source
+from reca.runs.lineage import finished_steps, load_start, load_trained, recipe_of, trained_source
 from reca.trainer import Trainer
-from reca.training.finite_weights import check_finite
 
 
 class TrainedRun(NamedTuple):
@@ -40,9 +39,10 @@ def load(
     """Load a model, ready for inference.
 
     Args:
-        source: Name or path of a recipe, whose published files are loaded; or a run folder, whose newest
-            checkpoint is applied on top of them; or the folder of an earlier checkpoint, RUN/checkpoints/STEP. To
-            load an export, name its recipe and override {"model.weights": FOLDER}.
+        source: Name or path of a recipe, for the model that its run starts from: its published files, with the
+            weights of train.init_from on top of them; or a run folder, for its newest checkpoint; or the folder of an
+            earlier one, RUN/checkpoints/STEP. To load an export, name its recipe and override
+            {"model.weights": FOLDER}.
         overrides: Recipe keys to override: ["model.dtype=bf16"] or {"model.dtype": "bf16"}.
         device: Device of the weights. None: a GPU, if there is one.
         ema: Load the run's exponential moving average (ema.half_life) instead of its last weights. Off by default,
@@ -54,7 +54,7 @@ def load(
     Raises:
         RecipeError: The recipe cannot be read as written, or the device cannot be used. It is a ValueError.
         ValueError: Files are missing, or do not match the recipe.
-        CheckpointError: The run has no complete checkpoint, or no average for ema=True.
+        CheckpointError: The run, or that of train.init_from, has no complete checkpoint, or no average for ema=True.
     """
     source = _path(source)
     recipe = recipe_of(source, overrides)
@@ -66,10 +66,9 @@ def load(
             f"{source!r} is not a run folder, and only a run has an EMA: leave out --ema (in Python ema=True)"
         )
     warn_of_untrained(source)
-    warn_of_random_weights(source, recipe.model)
-    adapter = umm_package(recipe.umm).Adapter.load(recipe.model, device).eval()
-    check_finite(adapter)
-    return adapter
+    if recipe.train.init_from is None:
+        warn_of_random_weights(source, recipe.model)
+    return load_start(recipe, device)
 
 
 def _path(source: str | Path) -> str:
@@ -119,6 +118,11 @@ def train(
     if model is not None:
         _check_class(recipe, model)
         _check_keys(recipe, getattr(model, "config", recipe.model))
+        if recipe.train.init_from is not None and model.inherited:
+            raise RecipeError(
+                f"the model has the weights of a run, over which train.init_from={recipe.train.init_from} would load "
+                "others: pass no model, or set train.init_from to null"
+            )
     made = finished_steps(fit_run.recorded(recipe))
     if made is None:
         Trainer(recipe, model).run()
@@ -184,7 +188,7 @@ def evaluate(
         images: A folder of images made elsewhere, in the benchmark's layout, instead of the step generate.
         records: Records, or a result file of the benchmark's own scripts, instead of the step judge.
         data: The benchmark's files, where they are not shipped.
-        out: The folder of the evaluation. None: RUN/eval/SUITE, of a checkpoint RUN/eval/STEP/SUITE.
+        out: The folder of the evaluation. None: RUN/eval/STEP/SUITE, of the step of the checkpoint.
         images_per_item: Images per prompt. None: that of the benchmark.
         limit: Number of items, spread evenly over the suite.
         sampling: Options of the model's sampler.

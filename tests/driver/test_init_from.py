@@ -8,9 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import reca
 from reca import checkpoint, trainer
 from reca.checkpoint import CheckpointError, listing, writing
 from reca.comparison.sides import find_sides
+from reca.config.recipe_files import save_recipe
 from reca.eval.targets import opponent, target
 from reca.options.fields import RecipeError
 from reca.runs.lineage import load_start, load_trained, parent_checkpoint
@@ -226,6 +228,22 @@ def test_a_run_starts_from_an_earlier_checkpoint(start, tmp_path, published):
     (began / "COMPLETE").unlink()
     with pytest.raises(CheckpointError, match="train.init_from=.*000001 is not a complete checkpoint"):
         Trainer(start("third", "first/checkpoints/000001"), ToyAdapter())
+
+
+def test_a_recipe_is_the_model_that_its_run_starts_from(start, tmp_path, published, monkeypatch):
+    """Whatever loads it: reca.load and the commands that call it, an evaluation, and training."""
+    first = weights(run_toy(start("first", None, *FIRST)).adapter)
+    recipe = start("second", "first")
+    file = tmp_path / "second.yaml"
+    save_recipe(recipe, file)
+    mine = target(file, (), "toy", None)
+    model = reca.load(file, device="cpu")
+    assert equal(weights(model), first) and equal(weights(mine.load("cpu")), first)
+    assert mine.fingerprint(model) == mine.fingerprint()
+    monkeypatch.setattr("reca.api._check_class", lambda *_: None)
+    with pytest.raises(RecipeError, match=r"has the weights of a run, over which train.init_from=.* pass no model"):
+        reca.train(recipe, model=model)
+    assert not (tmp_path / "second").exists()
 
 
 def test_only_a_base_without_any_weights_is_called_random(start, tmp_path, published, caplog):

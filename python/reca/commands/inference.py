@@ -40,10 +40,10 @@ def answer(options: argparse.Namespace) -> None:
 def best_of(options: argparse.Namespace) -> None:
     """Run `reca best-of`. Under torchrun every rank takes a share of the prompts."""
     from reca import distributed
-    from reca.api import recipe_of, trained_source
+    from reca.api import recipe_of
     from reca.commands import best_of
     from reca.data.sample import digest
-    from reca.eval.targets import Target
+    from reca.eval.targets import target
 
     if options.candidates < 1:
         raise ValueError(f"--candidates must be at least 1, got {options.candidates}")
@@ -53,7 +53,7 @@ def best_of(options: argparse.Namespace) -> None:
     adapter = _adapter(options, "generate")
     choice.sampling = _sampling(options, adapter.generate, ends, [*prompts, choice.question])
     _adapter(options, "answer")
-    source = Target(str(options.recipe), recipe, trained_source(options.recipe) is not None, options.out, options.ema)
+    source = target(options.recipe, options.overrides, "", options.out, options.ema)
 
     def identify(step: int | None, model: Any = None) -> None:
         weights = digest([source.fingerprint(model)])
@@ -61,11 +61,10 @@ def best_of(options: argparse.Namespace) -> None:
 
     def load() -> Any:
         model = _model(options, [*prompts, choice.question])
-        if source.trained:
-            identify(model.state["step"], model)
+        identify(model.state["step"] if source.trained else None, model)
         return model
 
-    identify(source.step())
+    identify(int(source.checkpoint.name) if source.checkpoint else None)
     distributed.initialize(60 * distributed.HOURS)  # each rank works on its share alone
     records = best_of.choose(load, prompts, choice, options.out)
     if distributed.is_main_process():
