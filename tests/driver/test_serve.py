@@ -113,6 +113,26 @@ def test_a_run_beside_its_base(tmp_path, caplog):
     assert Requests(sides).abilities == {"generate", "answer"}
 
 
+def test_a_checkpoint_is_served_like_a_run(tmp_path):
+    run = str(tmp_path / "run")
+    keys = {"run_dir": run, "train.steps": 2, "checkpoint.every": 1, "objective.i2t.weight": 0, "data.workers": 0}
+    api.train("show_o_tiny", keys | {"objective.reca.batch_size": 2, "log.tensorboard": False})
+    first, last = f"{run}/checkpoints/000001", f"{run}, step 2"
+    expected = {
+        (first, run): [last, f"{first}, step 1"],
+        (run, first): [f"{first}, step 1", last],
+        (first, "base"): [f"base of {first}", f"{first}, step 1"],
+        ("show_o_tiny", first): [f"{first}, step 1", "show_o_tiny"],
+        (first, None): [f"{first}, step 1"],
+    }
+    for (source, against), labels in expected.items():
+        sides = open_sides(source, [], against, False, "cpu")
+        shown = make_page(Requests(sides), "reca").config["components"]
+        assert [part["props"]["label"] for part in shown if part["type"] == "image"] == labels
+        pictures = [image.tobytes() for image in Requests(sides).generate("a red square", 0, "steps=1")]
+        assert len(set(pictures)) == len(labels)
+
+
 def test_an_evaluation_cannot_be_served(tmp_path):
     (tmp_path / "records.jsonl").write_text("")
     with pytest.raises(ValueError, match="is an evaluation folder"):
