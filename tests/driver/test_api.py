@@ -14,7 +14,7 @@ import torch
 
 import reca
 from reca import api, cli
-from reca.checkpoint import CheckpointError
+from reca.checkpoint import MARKER, CheckpointError
 from reca.config.recipe_files import load_recipe, save_recipe
 from reca.eval.errors import EvaluationError
 from reca.options.fields import RecipeError
@@ -268,6 +268,13 @@ def test_a_checkpoint_that_is_gone_names_its_run(tmp_path, monkeypatch):
             recipe_of(source)
     with pytest.raises(RecipeError, match="there is no recipe 'show_o_tyny'"):
         recipe_of("show_o_tyny")
+    for step in ("000004", "000006"):
+        (tmp_path / "checkpoints" / step).mkdir(parents=True)
+        (tmp_path / "checkpoints" / step / MARKER).touch()
+    for place in ("checkpoints", "checkpoints/000004"):
+        monkeypatch.chdir(tmp_path / place)
+        with pytest.raises(RecipeError, match=rf"'000002' is inside .*'{tmp_path}': .*there are: 000004, 000006"):
+            recipe_of("000002")
 
 
 def test_objects_in_place_of_names(tmp_path):

@@ -224,15 +224,16 @@ def recipe_of(source: str | Path, overrides: Sequence[str] | Mapping[str, Any] =
     try:
         return load_recipe(trained[0] / "recipe.yaml" if trained else source, overrides)
     except UnknownRecipe as error:
-        bare = Path(source).name == str(source)  # possibly a misspelt recipe, with a run as working directory
-        if (Path(source).exists() or not bare) and (hint := _around(Path(source))):
+        # A bare name may be a misspelt recipe, with a run as working directory. A number is none.
+        named = Path(source).name == str(source) and not str(source).isdecimal()
+        if (Path(source).exists() or not named) and (hint := _around(Path(source))):
             raise RecipeError(f"{str(source)!r} {hint}") from error
         raise RecipeError(f"{str(source)!r} is not a run folder, and there is {error}") from error
 
 
 def _around(path: Path) -> str:
     """Say which run folder contains a path, and which checkpoints it has; empty if there is no such folder."""
-    run = next((folder for folder in path.parents if is_run(folder)), None)
+    run = next((folder for folder in (*path.parents, *path.absolute().parents) if is_run(folder)), None)
     if run is None:
         return ""
     steps = ", ".join(folder.name for folder in checkpoint.list_complete(run)) or "none"
