@@ -292,7 +292,7 @@ def test_sampling(golden, model, tolerances, case):
     data, asked, guided, logits = golden.data, golden.config["generation"], [], []
     hook = model.gen_head.register_forward_hook(lambda _module, _args, out: logits.append(out))
     text = re.fullmatch(r"(?s)<\|User\|>:(.*)<\|Assistant\|>:<begin_of_image>", value(golden, "gen.prompt"))[1]
-    ids = prompt.caption(model.tokens, text, model.vocabulary)
+    ids = [*prompt.caption(model.tokens, text, model.vocabulary), model.vocabulary.boi]
     assert ids == data["gen.prompt_ids"].tolist()
     try:
         codes = sampling.sample_codes(

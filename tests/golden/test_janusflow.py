@@ -10,8 +10,7 @@ from reca.data.tasks import Turn
 from reca.models.common.images import to_uint8
 from reca.models.janus import prompt as janus_prompt
 from reca.models.janus.sampling import continue_text
-from reca.models.janusflow import prompt, sampling, weights
-from reca.models.janusflow.loss import t2i_prompt
+from reca.models.janusflow import sampling, weights
 from reca.rng import CounterRNG
 from tests.golden.janus import Tolerances, value
 from tests.golden.janusflow import build, image_batch, talk_batch
@@ -203,7 +202,7 @@ def test_update(golden, model, near):
 def test_sampling(golden, model, near):
     """The released sampler draws several images of one prompt, with guidance, from recorded noise."""
     data, asked, velocities = golden.data, golden.config["generation"], []
-    given = [t2i_prompt(model, value(golden, "sample.caption"))] * asked["samples"]
+    given = [model.caption(value(golden, "sample.caption"))] * asked["samples"]
     run = functools.partial(sampling.denoise, model, given, None, data["sample.start"], steps=asked["steps"])
     latents = run(guidance=asked["cfg_weight"], on_step=velocities.append)
     near.close("sampled", torch.stack(velocities), data["sample.velocities"])
@@ -213,10 +212,7 @@ def test_sampling(golden, model, near):
 
 def test_answers(golden, model):
     data, config, v = golden.data, model.config, model.vocabulary
-    asked = [
-        prompt.with_image(model.tokens, text, v, model.hv_tokens, config.system_prompt)
-        for text in value(golden, "ask.questions")
-    ]
+    asked = [model.with_image(text, config.system_prompt) for text in value(golden, "ask.questions")]
     layout = janus_prompt.layout(asked, v)
     assert torch.equal(ids_of(model, layout, layout.src.shape[1]), data["ask.ids"])
     wanted = data["ask.answer"]

@@ -612,7 +612,7 @@ def test_editing_sees_image_and_instruction(variant):
     assert not near(model.edit(shown[:1], texts[1:2], [0], steps=3)[0], together[0])
 
 
-@pytest.mark.parametrize("task", ["reca", "t2i", "i2t"])
+@pytest.mark.parametrize("task", ["t2i", "i2t"])
 def test_no_sample_is_longer_than_the_limit(task, plain, monkeypatch):
     """Texts are truncated, images and their borders never; a caption still ends in eos."""
     monkeypatch.setattr(prompt, "MAX_LENGTH", 60)

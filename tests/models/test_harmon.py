@@ -115,7 +115,8 @@ def test_prompts_in_qwens_ids():
     assert slot == 3 and ids == [*first, ord("Y"), 151645, *second, ord("W"), 151645]
     ignored = [-100] * len(first), [-100] * len(second)
     assert labels == [*ignored[0], ord("Y"), 151645, *ignored[1], ord("W"), 151645]
-    assert len(prompt.template(qwen, "X" * 500).ids) == 128
+    with pytest.raises(ValueError, match="at most 128 besides images; shorten it in data.templates: 'XXX"):
+        prompt.template(qwen, "X" * 500)
     assert len(prompt.conversation(qwen, [Turn("X" * 2000, "Y")]).ids) == 1472
 
 

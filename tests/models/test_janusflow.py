@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from reca.data.batch import Batch
 from reca.models.janus import prompt as janus_prompt
 from reca.models.janusflow import Adapter, prompt, sampling, weights
-from reca.models.janusflow.loss import t2i_prompt
 from reca.rng import CounterRNG
 from reca_kernels import TextSegment, VisualSegment
 from tests.models.config_files import LANGUAGE, change_size
@@ -148,22 +147,20 @@ def test_what_a_sample_without_its_condition_was_told_does_not_matter(model):
 
 
 def test_long_texts_are_cut_to_the_context(model):
-    sample = batch(model, "reca", (0, 1))
+    sample = batch(model, "t2i", (0, 1))
     sample.text = ["a red square " * 40] * 2
     layout = model.prepare(sample, CounterRNG(0)).layout
     assert layout.src.shape[1] == model.config.max_length
     end = [*model.vocabulary.assistant, *model.tokens(":")]
     assert layout.src[0, -model.image_tokens - 1 - len(end) : -model.image_tokens - 1].tolist() == end
-    sample = Batch("t2i", torch.arange(1), sample.text[:1], gen=sample.gen[:1])
-    assert model.prepare(sample, CounterRNG(0)).layout.src.shape[1] == model.config.max_length
 
 
 def test_an_image_is_seen_behind_its_own_embedding(model):
     v = model.vocabulary
-    before, image, said = prompt.with_image(model.tokens, "what", v, 9)
-    plain = janus_prompt.with_image(model.tokens, "what", v, 9)
+    before, image, said = model.with_image("what", "")
+    plain = janus_prompt.with_image(model.tokens, "what", v, model.hv_tokens)
     assert isinstance(before, TextSegment) and [*before.ids, v.boi] == plain[0].ids
-    assert image == VisualSegment(10) and said == plain[2]
+    assert image == VisualSegment(model.hv_tokens + 1) and said == plain[2]
     rows = model.understood(torch.ones(2, 9, 64))
     assert torch.equal(rows[:, 1:], torch.ones(2, 9, 64)) and torch.equal(rows[0, 0], model.beg_of_und_embed[0])
 
@@ -174,7 +171,7 @@ def test_an_image_is_seen_behind_its_own_embedding(model):
 @torch.no_grad()
 def test_the_cache_gives_what_a_whole_pass_gives(model):
     """Prompts of different lengths, both branches: every step by one pass over everything."""
-    given = [t2i_prompt(model, text) for text in ("a red square drawn with care", "a")]
+    given = [model.caption(text) for text in ("a red square drawn with care", "a")]
     start = torch.randn(2, model.codec.channels, model.side, model.side, generator=torch.Generator().manual_seed(0))
     kept = sampling.denoise(model, given, None, start, steps=3, guidance=3.0)
     z = start
@@ -203,6 +200,6 @@ def test_the_velocity_of_a_model_that_knows_leads_to_its_image():
 
     z = [torch.randn(target.shape, generator=torch.Generator().manual_seed(1))]
     model.velocity = known
-    given = [t2i_prompt(model, "a")]
+    given = [model.caption("a")]
     end = sampling.denoise(model, given, None, z[0], steps=4, guidance=1.0, on_step=lambda v: z.append(z[-1] + v / 4))
     torch.testing.assert_close(end, target, rtol=0, atol=1e-4)

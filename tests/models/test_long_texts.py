@@ -1,4 +1,4 @@
-"""Texts that are longer than what a model reads are truncated, with a warning, wherever a user gives one."""
+"""Texts longer than what a model reads are truncated, with a warning if a user gives them; templates are refused."""
 
 import bisect
 
@@ -61,7 +61,7 @@ def test_instructions(name, limited, caplog):
 
 @pytest.mark.parametrize("name", UMMS)
 def test_templates(name, limited, monkeypatch):
-    """Are refused, from the first one on that would lose a token in training."""
+    """Are refused at the start, from the first one on that training and reconstructing refuse."""
     monkeypatch.setattr(harmon, "MAX_TEXT", MOST)
     model = limited(name)
     model.check_templates(["describe this picture", "red " * 5])
@@ -82,8 +82,11 @@ def test_templates(name, limited, monkeypatch):
 
     longest = bisect.bisect_left(range(400), True, key=refused) - 1
     assert longest >= 5 and tokens(longest) == tokens(longest - 1) + 1
-    if name not in {"show_o", "bagel"}:  # Show-o raises in training, too; BAGEL is checked for its largest images
-        assert tokens(longest + 1) == tokens(longest)
+    sample = batch(model, "reca", [0])
+    sample.text = ["red " * (longest + 1 if name != "bagel" else 400)]  # BAGEL is checked for its largest images
+    for refuses in (lambda: model.prepare(sample, CounterRNG(0)), lambda: model.reconstruct(sample, [0])):
+        with pytest.raises(ValueError, match="shorten it in data.templates: 'red red"):
+            refuses()
 
 
 @pytest.mark.parametrize("name", UMMS)

@@ -276,7 +276,7 @@ class Adapter(nn.Module):
         return []
 
     def check_templates(self, templates: Sequence[str]) -> None:
-        """Raise ValueError for a template that is too long, which `prepare` would truncate or refuse in a step."""
+        """Raise ValueError for a template that is too long, as `prepare` and `reconstruct` do."""
 
     def generate(self, prompts: list[str], seeds: list[int], *_: Any, **sampling: Any) -> list[Tensor]:
         """Generate an image per prompt, uint8 [3, H, W]. Each depends on its (prompt, seed) only, not on the batch."""

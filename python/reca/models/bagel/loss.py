@@ -13,10 +13,12 @@ from torch import Tensor
 
 from reca.data.batch import Batch
 from reca.models import base
+from reca.models.bagel import prompt
 from reca.models.bagel.modules import Network, shift_timesteps
-from reca.models.bagel.prompt import CleanImage, Item, Layout, NoisyImage, Prompt, VitImage, image_tokens
+from reca.models.bagel.prompt import CleanImage, Item, Layout, NoisyImage, Prompt, Text, VitImage, image_tokens
 from reca.models.base import LossTerm
 from reca.models.common import by_sample
+from reca.models.common.inference import check_template
 from reca.models.common.scored_flow import scored_flow_loss, token_rewards
 from reca.rng import CounterRNG, RandomStream
 from reca_kernels import flow_matching_add_noise, flow_matching_loss, masked_linear_cross_entropy
@@ -65,7 +67,8 @@ def prepare(net: Network, batch: Batch, rng: CounterRNG) -> Prepared:
         share = net.config.template_drop if batch.task == "reca" else net.config.caption_drop
         dropped = (rng.uniform(RandomStream.CONDITION_DROP, batch.host_ids)[:, 0] < share).tolist()
         captions = [said.caption for said in batch.text] if batch.task == "srum" else batch.text
-        texts = [[] if drop else [net.text(text, n)] for text, drop, n in zip(captions, dropped, beside, strict=True)]
+        make = template if batch.task == "reca" else caption
+        texts = [[] if drop else [make(net, *said)] for drop, *said in zip(dropped, captions, beside, strict=True)]
     items: list[list[Item]] = [[*images, *text] for images, text in zip(given, texts, strict=True)]
     layout = net.layout(items)
     made = batch.task, rng.seed
@@ -78,6 +81,18 @@ def prepare(net: Network, batch: Batch, rng: CounterRNG) -> Prepared:
         scored = zip(batch.text, sizes, strict=True)
         rewards = torch.cat([token_rewards(said, *size) for said, size in scored])[:, None]
     return Prepared(*made, tokens, batch.host_ids, items, layout, image, rewards)
+
+
+def template(net: Network, text: str, beside: int) -> Text:
+    """Tokenise a template. Raises ValueError if it is too long beside so many tokens of images."""
+    said = net.text(text)
+    check_template(text, len(said.ids), prompt.MAX_LENGTH - beside)
+    return said
+
+
+def caption(net: Network, text: str, beside: int) -> Text:
+    """Tokenise a caption, truncated as in `truncated`."""
+    return prompt.truncated(net.text(text), beside)
 
 
 def with_images(net: Network, batch: Batch, texts: Sequence[Sequence[Item]]) -> list[list[Item]]:

@@ -11,13 +11,12 @@ from transformers import PreTrainedTokenizerBase
 
 from reca.data.batch import Batch
 from reca.data.views import Views
-from reca.models.bagel import loss, modules, prompt, sampling, views, weights
+from reca.models.bagel import loss, modules, sampling, views, weights
 from reca.models.bagel.config import BagelConfig
 from reca.models.bagel.transformer import GEN
 from reca.models.base import Adapter, LossTerm
-from reca.models.common.inference import check_lengths, options_of
+from reca.models.common.inference import options_of
 from reca.models.common.kl_codec import KlCodec
-from reca.models.common.text import encode
 from reca.rng import CounterRNG
 
 
@@ -71,7 +70,8 @@ class Bagel(modules.Network, Adapter):
 
     def check_templates(self, templates: Sequence[str]) -> None:
         images = sum(tokens + 2 for tokens in self.sequence().values())  # at most; two more around each
-        check_lengths(templates, lambda text: len(encode(self.tokenizer, text)) + 2, prompt.MAX_LENGTH - images)
+        for text in templates:
+            loss.template(self, text, images)
 
     def prepare(self, batch: Batch, rng: CounterRNG) -> loss.Prepared:
         return loss.prepare(self, batch, rng)

@@ -190,12 +190,12 @@ class Network(nn.Module):
 
     # text -> ids
 
-    def text(self, text: str, beside: int = 0) -> prompt.Text:
-        """Tokenise a text. beside: number of other tokens of its sample."""
-        return prompt.add_bos_eos(encode(self.tokenizer, text), self.vocabulary, beside)
+    def text(self, text: str) -> prompt.Text:
+        """Tokenise a text."""
+        return prompt.add_bos_eos(encode(self.tokenizer, text), self.vocabulary)
 
     def conversation(self, turns: Sequence[Sequence[str]], beside: int = 0) -> prompt.Text:
-        """Tokenise a conversation. beside: as in `text`."""
+        """Tokenise a conversation, truncated to MAX_LENGTH with the `beside` other tokens of its sample."""
         ids = [(encode(self.tokenizer, asked), encode(self.tokenizer, answer)) for asked, answer in turns]
         return prompt.conversation(ids, self.vocabulary, beside)
 

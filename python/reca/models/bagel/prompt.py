@@ -184,15 +184,22 @@ def image_tokens(items: Sequence[Item]) -> int:
     return sum(math.prod(item) + 2 for item in items if isinstance(item, VitImage | CleanImage | NoisyImage))
 
 
-def add_bos_eos(ids: Sequence[int], v: Vocabulary, beside: int = 0) -> Text:
-    """Return bos ids eos, truncated to MAX_LENGTH with the `beside` other tokens of the sample."""
-    return Text([v.bos, *ids[: max(0, MAX_LENGTH - beside - 2)], v.eos])
+def add_bos_eos(ids: Sequence[int], v: Vocabulary) -> Text:
+    """Return bos ids eos."""
+    return Text([v.bos, *ids, v.eos])
+
+
+def truncated(text: Text, beside: int) -> Text:
+    """Truncate a text to MAX_LENGTH with the `beside` other tokens of its sample; bos and eos remain."""
+    bos, *ids, eos = text.ids
+    return Text([bos, *ids[: max(0, MAX_LENGTH - beside - 2)], eos])
 
 
 def conversation(turns: Sequence[tuple[Sequence[int], Sequence[int]]], v: Vocabulary, beside: int = 0) -> Text:
     """Join questions and answers to one causal text, in which answers and their eos are labelled.
 
-    A label belongs to the position before its token. The text is truncated as in `add_bos_eos`.
+    A label belongs to the position before its token. The text is truncated to MAX_LENGTH with the `beside` other
+    tokens of the sample.
     """
     ids, labels = [], []
     for question, answer in turns:

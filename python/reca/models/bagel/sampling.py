@@ -16,7 +16,6 @@ from reca.models.bagel.views import edit_views, task_views
 from reca.models.common.greedy import decode_replies, greedy_tokens
 from reca.models.common.images import fit_to_view, to_uint8
 from reca.models.common.inference import check_multiple, warn_of_cut
-from reca.models.common.text import encode
 from reca.rng import RandomStream, seeded_normal
 
 RENORMS = ("global", "channel", "text_channel")
@@ -61,7 +60,9 @@ def reconstruct(
     net: Network, batch: Batch, h_v: Sequence[Tensor], seeds: list[int], *, steps: int = 50, shift: float = 3.0
 ) -> list[Tensor]:
     """Reconstruct images at their own sizes, uint8 [3, H, W], without guidance; see `denoise`."""
-    items, sizes = loss.with_images(net, batch, [[net.text(text)] for text in batch.text]), loss.image_sizes(net, batch)
+    items, sizes = loss.with_images(net, batch, [[]] * len(batch)), loss.image_sizes(net, batch)
+    for sample, size, text in zip(items, sizes, batch.text, strict=True):
+        sample.append(loss.template(net, text, prompt.image_tokens([*sample, NoisyImage(*size)])))
     _, full = net.prefill(loss.given_images(net, items, h_v))
     tokens = denoise(
         net, start_noise(net, sizes, seeds), sizes, full, None, None,
@@ -108,9 +109,9 @@ def edit(
 def texts(net: Network, said: Sequence[str], images: Sequence[Sequence[Item]]) -> list[list[Text]]:
     """Tokenise the text of each sample, and warn if it is too long to be read together with the sample's images."""
     beside = [prompt.image_tokens(items) for items in images]
-    pairs = list(zip(said, beside, strict=True))
-    warn_of_cut((len(encode(net.tokenizer, text)) + 2 + n for text, n in pairs), prompt.MAX_LENGTH)
-    return [[net.text(text, n)] for text, n in pairs]
+    pairs = list(zip(map(net.text, said), beside, strict=True))
+    warn_of_cut((len(text.ids) + n for text, n in pairs), prompt.MAX_LENGTH)
+    return [[prompt.truncated(text, n)] for text, n in pairs]
 
 
 def edit_caches(

@@ -89,15 +89,14 @@ def warn_of_cut(lengths: Iterable[int], most: int) -> None:
         log.warning("a prompt has %d tokens, but this model reads at most %d: its end is truncated", longest, most)
 
 
-def check_lengths(templates: Iterable[str], length: Callable[[str], int], most: int) -> None:
-    """Raise ValueError for a template whose prompt is longer than `most` tokens. length: tokens of its prompt."""
-    for text in templates:
-        if (tokens := length(text)) > most:
-            shown = text if len(text) <= 160 else f"{text[:160]} …"
-            raise ValueError(
-                f"the prompt of a template has {tokens} tokens, but this model reads at most {most} besides images; "
-                f"shorten it in data.templates: {shown!r}"
-            )
+def check_template(text: str, tokens: int, most: int) -> None:
+    """Raise ValueError if the prompt of a template, of `tokens` tokens besides images, has more than `most`."""
+    if tokens > most:
+        shown = text if len(text) <= 160 else f"{text[:160]} …"
+        raise ValueError(
+            f"the prompt of a template has {tokens} tokens, but this model reads at most {most} besides images; "
+            f"shorten it in data.templates: {shown!r}"
+        )
 
 
 def warn_of_unknown_words(tokenizer: PreTrainedTokenizerBase | None, texts: Sequence[str]) -> None:

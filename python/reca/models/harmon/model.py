@@ -14,7 +14,7 @@ from reca.data.batch import Batch
 from reca.data.views import View, Views
 from reca.models.base import Adapter, LossTerm
 from reca.models.common.images import fit_to_view, to_uint8, to_unit
-from reca.models.common.inference import check_lengths, check_multiple, warn_of_cut
+from reca.models.common.inference import check_multiple, warn_of_cut
 from reca.models.harmon import modules, prompt, sampling, weights
 from reca.models.harmon.config import HarmonConfig
 from reca.models.harmon.loss import Prepared, compute_loss, prepare
@@ -78,7 +78,8 @@ class Harmon(Network, Adapter):
         return features
 
     def check_templates(self, templates: Sequence[str]) -> None:
-        check_lengths(templates, lambda text: len(prompt.whole_template(self.tokenizer, text)), prompt.MAX_TEXT)
+        for text in templates:
+            prompt.template(self.tokenizer, text)
 
     def prepare(self, batch: Batch, rng: CounterRNG) -> Prepared:
         return prepare(self, batch, rng)

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from reca.models.common import chat
 from reca.models.common.chat import END, START, UNCONDITIONAL, Prompt, caption_request, chat_turn, reply_start
+from reca.models.common.inference import check_template
 from reca.models.common.planned import padded
 from reca.models.common.text import control, encode
 from reca_kernels import IGNORE_INDEX, AttentionSpan, VisualSegment, concat_plan
@@ -38,14 +39,13 @@ def template(tokenizer: PreTrainedTokenizerBase, text: str | None) -> Prompt:
     """Build RECA's prompt; None uses the unconditional text with the image.
 
     The template starts with a newline and the turn is tokenised as a whole, so that in Qwen2's vocabulary two newlines
-    merge into the one token before the image.
+    merge into the one token before the image. Raises ValueError for a template that is too long.
     """
-    return Prompt(whole_template(tokenizer, text)[:MAX_TEXT], SLOT)
-
-
-def whole_template(tokenizer: PreTrainedTokenizerBase, text: str | None) -> list[int]:
-    """Return the token ids of `template` before truncation."""
-    return chat_turn(tokenizer, UNCONDITIONAL if text is None else f"\n{text}")
+    if text is None:
+        return Prompt(chat_turn(tokenizer, UNCONDITIONAL), SLOT)
+    ids = chat_turn(tokenizer, f"\n{text}")
+    check_template(text, len(ids), MAX_TEXT)
+    return Prompt(ids, SLOT)
 
 
 def conversation(tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]]) -> Prompt:

@@ -1,6 +1,5 @@
 """Janus-Pro's Adapter: one Llama understands and generates; SigLIP and the image tokenizer are frozen."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from reca.models.base import Adapter, LossTerm
 from reca.models.common.inference import options_of
 from reca.models.janus import sampling, weights
 from reca.models.janus.config import JanusConfig
-from reca.models.janus.loss import Prepared, check_templates, compute_loss, prepare
+from reca.models.janus.loss import Prepared, compute_loss, prepare
 from reca.models.janus.modules import Network, Vq
 from reca.rng import CounterRNG
 
@@ -43,9 +42,6 @@ class Janus(Network, Adapter):
 
     def sequence(self) -> dict[str, int]:
         return {"h_v": self.hv_tokens, "image": self.image_tokens}
-
-    def check_templates(self, templates: Sequence[str]) -> None:
-        check_templates(self, templates)
 
     def prepare(self, batch: Batch, rng: CounterRNG) -> Prepared:
         return prepare(self, batch, rng)

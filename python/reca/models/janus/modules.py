@@ -1,6 +1,7 @@
 """Janus-Pro's modules under DeepSeek's names: SigLIP, the image tokenizer, and the whole network."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,19 +10,22 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from reca.data.batch import Batch
+from reca.data.tasks import Turn
 from reca.data.views import View, Views
 from reca.models.base import in_fp32
 from reca.models.common import conv_blocks
 from reca.models.common.conv_blocks import Downsample, ResBlock, Upsample, group_norm
 from reca.models.common.images import check_side, to_unit
+from reca.models.common.inference import check_template
 from reca.models.common.patch_codebook import PatchCodebook, square
 from reca.models.common.planned import PLANNED
 from reca.models.common.text import Remembered, encode
 from reca.models.common.vit_blocks import Block, Mlp
+from reca.models.janus import prompt
 from reca.models.janus.config import JanusConfig, LlamaSizes, VisionSizes, VqSizes
-from reca.models.janus.prompt import Layout, Vocabulary
+from reca.models.janus.prompt import Layout, Segment, Tokens, Vocabulary
 from reca.precision import fp32_products
-from reca_kernels import template_concat
+from reca_kernels import TextSegment, template_concat
 
 USED = 65536  # length of an unused buffer in DeepSeek's files
 
@@ -253,8 +257,10 @@ class SharedLlama(nn.Module):
     """Shared code of the Janus models: one causal Llama on text, h_v and the tokens of an image to generate."""
 
     config: Any
+    tokens: Tokens
     vocabulary: Vocabulary
     language_model: LlamaForCausalLM
+    image_tokens: Any  # tokens of an image to generate
 
     @property
     def device(self) -> torch.device:
@@ -275,6 +281,41 @@ class SharedLlama(nn.Module):
         gen = View(self.config.image_size, fit="center_crop")
         same = task == "t2i" or (size == gen.size and blur == 1)
         return Views(gen=gen, und=None if same else View(size, fit="center_crop", blur=blur))
+
+    # text -> prompts
+
+    @property
+    def longest_prompt(self) -> int:
+        """Return the maximum tokens of the prompt of an image to generate: boi and all codes but the last follow it."""
+        return self.config.max_length - self.image_tokens
+
+    def caption(self, text: str) -> list[Segment]:
+        """Build the prompt of a caption, truncated."""
+        return [TextSegment(prompt.caption(self.tokens, text, self.vocabulary, self.longest_prompt))]
+
+    def template(self, text: str) -> list[Segment]:
+        """Build RECA's prompt, an image and a template. Raises ValueError for a template that is too long."""
+        system = self.config.reca_system_prompt
+        whole, cut = (self.with_image(text, system, most) for most in (None, self.longest_prompt))
+        check_template(text, prompt.text_length(whole), prompt.text_length(cut))
+        return whole
+
+    def check_templates(self, templates: Sequence[str]) -> None:
+        for text in templates:
+            self.template(text)
+
+    def with_image(self, text: str, system: str, most: int | None = None) -> list[Segment]:
+        """Build the prompt of an image and a text, up to the start of the reply. most: as in `prompt.with_image`."""
+        return prompt.with_image(self.tokens, text, self.vocabulary, self.hv_tokens, system, most)
+
+    def conversation(self, turns: Sequence[Turn]) -> list[Segment]:
+        """Build a conversation about an image, truncated."""
+        config = self.config
+        return prompt.conversation(
+            self.tokens, turns, self.vocabulary, self.hv_tokens, config.system_prompt, config.max_length
+        )
+
+    # pixels -> features
 
     @torch.no_grad()
     def encode(self, batch: Batch) -> dict[str, Any]:

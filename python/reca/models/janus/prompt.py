@@ -110,11 +110,11 @@ def drop(given: Layout, dropped: Sequence[bool], codes: int, v: Vocabulary) -> L
 
 
 def caption(tokens: Tokens, text: str, v: Vocabulary, most: int | None = None) -> list[int]:
-    """Build the prompt for the image of a caption, which ends in boi.
+    """Build the prompt for the image of a caption, up to the image's boi.
 
     most: maximum tokens of the prompt; the caption is truncated. Raises ValueError if nothing of it would be left.
     """
-    before, asked, frame = [v.bos, *v.user], message(tokens, text), [*reply(tokens, v), v.boi]
+    before, asked, frame = [v.bos, *v.user], message(tokens, text), reply(tokens, v)
     if most is not None:
         asked = asked[: _room(most, len(before) + len(frame), len(tokens(":")) + 1)]
     return [*before, *asked, *frame]

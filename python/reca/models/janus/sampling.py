@@ -1,7 +1,6 @@
 """Autoregressive sampling of image codes with classifier-free guidance, and greedy decoding of replies."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +11,6 @@ from reca.models.common.images import fit_to_view, to_uint8, to_unit
 from reca.models.common.inference import warn_of_cut
 from reca.models.common.planned import Continuation, greedy
 from reca.models.janus import prompt
-from reca.models.janus.loss import reca_prompt
 from reca.models.janus.modules import Network, SharedLlama
 from reca.rng import CounterRNG, RandomStream
 from reca_kernels import TextSegment
@@ -46,9 +44,9 @@ def generate(
     batch: int = 16,
 ) -> list[Tensor]:
     """Generate images code by code (`sample_codes`), `batch` at a time. Seeds are in [0, 2**56)."""
-    most, images = net.config.max_length - net.image_tokens + 1, []
-    ids = [prompt.caption(net.tokens, text, net.vocabulary, most) for text in prompts]
-    warn_of_cut((len(prompt.caption(net.tokens, text, net.vocabulary)) for text in prompts), most)
+    v, most, images = net.vocabulary, net.longest_prompt, []
+    ids = [[*prompt.caption(net.tokens, text, v, most), v.boi] for text in prompts]
+    warn_of_cut((len(prompt.caption(net.tokens, text, v)) for text in prompts), most)
     for i in range(0, len(prompts), batch):
         noise = SamplerNoise(torch.tensor(seeds[i : i + batch], device=net.device))
         codes = sample_codes(net, ids[i : i + batch], noise, guidance=guidance, temperature=temperature)
@@ -59,7 +57,8 @@ def generate(
 @torch.no_grad()
 def reconstruct(net: Network, batch: Batch, h_v: Tensor, seeds: list[int], *, temperature: float = 1.0) -> list[Tensor]:
     """Reconstruct images code by code (`continue_codes`). Seeds are in [0, 2**56)."""
-    noise, prompts = SamplerNoise(torch.tensor(seeds, device=net.device)), [reca_prompt(net, t) for t in batch.text]
+    noise, boi = SamplerNoise(torch.tensor(seeds, device=net.device)), TextSegment([net.vocabulary.boi])
+    prompts = [[*net.template(text), boi] for text in batch.text]
     codes = continue_codes(net, prompts, noise, h_v, guidance=1, temperature=temperature)
     return list(to_uint8(net.gen_vision_model.decode(codes), floor=True))
 
@@ -115,18 +114,18 @@ def continue_codes(
 
 @torch.no_grad()
 def answer(
-    net: Any,  # a model with a SharedLlama
+    net: SharedLlama,
     images: list[Tensor],
     questions: list[str],
     max_new_tokens: int,
     batch: int = 64,
-    ask: Callable[..., list[prompt.Segment]] = prompt.with_image,
 ) -> list[str]:
-    """Answer questions about images by greedy decoding, `batch` at a time. ask: builds the prompt of a question."""
+    """Answer questions about images by greedy decoding, `batch` at a time."""
     v, view, replies = net.vocabulary, net.views("i2t").und, []
-    given, most = (v, net.hv_tokens, net.config.system_prompt), net.config.max_length
-    warn_of_cut(prompt.layout([ask(net.tokens, text, *given) for text in questions], v).lengths, most)
-    asked = [ask(net.tokens, text, *given, most) for text in questions]
+    assert view is not None
+    system, most = net.config.system_prompt, net.config.max_length
+    warn_of_cut(prompt.layout([net.with_image(text, system) for text in questions], v).lengths, most)
+    asked = [net.with_image(text, system, most) for text in questions]
     for i in range(0, len(images), batch):
         layout = prompt.layout(asked[i : i + batch], v).to(net.device)
         pixels = to_unit([fit_to_view(image, view) for image in images[i : i + batch]]).to(net.device)

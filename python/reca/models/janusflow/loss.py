@@ -1,6 +1,5 @@
 """JanusFlow's losses: flow matching on an image's latents (reca, t2i), and cross-entropy on replies (i2t)."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,14 +9,12 @@ from torch import Tensor
 from reca.data.batch import Batch
 from reca.models.base import LossTerm
 from reca.models.common import by_sample
-from reca.models.common.inference import check_lengths
 from reca.models.janus import loss as janus
-from reca.models.janus import prompt as janus_prompt
 from reca.models.janusflow import prompt
 from reca.models.janusflow.modules import Network
-from reca.models.janusflow.prompt import Layout, Segment
+from reca.models.janusflow.prompt import Layout
 from reca.rng import CounterRNG, RandomStream
-from reca_kernels import IGNORE_INDEX, TextSegment, flow_matching_add_noise, flow_matching_loss
+from reca_kernels import flow_matching_add_noise, flow_matching_loss
 
 
 @dataclass(frozen=True)
@@ -32,45 +29,10 @@ class Prepared(janus.Prepared):
 
 def prepare(net: Network, batch: Batch, rng: CounterRNG) -> Prepared:
     """Lay out the sequences of a batch and draw which conditions are dropped."""
-    v, config, ids = net.vocabulary, net.config, batch.host_ids
     if batch.task == "i2t":
-        talks = [
-            prompt.conversation(net.tokens, turns, v, net.hv_tokens, config.system_prompt, config.max_length)
-            for turns in batch.text
-        ]
-        replies = janus_prompt.layout(talks, v)
-        return Prepared(batch.task, rng.seed, float((replies.labels != IGNORE_INDEX).sum()), replies, ids)
-    make, share = (reca_prompt, config.reca_drop) if batch.task == "reca" else (t2i_prompt, config.caption_drop)
-    dropped = (rng.uniform(RandomStream.CONDITION_DROP, ids)[:, 0] < share).tolist()
-    layout = prompt.image_layout([make(net, text) for text in batch.text], dropped, v, net.image_tokens + 1)
-    return Prepared(batch.task, rng.seed, float(len(batch)), layout, ids)
-
-
-def reca_prompt(net: Network, text: str) -> list[Segment]:
-    """Build RECA's prompt: image and template."""
-    system, most = net.config.reca_system_prompt, longest_prompt(net)
-    return prompt.with_image(net.tokens, text, net.vocabulary, net.hv_tokens, system, most)
-
-
-def check_templates(net: Network, templates: Sequence[str]) -> None:
-    """Raise ValueError for a template that `reca_prompt` would truncate."""
-
-    def length(text: str) -> int:
-        system = net.config.reca_system_prompt
-        given = prompt.with_image(net.tokens, text, net.vocabulary, net.hv_tokens, system)
-        return janus_prompt.text_length(given) + 1  # one more row of the image takes the place of boi
-
-    check_lengths(templates, length, longest_prompt(net) - net.hv_tokens)
-
-
-def t2i_prompt(net: Network, text: str) -> list[Segment]:
-    """Build the prompt of a caption."""
-    return [TextSegment(prompt.caption(net.tokens, text, net.vocabulary, longest_prompt(net)))]
-
-
-def longest_prompt(net: Network) -> int:
-    """Return the maximum number of prompt tokens."""
-    return net.config.max_length - net.image_tokens - 1
+        return Prepared(batch.task, rng.seed, *janus.replies(net, batch), batch.host_ids)
+    layout = prompt.image_layout(*janus.image_prompts(net, batch, rng), net.vocabulary, net.image_tokens + 1)
+    return Prepared(batch.task, rng.seed, float(len(batch)), layout, batch.host_ids)
 
 
 def compute_loss(net: Network, prepared: Prepared, features: dict[str, Any], rng: CounterRNG) -> LossTerm:

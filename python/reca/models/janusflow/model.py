@@ -1,6 +1,5 @@
 """JanusFlow's Adapter: one Llama understands and generates; SigLIP and SDXL's autoencoder are frozen."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,9 @@ from reca.models.base import Adapter, LossTerm
 from reca.models.common.inference import options_of
 from reca.models.common.kl_codec import KlCodec
 from reca.models.janus.sampling import answer
-from reca.models.janusflow import prompt, sampling, weights
+from reca.models.janusflow import sampling, weights
 from reca.models.janusflow.config import JanusFlowConfig
-from reca.models.janusflow.loss import Prepared, check_templates, compute_loss, prepare
+from reca.models.janusflow.loss import Prepared, compute_loss, prepare
 from reca.models.janusflow.modules import Network
 from reca.rng import CounterRNG
 
@@ -46,9 +45,6 @@ class JanusFlow(Network, Adapter):
     def sequence(self) -> dict[str, int]:
         return {"h_v": self.hv_tokens, "time": 1, "image": self.image_tokens}
 
-    def check_templates(self, templates: Sequence[str]) -> None:
-        check_templates(self, templates)
-
     def prepare(self, batch: Batch, rng: CounterRNG) -> Prepared:
         return prepare(self, batch, rng)
 
@@ -65,7 +61,7 @@ class JanusFlow(Network, Adapter):
         return sampling.reconstruct(self, batch, self.encode(batch)["h_v"], seeds, steps=steps)
 
     def answer(self, images: list[Tensor], questions: list[str], max_new_tokens: int = 100) -> list[str]:
-        return answer(self, images, questions, max_new_tokens, ask=prompt.with_image)
+        return answer(self, images, questions, max_new_tokens)
 
     def export(self, folder: Path) -> list[str]:
         """Write the files that DeepSeek's code reads, and a codec without a published source into a subfolder."""

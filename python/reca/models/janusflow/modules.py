@@ -1,6 +1,7 @@
 """JanusFlow's modules under DeepSeek's names: generation encoder and decoder, and the whole network."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from reca.data.tasks import Turn
 from reca.models.base import in_fp32
 from reca.models.common.images import check_side
 from reca.models.common.kl_codec import KlCodec, PatchMoments
@@ -17,7 +19,7 @@ from reca.models.common.text import Remembered, encode
 from reca.models.janus.modules import SharedLlama, VisionModel, llama
 from reca.models.janusflow import prompt
 from reca.models.janusflow.config import GenerationSizes, JanusFlowConfig
-from reca.models.janusflow.prompt import Layout
+from reca.models.janusflow.prompt import Layout, Segment
 
 PATCH = 2  # latents per token in height and width: the published encoder halves each side, the decoder doubles it
 TIMES = 1000  # input of the time embedding for a time of 1
@@ -151,6 +153,17 @@ class Network(SharedLlama):
     def image_tokens(self) -> int:
         """Return the number of tokens of an image's latents, n, without the time token before them."""
         return (self.side // PATCH) ** 2
+
+    @property
+    def longest_prompt(self) -> int:
+        """Return the maximum tokens of the prompt of an image to generate: time and latents follow it."""
+        return self.config.max_length - self.image_tokens - 1
+
+    def with_image(self, text: str, system: str, most: int | None = None) -> list[Segment]:
+        return prompt.begun(super().with_image(text, system, most))
+
+    def conversation(self, turns: Sequence[Turn]) -> list[Segment]:
+        return prompt.begun(super().conversation(turns))
 
     @torch.no_grad()
     def encode_understanding(self, pixels: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from reca.data.tasks import Turn
 from reca.models.janus import prompt as janus
 from reca.models.janus.prompt import BOI, BOS, EOI, EOS, IMAGE, PAD, Segment, Tokens, Vocabulary
 from reca_kernels import AttentionSpan, TextSegment, VisualSegment
@@ -58,26 +57,7 @@ def image_layout(prompts: Sequence[Sequence[Segment]], dropped: Sequence[bool], 
     return Layout(made.src, made.position_ids, made.labels, made.lengths, unseen)
 
 
-def caption(tokens: Tokens, text: str, v: Vocabulary, most: int | None = None) -> list[int]:
-    """Build the prompt for the image of a caption. most: as in Janus-Pro."""
-    return janus.caption(tokens, text, v, None if most is None else most + 1)[:-1]
-
-
-def with_image(
-    tokens: Tokens, text: str, v: Vocabulary, hv_tokens: int, system: str = "", most: int | None = None
-) -> list[Segment]:
-    """Build the prompt of an image and a text, up to the start of the reply. most: as in Janus-Pro."""
-    return _begun(janus.with_image(tokens, text, v, hv_tokens, system, most))
-
-
-def conversation(
-    tokens: Tokens, turns: Sequence[Turn], v: Vocabulary, hv_tokens: int, system: str, most: int
-) -> list[Segment]:
-    """Build a conversation about an image, truncated to `most` tokens; answers and their eos are labelled."""
-    return _begun(janus.conversation(tokens, turns, v, hv_tokens, system, most))
-
-
-def _begun(given: Sequence[Segment]) -> list[Segment]:
+def begun(given: Sequence[Segment]) -> list[Segment]:
     """Replace the boi before an image by one more row of the image, for `begin`."""
     before, image, said = given
     assert isinstance(before, TextSegment) and isinstance(image, VisualSegment)

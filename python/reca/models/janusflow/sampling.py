@@ -7,8 +7,8 @@ from reca.data.batch import Batch
 from reca.models.common.images import to_uint8
 from reca.models.common.inference import warn_of_cut
 from reca.models.common.planned import CachedPrompts
+from reca.models.janus.prompt import caption
 from reca.models.janusflow import prompt
-from reca.models.janusflow.loss import longest_prompt, reca_prompt, t2i_prompt
 from reca.models.janusflow.modules import Network
 from reca.models.janusflow.prompt import Segment
 from reca.rng import RandomStream, seeded_normal
@@ -18,8 +18,8 @@ def generate(
     net: Network, prompts: list[str], seeds: list[int], *, steps: int = 30, guidance: float = 2.0, batch: int = 16
 ) -> list[Tensor]:
     """Generate images with Euler's method (`denoise`), `batch` at a time. Seeds are in [0, 2**56)."""
-    given, images = [t2i_prompt(net, text) for text in prompts], []
-    warn_of_cut((len(prompt.caption(net.tokens, text, net.vocabulary)) for text in prompts), longest_prompt(net))
+    given, images = [net.caption(text) for text in prompts], []
+    warn_of_cut((len(caption(net.tokens, text, net.vocabulary)) for text in prompts), net.longest_prompt)
     for i in range(0, len(prompts), batch):
         part = slice(i, i + batch)
         images += draw(net, given[part], None, seeds[part], steps=steps, guidance=guidance)
@@ -28,7 +28,7 @@ def generate(
 
 def reconstruct(net: Network, batch: Batch, h_v: Tensor, seeds: list[int], *, steps: int = 30) -> list[Tensor]:
     """Reconstruct images with Euler's method (`denoise`), without guidance. Seeds are in [0, 2**56)."""
-    return draw(net, [reca_prompt(net, text) for text in batch.text], h_v, seeds, steps=steps, guidance=1.0)
+    return draw(net, [net.template(text) for text in batch.text], h_v, seeds, steps=steps, guidance=1.0)
 
 
 def draw(

@@ -12,6 +12,7 @@ from reca.models import base
 from reca.models.base import LossTerm
 from reca.models.common import by_sample
 from reca.models.common.chat import Prompt
+from reca.models.common.inference import check_template
 from reca.models.common.scored_flow import scored_flow_loss, token_rewards
 from reca.models.open_uni import modules, prompt
 from reca.models.open_uni.modules import Network
@@ -68,9 +69,11 @@ def sample_prompts(net: Network, batch: Batch, rng: CounterRNG) -> list[Prompt]:
 
 
 def reca_prompts(net: Network, templates: Sequence[str]) -> list[Prompt]:
-    """Build the reconstruction prompts of these templates."""
-    most = prompt.MAX_LENGTH - modules.hv_tokens(net.config)
-    return [prompt.with_image(net.tokenizer, text, most) for text in templates]
+    """Build the reconstruction prompts of these templates. Raises ValueError for one that is too long."""
+    prompts = [prompt.with_image(net.tokenizer, text) for text in templates]
+    for text, asked in zip(templates, prompts, strict=True):
+        check_template(text, len(asked.ids), prompt.MAX_LENGTH - modules.hv_tokens(net.config))
+    return prompts
 
 
 def compute_loss(net: Network, prepared: Prepared, features: dict[str, Any], rng: CounterRNG) -> LossTerm:

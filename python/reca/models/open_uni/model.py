@@ -14,8 +14,8 @@ from reca.data.batch import Batch
 from reca.data.views import View, Views
 from reca.models.base import Adapter, LossTerm
 from reca.models.common.images import to_unit
-from reca.models.common.inference import check_lengths, options_of
-from reca.models.open_uni import modules, prompt, sampling, weights
+from reca.models.common.inference import options_of
+from reca.models.open_uni import modules, sampling, weights
 from reca.models.open_uni.config import OpenUniConfig
 from reca.models.open_uni.loss import Prepared, compute_loss, prepare, reca_prompts
 from reca.models.open_uni.modules import Network
@@ -75,8 +75,7 @@ class OpenUni(Network, Adapter):
         return features
 
     def check_templates(self, templates: Sequence[str]) -> None:
-        most = prompt.MAX_LENGTH - modules.hv_tokens(self.config)
-        check_lengths(templates, lambda text: len(prompt.with_image(self.tokenizer, text).ids), most)
+        reca_prompts(self, templates)
 
     def prepare(self, batch: Batch, rng: CounterRNG) -> Prepared:
         return prepare(self, batch, rng)
