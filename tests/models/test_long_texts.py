@@ -9,6 +9,7 @@ from reca.config.recipe_files import load_recipe
 from reca.estimate.meta_model import check_templates
 from reca.models import UMMS, umm_package
 from reca.models.bagel import prompt as bagel
+from reca.models.common import text
 from reca.models.harmon import prompt as harmon
 from reca.models.open_uni import prompt as open_uni
 from reca.rng import CounterRNG
@@ -48,6 +49,15 @@ def test_questions(name, limited, caplog):
     assert CUT not in caplog.text
     one, other = model.answer(images(2), LONG, max_new_tokens=4)
     assert one == other and CUT in caplog.text
+
+
+@pytest.mark.parametrize("name", UMMS)
+def test_a_question_is_tokenised_once(name, limited, monkeypatch):
+    model, seen, encode = limited(name), [], text._Plain.encode
+    monkeypatch.setattr(text._Plain, "encode", lambda self, said: seen.append(said) or encode(self, said))
+    for asked in ("what is this ?", LONG[0]):
+        model.answer(images(1), [asked], max_new_tokens=1)
+        assert sum(asked.strip() in said for said in seen) == 1, asked
 
 
 @pytest.mark.parametrize("name", ["bagel", "open_uni"])

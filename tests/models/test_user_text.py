@@ -13,6 +13,7 @@ from reca.data.batch import Batch, task_rng
 from reca.data.tasks import Scored, Turn
 from reca.models import UMMS, umm_package
 from reca.models.common import text as texts
+from reca.models.common.chat import reply_start, truncated
 from reca.models.common.text import Remembered, control, encode
 from reca.models.common.tiny_tokenizer import word_tokenizer
 from reca.models.harmon import prompt as harmon_prompt
@@ -158,11 +159,13 @@ def test_frames_by_id_are_the_released_texts(text):
     assert learned == [*whole(f"{said}<|im_end|>"), *whole("b<|im_end|>")]
 
 
-def test_a_template_longer_than_the_sequence_keeps_image_and_frame():
+def test_an_instruction_longer_than_the_sequence_keeps_image_and_frame():
     tokenizer = byte_tokenizer()
-    short, long = (open_uni_prompt.with_image(tokenizer, "x" * n, 60) for n in (0, 500))
-    assert short.slot == long.slot and long.ids[-3:] == short.ids[-3:]
-    assert len(short.ids) < 50 and len(long.ids) == 60
+    end = len(reply_start(tokenizer)) + 1  # and the start of an image
+    whole = [open_uni_prompt.with_image(tokenizer, "x" * n) for n in (0, 500)]
+    short, long = truncated(whole, 60, end)
+    assert short == whole[0] and short.slot == long.slot and long.ids[-end:] == short.ids[-end:]
+    assert len(short.ids) < 50 and len(long.ids) == 60 and long.ids[: 60 - end] == whole[1].ids[: 60 - end]
 
 
 @pytest.mark.parametrize("word", ["<IMG_CONTEXT>", "<|im_end|>", "<|vision_start|>", "<|soi|>", "<img>", "<unk>"])

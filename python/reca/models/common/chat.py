@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from reca.models.common import inference
 from reca.models.common.text import control, encode
 from reca_kernels import IGNORE_INDEX, TextSegment, VisualSegment
 
@@ -40,6 +41,12 @@ class Prompt(NamedTuple):
             TextSegment(self.ids[self.slot :], labels[self.slot :]),
         )
         return [before, VisualSegment(tokens), after]
+
+
+def truncated(prompts: Sequence[Prompt], most: int, end: int = 0) -> list[Prompt]:
+    """Truncate users' prompts as `inference.truncated` does. most: maximum tokens besides h_v."""
+    rows = inference.truncated([asked.ids for asked in prompts], most, end)
+    return [asked._replace(ids=ids) for asked, ids in zip(prompts, rows, strict=True)]
 
 
 def caption_request(text: str | None) -> str:

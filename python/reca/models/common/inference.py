@@ -89,6 +89,12 @@ def warn_of_cut(lengths: Iterable[int], most: int) -> None:
         log.warning("a prompt has %d tokens, but this model reads at most %d: its end is truncated", longest, most)
 
 
+def truncated(prompts: Sequence[list[int]], most: int, end: int = 0) -> list[list[int]]:
+    """Truncate users' prompts to `most` tokens, of which the last `end` are kept, and warn if one is longer."""
+    warn_of_cut(map(len, prompts), most)
+    return [ids if len(ids) <= most else [*ids[: most - end], *ids[len(ids) - end :]] for ids in prompts]
+
+
 def check_template(text: str, tokens: int, most: int) -> None:
     """Raise ValueError if the prompt of a template, of `tokens` tokens besides images, has more than `most`."""
     if tokens > most:

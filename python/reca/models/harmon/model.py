@@ -13,8 +13,9 @@ from typing_extensions import Self
 from reca.data.batch import Batch
 from reca.data.views import View, Views
 from reca.models.base import Adapter, LossTerm
+from reca.models.common.chat import truncated
 from reca.models.common.images import fit_to_view, to_uint8, to_unit
-from reca.models.common.inference import check_multiple, warn_of_cut
+from reca.models.common.inference import check_multiple
 from reca.models.harmon import modules, prompt, sampling, weights
 from reca.models.harmon.config import HarmonConfig
 from reca.models.harmon.loss import Prepared, compute_loss, prepare
@@ -106,10 +107,10 @@ class Harmon(Network, Adapter):
         side, factor = self.config.image_size, self.factor
         height, width = height or side, width or side
         check_multiple(factor, height, width)
-        warn_of_cut((len(prompt.whole_caption(self.tokenizer, text)) for text in prompts), prompt.MAX_TEXT)
+        asked = truncated([prompt.whole_caption(self.tokenizer, text) for text in prompts], prompt.MAX_TEXT)
         images = []
         for i in range(0, len(prompts), batch):
-            cond = [prompt.caption(self.tokenizer, text) for text in prompts[i : i + batch]]
+            cond = asked[i : i + batch]
             latents = sampling.sample_latents(
                 self,
                 cond,

@@ -27,12 +27,12 @@ MAX_TEXT, MAX_CONVERSATION = 128, 1472
 
 def caption(tokenizer: PreTrainedTokenizerBase, text: str | None) -> Prompt:
     """Build the prompt for the image of a caption; None builds the unconditional prompt."""
-    return Prompt(whole_caption(tokenizer, text)[:MAX_TEXT])
+    return Prompt(whole_caption(tokenizer, text).ids[:MAX_TEXT])
 
 
-def whole_caption(tokenizer: PreTrainedTokenizerBase, text: str | None) -> list[int]:
-    """Return the token ids of `caption` before truncation."""
-    return chat_turn(tokenizer, caption_request(text))
+def whole_caption(tokenizer: PreTrainedTokenizerBase, text: str | None) -> Prompt:
+    """Build the prompt of `caption` without truncating it."""
+    return Prompt(chat_turn(tokenizer, caption_request(text)))
 
 
 def template(tokenizer: PreTrainedTokenizerBase, text: str | None) -> Prompt:
@@ -55,16 +55,10 @@ def conversation(tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, 
     return Prompt(ids[:MAX_CONVERSATION], slot, labels[:MAX_CONVERSATION])
 
 
-def question(tokenizer: PreTrainedTokenizerBase, text: str, most: int | None = None) -> Prompt:
-    """Build the prompt of a question. The text before the image and the text after it are tokenised separately.
-
-    most: maximum tokens of the prompt; the text is truncated.
-    """
+def question(tokenizer: PreTrainedTokenizerBase, text: str) -> Prompt:
+    """Build the prompt of a question. The text before the image and the text after it are tokenised separately."""
     before, said = [control(tokenizer, START), *encode(tokenizer, "user\n")], encode(tokenizer, f"\n{text}")
-    reply = reply_start(tokenizer)
-    if most is not None:
-        said = said[: most - len(before) - len(reply)]
-    return Prompt([*before, *said, *reply], len(before))
+    return Prompt([*before, *said, *reply_start(tokenizer)], len(before))
 
 
 class Layout(NamedTuple):

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from reca.models.common.chat import END, Prompt
+from reca.models.common.chat import END, Prompt, reply_start, truncated
 from reca.models.common.greedy import decode_replies
 from reca.models.common.images import to_unit
-from reca.models.common.inference import warn_of_cut
 from reca.models.common.planned import CachedPrompts, greedy
 from reca.models.common.text import control
 from reca.models.harmon import modules, prompt
@@ -152,8 +151,8 @@ def answer(
     net: Network, images: Sequence[Tensor], questions: Sequence[str], max_new_tokens: int, batch: int = 32
 ) -> list[str]:
     """Answer questions about images, uint8 [3, S, S] each, by greedy decoding, `batch` at a time."""
-    warn_of_cut((len(prompt.question(net.tokenizer, text).ids) for text in questions), prompt.MAX_CONVERSATION)
-    asked = [prompt.question(net.tokenizer, text, prompt.MAX_CONVERSATION) for text in questions]
+    asked = [prompt.question(net.tokenizer, text) for text in questions]
+    asked = truncated(asked, prompt.MAX_CONVERSATION, len(reply_start(net.tokenizer)))
     eos, replies, buffers = control(net.tokenizer, END), [], net.config.mar.buffers
     for i in range(0, len(asked), batch):
         encoded = net.mar.encode(net.latents(to_unit(images[i : i + batch]).to(net.device)))

@@ -27,27 +27,25 @@ MAX_LENGTH = 2048  # maximum tokens of a prompt with an image and of a conversat
 
 def caption(tokenizer: PreTrainedTokenizerBase, text: str | None) -> Prompt:
     """Build the prompt for the image of a caption, truncated as in the release; None: the unconditional prompt."""
-    return Prompt(whole_caption(tokenizer, text)[:MAX_TEXT])
+    return Prompt(whole_caption(tokenizer, text).ids[:MAX_TEXT])
 
 
-def whole_caption(tokenizer: PreTrainedTokenizerBase, text: str | None) -> list[int]:
-    """Return the token ids of `caption` before truncation."""
-    return [*chat_turn(tokenizer, caption_request(text)), control(tokenizer, IMAGE)]
+def whole_caption(tokenizer: PreTrainedTokenizerBase, text: str | None) -> Prompt:
+    """Build the prompt of `caption` without truncating it."""
+    return Prompt([*chat_turn(tokenizer, caption_request(text)), control(tokenizer, IMAGE)])
 
 
-def with_image(tokenizer: PreTrainedTokenizerBase, text: str, most: int | None = None) -> Prompt:
-    """Build a prompt of an image and a text whose reply starts an image. most: as in `question`."""
-    asked = question(tokenizer, text, None if most is None else most - 1)
+def with_image(tokenizer: PreTrainedTokenizerBase, text: str) -> Prompt:
+    """Build a prompt of an image and a text whose reply starts an image."""
+    asked = question(tokenizer, text)
     return asked._replace(ids=[*asked.ids, control(tokenizer, IMAGE)])
 
 
-def question(tokenizer: PreTrainedTokenizerBase, text: str, most: int | None = None) -> Prompt:
-    """Build the prompt of a question about an image. most: maximum tokens besides h_v; the text is truncated."""
+def question(tokenizer: PreTrainedTokenizerBase, text: str) -> Prompt:
+    """Build the prompt of a question about an image."""
     before = [control(tokenizer, START), *encode(tokenizer, "user\n"), control(tokenizer, IMAGE)]
-    behind, reply = [control(tokenizer, END_OF_IMAGE), *encode(tokenizer, f"\n{text}")], reply_start(tokenizer)
-    if most is not None:
-        behind = behind[: most - len(before) - len(reply)]
-    return Prompt([*before, *behind, *reply], len(before))
+    behind = [control(tokenizer, END_OF_IMAGE), *encode(tokenizer, f"\n{text}")]
+    return Prompt([*before, *behind, *reply_start(tokenizer)], len(before))
 
 
 def conversation(tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]], most: int) -> Prompt:

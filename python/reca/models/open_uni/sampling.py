@@ -6,10 +6,10 @@ from torch import Tensor
 
 from reca.data.views import View
 from reca.models.base import in_fp32
-from reca.models.common.chat import Prompt
+from reca.models.common.chat import Prompt, reply_start, truncated
 from reca.models.common.greedy import decode_replies
 from reca.models.common.images import fit_to_view, to_uint8, to_unit
-from reca.models.common.inference import check_multiple, warn_of_cut
+from reca.models.common.inference import check_multiple
 from reca.models.common.planned import greedy
 from reca.models.common.text import control
 from reca.models.open_uni import modules, prompt
@@ -31,10 +31,10 @@ def generate(
     batch: int = 16,
 ) -> list[Tensor]:
     """Generate images with DPM-Solver++ (`sample`), `batch` at a time. Seeds are in [0, 2**56)."""
-    warn_of_cut((len(prompt.whole_caption(net.tokenizer, text)) for text in prompts), prompt.MAX_TEXT)
+    asked = truncated([prompt.whole_caption(net.tokenizer, text) for text in prompts], prompt.MAX_TEXT)
     size, images, uncond = {"height": height, "width": width}, [], [prompt.caption(net.tokenizer, None)]
     for i in range(0, len(prompts), batch):
-        cond, own = [prompt.caption(net.tokenizer, text) for text in prompts[i : i + batch]], seeds[i : i + batch]
+        cond, own = asked[i : i + batch], seeds[i : i + batch]
         images += sample(net, cond, uncond, None, own, steps=steps, guidance=guidance, **size)
     return images
 
@@ -56,11 +56,11 @@ def edit(
     Both guidance branches see the image; the unconditional one has the instruction to keep it.
     """
     size, view, edited = {"height": height, "width": width}, View(net.config.image_size), []
-    most = prompt.MAX_LENGTH - modules.hv_tokens(net.config)
-    warn_of_cut((len(prompt.with_image(net.tokenizer, text).ids) for text in instructions), most)
+    most, end = prompt.MAX_LENGTH - modules.hv_tokens(net.config), len(reply_start(net.tokenizer)) + 1
+    asked = truncated([prompt.with_image(net.tokenizer, text) for text in instructions], most, end)
     for i in range(0, len(images), batch):
-        cond = [prompt.with_image(net.tokenizer, text, most) for text in instructions[i : i + batch]]
-        uncond, own = [prompt.with_image(net.tokenizer, prompt.KEEP)] * len(cond), seeds[i : i + batch]
+        cond, own = asked[i : i + batch], seeds[i : i + batch]
+        uncond = [prompt.with_image(net.tokenizer, prompt.KEEP)] * len(cond)
         h_v = encode_input(net, images[i : i + batch], view)
         edited += sample(net, cond, uncond, h_v, own, steps=steps, guidance=guidance, **size)
     return edited
@@ -72,8 +72,8 @@ def answer(
 ) -> list[str]:
     """Answer questions about images by greedy decoding, `batch` at a time."""
     most, replies = prompt.MAX_LENGTH - modules.hv_tokens(net.config), []
-    warn_of_cut((len(prompt.question(net.tokenizer, text).ids) for text in questions), most)
-    prompts = [prompt.question(net.tokenizer, text, most) for text in questions]
+    prompts = [prompt.question(net.tokenizer, text) for text in questions]
+    prompts = truncated(prompts, most, len(reply_start(net.tokenizer)))
     eos, view = control(net.tokenizer, prompt.END), View(modules.understanding_size(net.config))
     for i in range(0, len(images), batch):
         layout = prompt.layout(prompts[i : i + batch], modules.hv_tokens(net.config), "left").to(net.device)

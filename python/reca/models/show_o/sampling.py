@@ -7,7 +7,7 @@ from torch import Tensor
 
 from reca.models.common.greedy import decode_replies
 from reca.models.common.images import fit_to_view, to_unit
-from reca.models.common.inference import warn_of_cut
+from reca.models.common.inference import truncated
 from reca.models.common.planned import greedy as planned_greedy
 from reca.models.show_o import prompt
 from reca.models.show_o.conditioner import conditioner
@@ -104,8 +104,7 @@ def answer(net: Network, images: list[Tensor], questions: list[str], max_new_tok
     frame = sum(run.length for run in source.conversation_sample([], [], v, system).runs)
     most, view, replies = net.config.phi.max_position_embeddings - frame, source.view(), []
     whole, end = [source.question(net.tokens, text, v) for text in questions], net.tokens(" ASSISTANT:")
-    warn_of_cut(map(len, whole), most)
-    ids = [row if len(row) <= most else [*row[: most - len(end)], *end] for row in whole]
+    ids = truncated(whole, most, len(end))
     samples = [source.conversation_sample(row, [IGNORE_INDEX] * len(row), v, system) for row in ids]
     for i in range(0, len(images), batch):
         pixels = to_unit([fit_to_view(image, view) for image in images[i : i + batch]]).to(net.device)
