@@ -23,7 +23,7 @@ from reca.data.batch import Batch
 from reca.data.pixels import make_view
 from reca.models.bagel import Adapter, Config, loss, modules, prompt, sampling, transformer, views, weights
 from reca.models.bagel.config import AutoencoderSizes
-from reca.models.bagel.transformer import GEN, UND, KVCache, Pass, rotary_cos_sin
+from reca.models.bagel.transformer import GEN, UND, KVCache, PackedPass, rotary_cos_sin
 from reca.models.base import ROLES
 from reca.models.common.ldm_autoencoder import to_ldm
 from reca.models.common.patch_codec import PatchSizes
@@ -476,7 +476,7 @@ def test_what_rows_see_and_what_is_kept(uniform):
     rotary = {
         expert: rotary_cos_sin(torch.zeros(len(q), dtype=torch.int64), 8, 1e4) for expert, (q, _, _) in made.items()
     }
-    now = Pass.plan(splits, cache, rotary, learn=True)
+    now = PackedPass.plan(splits, cache, rotary, learn=True)
     assert now.uniform == uniform
     out, (keys, values) = now.attend(made, past)
 

@@ -10,14 +10,15 @@ from reca.models.common.kv_cache import GrowingLayer
 from reca.models.common.planned import OneRow, padded, unpadded
 
 
-class OneRowPass(Pass):
+class OneRowPass(Pass[GrowingLayer]):
     """A pass of one row of the understanding expert per sample. It makes no attention plan.
 
     row  what the rows attend to
     """
 
     def __init__(self, rotary: KeysValues, row: OneRow):
-        self.rotary, self.row, self.learn = {UND: rotary}, row, False
+        super().__init__({UND: rotary}, learn=False)
+        self.row = row
 
     @torch.compiler.disable  # else every number of cached rows would recompile
     def attend(

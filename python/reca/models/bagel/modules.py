@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from reca.models.bagel import prompt
 from reca.models.bagel.config import BagelConfig, VisionSizes
-from reca.models.bagel.transformer import GEN, UND, KVCache, LanguageModel, Pass
+from reca.models.bagel.transformer import GEN, UND, KVCache, LanguageModel, PackedPass
 from reca.models.base import in_fp32
 from reca.models.common.images import check_side, to_unit
 from reca.models.common.kl_codec import KlCodec, PatchMoments
@@ -263,7 +263,7 @@ class Network(nn.Module):
             rows[GEN] = template_concat(table.detach(), latent, order, adds=adds, out_dtype=dtype)
         model = self.language_model.model
         rotary = {expert: model.rotary(layout.positions[expert]) for expert in rows}
-        out, layers = model(rows, cache.layers, Pass.plan(layout.splits, cache, rotary, learn))
+        out, layers = model(rows, cache.layers, PackedPass.plan(layout.splits, cache, rotary, learn))
         return out, cache.after(layers, layout.splits, layout.next_positions)
 
     def connect(self, h_v: Sequence[Tensor] | None) -> Tensor:

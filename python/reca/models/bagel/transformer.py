@@ -9,7 +9,7 @@ so that no gradient reaches their keys and values. The release's `freeze_und` de
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from reca_kernels import AttentionPlan, AttentionSpan, attention, attention_plan
 
 UND, GEN = "", "_moe_gen"  # parameter-name suffix of each expert
 KeysValues = tuple[Tensor, Tensor]  # each [rows, key heads, head_dim], samples concatenated
-Past = Any  # a layer's keys and values of earlier passes: KeysValues, None, or what another pass's `attend` keeps
+P = TypeVar("P")  # the form in which a pass reads and keeps a layer's keys and values
 
 
 class Split(NamedTuple):
@@ -82,16 +82,37 @@ class KVCache:
         )
 
 
-class Pass:
-    """Attention layout and rotary tables shared by all layers of one pass.
+class Pass(Generic[P]):
+    """Attention and rotary tables shared by all layers of one pass.
+
+    rotary  cosines and sines of the rows' positions per expert, fp32 [rows, head_dim / 2]
+    learn   whether the understanding rows have a gradient
+
+    This is not a dataclass, and its tables are not arguments of a layer, because FSDP2 would cast them to bf16.
+    """
+
+    def __init__(self, rotary: dict[str, KeysValues], learn: bool) -> None:
+        self.rotary, self.learn = rotary, learn
+
+    def graph(self, expert: str) -> bool:
+        """Tell whether this expert's rows are computed with a gradient."""
+        return torch.is_grad_enabled() and (expert == GEN or self.learn)
+
+    def attend(self, projected: dict[str, tuple[Tensor, Tensor, Tensor]], past: P) -> tuple[dict[str, Tensor], P]:
+        """Compute attention jointly over the rows of both experts and the cached ones.
+
+        projected: queries, keys and values per expert, [rows, heads, d]. Returns [rows, heads, d] per expert, and the
+        keys and values to cache.
+        """
+        raise NotImplementedError
+
+
+class PackedPass(Pass[KeysValues | None]):
+    """A pass over splits of any length, whose samples are concatenated.
 
     attention  attention plan: for each sample its cached rows, then its splits
     lengths    number of cached rows of each sample
     uniform    whether all samples have the same layout
-    rotary     cosines and sines of the rows' positions per expert, fp32 [rows, head_dim / 2]
-    learn      whether the understanding rows have a gradient
-
-    This is not a dataclass, and its tables are not arguments of a layer, because FSDP2 would cast them to bf16.
     """
 
     def __init__(
@@ -103,11 +124,11 @@ class Pass:
         rotary: dict[str, KeysValues],
         learn: bool,
     ) -> None:
-        self.splits, self.attention, self.lengths = splits, attention, lengths
-        self.uniform, self.rotary, self.learn = uniform, rotary, learn
+        super().__init__(rotary, learn)
+        self.splits, self.attention, self.lengths, self.uniform = splits, attention, lengths, uniform
 
     @classmethod
-    def plan(cls, splits: Sequence[Split], cache: KVCache, rotary: dict[str, KeysValues], learn: bool) -> "Pass":
+    def plan(cls, splits: Sequence[Split], cache: KVCache, rotary: dict[str, KeysValues], learn: bool) -> "PackedPass":
         """Plan a pass over `splits` that follow the cached rows."""
         samples = [[AttentionSpan(length, cached=True)] if length else [] for length in cache.lengths]
         for split in splits:
@@ -116,17 +137,10 @@ class Pass:
         uniform = bool(splits) and len(set(map(tuple, samples))) == 1
         return cls(splits, attention_plan(samples, device=device), cache.lengths, uniform, rotary, learn)
 
-    def graph(self, expert: str) -> bool:
-        """Tell whether this expert's rows are computed with a gradient."""
-        return torch.is_grad_enabled() and (expert == GEN or self.learn)
-
     @torch.compiler.disable  # else every new layout would recompile; a layer's rest compiles for any number of rows
-    def attend(self, projected: dict[str, tuple[Tensor, Tensor, Tensor]], past: Past) -> tuple[dict[str, Tensor], Past]:
-        """Compute attention jointly over the rows of both experts and the cached ones.
-
-        projected: queries, keys and values per expert, [rows, heads, d]. Returns [rows, heads, d] per expert, and the
-        keys and values to cache.
-        """
+    def attend(
+        self, projected: dict[str, tuple[Tensor, Tensor, Tensor]], past: KeysValues | None
+    ) -> tuple[dict[str, Tensor], KeysValues | None]:
         q, k, v = (_by_split({expert: rows[i] for expert, rows in projected.items()}, self) for i in range(3))
         if past is not None:
             k, v = (_behind(old, new, self) for old, new in zip(past, (k, v), strict=True))
@@ -175,7 +189,7 @@ class Attention(nn.Module):
         )
         return q, k, v
 
-    def forward(self, rows: dict[str, Tensor], past: Past, now: Pass) -> tuple[dict[str, Tensor], Past]:
+    def forward(self, rows: dict[str, Tensor], past: P, now: Pass[P]) -> tuple[dict[str, Tensor], P]:
         """Attend jointly. rows: [rows, D] per expert that has rows. Returns the same, and keys and values to cache."""
         projected = {}
         for expert, x in rows.items():
@@ -211,7 +225,7 @@ class Layer(nn.Module):
             self.add_module(f"input_layernorm{expert}", RMSNorm(sizes.hidden_size, sizes.rms_norm_eps))
             self.add_module(f"post_attention_layernorm{expert}", RMSNorm(sizes.hidden_size, sizes.rms_norm_eps))
 
-    def forward(self, rows: dict[str, Tensor], past: Past, now: Pass) -> tuple[dict[str, Tensor], Past]:
+    def forward(self, rows: dict[str, Tensor], past: P, now: Pass[P]) -> tuple[dict[str, Tensor], P]:
         normed = {}
         for expert, x in rows.items():
             with torch.set_grad_enabled(now.graph(expert)):
@@ -242,9 +256,9 @@ class Transformer(nn.Module):
     def forward(
         self,
         rows: dict[str, Tensor],  # per expert [rows, D]
-        layers: Sequence[Past],
-        now: Pass,
-    ) -> tuple[dict[str, Tensor], list[Past]]:
+        layers: Sequence[P],
+        now: Pass[P],
+    ) -> tuple[dict[str, Tensor], list[P]]:
         """Return the normalised hidden states per expert, and the keys and values to cache per layer."""
         kept = []
         for layer, past in zip(self.layers, layers, strict=True):
@@ -264,7 +278,7 @@ class LanguageModel(nn.Module):
         self.lm_head = nn.Linear(sizes.hidden_size, sizes.vocab_size, bias=False)
 
 
-def _by_split(rows: dict[str, Tensor], now: Pass) -> Tensor:
+def _by_split(rows: dict[str, Tensor], now: PackedPass) -> Tensor:
     """Merge the rows of both experts in the order of the splits; within a split, understanding rows come first."""
     if len(rows) == 1:
         return next(iter(rows.values()))
@@ -275,7 +289,7 @@ def _by_split(rows: dict[str, Tensor], now: Pass) -> Tensor:
     return torch.cat([piece for pair in zip(*pieces, strict=True) for piece in pair])
 
 
-def _by_expert(rows: Tensor, experts: list[str], now: Pass) -> dict[str, Tensor]:
+def _by_expert(rows: Tensor, experts: list[str], now: PackedPass) -> dict[str, Tensor]:
     """Invert `_by_split`."""
     if len(experts) == 1:
         return {experts[0]: rows}
@@ -292,7 +306,7 @@ def _alike(splits: Sequence[Split]) -> int:
     return len(splits) if len({(split.und, split.gen) for split in splits}) == 1 else 0
 
 
-def _behind(old: Tensor, new: Tensor, now: Pass) -> Tensor:
+def _behind(old: Tensor, new: Tensor, now: PackedPass) -> Tensor:
     """Append every sample's new rows to its cached ones."""
     if now.uniform:
         return torch.cat([x.unflatten(0, (len(now.lengths), -1)) for x in (old, new)], dim=1).flatten(0, 1)
@@ -300,7 +314,7 @@ def _behind(old: Tensor, new: Tensor, now: Pass) -> Tensor:
     return torch.cat([piece for pair in zip(*pieces, strict=True) for piece in pair])
 
 
-def _kept(past: KeysValues | None, seen: KeysValues, now: Pass) -> KeysValues | None:
+def _kept(past: KeysValues | None, seen: KeysValues, now: PackedPass) -> KeysValues | None:
     """Remove the rows of noise splits from the keys and values of a pass."""
     noise = [split.mode == "noise" for split in now.splits]
     if not any(noise):

@@ -19,7 +19,7 @@ CAUSAL = "reca_causal"  # causal attention unless there is a plan
 
 
 class OneRow(NamedTuple):
-    """What one new row of each sample attends to, in place of a plan.
+    """What one new row of each sample attends to, in place of a plan: RECA_ATTENTION does not choose its kernel.
 
     keys  bool [B, 1, 1, L]: the cached rows, the new one included; None: all
     """
