@@ -577,9 +577,19 @@ def test_guidance_formulas():
         ("channel", scaled(second, -1)),
         ("text_channel", image + 2 * (scaled(first, -1) - image)),
     ):
-        torch.testing.assert_close(sampling.guide(v, [text, image], 4, 2, renorm, 0.1), wanted)
-        torch.testing.assert_close(sampling.guide(v, [2 * v], 1.5, 1, renorm, 0.1), 0.5 * v)  # never made longer
-    torch.testing.assert_close(sampling.guide(v, [text], 4, 2, "global", 0.1), scaled(first, (0, 1)))
+        torch.testing.assert_close(sampling.guide(v, [text, image], 4, 2, renorm, 0.1, [6]), wanted)
+        torch.testing.assert_close(sampling.guide(v, [2 * v], 1.5, 1, renorm, 0.1, [6]), 0.5 * v)  # never made longer
+    torch.testing.assert_close(sampling.guide(v, [text], 4, 2, "global", 0.1, [6]), scaled(first, (0, 1)))
+
+
+@pytest.mark.parametrize("renorm", sampling.RENORMS)
+def test_packed_guidance_is_that_of_each_image(renorm):
+    generator, lengths = torch.Generator().manual_seed(0), [6, 1, 9]
+    v, text, image = (scale * torch.randn(16, 8, generator=generator) for scale in (1.0, 2.0, 0.5))
+    together = sampling.guide(v, [text, image], 4, 2, renorm, 0.0, lengths)
+    parts = zip(*(x.split(lengths) for x in (v, text, image)), strict=True)
+    alone = [sampling.guide(own, others, 4, 2, renorm, 0.0, [len(own)]) for own, *others in parts]
+    assert torch.equal(together, torch.cat(alone))
 
 
 def test_bad_sampling_options(plain):

@@ -1,6 +1,7 @@
 """Generation and editing of images with Euler steps and two kinds of guidance, and greedy decoding of answers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -187,13 +188,8 @@ def denoise(
         n = given.branches
         v = net.predict_velocity(given.cache, given.layout, x.repeat(n, 1), t[None]).float()
         if guided:
-            parts = [branch.split(lengths) for branch in v.chunk(n)]
-            v = torch.cat(
-                [
-                    guide(own, others, guidance, image_guidance, renorm, renorm_min)
-                    for own, *others in zip(*parts, strict=True)
-                ]
-            )
+            own, *others = v.chunk(n)
+            v = guide(own, others, guidance, image_guidance, renorm, renorm_min, lengths)
         if on_step:
             on_step(t, x, v)
         x = x - v * (t - grid[step + 1])
@@ -214,24 +210,35 @@ class _Condition(NamedTuple):
         return cls(len(caches), cache, net.layout(items, cache.positions).to(net.device))
 
 
-def guide(v: Tensor, others: list[Tensor], text: float, image: float, renorm: str, least: float) -> Tensor:
-    """Apply guidance to the velocity of one image, [h w, channels].
+def guide(
+    v: Tensor, others: list[Tensor], text: float, image: float, renorm: str, least: float, lengths: list[int]
+) -> Tensor:
+    """Apply guidance to the velocity of packed images, [sum of h w, channels].
 
-    others: the velocities without the text and, with image guidance, without the image.
+    others: the velocities without the text and, with image guidance, without the image. lengths: tokens per image.
     """
     out = others[0] + text * (v - others[0])
     if renorm == "text_channel":
-        out = _renormalise(out, v, least, dim=-1)
+        out = _renormalise(out, v, least, token_norms)
     if len(others) > 1:
         out = others[1] + image * (out - others[1])
     if renorm == "text_channel":
         return out
-    return _renormalise(out, v, least, dim=-1 if renorm == "channel" else (0, 1))
+    return _renormalise(out, v, least, token_norms if renorm == "channel" else partial(image_norms, lengths=lengths))
 
 
-def _renormalise(out: Tensor, v: Tensor, least: float, dim) -> Tensor:
-    norms = (torch.linalg.vector_norm(y, dim=dim, keepdim=True) for y in (v, out))
-    return out * (next(norms) / (next(norms) + EPSILON)).clamp(min=least, max=1.0)
+def _renormalise(out: Tensor, v: Tensor, least: float, norms: Callable[[Tensor], Tensor]) -> Tensor:
+    return out * (norms(v) / (norms(out) + EPSILON)).clamp(min=least, max=1.0)
+
+
+def token_norms(x: Tensor) -> Tensor:  # [tokens, C] -> [tokens, 1]
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+
+
+def image_norms(x: Tensor, lengths: list[int]) -> Tensor:  # [tokens, C] -> [tokens, 1]
+    """Return the norm of each token's image."""
+    norms = [torch.linalg.vector_norm(image, dim=(0, 1), keepdim=True) for image in x.split(lengths)]
+    return torch.cat([norm.expand(n, 1) for norm, n in zip(norms, lengths, strict=True)])
 
 
 def start_noise(net: Network, sizes: list[tuple[int, int]], seeds: list[int]) -> Tensor:
