@@ -339,7 +339,7 @@ class Trainer:
             "skipped": self.skipped.state(),
             "monitor": self.monitor.state(),
             "ema": self.ema and self.ema.state(),
-            "recipe": asdict(self.recipe),
+            "recipe": asdict(absolute_paths(self.recipe)),
             "fingerprint": self.fingerprint,
         }
         averages = self.ema.averages if self.ema else None

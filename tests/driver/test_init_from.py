@@ -12,7 +12,7 @@ import reca
 from reca import checkpoint, trainer
 from reca.checkpoint import CheckpointError, listing, writing
 from reca.comparison.sides import find_sides
-from reca.config.recipe_files import save_recipe
+from reca.config.recipe_files import load_recipe, save_recipe
 from reca.eval.targets import opponent, target
 from reca.options.fields import RecipeError
 from reca.runs.lineage import load_start, load_trained, parent_checkpoint
@@ -91,15 +91,31 @@ def test_a_run_does_not_start_from_itself(start):
         Trainer(start("run", "run"), ToyAdapter())
 
 
-def test_a_run_goes_on_from_where_it_began(start, tmp_path):
+def test_a_run_goes_on_from_where_it_began(start, tmp_path, monkeypatch):
+    monkeypatch.setattr("reca.api._check_class", lambda *_: None)
     run_toy(start("first", None, *FIRST))
     run_toy(start("other", None, *FIRST, "train.seed=1"))
     run_toy(start("second", "first", *SECOND))
     for before in (None, "other", "nowhere"):
-        with pytest.raises(RecipeError, match="train.init_from .* has other contents"):
-            Trainer(start("second", before, *SECOND, "train.steps=4"), ToyAdapter())
+        for steps in (4, 2):  # also if nothing is left to do
+            with pytest.raises(RecipeError, match="train.init_from .* -> .* not the checkpoint that the run started"):
+                reca.train(start("second", before, *SECOND, f"train.steps={steps}"), model=ToyAdapter())
     shutil.copytree(tmp_path / "first", tmp_path / "copy")
     Trainer(start("second", "copy", *SECOND, "train.steps=4"), ToyAdapter())
+
+
+def test_a_run_goes_on_from_a_folder_that_is_gone_by_any_name_of_it(recipe, tmp_path, monkeypatch):
+    """That in the run's own recipe.yaml is absolute."""
+    monkeypatch.chdir(tmp_path)
+    run_toy(recipe("run_dir=first", "train.steps=1"))
+    second = run_toy(recipe("run_dir=second", "train.init_from=first", "train.steps=1"))
+    shutil.rmtree(tmp_path / "first")
+    again = load_recipe(tmp_path / "second/recipe.yaml", ["train.steps=2"])
+    assert Path(again.train.init_from).is_absolute() and run_toy(again).step == 2
+    monkeypatch.chdir(tmp_path.parent)
+    for folder in (tmp_path / "first", f"{tmp_path.name}/first"):
+        resumed = run_toy(recipe(f"run_dir={tmp_path}/second", f"train.init_from={folder}", "train.steps=3"))
+        assert resumed.fingerprint == second.fingerprint
 
 
 def test_another_model_is_seen_before_weights_are_read(start, monkeypatch):
@@ -216,7 +232,7 @@ def test_a_run_starts_from_an_earlier_checkpoint(start, tmp_path, published):
     assert find_sides("base", str(second.run_dir))[0].step == 1
     (tmp_path / "link").symlink_to(began)
     Trainer(start("second", "link", *SECOND, "train.steps=4"), ToyAdapter())
-    with pytest.raises(RecipeError, match="train.init_from .* has other contents"):
+    with pytest.raises(RecipeError, match="train.init_from .* not the checkpoint that the run started from"):
         Trainer(start("second", "first", *SECOND, "train.steps=4"), ToyAdapter())
 
     with pytest.raises(RecipeError, match=r"000003 is inside the run folder .* \(there are: 000001, 000002\)"):

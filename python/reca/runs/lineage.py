@@ -13,7 +13,7 @@ import torch
 
 from reca import checkpoint, distributed, exits
 from reca.config.recipe import Recipe
-from reca.config.recipe_files import UnknownRecipe, by_key, load_recipe, walk
+from reca.config.recipe_files import UnknownRecipe, absolute_paths, by_key, load_recipe, walk
 from reca.data.sources.factory import DATA_KEYS
 from reca.models import umm_package
 from reca.models.base import Adapter
@@ -61,10 +61,15 @@ def fingerprint(
     if "reca" in recipe.active_tasks():
         found["data.templates"] = digest("\n".join(templates).encode())
     found |= {f"model.{name}": file_fingerprint(value) for name, value in published_files(recipe).items()}
-    if recipe.train.init_from is not None and state is not None:
-        same = state["recipe"]["train"]["init_from"] == recipe.train.init_from
-        found["train.init_from"] = state["fingerprint"].get("train.init_from") if same else parent_digest(recipe)
-    return found
+    return found if state is None else found | _parent_of(recipe, state)
+
+
+def _parent_of(recipe: Recipe, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Identify `train.init_from` when a run is resumed, which does not read it: its folder may be gone by now."""
+    if recipe.train.init_from is None:
+        return {}
+    same = state["recipe"]["train"]["init_from"] == absolute_paths(recipe).train.init_from
+    return {"train.init_from": state["fingerprint"].get("train.init_from") if same else parent_digest(recipe)}
 
 
 def parent_digest(recipe: Recipe, run_dir: Path | None = None) -> str | None:
@@ -95,7 +100,7 @@ def reject_changed(recipe: Recipe, run_dir: Path, state: Mapping[str, Any], now:
     state: state of the checkpoint to resume from, with its recipe and fingerprint. now: fingerprint of this start.
     The message names every such key with both values.
     """
-    before, new = state["fingerprint"], _flat(asdict(recipe))
+    before, new = state["fingerprint"], _flat(asdict(absolute_paths(recipe)))
     # Keys that the version that wrote the checkpoint did not have count as having their default.
     old = _flat(asdict(Recipe(umm=recipe.umm, model=type(recipe.model)()))) | _flat(state["recipe"])
     free = [*RESULT_NEUTRAL_KEYS, *COMPARED_BY_CONTENT, *before, *now, "optim.decay_steps"]
@@ -111,7 +116,14 @@ def reject_changed(recipe: Recipe, run_dir: Path, state: Mapping[str, Any], now:
     for key in sorted(before.keys() | now.keys()):
         if key.startswith("data.") and (key in before) != (key in now):
             continue  # its task was added or removed, which the key of its weight reports
-        if before.get(key) != now.get(key) and "umm" not in changed:
+        if before.get(key) == now.get(key) or "umm" in changed:
+            continue
+        if key == "train.init_from" and old[key] is not None:
+            changes.append(
+                f"{key} {old[key]!r} -> {new[key]!r}, which is not the checkpoint that the run started from: keep the "
+                "first value, which is not read again"
+            )
+        else:
             changes.append(f"{_content(key, old, new)} has other contents{_counts(before.get(key), now.get(key))}")
     if changes:
         raise RecipeError(
@@ -147,7 +159,8 @@ def finished_steps(recipe: Recipe) -> int | None:
     if newest is None or int(newest.name) < recipe.train.steps or checkpoint.find_damage(newest, contents=False):
         return None
     state = checkpoint.read_state(newest)
-    reject_changed(recipe, run_dir, state, state["fingerprint"])
+    data = {key: value for key, value in state["fingerprint"].items() if key != "train.init_from"}
+    reject_changed(recipe, run_dir, state, data | _parent_of(recipe, state))
     if distributed.is_main_process():
         with contextlib.suppress(ValueError):
             if Status.read(run_dir).state == "finished":
