@@ -18,6 +18,7 @@ from reca.models import umm_package
 from reca.models.base import Adapter
 from reca.models.common.inference import warn_of_random_weights, warn_of_untrained
 from reca.options.fields import RecipeError, format_value
+from reca.options.names import option
 from reca.runs.lineage import finished_steps, load_start, load_trained, recipe_of, trained_source
 from reca.trainer import Trainer
 
@@ -62,9 +63,7 @@ def load(
     if trained_source(source):
         return load_trained(Path(source), recipe, device, ema)
     if ema:
-        raise RecipeError(
-            f"{source!r} is not a run folder, and only a run has an EMA: leave out --ema (in Python ema=True)"
-        )
+        raise RecipeError(f"{source!r} is not a run folder, and only a run has an EMA: leave out {option('ema', True)}")
     warn_of_untrained(source)
     if recipe.train.init_from is None:
         warn_of_random_weights(source, recipe.model)

@@ -15,6 +15,7 @@ from pathlib import Path
 from reca import __version__, exits
 from reca.arguments import as_path, path_text, takes_overrides, takes_pairs
 from reca.commands import general, inference
+from reca.options import names
 from reca.processes import library_logs
 
 OR_RUN = "recipe name or .yaml file, a run folder, or a checkpoint's RUN/checkpoints/STEP"
@@ -32,7 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
         exits.finish_output(exits.DONE)
         raise
     try:
-        code = options.run(options) or exits.DONE
+        with names.written_as(names.flag):
+            code = options.run(options) or exits.DONE
     except (Exception, SystemExit, KeyboardInterrupt) as error:
         code = exits.code_of(error)
         _report(error)

@@ -317,7 +317,9 @@ def test_missing_images_and_another_layout(painter, tmp_path):
     images = painter / "eval/000002/toy/images"
     shutil.rmtree(images / "00010")
     elsewhere = tmp_path / "elsewhere"
-    with pytest.raises(EvaluationError, match="1 images of toy are missing: 00010 \\(0\\). Generate them, or set --p"):
+    with pytest.raises(
+        EvaluationError, match="1 images of toy are missing: 00010 \\(0\\). Generate them, or set partial=True"
+    ):
         reca.evaluate("toy", painter, images=images, out=elsewhere, limit=LIMIT)
     found = reca.evaluate("toy", painter, images=images, out=elsewhere, limit=LIMIT, partial=True)
     assert found["counts"] == {"items": LIMIT - 1, "images": LIMIT - 1, "failed": 0, "missing": 1}
@@ -326,7 +328,7 @@ def test_missing_images_and_another_layout(painter, tmp_path):
         path.rename(images / f"{path.parent.parent.name}.png")
     with pytest.raises(EvaluationError, match="contains no images of toy; expected them as ITEM/samples/0000.png"):
         reca.evaluate("toy", painter, images=images, out=tmp_path / "third", limit=LIMIT)
-    with pytest.raises(EvaluationError, match="--images .*nowhere is not a folder"):
+    with pytest.raises(EvaluationError, match="images='.*nowhere' is not a folder"):
         reca.evaluate("toy", painter, images=tmp_path / "nowhere")
 
 
@@ -369,7 +371,7 @@ def test_images_that_were_not_judged_are_not_left_out_in_silence(painter, tmp_pa
     elsewhere = {"records": tmp_path / "theirs.jsonl", "out": tmp_path / "out"}
     elsewhere["records"].write_text(half)
     for given in ({"steps": ["score"]}, elsewhere):
-        with pytest.raises(EvaluationError, match=r"has no record of \d+ images of toy: .* or set --partial"):
+        with pytest.raises(EvaluationError, match=r"has no record of \d+ images of toy: .* or set partial=True"):
             reca.evaluate("toy", painter, limit=LIMIT, **given)
         counts = reca.evaluate("toy", painter, limit=LIMIT, partial=True, **given)["counts"]
         assert counts["missing"] + counts["images"] == LIMIT and counts["missing"] > 0
@@ -451,7 +453,7 @@ def test_images_of_other_weights_or_settings_are_not_mixed(painter, monkeypatch)
         "fingerprint.model.seed 0 -> 3": {"overrides": ["model.seed=3"]},
     }
     for name, change in settings.items():
-        with pytest.raises(EvaluationError, match=f"with other settings \\({name}\\); set another --out"):
+        with pytest.raises(EvaluationError, match=f"with other settings \\({name}\\); set another out"):
             reca.evaluate("toy", painter, limit=5, out=painter / "eval/000002/toy", **change)
     trained = Painter(0.0)
     with monkeypatch.context() as patch:
@@ -533,9 +535,9 @@ def test_a_run_without_checkpoints_or_evaluations_is_refused(painter):
         ({"suite": "toy?dataset=moon"}, "the datasets are emoji, shapes"),
         (
             {"suite": "geneval_long", "judge": "owlv2:x"},
-            "geneval_long needs the benchmark's files: --data PATH. Use Benchmark/geneval/",
+            "geneval_long needs the benchmark's files: data='PATH'. Use Benchmark/geneval/",
         ),
-        ({"judge": "endpoint:http://x"}, "--judge endpoint does not support toy; use one of toy"),
+        ({"judge": "endpoint:http://x"}, "judge='endpoint' does not support toy; use one of toy"),
         ({"judge": "toy", "judge_options": {"speed": 2}}, "there is no judge option 'speed'"),
         ({"steps": ["generate", "judgement"]}, "steps 'judgement': unknown; the steps are generate, judge,"),
         ({"steps": "generate"}, "steps='generate' must be a list; write steps=['generate']"),

@@ -237,7 +237,7 @@ def test_what_no_judge_can_be_made_with_is_told_before_anything_is_drawn(painter
 
 def test_several_models_and_no_server(server):
     server.models = ["a", "b"]
-    with pytest.raises(EvaluationError, match="serves these models: a, b; select one by --judge-option model=NAME"):
+    with pytest.raises(EvaluationError, match="models: a, b; select one by judge_options={.model.: .NAME.}"):
         EndpointJudge(server.url)
     assert EndpointJudge(server.url, model="b").name == "endpoint:b"
     with pytest.raises(EvaluationError, match="failed 2 times; the last error: ConnectionRefusedError"):
@@ -434,7 +434,7 @@ def test_models_below_the_home_folder(tmp_path, clip, monkeypatch):
     for spec, suite in (("local:~/m", "wise"), ("owlv2:~/m", "geneval"), ("mask2former:~/d.pth", "geneval")):
         assert judges.check_judge(spec, {}, open_suite(suite))[1] == spec.partition(":")[2].replace("~", str(tmp_path))
     assert colors.load_clip("~/clip", "cpu")
-    with pytest.raises(EvaluationError, match=r"CLIP, ~/none, cannot be loaded: .*--judge-option clip=FOLDER"):
+    with pytest.raises(EvaluationError, match=r"CLIP, ~/none, cannot be loaded: .*judge_options={'clip': 'FOLDER'}"):
         colors.load_clip("~/none", "cpu")
 
 

@@ -286,7 +286,7 @@ def test_a_result_file_that_was_replaced_is_read_again(tmp_path):
 
     assert [value({1: 1, 2: 1}), value({1: 0, 2: 1}), value({1: 0, 2: 1})] == [1, 0.5, 0.5]
     assert len(records.read(tmp_path / "out/records.jsonl")) == 3  # what it says as before is not said again
-    with pytest.raises(EvaluationError, match=r"no answer about 1 of the 2 images of wise: 1 \(0\). Set --partial"):
+    with pytest.raises(EvaluationError, match=r"no answer about 1 of the 2 images of wise: 1 \(0\). Set partial=True"):
         value({2: 1})  # of image 1 it says nothing any more
     assert value({2: 1}, partial=True) == 1
 

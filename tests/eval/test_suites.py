@@ -48,7 +48,7 @@ def test_every_suite_says_where_its_files_are(tmp_path):
         suite = open_suite(name)
         assert suite.name == name and suite.protocol and suite.layout()
         if name != "toy" and suite.shipped is None:
-            with pytest.raises(EvaluationError, match=f"{name} needs the benchmark's files: --data PATH. Use "):
+            with pytest.raises(EvaluationError, match=f"{name} needs the benchmark's files: data='PATH'. Use "):
                 suite.items()
         for folder in (tmp_path, tmp_path / "nothing") if name != "toy" else ():
             with pytest.raises(EvaluationError, match="(does not exist|cannot be read|contains no).* Use "):
@@ -119,7 +119,9 @@ def test_long_prompts_beside_a_part_of_the_images_are_no_whole(tmp_path):
     for item in items[:3]:
         save(images / suite.path(item, 0))
         (images / item.id / "metadata.jsonl").write_text(json.dumps(item.metadata))
-    with pytest.raises(EvaluationError, match=r"rows of 3 prompts that are not the 553 of geneval_long.* as --data"):
+    with pytest.raises(
+        EvaluationError, match=r"3 prompts that are not the 553 of geneval_long.* as data, or set partial=T"
+    ):
         reca.evaluate("geneval_long", "show_o_tiny", **given)
     with pytest.raises(EvaluationError, match=r"550 images of geneval_long are missing: 00003 \(0\)"):
         reca.evaluate("geneval_long", "show_o_tiny", **given, data=data)
@@ -139,7 +141,7 @@ def test_a_part_of_prompts_of_ones_own_is_no_whole(geneval, tmp_path):
     row = {"filename": f"x/{item.id}/samples/0000.png", "correct": True, "metadata": json.dumps(item.metadata)}
     results.write_text(json.dumps(row) + "\n")
     given = {"images": images, "judge": f"recorded:{results}", "out": tmp_path / "out"}
-    with pytest.raises(EvaluationError, match=r"rows of 1 prompts that are not the 553 of geneval.* as --data"):
+    with pytest.raises(EvaluationError, match=r"rows of 1 prompts that are not the 553 of geneval.* as data"):
         reca.evaluate("geneval", "show_o_tiny", **given)
     with pytest.raises(EvaluationError, match=rf"1 images of geneval are missing: {rest.id}"):
         reca.evaluate("geneval", "show_o_tiny", **given, data=geneval)
@@ -535,7 +537,7 @@ def test_mme_and_pope_by_the_models_own_answers(tmp_path, painter, monkeypatch):
     assert found["metrics"] == {"perception": 125, "cognition": None}
     wrong = "Is it red? Please answer yes or no. -> Yes, it does."
     assert [image["reason"] for row in found["items"] for image in row["images"]] == ["", wrong]
-    assert len((painter / "eval/mme/answers.jsonl").read_text().splitlines()) == 4 and Painter.made == 4
+    assert len((painter / "eval/000002/mme/answers.jsonl").read_text().splitlines()) == 4 and Painter.made == 4
     reca.evaluate("mme", painter, data=tmp_path / "mme")
     assert Painter.made == 4
     half = reca.evaluate("mme", painter, data=tmp_path / "mme", limit=1)  # of images, with both questions
@@ -638,7 +640,7 @@ def test_edits_depend_on_their_item_and_lie_beside_their_source(tmp_path, painte
     for module in (checks, evaluation):
         monkeypatch.setattr(module, "umm_package", lambda _: type("package", (), {"Adapter": Editor}))
     reca.evaluate("gedit", painter, data=tmp_path, steps=["generate"], sampling={"strength": 0.5})
-    made = {path.name: path for path in (painter / "eval/gedit/images").rglob("*.png")}
+    made = {path.name: path for path in (painter / "eval/000002/gedit/images").rglob("*.png")}
     assert sorted(made) == ["k0.png", "k0_SRCIMG.png", "k2.png", "k2_SRCIMG.png"] and Editor.strengths == [0.5]
     for item in open_suite("gedit", tmp_path).items():
         source, edited = (torch.from_numpy(np.array(Image.open(p))) for p in (item.source, made[f"{item.id}.png"]))

@@ -15,6 +15,7 @@ from reca.eval.suites import Item, Key, Suite
 from reca.eval.targets import Target
 from reca.models import UMMS, umm_package
 from reca.options.fields import RecipeError
+from reca.options.names import option
 from reca.options.sampling import check_sampling_options
 
 
@@ -24,7 +25,9 @@ def check(
     """Raise on errors in the settings or inputs before anything is loaded. Returns the contents of `records`."""
     suite = settings.suite
     if images is not None and not images.is_dir():
-        raise EvaluationError(f"--images {images} is not a folder; expected a folder of images as {suite.layout()}")
+        raise EvaluationError(
+            f"{option('images', str(images))} is not a folder; expected a folder of images as {suite.layout()}"
+        )
     if "generate" in settings.steps and not (images or records):
         for side in sides:
             if side.recipe is not None:
@@ -43,7 +46,7 @@ def check(
     given = None if records is None else recorded.Imported(records, recorded.import_answers(records, suite, items))
     if settings.count > 1 and suite.path(items[0], 0) == suite.path(items[0], 1):
         what = "answer" if suite.ability == "answer" else "image"
-        raise OptionError(f"images_per_item={settings.count}: {suite.name} has one {what} per item; set 1")
+        raise OptionError(f"{option('images_per_item', settings.count)}: {suite.name} has one {what} per item; set 1")
     if suite.ability != "generate" and not records and {"generate", "judge"} & set(settings.steps):
         check_sources(suite, items)
     to_judge = {} if given is not None else {sides[0].folder: _images_to_judge(settings, items, images)}
@@ -90,15 +93,16 @@ def check_recorded(settings: Settings, items: Sequence[Item], to_judge: Sequence
     known = recorded.import_answers(path, settings.suite, items)
     if len(to_judge) > 1 and any(record.picture is None for record in known.values()):
         raise EvaluationError(
-            f"--judge recorded:{path} does not say by which model the images were generated, and would give both sides "
-            "the same answers. Evaluate each side with its own file and --out, then set --against to the other folder"
+            f"{option('judge', f'recorded:{path}')} does not say by which model the images were generated, and would "
+            f"give both sides the same answers. Evaluate each side with its own file and {option('out')}, then set "
+            f"{option('against')} to the other folder"
         )
     for wanted in to_judge:
         missing = [f"{item} ({k})" for item, k in wanted if (item, k) not in known]
         if missing and not settings.partial:
             raise EvaluationError(
-                f"--judge recorded:{path} has no answer about {len(missing)} of the {len(wanted)} images of "
-                f"{settings.suite.name}: {units.some(missing)}. Set --partial to score the others"
+                f"{option('judge', f'recorded:{path}')} has no answer about {len(missing)} of the {len(wanted)} images "
+                f"of {settings.suite.name}: {units.some(missing)}. Set {option('partial', True)} to score the others"
             )
 
 

@@ -36,6 +36,7 @@ from reca.eval.targets import (
 from reca.hardware.devices import usable_device
 from reca.io.folders import ensure_writable
 from reca.models import umm_package
+from reca.options.names import option
 from reca.options.sampling import defaults
 
 log = logging.getLogger("reca")
@@ -64,7 +65,7 @@ def evaluate(
         )
     for side in sides:
         if side.recipe is not None:
-            ensure_writable(side.folder, "--out")
+            ensure_writable(side.folder, option("out"))
     given = check(settings, sides, images, records)
     if "generate" in settings.steps:
         wanted = [s for s in sides if s.recipe is not None and (s is not mine or not (images or records))]
@@ -219,6 +220,6 @@ def _known(
     """Read the records of these images by the given judge; None: the judge of the last record."""
     everything = recorded.read(path)
     if not everything:
-        raise EvaluationError(f"{path} contains no records; add the step judge, or set --records FILE")
+        raise EvaluationError(f"{path} contains no records; add the step judge, or set {option('records', 'FILE')}")
     judge = judge or everything[-1].judge
     return valid(everything, items, {key: image_hash(p) for key, p in found.items()}, judge), judge

@@ -26,6 +26,7 @@ from reca.eval.files import write
 from reca.eval.suites import Item, Key, Suite
 from reca.eval.suites.base import agree
 from reca.models.base import Adapter
+from reca.options.names import option
 
 log = logging.getLogger("reca")
 CHUNK = 32  # images generated between two writes
@@ -133,7 +134,7 @@ def _chunks(todo: list, title: str) -> Iterator[list]:
 
 def _source(item: Item) -> Tensor:
     if item.source is None or not item.source.is_file():
-        raise EvaluationError(f"item {item.id}: its image {item.source} does not exist; check --data")
+        raise EvaluationError(f"item {item.id}: its image {item.source} does not exist; check {option('data')}")
     return read_image(item.source)
 
 

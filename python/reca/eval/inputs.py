@@ -11,6 +11,7 @@ from reca.eval.records import Record
 from reca.eval.settings import Settings
 from reca.eval.suites import Item, Key
 from reca.eval.targets import Target, check_prompts
+from reca.options.names import option
 
 
 def images_of(
@@ -67,7 +68,7 @@ def count_missing(
     if missing and not settings.partial:
         raise EvaluationError(
             f"{place}: {len(missing)} images of {settings.suite.name} are missing: {units.some(missing)}. Generate "
-            "them, or set --partial to score the others"
+            f"them, or set {option('partial', True)} to score the others"
         )
     return len(missing)
 
@@ -91,6 +92,7 @@ def count_unjudged(
     if missing and not settings.partial:
         raise EvaluationError(
             f"{path} has no record of {len(missing)} images of {settings.suite.name}: {units.some(missing)}. Judge "
-            "them (--steps judge,score,report), or set --partial to score the others"
+            f"them ({option('steps', ['judge', 'score', 'report'])}), or set {option('partial', True)} to score the "
+            "others"
         )
     return len(missing)

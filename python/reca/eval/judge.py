@@ -19,6 +19,7 @@ from reca.eval.records import Record
 from reca.eval.suites import Item, Key, Suite
 from reca.eval.suites.base import agree, image_hash
 from reca.hardware.full_memory import is_memory_full
+from reca.options.names import option
 
 log = logging.getLogger("reca")
 MOST_FAILURES = 5  # consecutive failures after which judging stops
@@ -67,7 +68,8 @@ def judge_images(
                 return record._replace(error=f"{type(error).__name__}: {reason}")
             raise inference.MemoryFull(
                 f"out of memory while {judge.name} judged {found[key]} ({reason}). All records are kept: run the judge "
-                "in a separate process, without the model in memory, with --steps judge,score,report"
+                "in a separate process, without the model in memory, with "
+                f"{option('steps', ['judge', 'score', 'report'])}"
             ) from error
 
     with (
@@ -92,7 +94,7 @@ def judge_images(
         if not partial:
             raise EvaluationError(
                 f"{message}. Replace them (generated images can be deleted; they are then generated again), or set "
-                "--partial to score the others"
+                f"{option('partial', True)} to score the others"
             )
         log.warning("%s; they count as missing", message)
     return len(todo)

@@ -12,6 +12,7 @@ from reca.eval.errors import EvaluationError
 from reca.eval.files import HALVES
 from reca.eval.suites import Item, Key, Suite
 from reca.eval.suites.base import agree
+from reca.options.names import option
 
 log = logging.getLogger("reca")
 
@@ -95,7 +96,9 @@ class Appender:
             if size and os.pread(self.handle, 1, size - 1) != b"\n":
                 os.write(self.handle, b"\n")
         except OSError as error:
-            raise EvaluationError(f"{path} cannot be written ({error.strerror}); set another --out") from error
+            raise EvaluationError(
+                f"{path} cannot be written ({error.strerror}); set another {option('out')}"
+            ) from error
 
     def append(self, line: str) -> None:
         """Write a line. If that fails, restore the file to its previous length and raise EvaluationError."""

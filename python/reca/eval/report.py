@@ -12,6 +12,7 @@ from reca.eval.records import Record
 from reca.eval.statistics import Interval
 from reca.eval.suites import Item, Key, Score, Suite
 from reca.eval.suites.base import agree
+from reca.options.names import option
 
 RESULTS, FORMAT = "results.json", 1
 TOP = {"fraction": 1.0, "percent": 100.0}  # upper bound of values, by unit; points have none in common
@@ -153,7 +154,7 @@ def read(path: Path) -> dict[str, Any]:
         found = None
     if not isinstance(found, dict) or found.get("format") != FORMAT or not found.keys() >= NEEDED:
         raise EvaluationError(
-            f"{path} cannot be read: expected results of format {FORMAT}; score again: reca eval ... --steps score"
+            f"{path} cannot be read: expected results of format {FORMAT}; score again with {option('steps', ['score'])}"
         )
     beside = path.parent / "images"
     if found.get("images") and not Path(found["images"]).is_dir() and beside.is_dir():

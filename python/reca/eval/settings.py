@@ -8,6 +8,7 @@ from typing import Any
 from reca.eval.suites import Item, Suite, open_suite
 from reca.eval.suites.base import check_items
 from reca.models.common.inference import check_pairs
+from reca.options.names import option
 
 STEPS = ("generate", "judge", "score", "report")
 
@@ -32,7 +33,7 @@ class Settings:
         for name in ("images_per_item", "limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+                raise ValueError(f"{option(name)} must be at least 1, got {value}")
         check_pairs(seeds=[self.seed])
 
     @property

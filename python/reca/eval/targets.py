@@ -19,6 +19,7 @@ from reca.eval.suites.base import agree
 from reca.models.base import Adapter
 from reca.models.common.inference import warn_of_random_weights
 from reca.options.fields import format_value
+from reca.options.names import option
 from reca.runs.lineage import load_start, load_trained, parent_checkpoint, recipe_of, trained_source
 from reca.runs.published import published_model
 
@@ -109,7 +110,7 @@ def opponent(name: str | Path, mine: Target, overrides: Sequence[str] | Mapping[
     """Return the Target to compare with: "base", the folder of an evaluation, a run or a recipe."""
     if str(name) == BASE:
         if not mine.trained:
-            raise OptionError(f"--against base needs a run; {mine.source} is a base model itself")
+            raise OptionError(f"{option('against', BASE)} needs a run; {mine.source} is a base model itself")
         trained = trained_source(mine.source)
         assert trained is not None
         run = trained[0]
@@ -147,7 +148,9 @@ def read_generation(folder: Path) -> dict[str, Any]:
     except ValueError:
         found = None
     if not isinstance(found, dict):
-        raise EvaluationError(f"{path} is damaged: expected a JSON object; delete {folder} or set another --out")
+        raise EvaluationError(
+            f"{path} is damaged: expected a JSON object; delete {folder} or set another {option('out')}"
+        )
     return found
 
 
@@ -203,5 +206,6 @@ def _differing(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = 
 
 def _other_settings(folder: Path, reason: str) -> EvaluationError:
     return EvaluationError(
-        f"{folder} contains images generated with other settings ({reason}); set another --out, or delete that folder"
+        f"{folder} contains images generated with other settings ({reason}); set another "
+        f"{option('out')}, or delete that folder"
     )

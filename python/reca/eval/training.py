@@ -22,10 +22,25 @@ from reca.eval.targets import Target, write_generation
 from reca.io.folders import make_inside
 from reca.models.base import Adapter
 from reca.options.fields import RecipeError, format_value
+from reca.options.names import argument, written_as
 from reca.options.sampling import read_pairs
 from reca.precision import fp32_products
 
 FOLDER = Path("eval") / "training"
+KEYS = {  # of options of an evaluation
+    "data": "eval.suite_data",
+    "judge": "eval.judge",
+    "judge_options": "eval.judge_options",
+    "images_per_item": "eval.images_per_prompt",
+}
+
+
+def key(name: str, value: Any) -> str:
+    """Write an option of an evaluation as the recipe key that sets it."""
+    if name not in KEYS:
+        return argument(name, value)
+    given = f"[{', '.join(f'{k}={v}' for k, v in value.items())}]" if isinstance(value, dict) else value
+    return KEYS[name] + ("" if value is None else f"={given}")
 
 
 class Scored(NamedTuple):
@@ -46,19 +61,20 @@ class TrainingSuite:
         assert config.suite is not None
         self.recipe, self.run_dir, self.name = recipe, run_dir, config.suite.partition("?")[0]
         try:
-            self.settings: Settings = open_settings(
-                config.suite,
-                config.suite_data,
-                judge=config.judge,
-                judge_options=read_pairs(config.judge_options, "eval.judge_options"),
-                images_per_item=config.images_per_prompt,
-                limit=config.prompts,
-                sampling=read_pairs(config.sampling, "eval.sampling"),
-                seed=config.seed,
-            )
-            if self.settings.suite.ability != "generate":
-                raise RecipeError(f"{self.name} generates no images from prompts; use `reca eval {self.name} RUN`")
-            check(self.settings, [self._side(0)], None, None)
+            with written_as(key):
+                self.settings: Settings = open_settings(
+                    config.suite,
+                    config.suite_data,
+                    judge=config.judge,
+                    judge_options=read_pairs(config.judge_options, "eval.judge_options"),
+                    images_per_item=config.images_per_prompt,
+                    limit=config.prompts,
+                    sampling=read_pairs(config.sampling, "eval.sampling"),
+                    seed=config.seed,
+                )
+                if self.settings.suite.ability != "generate":
+                    raise RecipeError(f"{self.name} generates no images from prompts; use `reca eval {self.name} RUN`")
+                check(self.settings, [self._side(0)], None, None)
         except ValueError as error:
             raise RecipeError(f"eval.suite={format_value(config.suite)}: {error}") from error
 
@@ -95,7 +111,8 @@ class TrainingSuite:
 
     def _score(self, side: Target, device: torch.device) -> Scored:
         try:
-            found = judge_and_score(self.settings, side, None, None, device)
+            with written_as(key):
+                found = judge_and_score(self.settings, side, None, None, device)
         except Exception as error:  # a judge's library can raise anything
             raise EvaluationError(str(error) or type(error).__name__) from error
         assert found is not None

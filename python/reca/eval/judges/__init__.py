@@ -12,6 +12,7 @@ import torch
 from reca.eval.errors import OptionError
 from reca.eval.judges.base import Judge
 from reca.eval.suites import Item, Suite
+from reca.options.names import option
 from reca.options.sampling import check_sampling_options
 
 # name -> (module, class, argument after the colon, description)
@@ -41,13 +42,17 @@ def check_judge(spec: str | None, options: Mapping[str, Any], suite: Suite) -> t
     if spec is None and suite.judge_kind == "toy":
         spec = "toy"
     if spec is None:
-        raise OptionError(f"{suite.name} needs a judge: --judge with one of {_list(suite)}. {_exact(suite)}")
+        raise OptionError(
+            f"{suite.name} needs a judge: set {option('judge')} to one of {_list(suite)}. {_exact(suite)}"
+        )
     name, _, argument = spec.partition(":")
     if name not in JUDGES or (name != "recorded" and name not in KINDS[suite.judge_kind]):
-        raise ValueError(f"--judge {name} does not support {suite.name}; use one of {_list(suite)}. {_exact(suite)}")
+        raise ValueError(
+            f"{option('judge', name)} does not support {suite.name}; use one of {_list(suite)}. {_exact(suite)}"
+        )
     wanted = JUDGES[name][2]
     if bool(argument) != bool(wanted):
-        raise ValueError(f"--judge {spec}: expected {name}{':' + wanted if wanted else ''}")
+        raise ValueError(f"{option('judge', spec)}: expected {name}{':' + wanted if wanted else ''}")
     judge, argument = _class(name), os.path.expanduser(argument)
     given = check_sampling_options(judge, options, "judge option")
     judge.check(argument, **given)

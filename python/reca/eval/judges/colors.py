@@ -14,6 +14,7 @@ from torch import Tensor
 
 from reca.eval.errors import EvaluationError
 from reca.eval.suites.geneval_rules import COLORS
+from reca.options.names import option
 
 BACKGROUND = "#999"
 CLIP = "openai/clip-vit-large-patch14"
@@ -99,7 +100,8 @@ def load_clip(source: str, device: torch.device | str) -> ColorClassifier:
         tokenizer = CLIPTokenizerFast.from_pretrained(place)
     except (OSError, ValueError) as error:
         raise EvaluationError(
-            f"the judge's CLIP, {source}, cannot be loaded: {error}. Set its folder by --judge-option clip=FOLDER"
+            f"the judge's CLIP, {source}, cannot be loaded: {error}. Set its folder by "
+            f"{option('judge_options', {'clip': 'FOLDER'})}"
         ) from error
 
     def embed_texts(lines: list[str]) -> Tensor:

@@ -22,6 +22,7 @@ from reca.data.pixels import open_rgb
 from reca.eval.errors import EvaluationError, OptionError
 from reca.eval.judges.base import ImageOrFile, Judge, JudgeError, without_thoughts
 from reca.io import html
+from reca.options.names import option
 
 log = logging.getLogger("reca")
 
@@ -76,8 +77,8 @@ class EndpointJudge(Judge):
         parts = urlsplit(argument)
         if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.query:
             raise ValueError(
-                f"--judge endpoint: expected a URL such as http://localhost:8000/v1, without a key in it; the key "
-                f"is read from {KEY}"
+                f"{option('judge', 'endpoint')}: expected a URL such as http://localhost:8000/v1, without a key in it; "
+                f"the key is read from {KEY}"
             )
 
     def reply(self, text: str, images: Sequence[ImageOrFile]) -> str:
@@ -128,7 +129,9 @@ class EndpointJudge(Judge):
         names = [one.get("id") for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
         if len(names) != 1 or not names[0]:
             shown = ", ".join(map(str, names[:10])) or "none"
-            raise OptionError(f"{self.url} serves these models: {shown}; select one by --judge-option model=NAME")
+            raise OptionError(
+                f"{self.url} serves these models: {shown}; select one by {option('judge_options', {'model': 'NAME'})}"
+            )
         return names[0]
 
     def _complete(self, text: str, images: Sequence[ImageOrFile], **options: Any) -> dict[str, Any]:

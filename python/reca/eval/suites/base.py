@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 from reca.data.text import encodable
 from reca.eval.errors import EvaluationError, OptionError
 from reca.eval.suites import files
+from reca.options.names import option
 
 PROMPTS = Path(__file__).parents[1] / "prompts"  # prompts whose licence permits redistribution, with the licences
 LONGEST_NAME = 255  # maximum bytes of a file name on common file systems
@@ -121,9 +122,9 @@ class Suite:
         if self.data is None and self.shipped is not None:
             return self.shipped
         if self.data is None:
-            raise OptionError(f"{self.name} needs the benchmark's files: --data PATH. {self.data_help}")
+            raise OptionError(f"{self.name} needs the benchmark's files: {option('data', 'PATH')}. {self.data_help}")
         if not self.data.exists():
-            raise EvaluationError(f"--data {self.data} does not exist. {self.data_help}")
+            raise EvaluationError(f"{option('data', str(self.data))} does not exist. {self.data_help}")
         return self.data
 
     def read_lines(self, path: Path, item: Callable[[Any], Item | None]) -> list[Item]:

@@ -9,6 +9,7 @@ from reca.eval.errors import EvaluationError
 from reca.eval.suites import files
 from reca.eval.suites.base import PROMPTS, Item, Key, RowFolders, Score, Value, answered, tag_means
 from reca.eval.suites.geneval_rules import TAGS, judge, summarize, threshold_of
+from reca.options.names import option
 
 
 class GenEval(RowFolders):
@@ -18,7 +19,7 @@ class GenEval(RowFolders):
     protocol = "GenEval"
     images_per_item = 4
     judge_kind = "detector"
-    exact_judge = "Mask2Former swin-s of OpenMMLab with CLIP ViT-L/14: --judge mask2former:FILE"
+    exact_judge = "Mask2Former swin-s of OpenMMLab with CLIP ViT-L/14: judge mask2former:FILE"
     data_help = "Use prompts/evaluation_metadata.jsonl of github.com/djghosh13/geneval (MIT)."
     file = "evaluation_metadata.jsonl"
     shipped: ClassVar[Path | None] = PROMPTS / "geneval" / file
@@ -48,8 +49,8 @@ class GenEval(RowFolders):
         if found and not whole and not partial:
             raise EvaluationError(
                 f"{images} contains the rows of {len(found)} prompts that are not the {len(known)} of {self.name}, so "
-                "their total number is unknown. Pass the file of all prompts as --data, or set --partial to score "
-                "these"
+                f"their total number is unknown. Pass the file of all prompts as {option('data')}, or set "
+                f"{option('partial', True)} to score these"
             )
         return found
 
@@ -111,7 +112,7 @@ class GenEval(RowFolders):
             if dict(item.metadata) != metadata:
                 raise EvaluationError(
                     f"{path}, line {number + 1}: {row['filename']} has the prompt {row.get('prompt')!r}, but this item "
-                    "has another one here; pass the prompts from which the images were generated as --data"
+                    f"has another one here; pass the prompts from which the images were generated as {option('data')}"
                 )
             found[item.id, k] = {"correct": bool(correct), "reason": row.get("reason", "")}
         return found or None

@@ -26,7 +26,7 @@ class T2ICompBench(Suite):
     name = "t2i_compbench"
     protocol = "T2I-CompBench"
     images_per_item = 10
-    exact_judge = "BLIP-VQA, UniDet and CLIP of the benchmark's own scripts: --judge recorded:FOLDER"
+    exact_judge = "BLIP-VQA, UniDet and CLIP of the benchmark's own scripts: judge recorded:FOLDER"
     data_help = (
         "Use the folder examples/dataset of github.com/Karine-Huang/T2I-CompBench (MIT), with color_val.txt and others."
     )

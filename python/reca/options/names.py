@@ -1,0 +1,39 @@
+"""Names of options in messages, as the reader writes them: arguments in Python, flags in a shell, keys in a recipe."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+Form = Callable[[str, Any], str]
+
+
+def argument(name: str, value: Any) -> str:
+    """Write an argument of a function, such as data='PATH'."""
+    return name if value is None else f"{name}={value!r}"
+
+
+def flag(name: str, value: Any) -> str:
+    """Write an option of the command line, such as --data PATH. An item of a dict is an option by itself."""
+    if isinstance(value, dict):
+        return " ".join(f"--{name.removesuffix('s').replace('_', '-')} {key}={item}" for key, item in value.items())
+    text = ",".join(value) if isinstance(value, list) else str(value)
+    return f"--{name.replace('_', '-')}" + ("" if value in (None, True) else f" {text}")
+
+
+_form: Form = argument
+
+
+def option(name: str, value: Any = None) -> str:
+    """Name an option, with a value if one is given. name: that of the argument in Python."""
+    return _form(name, value)
+
+
+@contextlib.contextmanager
+def written_as(form: Form) -> Iterator[None]:
+    """Write options in this form inside the context, also those in messages of threads."""
+    global _form
+    before, _form = _form, form
+    try:
+        yield
+    finally:
+        _form = before
