@@ -55,6 +55,7 @@ from reca.cli import main
         (4, "cache show_o_tiny data.cache=file/cache"),
         (4, "study main --scale 0.01 --out file/out"),
         (4, "demo --scale 0.01 --out file/out"),
+        (4, "data view reca.toy_datasets.shapes:unlabeled --out file/out"),
     ],
 )
 def test_an_error_of_one_kind_has_one_code(code, command, tmp_path, monkeypatch, capsys):
@@ -64,3 +65,19 @@ def test_an_error_of_one_kind_has_one_code(code, command, tmp_path, monkeypatch,
     assert main(shlex.split(command)) == code
     printed = capsys.readouterr().err
     assert "reca: " in printed and "Traceback" not in printed and "[Errno" not in printed
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train show_o_tiny run_dir=s3://bucket/out",
+        "cache show_o_tiny data.cache=s3://bucket/out",
+        "generate show_o_tiny --prompt a --out s3://bucket/out",
+        "data view reca.toy_datasets.shapes:unlabeled --out s3://bucket/out",
+    ],
+)
+def test_outputs_are_not_written_to_a_folder_named_like_an_address(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(shlex.split(command)) == 4
+    printed = capsys.readouterr().err
+    assert "s3://bucket/out" in printed and "is an address" in printed and not (tmp_path / "s3:").exists()

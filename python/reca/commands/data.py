@@ -13,7 +13,7 @@ from reca.data.contact_sheet import contact_sheet
 from reca.data.loader import open_loader
 from reca.data.sources.factory import DATA_KEYS, open_sources
 from reca.estimate.meta_model import build_meta
-from reca.io.folders import write_atomically
+from reca.io.folders import ensure_writable, write_atomically
 from reca.options.fields import RecipeError
 
 UNUSABLE = 1  # exit code of `reca data check` when a sample cannot be used
@@ -49,6 +49,7 @@ def view(recipe: Recipe, tasks: Sequence[str], count: int, out: Path) -> list[Pa
     """Write a contact sheet of each task's first samples, with the views of the recipe's model. Return the paths."""
     if count < 1:
         raise RecipeError(f"--count must be at least 1, got {count}")
+    ensure_writable(out, "--out")
     adapter, _ = build_meta(recipe)
     written = []
     for task in tasks:
@@ -58,7 +59,6 @@ def view(recipe: Recipe, tasks: Sequence[str], count: int, out: Path) -> list[Pa
         loader = open_loader(config, task, adapter.views(task), seed=recipe.train.seed, micro_batch=1)
         path = out / f"{task}.html"
         page = contact_sheet(loader, min(count, len(loader.source)), f"{recipe.umm}: {task}")
-        out.mkdir(parents=True, exist_ok=True)
         write_atomically(path, page.encode("utf-8", "backslashreplace"))  # a file name need not be UTF-8
         written.append(path)
     return written

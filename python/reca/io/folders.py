@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import stat
 import tempfile
 import uuid
@@ -10,6 +11,7 @@ from pathlib import Path
 from reca import exits
 
 PART = ".part"  # suffix of a file that is being written; a killed process leaves it behind
+SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # first part of a path that was made of an address
 NO_FSYNC = {errno.EINVAL, errno.EBADF, errno.ENOTSUP}  # errors of file systems without fsync of folders
 
 
@@ -22,8 +24,12 @@ class NotWritable(ValueError):
 def ensure_writable(folder: Path, name: str) -> Path:
     """Create the folder if needed, and check that it is writable. name: what the folder is, for messages.
 
-    Raises NotWritable if that fails.
+    Raises NotWritable if that fails, or if the path is an address such as s3://bucket/folder.
     """
+    scheme, *rest = folder.parts or ("",)
+    if SCHEME.fullmatch(scheme):
+        address = f"{scheme}//{'/'.join(rest)}"
+        raise NotWritable(f"{name} {address} is an address; name a local folder, and copy it afterwards")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
