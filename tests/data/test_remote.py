@@ -74,6 +74,23 @@ def test_tars_are_what_they_are_here(memory, tmp_path):
         there[1]
 
 
+def test_a_folder_is_listed_again_when_it_is_opened_again(memory, tmp_path, monkeypatch):
+    """File systems of buckets keep their listings, and a notebook outlives a data set."""
+
+    kept, find = {}, type(memory).find
+
+    def find_once(fs, path, *args, **options):
+        if path not in kept:
+            kept[path] = find(fs, path, *args, **options)
+        return kept[path]
+
+    monkeypatch.setattr(type(memory), "find", find_once)
+    monkeypatch.setattr(type(memory), "invalidate_cache", lambda fs, path=None: kept.clear())
+    for number in (1, 2):
+        put(memory, fill(tmp_path, {f"{number}.png": image_bytes()}))
+        assert len(open_source("memory://data", "reca")) == number
+
+
 def test_a_tar_that_is_packed_again_is_not_read_at_the_old_places(memory, tmp_path):
     put(memory, fill(tmp_path / "x", {"a.tar": tar(tmp_path / "one.tar", ("a.png", image_bytes())).read_bytes()}))
     source = open_source("memory://data/a.tar", "reca")

@@ -72,6 +72,8 @@ def open_source(text: str, task: str, image_root: str | None = None, columns: Co
     if "\0" in text or not text.strip():
         raise DataError(f"{text!r} is not a path; name the data, or null for none")
     try:
+        if is_address(text):
+            remote_path(text).fs.invalidate_cache()  # listings from earlier in this process
         if task == "srum":
             return ScoredImages(to_path(text), image_root)
         if is_address(text):
