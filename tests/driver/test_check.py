@@ -367,8 +367,9 @@ def test_the_image_that_is_decoded_is_like_a_photograph():
 def test_templates_that_the_model_would_truncate(tmp_path):
     """Are refused if the tokenizer is here; otherwise the report says that they are unchecked."""
     (tmp_path / "templates.txt").write_text("red " * 400)
-    given = [f"data.templates={tmp_path}/templates.txt"]
     with pytest.raises(ValueError, match="shorten it in data.templates: 'red red"):
-        check.report(load_recipe("janus_tiny", given))
-    said = " ".join(check.report(load_recipe("janus_tiny", [*given, "model.tokenizer=owner/name"])).split())
+        check.report(load_recipe("janus_tiny", [f"data.templates={tmp_path}/templates.txt"]))
+    assert "not checked" not in check.report(load_recipe("janus_tiny"))
+    said = " ".join(check.report(load_recipe("janus_tiny", ["model.tokenizer=owner/name"])).split())
     assert "the templates' lengths are not checked, which needs the tokenizer: model.tokenizer: owner/name is" in said
+    assert "the hub is not asked for it here; get it elsewhere with" in said

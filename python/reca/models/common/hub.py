@@ -44,21 +44,22 @@ def fetch_tokenizer(
     repository, file = hub_name(source, f"model.{key}")
     from huggingface_hub import snapshot_download
 
-    with _asking(repository, file, downloads[key], f"model.{key}"):
+    with _asking(repository, file, downloads[key], f"model.{key}", local):
         folder = snapshot_download(repository, allow_patterns=TOKENIZER, local_files_only=local)
     return Path(folder, file).parent if file else Path(folder)
 
 
 @contextlib.contextmanager
-def _asking(repository: str, file: str, patterns: list[str] | None, key: str) -> Iterator[None]:
-    """Turn the errors of a download into a ValueError that names the command for it."""
+def _asking(repository: str, file: str, patterns: list[str] | None, key: str, local: bool = False) -> Iterator[None]:
+    """Turn the errors of a download into a ValueError that names the command for it. local: the hub is not asked."""
     library = logging.getLogger("huggingface_hub")
     level = library.level
     library.setLevel(logging.ERROR)  # it warns at every attempt to reach the hub
     try:
         yield
     except Exception as error:  # its HTTP library, whose errors pass through, depends on the version
-        raise ValueError(_wanted(repository, file, patterns, key, error)) from error
+        cause = "is not asked for it here" if local else cause_of(error)
+        raise ValueError(_wanted(repository, file, patterns, key, cause)) from error
     finally:
         library.setLevel(level)
 
@@ -79,7 +80,7 @@ def beside(source: Path) -> Path:
     return source if source.is_dir() else source.parent
 
 
-def _wanted(repository: str, file: str, patterns: list[str] | None, key: str, error: Exception) -> str:
+def _wanted(repository: str, file: str, patterns: list[str] | None, key: str, cause: str) -> str:
     """Describe in one sentence what is missing, why, how large it is, and how to get it."""
     size = catalog.facts_of(repository, file).size
     what = f"{file} of {repository}" if file else repository
@@ -88,7 +89,7 @@ def _wanted(repository: str, file: str, patterns: list[str] | None, key: str, er
     given = f"{name}/{file}" if file else name
     options = f" {file}" if file else "".join(f" --include '{pattern}'" for pattern in patterns or ())
     return (
-        f"{key}: {what}{amount} is not on this machine, and the hub {cause_of(error)}; get it elsewhere with "
+        f"{key}: {what}{amount} is not on this machine, and the hub {cause}; get it elsewhere with "
         f"`hf download {repository}{options} --local-dir {name}`, copy the folder here and set {key}={given}"
     )
 
