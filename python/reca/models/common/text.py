@@ -33,9 +33,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
         raise ValueError(f"the text {text[:80]!r} is not valid Unicode (it has unpaired surrogates); re-enter it")
     if getattr(tokenizer, "backend_tokenizer", None) is None:  # a slow tokenizer, not of the tokenizers library
         return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-    added = frozenset(tokenizer.backend_tokenizer.get_added_tokens_decoder())
+    size = tokenizer.backend_tokenizer.get_vocab_size()  # tells of tokens that were added since; listing them is slow
     plain = _PLAIN.get(tokenizer)
-    if plain is None or plain.added != added:
+    if plain is None or plain.size != size:
         plain = _PLAIN[tokenizer] = _Plain(tokenizer)
     return plain.encode(text)
 
@@ -92,7 +92,7 @@ class _Plain:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         backend = tokenizer.backend_tokenizer
-        self.added = frozenset(backend.get_added_tokens_decoder())
+        self.size = backend.get_vocab_size()
         made = json.loads(backend.to_str())
         for token in made["added_tokens"]:
             token["special"] = not token["content"].isspace()
