@@ -13,9 +13,8 @@ from typing_extensions import Self
 from reca.data.batch import Batch
 from reca.data.views import View, Views
 from reca.models.base import Adapter, LossTerm
-from reca.models.common.chat import truncated
-from reca.models.common.images import fit_to_view, to_uint8, to_unit
-from reca.models.common.inference import check_multiple
+from reca.models.common.images import fit_to_view, to_unit
+from reca.models.common.inference import options_of
 from reca.models.harmon import modules, prompt, sampling, weights
 from reca.models.harmon.config import HarmonConfig
 from reca.models.harmon.loss import Prepared, compute_loss, prepare
@@ -88,44 +87,9 @@ class Harmon(Network, Adapter):
     def loss(self, prepared: Prepared, features: dict[str, Any], rng: CounterRNG) -> LossTerm:
         return compute_loss(self, prepared, features, rng)
 
-    def generate(
-        self,
-        prompts: list[str],
-        seeds: list[int],
-        *,
-        steps: int = 64,
-        guidance: float = 3.0,
-        guidance_schedule: str = "constant",
-        diffusion_steps: int = 100,
-        temperature: float = 1.0,
-        clip_sample_range: float | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        batch: int = 32,
-    ) -> list[Tensor]:
-        """Generate images with MAR (`sampling.sample_latents`), `batch` at a time. Seeds are in [0, 2**56)."""
-        side, factor = self.config.image_size, self.factor
-        height, width = height or side, width or side
-        check_multiple(factor, height, width)
-        asked = truncated([prompt.whole_caption(self.tokenizer, text) for text in prompts], prompt.MAX_TEXT)
-        images = []
-        for i in range(0, len(prompts), batch):
-            cond = asked[i : i + batch]
-            latents = sampling.sample_latents(
-                self,
-                cond,
-                [prompt.caption(self.tokenizer, None)] * len(cond),
-                sampling.SamplerNoise(torch.tensor(seeds[i : i + batch], device=self.device)),
-                (height // factor, width // factor),
-                steps=steps,
-                guidance=guidance,
-                guidance_schedule=guidance_schedule,
-                diffusion=diffusion_steps,
-                temperature=temperature,
-                clip_sample_range=clip_sample_range,
-            )
-            images += list(to_uint8(self.pixels(latents)))
-        return images
+    @options_of(sampling.generate)
+    def generate(self, prompts: list[str], seeds: list[int], **options: Any) -> list[Tensor]:
+        return sampling.generate(self, prompts, seeds, **options)
 
     @torch.no_grad()
     def reconstruct(
@@ -139,21 +103,16 @@ class Harmon(Network, Adapter):
         clip_sample_range: float | None = None,
     ) -> list[Tensor]:
         """Reconstruct images with MAR (`sampling.sample_latents`). Seeds are in [0, 2**56)."""
-        features = self.encode(batch)
-        latents = sampling.sample_latents(
+        return sampling.reconstruct(
             self,
-            [prompt.template(self.tokenizer, text) for text in batch.text],
-            [],
-            sampling.SamplerNoise(torch.tensor(seeds, device=self.device)),
-            tuple(features["latents"].shape[1:3]),
-            self.mar.encode(features["h_v"]),
+            batch.text,
+            self.encode(batch),
+            seeds,
             steps=steps,
-            guidance=1,
             diffusion=diffusion_steps,
             temperature=temperature,
             clip_sample_range=clip_sample_range,
         )
-        return list(to_uint8(self.pixels(latents)))
 
     def answer(self, images: list[Tensor], questions: list[str], max_new_tokens: int = 100) -> list[str]:
         view = self.views("i2t").und

@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from reca.models.common.chat import END, Prompt, reply_start, truncated
 from reca.models.common.greedy import decode_replies
-from reca.models.common.images import to_unit
+from reca.models.common.images import to_uint8, to_unit
+from reca.models.common.inference import check_multiple
 from reca.models.common.planned import CachedPrompts, greedy
 from reca.models.common.text import control
 from reca.models.harmon import modules, prompt
@@ -39,6 +41,56 @@ class SamplerNoise:
 
     def _normal(self, rng: CounterRNG, stream: RandomStream, n: int, channels: int) -> Tensor:
         return rng.normal(stream, self.seeds, n * channels).view(-1, n, channels)
+
+
+def generate(
+    net: Network,
+    prompts: list[str],
+    seeds: list[int],
+    *,
+    steps: int = 64,
+    guidance: float = 3.0,
+    guidance_schedule: str = "constant",
+    diffusion_steps: int = 100,
+    temperature: float = 1.0,
+    clip_sample_range: float | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    batch: int = 32,
+) -> list[Tensor]:
+    """Generate images with MAR (`sample_latents`), `batch` at a time. Seeds are in [0, 2**56)."""
+    side, factor, images = net.config.image_size, net.factor, []
+    height, width = height or side, width or side
+    check_multiple(factor, height, width)
+    asked = truncated([prompt.whole_caption(net.tokenizer, text) for text in prompts], prompt.MAX_TEXT)
+    for i in range(0, len(prompts), batch):
+        cond = asked[i : i + batch]
+        latents = sample_latents(
+            net,
+            cond,
+            [prompt.caption(net.tokenizer, None)] * len(cond),
+            SamplerNoise(torch.tensor(seeds[i : i + batch], device=net.device)),
+            (height // factor, width // factor),
+            steps=steps,
+            guidance=guidance,
+            guidance_schedule=guidance_schedule,
+            diffusion=diffusion_steps,
+            temperature=temperature,
+            clip_sample_range=clip_sample_range,
+        )
+        images += list(to_uint8(net.pixels(latents)))
+    return images
+
+
+def reconstruct(
+    net: Network, templates: list[str], features: dict[str, Tensor], seeds: list[int], **options: Any
+) -> list[Tensor]:
+    """Reconstruct images with MAR, without guidance. options: those of `sample_latents`."""
+    prompts = [prompt.template(net.tokenizer, text) for text in templates]
+    noise, (_, height, width, _) = SamplerNoise(torch.tensor(seeds, device=net.device)), features["latents"].shape
+    h_v = net.mar.encode(features["h_v"])
+    latents = sample_latents(net, prompts, [], noise, (height, width), h_v, guidance=1, **options)
+    return list(to_uint8(net.pixels(latents)))
 
 
 @torch.no_grad()

@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from reca.data.batch import Batch
 from reca.data.views import View, Views
 from reca.models.base import Adapter, LossTerm
-from reca.models.common.images import to_uint8, to_unit
-from reca.models.common.inference import warn_of_cut
+from reca.models.common.images import to_unit
+from reca.models.common.inference import options_of
 from reca.models.common.patch_codebook import PatchCodebook
 from reca.models.show_o import sampling, weights
 from reca.models.show_o.conditioner import conditioner
@@ -77,34 +77,15 @@ class ShowO(Network, Adapter):
     def loss(self, prepared: Prepared, features: dict[str, Any], rng: CounterRNG) -> LossTerm:
         return compute_loss(self, prepared, features)
 
-    def generate(
-        self,
-        prompts: list[str],
-        seeds: list[int],
-        *,
-        steps: int = 50,
-        guidance: float = 5.0,
-        temperature: float = 1.0,
-        batch: int = 64,
-    ) -> list[Tensor]:
-        """Generate images with MaskGIT (`sampling.sample_codes`), `batch` at a time. Seeds are in [0, 2**56)."""
-        images, ids = [], [self.tokens(text) for text in prompts]
-        warn_of_cut(map(len, ids), self.config.max_prompt_tokens - 2)  # bos and eos count, too
-        for i in range(0, len(prompts), batch):
-            noise = sampling.SamplerNoise(torch.tensor(seeds[i : i + batch], device=self.device))
-            codes = sampling.sample_codes(
-                self, ids[i : i + batch], noise, steps=steps, guidance=guidance, temperature=temperature
-            )
-            images += list(to_uint8(self.codec.decode(codes)))
-        return images
+    @options_of(sampling.generate)
+    def generate(self, prompts: list[str], seeds: list[int], **options: Any) -> list[Tensor]:
+        return sampling.generate(self, prompts, seeds, **options)
 
     @torch.no_grad()
     def reconstruct(self, batch: Batch, seeds: list[int], *, steps: int = 50, temperature: float = 1.0) -> list[Tensor]:
         """Reconstruct images with MaskGIT (`sampling.fill_codes`). Seeds are in [0, 2**56)."""
-        noise = sampling.SamplerNoise(torch.tensor(seeds, device=self.device))
-        samples, h_v = reca_samples(self, batch.text), self.encode(batch)["h_v"]
-        codes = sampling.fill_codes(self, samples, noise, h_v, steps=steps, guidance=0, temperature=temperature)
-        return list(to_uint8(self.codec.decode(codes)))
+        h_v = self.encode(batch)["h_v"]
+        return sampling.reconstruct(self, batch.text, h_v, seeds, steps=steps, temperature=temperature)
 
     def answer(self, images: list[Tensor], questions: list[str], max_new_tokens: int = 100) -> list[str]:
         return sampling.answer(self, images, questions, max_new_tokens)

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from reca.models.common.greedy import decode_replies
-from reca.models.common.images import fit_to_view, to_unit
-from reca.models.common.inference import truncated
+from reca.models.common.images import fit_to_view, to_uint8, to_unit
+from reca.models.common.inference import truncated, warn_of_cut
 from reca.models.common.planned import greedy as planned_greedy
 from reca.models.show_o import prompt
 from reca.models.show_o.conditioner import conditioner
+from reca.models.show_o.loss import reca_samples
 from reca.models.show_o.masking import cosine
 from reca.models.show_o.modules import Network
 from reca.rng import CounterRNG, RandomStream
@@ -36,6 +37,35 @@ class SamplerNoise:
         """Draw standard Gumbel noise, fp32 [B, n]."""
         u = self.rng.fold_in(step).uniform(RandomStream.CONFIDENCE, self.seeds, n)
         return -(-u.clamp(min=TINY).log()).clamp(min=TINY).log()
+
+
+def generate(
+    net: Network,
+    prompts: list[str],
+    seeds: list[int],
+    *,
+    steps: int = 50,
+    guidance: float = 5.0,
+    temperature: float = 1.0,
+    batch: int = 64,
+) -> list[Tensor]:
+    """Generate images with MaskGIT (`sample_codes`), `batch` at a time. Seeds are in [0, 2**56)."""
+    images, ids = [], [net.tokens(text) for text in prompts]
+    warn_of_cut(map(len, ids), net.config.max_prompt_tokens - 2)  # bos and eos count, too
+    for i in range(0, len(prompts), batch):
+        noise = SamplerNoise(torch.tensor(seeds[i : i + batch], device=net.device))
+        codes = sample_codes(net, ids[i : i + batch], noise, steps=steps, guidance=guidance, temperature=temperature)
+        images += list(to_uint8(net.codec.decode(codes)))
+    return images
+
+
+def reconstruct(
+    net: Network, templates: list[str], h_v: Tensor, seeds: list[int], *, steps: int, temperature: float
+) -> list[Tensor]:
+    """Reconstruct images with MaskGIT (`fill_codes`), without guidance. h_v: as `encode` returns it."""
+    noise, samples = SamplerNoise(torch.tensor(seeds, device=net.device)), reca_samples(net, templates)
+    codes = fill_codes(net, samples, noise, h_v, steps=steps, guidance=0, temperature=temperature)
+    return list(to_uint8(net.codec.decode(codes)))
 
 
 @torch.no_grad()
