@@ -11,7 +11,7 @@ import torch
 from reca import distributed
 from reca.config.paths import expand_home
 from reca.config.recipe import Recipe
-from reca.config.recipe_files import by_key, expand_paths, load_recipe
+from reca.config.recipe_files import by_key, load_recipe, reread
 from reca.estimate import fit_run
 from reca.hardware.devices import usable_device
 from reca.models import umm_package
@@ -113,7 +113,7 @@ def train(
     elif overrides:
         raise TypeError("overrides belong to a recipe that is named; change the Recipe itself")
     else:
-        recipe = expand_paths(recipe)
+        recipe = reread(recipe)
     if model is not None:
         _check_class(recipe, model)
         _check_keys(recipe, getattr(model, "config", recipe.model))

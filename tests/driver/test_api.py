@@ -15,7 +15,7 @@ import torch
 import reca
 from reca import api, cli
 from reca.checkpoint import MARKER, CheckpointError
-from reca.config.recipe_files import load_recipe, save_recipe
+from reca.config.recipe_files import load_recipe, recipe_names, reread, save_recipe
 from reca.eval.errors import EvaluationError
 from reca.options.fields import RecipeError
 from reca.runs.lineage import recipe_of, trained_source
@@ -85,6 +85,38 @@ def test_a_recipe_changed_in_python_has_its_paths_expanded(tmp_path, monkeypatch
     recipe.model.weights = "~nobody-of-this-name/weights"
     with pytest.raises(RecipeError, match="model.weights in the recipe: .* there is no such user"):
         reca.train(recipe)
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "value", "said"),
+    [
+        ("optim", "lr", -1, "optim.lr=-1 must be at least 0"),
+        ("optim", "lr", "fast", "optim.lr='fast' in the recipe: expected a number"),
+        ("optim", "name", "sgd", "optim.name='sgd' is not one of 'adamw'"),
+        ("train", "steps", None, "train.steps in the recipe cannot be null"),
+        ("train", "steps", object(), "train.steps in the recipe has an object of type object"),
+        ("train", "lr", 1e-3, "unknown key 'train.lr' in the recipe; did you mean optim.lr?"),
+        ("checkpoint", "keep_every", 3, "checkpoint.keep_every=3 must be a multiple of checkpoint.every=0"),
+        (None, "umm", "bagel", "unknown key 'model.clip_weights' in the recipe for umm=bagel"),
+        (None, "optim", 1e-3, "optim in the recipe is a group of keys"),
+    ],
+)
+def test_a_recipe_changed_in_python_is_checked_as_one_that_is_read(group, name, value, said, tmp_path):
+    recipe = load_recipe("show_o_tiny", {"run_dir": tmp_path / "run"})
+    setattr(getattr(recipe, group) if group else recipe, name, value)
+    with pytest.raises(RecipeError, match=f"^{re.escape(said)}"):
+        reca.train(recipe)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_recipe_that_is_read_again_is_the_same():
+    texts = ['a, "b"', " c ", "null", "x\ny", "it's", "{a: b}", "[x", "-1"]
+    for name in recipe_names():
+        recipe = load_recipe(name)
+        recipe.log.prompts, recipe.optim.betas, recipe.optim.lr = texts, (0.1, 1 / 3), np.float64(0.1)
+        again = reread(recipe)
+        assert again == load_recipe(name, {"log.prompts": texts, "optim.betas": [0.1, 1 / 3], "optim.lr": 0.1})
+        assert type(again.optim.lr) is float
 
 
 def test_a_run_is_trained_continued_and_loaded(tmp_path, caplog, monkeypatch):

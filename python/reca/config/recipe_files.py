@@ -85,15 +85,31 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
     write_atomically(path, write_yaml(asdict(recipe)))
 
 
-def expand_paths(recipe: Recipe) -> Recipe:
-    """Return a copy of a recipe that was changed in Python, with ~ expanded in its paths, as in those of a file."""
-    recipe = copy.deepcopy(recipe)
-    layer = _Layer(recipe, "the recipe")
-    for config, f, key in walk(recipe):
-        value = getattr(config, f.name)
-        if f.metadata.get("path") and value is not None:
-            setattr(config, f.name, each_path(value, functools.partial(layer.path, key=key)))
-    return recipe
+def reread(recipe: Recipe) -> Recipe:
+    """Return a copy of a recipe that was changed in Python: its values converted and checked as overrides are.
+
+    Raises:
+        RecipeError: An unknown key or value.
+    """
+    source = "the recipe"
+    _check_parts("umm", recipe.umm, source)
+    umm = convert(read_override("umm", override_text(recipe.umm), str), str, "umm", source)
+    read = Recipe(umm=umm, model=umm_package(umm).Config())
+    layer = _Layer(read, source)
+    for key, value in _attributes(recipe):
+        _check_parts(key, value, source)
+        layer.override(key, override_text(list(value) if isinstance(value, tuple) else value))
+    _check(read)
+    return read
+
+
+def _attributes(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (full key, value) of everything that was set on a recipe and its groups, declared or not."""
+    for name, value in vars(config).items():
+        if is_dataclass(value):
+            yield from _attributes(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def absolute_paths(recipe: Recipe) -> Recipe:
@@ -149,23 +165,23 @@ def _given(overrides: Sequence[str] | Mapping[str, Any]) -> list[tuple[str, str]
         if isinstance(value, Mapping):
             pairs += [(f"{key}.{name}", text) for name, text in _given(value)]
         else:
-            _check_parts(key, value)
+            _check_parts(key, value, OVERRIDES)
             pairs.append((key, override_text(list(value) if isinstance(value, tuple) else value)))
     return pairs
 
 
-def _check_parts(key: str, value: Any) -> None:
+def _check_parts(key: str, value: Any, source: str) -> None:
     """Raise RecipeError if a value is more than a text, a number, or a list of these or of {name: one of these}."""
     for item in value if isinstance(value, list | tuple) else [value]:
         for part in item.values() if isinstance(item, Mapping) else [item]:
             if isinstance(part, Collection) and not isinstance(part, str):
                 raise RecipeError(
-                    f"{key}={format_value(value)} in {OVERRIDES} has {format_value(part)} where a text or a number is "
+                    f"{key}={format_value(value)} in {source} has {format_value(part)} where a text or a number is "
                     "expected; lists cannot be nested"
                 )
             if not isinstance(part, PLAIN):
                 raise RecipeError(
-                    f"{key} in {OVERRIDES} has an object of type {type(part).__name__} where a text or a number is "
+                    f"{key} in {source} has an object of type {type(part).__name__} where a text or a number is "
                     "expected: a recipe is a file; name an object that Python makes as package.module:FUNCTION, where "
                     "the key takes one"
                 )
