@@ -145,6 +145,15 @@ def test_a_model_is_not_compared_with_itself(tmp_path):
         compare(str(newest), str(tmp_path))
 
 
+def test_a_checkpoint_that_is_gone_names_those_that_there_are(tmp_path):
+    save_recipe(load_recipe("show_o_tiny", {"run_dir": str(tmp_path)}), tmp_path / "recipe.yaml")
+    (tmp_path / "checkpoints/000004").mkdir(parents=True)
+    (tmp_path / "checkpoints/000004" / checkpoint.MARKER).write_text("of the weights")
+    for before in ("base", str(tmp_path)):
+        with pytest.raises(EvaluationError, match=r"000002 is inside the run folder .* \(there are: 000004\)"):
+            compare(before, str(tmp_path / "checkpoints/000002"))
+
+
 def test_a_base_whose_parent_is_gone_is_not_taken_for_the_published_model(tmp_path):
     """Its weights were compared with random ones, and loading it said that there is no recipe of this name."""
     run, keys = tmp_path / "run", {"run_dir": f"{tmp_path}/run", "train.init_from": f"{tmp_path}/gone"}

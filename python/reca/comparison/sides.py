@@ -9,7 +9,7 @@ from reca.eval import report
 from reca.eval.errors import OptionError
 from reca.eval.report import RESULTS
 from reca.eval.targets import BASE, evaluations_of
-from reca.runs.lineage import parent_checkpoint, recipe_of, trained_source
+from reca.runs.lineage import inside_run, parent_checkpoint, recipe_of, trained_source
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,8 @@ def _side(name: str) -> Side:
         return Side(name, "run", _evaluations(evaluations_of(run, weights)), recipe_of(run), weights)
     if (folder / RESULTS).is_file():
         return Side(name, "evaluation", (folder,))
+    if hint := inside_run(folder):
+        raise OptionError(f"{name} {hint}")
     raise OptionError(
         f"{name} is neither a run folder (with recipe.yaml) nor an evaluation folder (with {RESULTS}, which "
         "`reca eval` writes); pass one of those, or base"
@@ -92,7 +94,9 @@ def _side(name: str) -> Side:
 def _base_of(name: str) -> Side:
     folder = Path(name)
     if not (trained := trained_source(folder)):
-        raise OptionError(f"base is the model that a run started from, but {name} is not a run folder")
+        raise OptionError(
+            f"base is the model that a run started from, but {name} {inside_run(folder) or 'is not a run folder'}"
+        )
     run = trained[0]
     recipe = recipe_of(run)
     weights = parent_checkpoint(recipe, run)

@@ -239,12 +239,13 @@ def recipe_of(source: str | Path, overrides: Sequence[str] | Mapping[str, Any] =
     except UnknownRecipe as error:
         # A bare name may be a misspelt recipe, with a run as working directory. A number is none.
         named = Path(source).name == str(source) and not str(source).isdecimal()
-        if (Path(source).exists() or not named) and (hint := _around(Path(source))):
+        if (Path(source).exists() or not named) and (hint := inside_run(Path(source))):
             raise RecipeError(f"{str(source)!r} {hint}") from error
-        raise RecipeError(f"{str(source)!r} is not a run folder, and there is {error}") from error
+        export = f" (an export is loaded by its recipe, with model.weights={source})" if Path(source).is_dir() else ""
+        raise RecipeError(f"{str(source)!r} is not a run folder{export}, and there is {error}") from error
 
 
-def _around(path: Path) -> str:
+def inside_run(path: Path) -> str:
     """Say which run folder contains a path, and which checkpoints it has; empty if there is no such folder."""
     run = next((folder for folder in (*path.parents, *path.absolute().parents) if is_run(folder)), None)
     if run is None:
@@ -324,10 +325,12 @@ def _parent_recipe(recipe: Recipe) -> Recipe:
     assert recipe.train.init_from is not None
     folder = Path(recipe.train.init_from)
     if (trained := trained_source(folder)) is None:
-        moved = (
-            "is not a run folder: it has no recipe.yaml. If the run was moved, pass its new place as train.init_from"
-        )
-        raise RecipeError(f"train.init_from={folder} {_around(folder) or moved}")
+        other = "is not a run folder: it has no recipe.yaml. If "
+        if folder.is_dir():
+            other += f"it is an export, write model.weights={folder} instead"
+        else:
+            other += "the run was moved, pass its new place as train.init_from"
+        raise RecipeError(f"train.init_from={folder} {inside_run(folder) or other}")
     return load_recipe(trained[0] / "recipe.yaml")
 
 
