@@ -46,9 +46,9 @@ def test_images_that_have_changed_are_drawn_anew(tmp_path, monkeypatch):
     (run / "checkpoints/000001" / checkpoint.MARKER).write_text("of the weights")
     drawn = []
 
-    def stub(targets, recipe, source, images, count, *_):
+    def stub(targets, recipe, source, *_):
         drawn.append([source.key(i) for i in range(len(source))])
-        return {"rows": []}, [target.fingerprint() for target in targets]
+        return [], [target.fingerprint() for target in targets]
 
     monkeypatch.setattr(triplets, "_draw", stub)
     for images in (str(photos), None):
@@ -64,6 +64,11 @@ def test_images_that_have_changed_are_drawn_anew(tmp_path, monkeypatch):
         write_images(photos, 3 if images else 4)
         draw()
         assert len(drawn) == 3 and len(drawn[2]) == (3 if images else 4)
+    moved = str(photos.rename(tmp_path / "moved"))
+    save_recipe(load_recipe("show_o_tiny", keys | {"data.images": moved}), run / "recipe.yaml")
+    assert draw()["pictures"] == "training" and len(drawn) == 3
+    found = triplets.draw("base", str(run), tmp_path / "out True", images=moved)  # the same images, given
+    assert (found["pictures"], found["source"]) == ("given", moved) and len(drawn) == 3
 
 
 def test_reconstructions_record_the_checkpoint_that_was_loaded(tmp_path, monkeypatch):

@@ -73,8 +73,7 @@ def draw(
         for side in sides
     ]
     source = _open(run, images)
-    data = [images, run.recipe.data.images, run.recipe.eval.holdout, run.recipe.eval.holdout_from, run.recipe.eval.seed]
-    shown = [*data, len(source), source.identity()]
+    shown = [run.recipe.eval.seed, len(source), source.identity()]  # wherever the images are
 
     def made_from(models: list[dict[str, Any]]) -> Any:
         return json.loads(json.dumps([models, shown, count, dict(sampling or {})], default=str))
@@ -83,16 +82,17 @@ def draw(
     if made is None:
         ensure_writable(place, "folder")
         (place / MADE).unlink(missing_ok=True)  # it describes images that are about to be overwritten
-        made, models = _draw(targets, run.recipe, source, images, count, place, device, sampling or {})
+        made, models = _draw(targets, run.recipe, source, count, place, device, sampling or {})
         write(place / MADE, json.dumps({"of": made_from(models), "made": made}, indent=1))
-    return made
+    kind = "given" if images else "held-out" if run.recipe.eval.holdout else "training"
+    return {"pictures": kind, "source": images, "rows": made}
 
 
-def _made(place: Path, wanted: Any) -> dict[str, Any] | None:
-    """Return existing reconstructions; None if they are of other inputs or an image is missing."""
+def _made(place: Path, wanted: Any) -> list[dict[str, Any]] | None:
+    """Return the rows of existing reconstructions; None if they are of other inputs or an image is missing."""
     try:
         found = json.loads((place / MADE).read_text(encoding="utf-8"))
-        paths = [place.parent / row[name] for row in found["made"]["rows"] for name in ("input", "before", "after")]
+        paths = [place.parent / row[name] for row in found["made"] for name in ("input", "before", "after")]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return found["made"] if found["of"] == wanted and all(path.is_file() for path in paths) else None
@@ -102,13 +102,12 @@ def _draw(
     targets: list[Target],
     recipe: Recipe,
     source: Source,
-    images: str | None,
     count: int,
     place: Path,
     device: torch.device,
     sampling: Mapping[str, Any],
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Draw the images. Return `reconstructions` of comparison.json, and the fingerprint of each loaded model."""
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Draw the images. Return their rows of comparison.json, and the fingerprint of each loaded model."""
     columns: dict[str, list[Tensor]] = {}
     models = []
     for name, target in zip(("before", "after"), targets, strict=True):
@@ -124,8 +123,7 @@ def _draw(
         for name, column in columns.items():
             write(place.parent / row[name], encode_png(column[number]))
         rows.append({"name": "/".join(key.split("/")[-2:]), **row})
-    kind = "given" if images else "held-out" if recipe.eval.holdout else "training"
-    return {"pictures": kind, "source": images, "rows": rows}, models
+    return rows, models
 
 
 def _open(run: Side, images: str | None) -> Source:
