@@ -6,6 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 
 from reca.config.recipe_files import absolute_paths, explain, load_recipe, save_recipe
 from reca.data import order
@@ -179,6 +180,15 @@ def test_a_global_order_holds_this_epoch_and_the_next(monkeypatch):
     others = np.array([[shuffled.substitute(p, attempt) for p in range(800)] for attempt in range(1, 6)])
     assert len(made) == 2 and np.bincount(others.ravel(), minlength=8).min() > 400  # of 500 on average
     assert len({tuple(row) for row in others}) == 5
+
+
+def test_more_samples_than_int32_can_number(monkeypatch):
+    """torch.randperm does not refuse them, and such an order takes gigabytes, so only its type is looked at."""
+    given = []
+    monkeypatch.setattr(torch, "randperm", lambda size, generator, dtype: given.append(dtype) or torch.arange(1))
+    for size in (2**31 - 1, 2**31 + 2):
+        order.Shuffled(size, seed=0).index(0)
+    assert given == [torch.int32, torch.int64]
 
 
 # ---- recipes ----

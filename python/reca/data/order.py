@@ -165,4 +165,5 @@ class Mixed:
 
 def _permutation(rng: CounterRNG, size: int) -> np.ndarray:
     generator = torch.Generator().manual_seed(rng.seed)
-    return torch.randperm(size, generator=generator, dtype=torch.int32).numpy()
+    dtype = torch.int32 if size <= torch.iinfo(torch.int32).max else torch.int64
+    return torch.randperm(size, generator=generator, dtype=dtype).numpy()
