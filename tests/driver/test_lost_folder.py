@@ -1,4 +1,4 @@
-"""A run folder that is moved, removed or replaced while its run trains."""
+"""A run folder that is moved, removed or replaced while its run trains, or that was renamed."""
 
 import shutil
 import threading
@@ -8,15 +8,16 @@ import pytest
 from PIL import Image
 
 from reca import checkpoint, exits
-from reca.checkpoint import background
+from reca.checkpoint import CheckpointError, background
 from reca.checkpoint.retention import Keep
 from reca.data.bad_samples import BadSamples
 from reca.data.sources.factory import open_source
 from reca.eval.judges.toy import ToyJudge
+from reca.io.folders import NotWritable
 from reca.runs.folder import RunFolder
 from reca.runs.status import Status
 from reca.trainer import Trainer
-from tests.driver.toy import ToyAdapter
+from tests.driver.toy import ToyAdapter, run_toy
 
 KEYS = ("checkpoint.every=2", "train.steps=6", "log.tensorboard=false")
 
@@ -152,3 +153,13 @@ def test_a_bad_sample_does_not_create_the_folder_again(tmp_path, caplog):
     listed = tmp_path / "run/bad_reca.jsonl"
     BadSamples(listed, open_source(str(tmp_path), "reca"), 1.0).add(0, "broken")
     assert not listed.parent.exists() and f"{listed} cannot be written" in caplog.text
+
+
+def test_a_folder_whose_name_is_not_utf8_is_refused_and_never_called_damaged(recipe):
+    """Safetensors reads no such path; the checkpoint of a run that was renamed is sound."""
+    folder = run_toy(recipe("train.steps=1")).run_dir
+    moved = folder.rename(folder.with_name("a\udcff"))
+    with pytest.raises(CheckpointError, match="a\udcff/checkpoints/000001 is not UTF-8, .*: rename the folder"):
+        checkpoint.load_weights(moved / "checkpoints/000001", ToyAdapter())
+    with pytest.raises(NotWritable, match="run_dir .*a\udcff is not UTF-8, as safetensors requires of paths; name"):
+        Trainer(recipe("train.steps=2", f"run_dir={moved}"), ToyAdapter())

@@ -22,6 +22,7 @@ from reca.checkpoint.errors import CheckpointError, first_reason
 from reca.checkpoint.listing import MARKER, compare, find_damage, latest_valid
 from reca.config.recipe import LoraConfig
 from reca.errors import PeerFailed
+from reca.io.folders import is_utf8
 from reca.models.base import Adapter
 from reca.training import lora
 
@@ -217,6 +218,8 @@ def _damage(error: BaseException) -> str:
 
 
 def _damaged(folder: Path, damage: str) -> CheckpointError:
+    if not is_utf8(folder):
+        return CheckpointError(f"{folder} is not UTF-8, as safetensors requires of paths: rename the folder")
     if not folder.exists():
         return CheckpointError(f"{folder} was removed by a training run while it was read: start again")
     if not (folder / MARKER).exists():

@@ -24,12 +24,14 @@ class NotWritable(ValueError):
 def ensure_writable(folder: Path, name: str) -> Path:
     """Create the folder if needed, and check that it is writable. name: what the folder is, for messages.
 
-    Raises NotWritable if that fails, or if the path is an address such as s3://bucket/folder.
+    Raises NotWritable if that fails, or if the path is not UTF-8 or is an address such as s3://bucket/folder.
     """
     scheme, *rest = folder.parts or ("",)
     if SCHEME.fullmatch(scheme):
         address = f"{scheme}//{'/'.join(rest)}"
         raise NotWritable(f"{name} {address} is an address; name a local folder, and copy it afterwards")
+    if not is_utf8(folder):
+        raise NotWritable(f"{name} {folder} is not UTF-8, as safetensors requires of paths; name another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -40,6 +42,15 @@ def ensure_writable(folder: Path, name: str) -> Path:
     except OSError as error:
         raise NotWritable(f"{name} {folder} cannot be written to ({error.strerror}); name another folder") from error
     return folder
+
+
+def is_utf8(path: Path) -> bool:
+    """Tell whether a path is valid UTF-8. Safetensors reads no other."""
+    try:
+        os.fsencode(path).decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def make_inside(root: Path, folder: Path) -> None:
