@@ -76,6 +76,7 @@ def _set_up_output() -> None:
     for stream in (sys.stdout, sys.stderr):  # a file name need not be UTF-8, nor the terminal
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    exits.outlive_reader()
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

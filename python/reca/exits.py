@@ -1,8 +1,11 @@
 """Exit codes of all commands and in status.json. docs/failure.md says what to do about each."""
 
 import contextlib
+import io
 import os
 import sys
+from collections.abc import Callable
+from typing import Any
 
 DONE = 0
 BUG = 1  # unexpected exception, with its traceback
@@ -39,20 +42,34 @@ def code_of(error: BaseException) -> int:
 def finish_output(code: int) -> int:
     """Write what stdout still holds. Return the exit code of the process, which is DATA if a full disk lost output.
 
-    A reader that has ended, such as head, changes nothing. Otherwise the interpreter writes it at its end, and exits
-    with 120 if that fails.
+    Otherwise the interpreter writes it at its end, and exits with 120 if that fails.
     """
     if sys.stdout is None:  # closed by the shell, as `>&-`
         return code
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
-        discard_output()
     except OSError as error:
         discard_output()
         print(f"reca: the output is lost ({error.strerror})", file=sys.stderr)
         return code or DATA
     return code
+
+
+def outlive_reader() -> None:
+    """Let the process go on where the reader of stdout ends, such as head: the rest of the output is discarded."""
+
+    def outliving(write: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*arguments: Any) -> Any:
+            try:
+                return write(*arguments)
+            except BrokenPipeError:
+                discard_output()
+                return write(*arguments)
+
+        return called
+
+    if isinstance(sys.stdout, io.TextIOWrapper) and "write" not in vars(sys.stdout):
+        vars(sys.stdout).update(write=outliving(sys.stdout.write), flush=outliving(sys.stdout.flush))
 
 
 def discard_output() -> None:

@@ -233,6 +233,23 @@ def test_output_that_cannot_be_written_has_an_exit_code_of_ours(arguments, reade
         assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_a_reader_that_ends_does_not_end_the_command(monkeypatch, tmp_path):
+    """Where each line is written at once, as with PYTHONUNBUFFERED in containers, later work would be lost."""
+    unread, out = os.pipe()
+    os.close(unread)
+    with monkeypatch.context() as patch, open(out, "w", buffering=1) as stream:
+
+        def report():
+            print("first")
+            (tmp_path / "later").touch()
+            return "last"
+
+        patch.setattr(sys, "stdout", stream)
+        patch.setattr("reca.commands.doctor.report", report)
+        assert main(["doctor"]) == 0
+    assert (tmp_path / "later").exists()
+
+
 def test_what_nobody_foresaw_keeps_its_traceback(monkeypatch, capsys):
     monkeypatch.setattr("reca.commands.doctor.report", lambda: 1 / 0)
     assert main(["doctor"]) == 1
