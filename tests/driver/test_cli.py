@@ -3,10 +3,13 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from reca.cli import main
+from reca.commands import general
 
 
 def test_explain_prints_every_key(capsys):
@@ -231,6 +234,13 @@ def test_output_that_cannot_be_written_has_an_exit_code_of_ours(arguments, reade
         assert done.returncode == (0 if "--help" in arguments else 4)
     else:
         assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_command_to_go_on_with_can_be_entered_as_it_is(capsys):
+    """A folder that begins with a dash would be read as an option."""
+    for run_dir, named in {"-x": "./-x", "a b": "'a b'", "runs/-x": "runs/-x"}.items():
+        general._tell(SimpleNamespace(run_dir=run_dir), SimpleNamespace(new_steps=1, steps=1, folder=Path(run_dir)))
+        assert capsys.readouterr().out.startswith(f"1 step done. Generate with: reca generate {named} --prompt ")
 
 
 def test_a_reader_that_ends_does_not_end_the_command(monkeypatch, tmp_path):

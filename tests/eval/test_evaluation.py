@@ -312,9 +312,11 @@ def test_an_evaluation_draws_the_same_images(painter, monkeypatch, caplog):
     assert len(list((painter / "eval/000002/toy").rglob("*.png"))) == 40  # what was made is kept
 
 
-def test_missing_images_and_another_layout(painter, tmp_path):
+def test_missing_images_and_another_layout(painter, tmp_path, caplog):
+    caplog.set_level("INFO", "reca")
     reca.evaluate("toy", painter, limit=LIMIT, steps=["generate"])
     images = painter / "eval/000002/toy/images"
+    assert f"toy: the results of generate are in {images.parent}" in caplog.messages
     shutil.rmtree(images / "00010")
     elsewhere = tmp_path / "elsewhere"
     with pytest.raises(

@@ -39,7 +39,8 @@ def _tell(recipe: Any, run: Any) -> None:
     from reca import units
     from reca.monitoring.reconstructions import GRID
 
-    draw = f"Generate with: reca generate {shlex.quote(recipe.run_dir)} --prompt 'a yellow broccoli'"
+    source = f"./{recipe.run_dir}" if recipe.run_dir.startswith("-") else recipe.run_dir
+    draw = f"Generate with: reca generate {shlex.quote(source)} --prompt 'a yellow broccoli'"
     if run.new_steps:
         print(f"{units.counted(run.steps, 'step')} done. {draw}", flush=True)
         if (grid := run.folder / GRID).is_file():

@@ -77,6 +77,9 @@ def evaluate(
         judge_and_score(settings, side, images if side is mine else None, given if side is mine else None, judge_device)
         for side in sides
     ]
+    if "report" not in settings.steps:  # which alone prints anything
+        for side in sides:
+            log.info("%s: the results of %s are in %s", suite.name, ", ".join(settings.steps), side.folder)
     if found[0] is None:
         return None
     if len(sides) == 2 and found[1] is not None:
