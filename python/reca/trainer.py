@@ -319,7 +319,6 @@ class Trainer:
         self.skipped.record(self.step + 1, norm, batches, {task: metrics[f"{task}/loss"] for task in self.tasks})
         self.step += 1
         metrics |= {"grad_norm": norm, "lr": lr, "skipped_steps": float(self.skipped.total)}
-        metrics |= {f"{task}/bad_samples": float(loader.bad) for task, loader in self.loaders.items()}
         return metrics
 
     def save(self, in_background: bool = False) -> Path | None:

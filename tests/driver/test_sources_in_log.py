@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from reca.config.recipe_files import load_recipe
+from reca.data.bad_samples import BadSamples
 from reca.data.sources.mixture import labels
 from reca.io import jsonl
 from tests.driver.toy import ToyAdapter, run_toy, write_images, write_recipe
@@ -56,3 +57,15 @@ def test_losses_by_source_add_up(tmp_path, micro_batch, monkeypatch):
 def test_one_source_has_no_losses_by_source(tmp_path):
     run_toy(load_recipe(write_recipe(tmp_path, write_images(tmp_path / "images"))))
     assert not any("@" in name for line in jsonl.read(tmp_path / "run" / "log.jsonl") for name in line)
+
+
+def test_bad_samples_are_counted_in_logged_steps_only(tmp_path, monkeypatch):
+    """Counting reads the list that all ranks share."""
+    images, counts, count = write_images(tmp_path / "images"), [], BadSamples.count
+    (images / "broken.png").write_bytes(b"junk")
+    monkeypatch.setattr(BadSamples, "count", lambda bad: counts.append(1) or count(bad))
+    keys = {"log.every": 3, "train.steps": 7, "data.max_bad_fraction": 0.5}
+    run_toy(load_recipe(write_recipe(tmp_path, images), keys))
+    lines = jsonl.read(tmp_path / "run" / "log.jsonl")
+    assert [(line["step"], line["reca/bad_samples"]) for line in lines] == [(3, 1), (6, 1), (7, 1)]
+    assert len(counts) == 1 + len(lines)  # once at the start

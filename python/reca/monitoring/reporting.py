@@ -98,6 +98,7 @@ class RunReport:
             self.progress(step)
         if due(step, self.recipe.log.every) or step == self.recipe.train.steps:
             metrics |= self.speed.metrics(self.device)
+            metrics |= {f"{task}/bad_samples": float(loader.bad) for task, loader in self.loaders.items()}
             metrics |= {f"{task}/loader_images_per_s": loader.images_per_s() for task, loader in self.loaders.items()}
             self.record.record(step, metrics, self.speed.remaining(step))
 
