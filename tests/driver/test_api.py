@@ -231,13 +231,9 @@ def test_the_folder_of_a_run_is_no_recipe(tmp_path, monkeypatch):
 def test_an_export_is_said_to_be_loaded_by_its_recipe(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "exported").mkdir()
-    with pytest.raises(
-        RecipeError, match=r"'exported' is not a run .* with model.weights=exported\), and there"
-    ):
+    with pytest.raises(RecipeError, match=r"'exported' is not a run .* with model.weights=exported\), and there"):
         reca.load("exported")
-    with pytest.raises(
-        RecipeError, match="init_from=exported .* an export, write model.weights=exported instead"
-    ):
+    with pytest.raises(RecipeError, match="init_from=exported .* an export, write model.weights=exported instead"):
         reca.train("show_o_tiny", {"train.init_from": "exported"})
 
 
