@@ -2,7 +2,7 @@
 
 import logging
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -174,16 +174,37 @@ def _memory(recipe: Recipe, adapter: Adapter, ranks: int, node: int) -> None:
         )
 
 
+def space_for_checkpoints(recipe: Recipe, adapter: Adapter) -> Callable[[Path], int]:
+    """Return a function that returns how many bytes of a folder's disk to leave to the run's next checkpoints.
+
+    They are a quarter more than the checkpoints' size: the run also writes logs, images and the features of a step.
+    """
+    run_dir, each, most = Path(recipe.run_dir), *_checkpoints(recipe, adapter)
+
+    def needed(folder: Path) -> int:
+        if folder.stat().st_dev != (run_dir / "checkpoints").stat().st_dev:
+            return 0
+        return each * max(0, most - len(checkpoint.list_complete(run_dir))) * 5 // 4
+
+    return needed
+
+
+def _checkpoints(recipe: Recipe, adapter: Adapter) -> tuple[int, int]:
+    """Return the size of a checkpoint, and the largest number of them."""
+    keep = checkpoint.Keep(recipe.checkpoint.keep, recipe.checkpoint.keep_every)
+    each = checkpoint.size(adapter, recipe.optim, recipe.ema.half_life > 0)
+    return each, keep.most(recipe.train.steps, recipe.checkpoint.every)
+
+
 def _disk(recipe: Recipe, adapter: Adapter) -> None:
     run_dir, config = Path(recipe.run_dir), recipe.checkpoint
-    need = checkpoint.size(adapter, recipe.optim, recipe.ema.half_life > 0)
+    need, most = _checkpoints(recipe, adapter)
     free = checkpoint.free_space(run_dir)
     if need > free:
         raise DataError(
             f"run_dir {run_dir}: a checkpoint needs about {units.size(need)}, but only {units.size(free)} are free; "
             "free space or set another run_dir"
         )
-    most = checkpoint.Keep(config.keep, config.keep_every).most(recipe.train.steps, config.every)
     more = most - len(checkpoint.list_complete(run_dir))
     if more * need > free:
         rule = f"the latest {config.keep}" if config.keep else "all"

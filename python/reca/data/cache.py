@@ -1,11 +1,12 @@
 """Disk cache for features of the frozen encoders: every image is decoded and encoded once."""
 
+import contextlib
 import hashlib
 import json
 import logging
 import shutil
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,10 @@ class FeatureCache:
     read stay in memory, up to KEPT_BYTES. A thread writes, so that a step does not wait for the disk.
 
     identity: JSON-serialisable identity of the encoders. Features of other identities in the same folder are ignored.
+    spare: returns how many bytes of a folder's disk to leave free; None: none.
     """
 
-    def __init__(self, folder: Path, views: Views, identity: Any):
+    def __init__(self, folder: Path, views: Views, identity: Any, spare: Callable[[Path], int] | None = None):
         for name, view in (("generation", views.gen), ("understanding", views.und)):
             if view and view.fit == "random_crop":
                 raise DataError(
@@ -52,6 +54,7 @@ class FeatureCache:
         text = json.dumps([VERSION, identity, repr(views)], sort_keys=True, default=str)
         self.folder, self.full = folder / hashlib.sha256(text.encode()).hexdigest()[:16], False
         ensure_writable(self.folder, "data.cache")
+        self.spare = spare
         self.shards = FeatureShards(self.folder)
         self.kept: dict[str, dict[str, Tensor]] = {}
         self.room = KEPT_BYTES
@@ -99,6 +102,7 @@ class FeatureCache:
             self.jobs.popleft().result()
 
     def _write(self, rows: dict[str, dict[str, Tensor]]) -> None:
+        self._leave_spare()
         for address, features in rows.items():
             path = self.path(address)
             try:
@@ -114,6 +118,19 @@ class FeatureCache:
                     *(self.folder, error, _free(self.folder)),
                 )
             self.waiting.pop(address, None)
+
+    def _leave_spare(self) -> None:
+        if self.full or self.spare is None:
+            return
+        with contextlib.suppress(OSError):  # that of writing is reported
+            need = self.spare(self.folder)
+            if need > shutil.disk_usage(self.folder).free:
+                self.full = True
+                log.warning(
+                    "data.cache %s: the run continues without caching more features, as its checkpoints need %s of "
+                    "this disk (%s). Free some space, or set data.cache to a folder on another disk",
+                    *(self.folder, units.size(need), _free(self.folder)),
+                )
 
 
 def _free(folder: Path) -> str:

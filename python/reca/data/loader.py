@@ -52,6 +52,7 @@ def open_loader(
     world_size: int = 1,
     bad_samples: Path | None = None,
     identity: Any = None,
+    spare: Callable[[Path], int] | None = None,
     source: Source | None = None,
     prepare: Prepare | None = None,
 ) -> "Loader":
@@ -63,13 +64,14 @@ def open_loader(
     start: first position of the stream.
     bad_samples: file that lists bad samples.
     identity: everything besides the images that features in data.cache depend on; None: no cache.
+    spare: returns how many bytes of the disk of data.cache to leave free; None: none.
     source: the samples, if they are open already.
     prepare: called with every batch and its random number generator; the result becomes `Batch.prepared`.
     """
     source = source or open_sources(config, [task], seed)[task]
     cache = None
     if config.cache and identity is not None:
-        cache = FeatureCache(Path(config.cache), views, [task, identity])
+        cache = FeatureCache(Path(config.cache), views, [task, identity], spare)
     samples = batch_size or micro_batch * world_size
     shares = split_batch(samples, micro_batch if max_tokens is None else -(-samples // world_size), world_size)[rank]
     stream = Stream(shares, samples, start, neighbours)
