@@ -273,7 +273,7 @@ def test_a_disk_that_is_full_at_any_file(painter, monkeypatch):
             reca.evaluate("toy", painter, against="base", limit=1)
             break
         except EvaluationError as error:
-            assert "Finished outputs are kept: free disk space" in str(error)
+            assert "Finished outputs are kept: free disk space, then run the same command again" in str(error)
             named.add(str(error).split(" cannot be written")[0].rpartition("/")[2])
         left = 40
         assert reca.evaluate("toy", painter, against="base", limit=1)["counts"]["images"] == 1

@@ -4,7 +4,6 @@ from pathlib import Path
 
 from reca.eval.errors import EvaluationError
 from reca.io.folders import make_inside, write_atomically
-from reca.options.names import option
 
 # Encoding error handler: lone surrogates, which a truncated reply can contain, are written as their JSON escapes.
 HALVES = "backslashreplace"
@@ -20,6 +19,6 @@ def write(path: Path, content: bytes | str, sync: bool = True, root: Path | None
         write_atomically(path, content.encode("utf-8", HALVES) if isinstance(content, str) else content, sync)
     except OSError as error:
         raise EvaluationError(
-            f"{path} cannot be written ({error.strerror or error}). Finished outputs are kept: free disk space or set "
-            f"another {option('out')}, then run the same command again to resume"
+            f"{path} cannot be written ({error.strerror or error}). Finished outputs are kept: free disk space, "
+            "then run the same command again to resume"
         ) from error
