@@ -282,7 +282,7 @@ def test_parts_that_are_not_there(folder, tmp_path):
     given = changed(folder, tmp_path, lambda state: None)
     with pytest.raises(ValueError, match=r"contains no VAE; set model\.codec_weights"):
         loaded(**given | {"codec_weights": None})
-    with pytest.raises(ValueError, match=r"has no tokenizer next to harmon\.pth; set model\.tokenizer"):
+    with pytest.raises(ValueError, match=r"contains no tokenizer; set model\.tokenizer"):
         loaded(**given | {"tokenizer": None})
     with pytest.raises(ValueError, match="does not exist"):
         loaded(weights=str(tmp_path / "nowhere.pth"))

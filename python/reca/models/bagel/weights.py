@@ -122,8 +122,6 @@ def load_tokenizer(config: BagelConfig, local: bool = False) -> PreTrainedTokeni
     Raises ValueError if there is none, or if it has more tokens than the embedding table.
     """
     source = fetch_tokenizer(config, DOWNLOADS, local)
-    if source is not None and not config.tokenizer:
-        source = beside(source)
     if source is None:
         tokenizer = word_tokenizer(config.words, prompt.SPECIAL_TOKENS)
     elif any((source / name).is_file() for name in TOKENIZER_FILES):

@@ -32,15 +32,17 @@ def fetch(source: str, patterns: list[str] | None = None, key: str = "model.weig
 def fetch_tokenizer(
     config: Any, downloads: Mapping[str, list[str]], local: bool = False, part: str = "weights"
 ) -> Path | None:
-    """Return the path of model.tokenizer or, if it is null, of the part of the model that it is published with.
+    """Return the folder of model.tokenizer or, if it is null, of the part of the model that it is published with.
 
     Returns None if both are null. Of a hub repository only the tokenizer's files are downloaded. local: nothing is
     downloaded. downloads: the model's DOWNLOADS. Raises ValueError as `fetch`.
     """
     key = "tokenizer" if config.tokenizer else part
     source = getattr(config, key)
-    if source is None or (path := Path(source).expanduser()).exists():
-        return source and path
+    if source is None:
+        return None
+    if (path := Path(source).expanduser()).exists():
+        return beside(path)
     repository, file = hub_name(source, f"model.{key}")
     from huggingface_hub import snapshot_download
 

@@ -111,11 +111,12 @@ def load_tokenizer(config: HarmonConfig, local: bool = False) -> PreTrainedToken
     elif config.tokenizer:
         tokenizer = read_tokenizer(source)
     else:
-        folder = beside(source).absolute()
-        found = next((f for f in (folder / "tokenizer", folder) if (f / "tokenizer_config.json").is_file()), None)
+        found = next((f for f in (source / "tokenizer", source) if (f / "tokenizer_config.json").is_file()), None)
         if found is None:
-            raise ValueError(f"{folder} has no tokenizer next to {source.name}; set model.tokenizer, such as "
-                             "model.tokenizer=Qwen/Qwen2.5-1.5B-Instruct")  # fmt: skip
+            raise ValueError(
+                f"{source.absolute()} contains no tokenizer; set model.tokenizer, such as "
+                "model.tokenizer=Qwen/Qwen2.5-1.5B-Instruct"
+            )
         tokenizer = read_tokenizer(found)
     check_tokenizer(tokenizer, prompt.SPECIAL_TOKENS, config.language.vocab_size, "Harmon")
     return tokenizer

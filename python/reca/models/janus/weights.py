@@ -136,13 +136,12 @@ def load_tokenizer(
     """
     source = fetch_tokenizer(config, needs.downloads, local)
     if source is not None:
-        folder = beside(source)
-        if not (folder / "tokenizer.json").is_file():
+        if not (source / "tokenizer.json").is_file():
             raise ValueError(
-                f"{folder.absolute()} contains no tokenizer.json; set model.tokenizer, such as "
+                f"{source.absolute()} contains no tokenizer.json; set model.tokenizer, such as "
                 f"model.tokenizer={needs.example}"
             )
-        tokenizer = read_tokenizer(folder, as_is=True)
+        tokenizer = read_tokenizer(source, as_is=True)
     else:
         tokenizer = word_tokenizer([*config.words, *needs.words], needs.tokens)
     check_tokenizer(tokenizer, needs.tokens, config.language.vocab_size, needs.model)

@@ -126,7 +126,7 @@ def load_tokenizer(config: ShowOConfig, local: bool = False) -> PreTrainedTokeni
     """Load the text tokenizer and append Show-o's tokens, whose order determines their ids."""
     source = fetch_tokenizer(config, DOWNLOADS, local)
     if source is not None and not config.tokenizer:
-        source = beside(source) / "tokenizer"
+        source /= "tokenizer"
     if source is None:
         tokenizer = word_tokenizer([*config.words, *prompt.WORDS], [prompt.END_OF_TEXT])
     elif source.is_dir():
