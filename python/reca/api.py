@@ -187,7 +187,8 @@ def evaluate(
         images: A folder of images made elsewhere, in the benchmark's layout, instead of the step generate.
         records: Records, or a result file of the benchmark's own scripts, instead of the step judge.
         data: The benchmark's files, where they are not shipped.
-        out: The folder of the evaluation. None: RUN/eval/STEP/SUITE, of the step of the checkpoint.
+        out: The folder of the evaluation. None: RUN/eval/STEP/SUITE, of the step of the checkpoint (SUITE_ema
+            for ema=True).
         images_per_item: Images per prompt. None: that of the benchmark.
         limit: Number of items, spread evenly over the suite.
         sampling: Options of the model's sampler.

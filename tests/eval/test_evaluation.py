@@ -10,6 +10,7 @@ import torch
 import reca
 from reca import checkpoint, cli, inference
 from reca.checkpoint import CheckpointError
+from reca.comparison.build import one_of_each
 from reca.comparison.sides import find_sides
 from reca.eval import evaluation, files, generate, judge, records, report, targets
 from reca.eval.errors import EvaluationError
@@ -514,6 +515,15 @@ def test_a_run_stands_for_its_newest_checkpoint(painter, monkeypatch):
     assert [side.evaluations for side in find_sides(before, after)] == [
         (painter / f"eval/{step}/toy",) for step in ("000004", "000006")
     ]
+
+
+def test_the_average_is_evaluated_beside_the_weights(painter):
+    for ema, name in ((True, "toy_ema"), (False, "toy")):
+        reca.evaluate("toy", painter, limit=1, ema=ema)
+        assert (painter / "eval/000002" / name / "results.json").is_file()
+    assert Painter.made == 2
+    found = [side.results() for side in find_sides("base", str(painter))]
+    assert one_of_each(found[1]) == {("toy", "toy dataset shapes"): painter / "eval/000002/toy"}
 
 
 def test_a_model_is_not_evaluated_against_itself(painter):

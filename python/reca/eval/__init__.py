@@ -8,8 +8,8 @@
 evaluation.py runs the steps for both models. settings.py has its options, targets.py the models, inputs.py the images,
 and checks.py what is checked before anything is loaded.
 
-The output folder is RUN/eval/STEP/SUITE, where STEP is that of the checkpoint: of a run the newest. For a recipe or
-`--against base` it is RUN/eval/base/SUITE. `--out` is another one:
+The output folder is RUN/eval/STEP/SUITE, where STEP is that of the checkpoint: of a run the newest; with --ema it is
+SUITE_ema. For a recipe or `--against base` it is RUN/eval/base/SUITE. `--out` is another one:
 
     generation.json   model, sampling options and seed of the images, and a digest of each item's prompt and source
     images/           the images in the benchmark's own folder layout, readable by its scripts

@@ -87,7 +87,7 @@ def target(
         if out is None:
             if (place := evaluations_of(run, newest)) is None:
                 raise checkpoint.CheckpointError(f"{run} has no complete checkpoint; did the run save one?")
-            out = place / suite
+            out = place / (f"{suite}_ema" if ema else suite)
         return Target(str(source), recipe, True, out, ema, checkpoint=newest)
     return Target(str(source), recipe, False, out or Path(recipe.run_dir) / "eval" / BASE / suite)
 
