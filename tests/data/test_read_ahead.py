@@ -56,7 +56,7 @@ def test_sizes_of_a_folder(root, monkeypatch):
 
 @pytest.mark.parametrize("task", ["i2t", "srum"])
 def test_sizes_of_the_images_of_rows(root, task, monkeypatch):
-    """Images that several rows share are asked about once for conversations."""
+    """Images that several rows share are asked about once for conversations, unless it is at the same time."""
     other = {"conversations": said("human", "Q", "gpt", "A"), "caption": "C", "boxes": []}
     rows = [{"image": name} | other for name in NAMES + NAMES[:5]]
     source = open_source(str(fill(root, {"rows.json": json.dumps(rows).encode()}) / "rows.json"), task)
@@ -64,6 +64,28 @@ def test_sizes_of_the_images_of_rows(root, task, monkeypatch):
     first = source.identity()
     (root / NAMES[3]).write_bytes(b"y" * 1000)
     assert source.identity() != first and met.is_set()
+
+
+def rows_file(root):
+    """Two rows of each image, good for conversations and for scored images."""
+    rows = [{"image": name, "conversations": said("human", "Q", "gpt", "A"), "caption": "C", "boxes": []}
+            for name in NAMES for _ in range(2)]  # fmt: skip
+    return str(fill(root, {"rows.json": json.dumps(rows).encode()}) / "rows.json")
+
+
+def test_a_row_is_read_once_for_the_identity(root, monkeypatch):
+    source, reads = open_source(rows_file(root), "i2t"), []
+    first, read = source.identity(), type(source.rows).__getitem__
+    monkeypatch.setattr(type(source.rows), "__getitem__", lambda *given: reads.append(given[1]) or read(*given))
+    assert source.identity() == first and reads == list(range(2 * len(NAMES)))
+
+
+@pytest.mark.parametrize("task", ["i2t", "srum"])
+def test_sizes_of_remote_images_of_rows_are_not_asked_about(root, task, monkeypatch):
+    pytest.importorskip("fsspec")
+    source = open_source(rows_file(root), task, "memory://images")
+    monkeypatch.setattr(type(source), "size", lambda *_: pytest.fail("a row was asked about its image"))
+    assert len(source.identity()) == 64
 
 
 def test_bad_samples_of_an_earlier_start(root, monkeypatch):

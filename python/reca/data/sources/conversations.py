@@ -83,9 +83,16 @@ class Conversations(KeyedRows):
         return 0 if isinstance(self.root, RemotePath) else total_size([self.root / self.key(index)])
 
     def identity(self) -> str:
-        first: dict[int, int] = {}  # row of an image, by hash of its name: many rows may share an image
-        for number in range(len(self)):
-            first.setdefault(hash(self.key(number)), number)
-        sizes = dict(zip(first, read_many(self.size, first.values()), strict=True))
         records = map(self.rows.__getitem__, range(len(self)))
-        return digest((record, sizes[hash(key_of(record))]) for record in records)
+        if isinstance(self.root, RemotePath):
+            return digest((record, 0) for record in records)
+        root = self.root
+        sizes: dict[int, int] = {}  # by hash of the image's name: many rows may share an image
+
+        def with_size(record: bytes) -> tuple[bytes, int]:
+            image = key_of(record)
+            if hash(image) not in sizes:
+                sizes[hash(image)] = total_size([root / image])
+            return record, sizes[hash(image)]
+
+        return digest(read_many(with_size, records))

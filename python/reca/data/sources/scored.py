@@ -86,6 +86,8 @@ class ScoredImages(KeyedRows):
 
     def identity(self) -> str:
         rows = (tuple(self._row(index)) for index in range(len(self)))
+        if isinstance(self.root, RemotePath):
+            return digest((row, 0) for row in rows)
         return digest(zip(rows, read_many(self.size, range(len(self))), strict=True))
 
 
