@@ -11,6 +11,7 @@ import torch
 from reca import checkpoint, distributed, units
 from reca.config.recipe import Recipe
 from reca.data.errors import DataError
+from reca.data.loader import chosen_decoder
 from reca.data.sample import Source
 from reca.data.sources.factory import DATA_KEYS
 from reca.data.templates import load_templates
@@ -108,6 +109,7 @@ def check(
     if recipe.train.float8:
         float8.check_usable(usable_device(None))
     compiled_blocks.check_usable(recipe.train, usable_device(None))
+    chosen_decoder(recipe.data)
     if begins:
         lineage.check_parent(recipe, model)
     sources = open_run_sources(recipe, tasks)

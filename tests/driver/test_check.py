@@ -13,7 +13,9 @@ from reca import preflight
 from reca.cli import main
 from reca.config.recipe import ParallelConfig
 from reca.config.recipe_files import load_recipe, recipe_names
+from reca.data import dali
 from reca.data.batch import Batch
+from reca.data.errors import DataError
 from reca.data.views import View, Views
 from reca.estimate import check
 from reca.estimate.held import held, host_moments, part
@@ -373,3 +375,10 @@ def test_templates_that_the_model_would_truncate(tmp_path):
     said = " ".join(check.report(load_recipe("janus_tiny", ["model.tokenizer=owner/name"])).split())
     assert "the templates' lengths are not checked, which needs the tokenizer: model.tokenizer: owner/name is" in said
     assert "the hub is not asked for it here; get it elsewhere with" in said
+
+
+def test_a_decoder_that_is_not_installed_is_refused_before_the_weights_are_read(monkeypatch):
+    monkeypatch.setattr(dali, "available", lambda: False)
+    recipe = load_recipe("show_o_tiny", {"data.decoder": "dali"})
+    with pytest.raises(DataError, match="DALI is not installed"):
+        preflight.check(recipe, ["reca"], 1, 1)

@@ -357,12 +357,16 @@ def _have_features(rows: list[Row]) -> bool:
     return all(row.features for row in rows) and len({frozenset(row.features or ()) for row in rows}) == 1
 
 
-def _decoder(config: DataConfig, views: Views, rng: CounterRNG) -> PillowDecoder | dali.DaliDecoder:
-    wanted = config.decoder
-    if wanted == "auto":
-        wanted = "dali" if torch.cuda.is_available() and dali.available() else "pillow"
-    if wanted == "pillow":
-        return PillowDecoder(views, rng)
-    if not dali.available():
+def chosen_decoder(config: DataConfig) -> str:
+    """Return "pillow" or "dali". Raises DataError if data.decoder names one that is not installed."""
+    if config.decoder == "auto":
+        return "dali" if torch.cuda.is_available() and dali.available() else "pillow"
+    if config.decoder == "dali" and not dali.available():
         raise DataError("data.decoder=dali, but DALI is not installed: pip install 'reca[dali]', or use pillow")
+    return config.decoder
+
+
+def _decoder(config: DataConfig, views: Views, rng: CounterRNG) -> PillowDecoder | dali.DaliDecoder:
+    if chosen_decoder(config) == "pillow":
+        return PillowDecoder(views, rng)
     return dali.DaliDecoder(views, rng, max(1, config.workers))
