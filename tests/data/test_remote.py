@@ -91,6 +91,28 @@ def test_a_folder_is_listed_again_when_it_is_opened_again(memory, tmp_path, monk
         assert len(open_source("memory://data", "reca")) == number
 
 
+@pytest.mark.parametrize("spec", ["memory://data/*/*.tar", "memory://data/**/*.tar", "memory://data"])
+def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(memory, tmp_path, monkeypatch, spec):
+    """Its images would be missing in the data of a run, which would train on the others."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        tar(tmp_path / name / f"{name}.tar", (f"{name}.png", image_bytes()))
+        fill(tmp_path, {f"{name}/{name}.png": image_bytes()})
+    put(memory, tmp_path)
+    assert len(open_source(spec, "reca")) == 2
+    listed = type(memory).ls
+
+    def ls(fs, path, *args, **options):
+        if path.rstrip("/").endswith("/b"):
+            raise PermissionError(f"no access to {path}")
+        return listed(fs, path, *args, **options)
+
+    monkeypatch.setattr(type(memory), "ls", ls)
+    monkeypatch.setattr(type(memory), "find", fsspec.AbstractFileSystem.find)  # the usual one, folder by folder
+    with pytest.raises(DataError, match="no access to /data/b"):
+        open_source(spec, "reca")
+
+
 def test_a_tar_that_is_packed_again_is_not_read_at_the_old_places(memory, tmp_path):
     put(memory, fill(tmp_path / "x", {"a.tar": tar(tmp_path / "one.tar", ("a.png", image_bytes())).read_bytes()}))
     source = open_source("memory://data/a.tar", "reca")

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import glob
 import io
 import os
@@ -172,11 +173,26 @@ def remote_path(text: str) -> RemotePath:
             from reca.data.sources.web import web_files
 
             return RemotePath(web_files(), text)
-        return RemotePath(*fsspec.core.url_to_fs(text))
+        fs, path = fsspec.core.url_to_fs(text)
+        _raise_when_unlisted(fs)
+        return RemotePath(fs, path)
     except ImportError as error:
         raise DataError(f"{text} needs a package that is not installed: {error}: pip install 'reca[remote]'") from None
     except Exception as error:  # an unknown protocol, missing credentials and more
         raise DataError(f"{text} cannot be opened: {type(error).__name__}: {error}") from error
+
+
+def _raise_when_unlisted(fs: Any) -> None:
+    """Have a file system's searches raise the error of a folder that cannot be listed. To fsspec it would be empty."""
+    for name in ("walk", "_walk"):
+        walk = getattr(fs, name, None)
+        if walk is not None and not isinstance(walk, functools.partial):
+            setattr(fs, name, functools.partial(walk, on_error=_unless_missing))
+
+
+def _unless_missing(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def read_range(path: AnyPath, offset: int, size: int) -> bytes:
