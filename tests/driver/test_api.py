@@ -211,7 +211,7 @@ def test_overrides_have_two_forms():
 
 
 def test_sources_that_are_none(tmp_path):
-    with pytest.raises(RecipeError, match="is not a run folder, and there is no recipe"):
+    with pytest.raises(RecipeError, match="is not a run folder .*, and there is no recipe"):
         reca.load(tmp_path)
     with pytest.raises(RecipeError, match="'show_oo' is not a run folder"):
         reca.load("show_oo")
