@@ -386,5 +386,5 @@ class Trainer:
             bad_samples=self.run_dir / f"bad_{task}.jsonl",
             prepare=self.adapter.prepare,
             identity=self.features,
-            spare=preflight.space_for_checkpoints(self.recipe, self.adapter),
+            spare=None if self.features is None else preflight.space_for_checkpoints(self.recipe, self.adapter),
         )

@@ -175,10 +175,10 @@ def test_another_error_is_no_lost_rank(error):
 
 
 @pytest.mark.parametrize(
-    ("own", "machine", "failed", "told"),
+    ("own", "machine", "failed", "times"),
     [(0, 2, 2, True), (0, 2, 1, False), (2, 2, 1, False), (1, 2, 2, False), (1, None, 0, False), (0, None, 1, False)],
 )
-def test_rank_0_says_what_failed_on_another_machine(monkeypatch, capsys, own, machine, failed, told):
+def test_rank_0_says_what_failed_on_another_machine(monkeypatch, capsys, own, machine, failed, times):
     """The output of that machine may be elsewhere; in the one terminal of a machine it stands once."""
     monkeypatch.setattr("reca.errors.HEAD_START", -1)
     monkeypatch.setenv("RANK", str(own))
@@ -187,4 +187,4 @@ def test_rank_0_says_what_failed_on_another_machine(monkeypatch, capsys, own, ma
     else:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(machine))
     cli._report(PeerFailed(failed, 4, "its disk is full"))
-    assert capsys.readouterr().err == told * f"reca: rank {failed} failed: its disk is full\n"
+    assert capsys.readouterr().err == times * f"reca: rank {failed} failed: its disk is full\n"

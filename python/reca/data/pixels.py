@@ -21,7 +21,7 @@ from reca.data.views import View, Views
 from reca.io.files import HEAD
 from reca.io.image_grid import to_pil
 from reca.rng import CounterRNG, RandomStream
-from reca_kernels.image_planes.op import arrow_planes
+from reca_kernels.image_planes import op as planes
 from reca_kernels.resize.op import compiled, resize
 
 RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -285,13 +285,13 @@ def pixels_of(image: Image.Image) -> Tensor:
 
 
 def _planes(image: Image.Image) -> Tensor:
-    if compiled() and hasattr(image, "__arrow_c_array__"):  # since Pillow 11.2
+    if planes.compiled() and hasattr(image, "__arrow_c_array__"):  # since Pillow 11.2
         try:
             _, array = image.__arrow_c_array__()
         except ValueError:  # the memory is in several blocks: the process has set PILLOW_BLOCK_SIZE
             pass
         else:
-            return arrow_planes(array, image.height, image.width)
+            return planes.arrow_planes(array, image.height, image.width)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
