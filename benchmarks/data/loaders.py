@@ -19,7 +19,7 @@ from benchmarks.rows import OURS
 from reca.data.config import DataConfig
 from reca.data.dali import DaliDecoder, available
 from reca.data.loader import open_loader
-from reca.data.pixels import PillowDecoder
+from reca.data.transforms import PillowDecoder
 from reca.data.views import View, Views
 from reca.rng import CounterRNG
 

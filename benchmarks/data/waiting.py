@@ -28,7 +28,7 @@ from benchmarks.runner import facts
 from reca.config.recipe import Recipe
 from reca.config.recipe_files import load_recipe
 from reca.data.batch import Batch
-from reca.data.pixels import PillowDecoder
+from reca.data.transforms import PillowDecoder
 from reca.data.views import View, Views
 from reca.estimate import check
 from reca.estimate.meta_model import build_meta

@@ -259,7 +259,7 @@ def test_features_belong_to_the_content(tmp_path, monkeypatch):
     os.utime(root / "a/x.png", ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     assert sorted(cached(root, cache)) == [5, 5, 9, 9]
     root.rename(tmp_path / "there")
-    monkeypatch.setattr("reca.data.pixels.open_rgb", None)  # nothing is decoded
+    monkeypatch.setattr("reca.data.transforms.open_rgb", None)  # nothing is decoded
     assert sorted(cached(tmp_path / "there", cache)) == [5, 5, 9, 9]
 
 

@@ -12,7 +12,8 @@ from reca.data import dali
 from reca.data.batch import Batch
 from reca.data.config import DataConfig
 from reca.data.loader import open_loader
-from reca.data.pixels import BadImage, PillowDecoder
+from reca.data.pixels import BadImage
+from reca.data.transforms import PillowDecoder
 from reca.data.views import View, Views
 from reca.rng import CounterRNG
 from tests.data import fake_dali

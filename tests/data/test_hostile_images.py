@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile, PngImagePlugin
 
-from reca.data import image_formats, pixels
-from reca.data.pixels import BadImage, make_view, open_rgb
+from reca.data import image_formats, pixels, transforms
+from reca.data.pixels import BadImage, open_rgb
+from reca.data.transforms import make_view
 from reca.data.views import View
 from tests.data.files import encoded, image_bytes
 
@@ -120,7 +121,7 @@ def test_pixels_without_a_fixed_white_are_refused(values):
 @pytest.mark.parametrize("size", [(30000, 1), (1, 30000), (8000, 2)])
 def test_thin_images_make_no_large_ones(fit, size, monkeypatch):
     """A square of the long side has 900 million pixels."""
-    made, centred, resize = [], pixels._centred, pixels._resize
+    made, centred, resize = [], transforms._centred, transforms._resize
 
     def counted_centred(image, side, fill):
         made.append(side**2)
@@ -130,8 +131,8 @@ def test_thin_images_make_no_large_ones(fit, size, monkeypatch):
         made.extend((size[0] * size[1], size[0] * image.shape[1]))  # filtered along the rows, then down the columns
         return resize(image, size, *options)
 
-    monkeypatch.setattr(pixels, "_centred", counted_centred)
-    monkeypatch.setattr(pixels, "_resize", counted_resize)
+    monkeypatch.setattr(transforms, "_centred", counted_centred)
+    monkeypatch.setattr(transforms, "_resize", counted_resize)
     view = make_view(Image.new("RGB", size), View(512, fit, min_size=256, stride=16, blur=2))
     assert max(view.shape[1:]) == 512 and 0 < max(made) <= 512 * 30000
 
@@ -143,7 +144,7 @@ def test_thin_images_are_what_the_square_would_give(fit, size, monkeypatch):
     noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     image, view = Image.fromarray(noise), View(64, fit)
     thin = make_view(image, view).float()
-    monkeypatch.setattr(pixels, "_too_large", lambda *_: False)
+    monkeypatch.setattr(transforms, "_too_large", lambda *_: False)
     square = make_view(image, view).float()
     if fit == "stretch":
         assert (thin - square).abs().max() <= 2

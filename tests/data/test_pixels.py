@@ -8,10 +8,11 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
-from reca.data import pixels
+from reca.data import pixels, transforms
 from reca.data.cache import VERSION
 from reca.data.errors import DataError
-from reca.data.pixels import BadImage, PillowDecoder, bound_size, make_view, open_rgb, read_image, shown_size
+from reca.data.pixels import BadImage, open_rgb, read_image, shown_size
+from reca.data.transforms import PillowDecoder, bound_size, make_view
 from reca.data.views import View, Views
 from reca.rng import CounterRNG
 from tests.data.files import encoded
@@ -176,7 +177,7 @@ def test_a_random_crop_is_cut_before_it_is_resized(size, side):
 
 def test_pixels_are_those_of_the_version_of_cached_features():
     """Whoever changes the pixels of a view raises VERSION: features that a cache holds are of the pixels before."""
-    if not pixels._resizes_as_pillow():
+    if not transforms._resizes_as_pillow():
         pytest.skip("an older Pillow, or no compiled module: other bits")
     made = hashlib.sha256()
     for size, mode in itertools.product([(67, 100), (36, 33), (33, 40), (30, 30)], ["RGB", "LA"]):
@@ -240,7 +241,7 @@ def test_pixels_of_pillow(size, memory, monkeypatch):
 
 
 def test_views_are_made_under_any_default_device():
-    pixels._resizes_as_pillow.cache_clear()
+    transforms._resizes_as_pillow.cache_clear()
     image = torch.zeros(3, 40, 30, dtype=torch.uint8)
     with torch.device("meta"):
         assert make_view(image, View(16)).shape == (3, 16, 16)

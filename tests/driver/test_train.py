@@ -401,7 +401,7 @@ def test_cached_features_change_nothing(recipe, tmp_path, monkeypatch):
     plain = run(recipe(f"run_dir={tmp_path}/plain", "train.steps=9"))
     cache = f"data.cache={tmp_path}/features"
     first = run(recipe(f"run_dir={tmp_path}/first", "train.steps=9", cache))
-    monkeypatch.setattr("reca.data.pixels.open_rgb", None)  # bytes are read, to find the features, and not decoded
+    monkeypatch.setattr("reca.data.transforms.open_rgb", None)  # bytes are read, to find the features, and not decoded
     second = run(recipe(f"run_dir={tmp_path}/second", "train.steps=9", cache))
     for name, value in weights(plain.adapter).items():
         assert torch.equal(weights(first.adapter)[name], value) and torch.equal(weights(second.adapter)[name], value)

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from reca.data.image_formats import FORMATS
-from reca.data.pixels import MAX_PIXELS, BadImage, make_view, open_rgb
+from reca.data.pixels import MAX_PIXELS, BadImage, open_rgb
+from reca.data.transforms import make_view
 from reca.data.views import View
 from tests.fuzz.bounds import counted
 from tests.fuzz.mutate import mutate, mutations

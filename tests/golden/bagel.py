@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from reca.data.pixels import make_view
+from reca.data.transforms import make_view
 from reca.data.views import View
 from reca.models.bagel import Adapter, Config, prompt
 from reca.models.bagel.config import AutoencoderSizes, VisionSizes

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from reca.data.batch import Batch
-from reca.data.pixels import bound_size, make_view
+from reca.data.transforms import bound_size, make_view
 from reca.models.bagel import Adapter, loss, modules, prompt, sampling
 from reca.models.bagel.transformer import GEN
 from reca.models.bagel.views import edit_views

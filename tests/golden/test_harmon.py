@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from reca.data.batch import Batch
-from reca.data.pixels import make_view
+from reca.data.transforms import make_view
 from reca.models.common import planned
 from reca.models.harmon import loss, prompt, sampling
 from reca.rng import CounterRNG

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from reca.data.batch import Batch
-from reca.data.pixels import make_view
 from reca.data.tasks import Turn
+from reca.data.transforms import make_view
 from reca.models.common.images import to_uint8
 from reca.models.janus import prompt, sampling, weights
 from reca.rng import CounterRNG

@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 
 from reca.data.batch import Batch
-from reca.data.pixels import make_view
 from reca.data.tasks import Turn
+from reca.data.transforms import make_view
 from reca.models.open_uni import loss, prompt, sampling
 from reca.rng import CounterRNG
 from tests.golden.open_uni import (

@@ -9,7 +9,7 @@ from PIL import Image
 
 from reca.config.recipe import OptimConfig
 from reca.data.batch import Batch
-from reca.data.pixels import make_view
+from reca.data.transforms import make_view
 from reca.models.open_uni import loss
 from reca.optim import freeze, gradient_norm, make_optimizer, set_lr
 from tests.golden.open_uni import (

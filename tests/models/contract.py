@@ -9,8 +9,8 @@ from torch import nn
 
 from reca.config.recipe_files import load_recipe
 from reca.data.batch import Batch
-from reca.data.pixels import make_view
 from reca.data.tasks import Scored, ScoredBox, Turn
+from reca.data.transforms import make_view
 from reca.models import UMMS, umm_package
 from reca.models.base import Adapter
 from reca.optim import freeze

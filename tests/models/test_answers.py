@@ -9,7 +9,7 @@ from PIL import Image
 
 from reca.config.recipe_files import load_recipe
 from reca.data.batch import Batch
-from reca.data.pixels import make_view
+from reca.data.transforms import make_view
 from reca.models import UMMS, umm_package
 from reca.models.common.greedy import greedy_tokens
 from reca.rng import CounterRNG

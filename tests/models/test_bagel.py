@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from reca import objective
 from reca.config.recipe_files import load_recipe
 from reca.data.batch import Batch
-from reca.data.pixels import make_view
+from reca.data.transforms import make_view
 from reca.models.bagel import Adapter, Config, loss, modules, prompt, sampling, transformer, views, weights
 from reca.models.bagel.config import AutoencoderSizes
 from reca.models.bagel.transformer import GEN, UND, KVCache, PackedPass, rotary_cos_sin

@@ -17,8 +17,9 @@ import reca
 from reca.config.recipe import TrainConfig
 from reca.config.recipe_files import load_recipe
 from reca.data.cache import collate
-from reca.data.pixels import as_rgb, make_view, pixels_of, read_image
+from reca.data.pixels import as_rgb, pixels_of, read_image
 from reca.data.tasks import TASKS, Turn
+from reca.data.transforms import make_view
 from reca.models import UMMS
 from reca.models.base import ROLES
 from reca.monitoring.monitors import config_warnings

@@ -13,8 +13,8 @@ from transformers import JanusForConditionalGeneration, PreTrainedTokenizerFast
 
 from reca.config.recipe_files import load_recipe
 from reca.data.batch import Batch
-from reca.data.pixels import make_view
 from reca.data.tasks import Turn
+from reca.data.transforms import make_view
 from reca.data.views import View
 from reca.models.common.text import encode
 from reca.models.janus import Adapter, prompt, sampling, weights

@@ -14,8 +14,8 @@ from reca import objective
 from reca.config.recipe import ObjectiveConfig
 from reca.config.recipe_files import load_recipe
 from reca.data.batch import Batch
-from reca.data.pixels import make_view
 from reca.data.tasks import Turn
+from reca.data.transforms import make_view
 from reca.models.common import planned
 from reca.models.common.images import fit_to_view
 from reca.models.common.qwen2 import Qwen2Sizes

@@ -16,8 +16,8 @@ from transformers.models.phi.modeling_phi import PhiMLP
 
 from reca.config.recipe_files import load_recipe
 from reca.data.batch import Batch
-from reca.data.pixels import make_view
 from reca.data.tasks import Turn
+from reca.data.transforms import make_view
 from reca.models.common.text import encode
 from reca.models.common.tiny_tokenizer import word_tokenizer
 from reca.models.show_o import Adapter, Config, prompt, sampling

@@ -15,8 +15,8 @@ from reca import objective
 from reca.config.recipe import ObjectiveConfig
 from reca.config.recipe_files import load_recipe
 from reca.data.batch import Batch, task_rng
-from reca.data.pixels import make_view
 from reca.data.tasks import Scored, ScoredBox
+from reca.data.transforms import make_view
 from reca.models import UMMS, umm_package
 from reca.models.bagel import config as bagel
 from reca.models.common import by_sample, scored_flow

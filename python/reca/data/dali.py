@@ -18,15 +18,8 @@ import torch
 from torch import Tensor
 
 from reca.data.metadata import JPEG, JPEG_SCAN
-from reca.data.pixels import (
-    MAX_PIXELS,
-    BadImage,
-    PillowDecoder,
-    crop_position,
-    make_views,
-    opened,
-    orientation,
-)
+from reca.data.pixels import MAX_PIXELS, BadImage, opened, orientation
+from reca.data.transforms import PillowDecoder, crop_position, make_views
 from reca.data.views import Views
 from reca.rng import CounterRNG
 

@@ -7,7 +7,7 @@ import time
 import numpy as np
 from PIL import Image
 
-from reca.data.pixels import PillowDecoder
+from reca.data.transforms import PillowDecoder
 from reca.data.views import Views
 from reca.rng import CounterRNG
 

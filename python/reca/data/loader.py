@@ -22,13 +22,13 @@ from reca.data.errors import BadSample, DataError, LeftOut
 from reca.data.meter import Meter
 from reca.data.micro_batches import MicroBatch, passes_by_tokens, split_batch
 from reca.data.order import Mixed, make_order
-from reca.data.pixels import PillowDecoder
 from reca.data.sample import Sample, Source
 from reca.data.sources.factory import DATA_KEYS, open_sources
 from reca.data.sources.mixture import Mixture
 from reca.data.tasks import Scored
 from reca.data.templates import load_templates
 from reca.data.text import one_line
+from reca.data.transforms import PillowDecoder
 from reca.data.views import Views
 from reca.rng import CounterRNG, RandomStream
 

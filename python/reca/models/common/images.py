@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from reca.data.pixels import make_view
+from reca.data.transforms import make_view
 from reca.data.views import View
 from reca_kernels.host import on_device
 
