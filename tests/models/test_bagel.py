@@ -31,6 +31,7 @@ from reca.optim import freeze, make_optimizer
 from reca.rng import CounterRNG, RandomStream
 from reca.runs.lineage import load_trained
 from reca.trainer import Trainer
+from reca.training import lora
 from tests.models.contract import TEXTS
 
 WORDS = [
@@ -414,6 +415,17 @@ def test_trained_understanding_gets_its_gradient():
     model.zero_grad()
     model(batch(model, "reca"), CounterRNG(0)).sum.backward()
     assert model.connector.fc1.weight.grad is None
+
+
+def test_a_prompt_requires_a_gradient_for_its_own_parameters_only():
+    model = Adapter.load(config())
+    lora.choose_trained(model, load_recipe("bagel_tiny", ["lora.rank=2", "train.roles=[gen_lm, und_lm]"]))
+    model.requires_grad_(False)
+    assert not model.prompt_requires_grad(None)
+    for name, role in model.roles().items():
+        parameter = model.get_parameter(name).requires_grad_(True)
+        assert model.prompt_requires_grad(None) == (role in ("und_encoder", "bridge", "und_lm", "embed")), name
+        parameter.requires_grad_(False)
 
 
 def test_answers_learn_where_the_understanding_expert_does():

@@ -16,12 +16,12 @@ from reca.models.common.images import check_side, to_unit
 from reca.models.common.kl_codec import KlCodec, PatchMoments
 from reca.models.common.siglip import siglip_encoder
 from reca.models.common.text import encode
+from reca.models.common.trained import any_trained
 from reca_kernels import template_concat
 from reca_kernels.host import on_device
 
 TIME_WIDTH, TIME_PERIOD = 256, 10000.0
 ENCODED_AT_ONCE = 1 << 20  # maximum pixels per call of the codec or of SigLIP: one image of 1024 x 1024
-PROMPT_ROLES = ("und_encoder", "bridge", "und_lm", "embed")
 
 
 class Embeddings(nn.Module):
@@ -276,7 +276,7 @@ class Network(nn.Module):
         """Tell whether the prompt needs a gradient. With RECA it does not."""
         if h_v and any(tokens.requires_grad for tokens in h_v):
             return True
-        return any(p.requires_grad and role(name) in PROMPT_ROLES for name, p in self.named_parameters())
+        return any_trained(self.vit_model, self.connector, self.language_model, skipped=GEN)
 
     @staticmethod
     def residual_dtype(weight: Tensor) -> torch.dtype:

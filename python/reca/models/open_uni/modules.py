@@ -22,6 +22,7 @@ from reca.models.common.pooled_features import PooledProjector, pooled
 from reca.models.common.qwen2 import qwen2_config
 from reca.models.common.siglip import siglip_encoder
 from reca.models.common.text import control
+from reca.models.common.trained import any_trained
 from reca.models.common.vector_codebook import VectorCodebook, VectorCodebookSizes
 from reca.models.open_uni.config import AutoencoderSizes, OpenUniConfig
 from reca.models.open_uni.prompt import CONTEXT, Layout
@@ -257,4 +258,4 @@ class Network(nn.Module):
 
     def prompt_requires_grad(self) -> bool:
         """Tell whether prompts need a gradient: only if the language model, frozen in RECA, is trained."""
-        return torch.is_grad_enabled() and any(p.requires_grad for p in self.mllm.model.language_model.parameters())
+        return torch.is_grad_enabled() and any_trained(self.mllm.model.language_model)
