@@ -80,12 +80,29 @@ def test_an_answer_that_is_not_read_is_the_least_likely(name, caplog, monkeypatc
     """And not a certain one: a sum over nothing. The question that leaves no room is named once."""
     monkeypatch.setattr("reca.models.bagel.prompt.MAX_LENGTH", 2048)
     model, long = shared(name), f"{name} {'red ' * 3000}"
-    likelihood._warn_of_unread.cache_clear()
+    likelihood._warn_once.cache_clear()
     for _ in range(2):
         short, *cut = model.log_likelihood(images([SIZES[0]] * 3), ["this", long, long], ANSWERS)
         assert short.tokens == 4 and math.isfinite(short.sum)
         assert cut == [(-math.inf, 0)] * 2 and {one.mean for one in cut} == {-math.inf}
     assert caplog.text.count(f"the question '{name} red red") == 1 and "shorten the question" in caplog.text
+
+
+@pytest.mark.parametrize("name", UMMS)
+def test_an_answer_that_is_truncated_is_named(name, caplog, monkeypatch):
+    """Once, and only from the first answer on whose end token is not read."""
+    monkeypatch.setattr("reca.models.bagel.prompt.MAX_LENGTH", 2048)
+    model, shown, asked = shared(name), images([SIZES[0]]), ["what is this"]
+    likelihood._warn_once.cache_clear()
+    most = model.log_likelihood(shown, asked, ["red " * 3000])[0].tokens
+    assert "the answer 'red red" in caplog.text and "its first tokens; shorten it" in caplog.text
+    caplog.clear()
+    whole = ["red " * n for n in (most - 2, most - 1)]
+    assert [one.tokens for one in model.log_likelihood(shown * 2, asked * 2, whole)] == [most - 1, most]
+    assert not caplog.records
+    for _ in range(2):
+        assert model.log_likelihood(shown, asked, ["red " * most])[0].tokens == most
+    assert len(caplog.records) == 1
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "mixed"])

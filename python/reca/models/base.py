@@ -58,6 +58,11 @@ class Prepared:
         """Return the length of each sample's sequence in the language model, without padding."""
         raise NotImplementedError
 
+    @property
+    def labels(self) -> Tensor:
+        """Return the target tokens of replies in order, IGNORE_INDEX elsewhere."""
+        raise NotImplementedError
+
     def asked_by_sample(self: P) -> P:
         """Return a copy whose loss is also computed per sample."""
         return replace(self, by_sample=True)
@@ -304,7 +309,7 @@ class Adapter(nn.Module):
     ) -> list[likelihood.LogLikelihood]:
         """Compute log p(answer | image, question) of each triple, and the number of tokens it sums over.
 
-        Answers longer than the training limit are truncated as in training.
+        Answers longer than the training limit are truncated as in training, with a warning.
         """
         if "i2t" not in self.tasks:
             raise NotImplementedError(f"{self.name} cannot compute the likelihood of answers: it has no i2t task")

@@ -52,6 +52,10 @@ class Prepared(base.Prepared):
             found[split.sample] += split.und + split.gen
         return found
 
+    @property
+    def labels(self) -> Tensor:
+        return self.prompt.labels
+
 
 def prepare(net: Network, batch: Batch, rng: CounterRNG) -> Prepared:
     """Tokenise and lay out a batch. Some texts are dropped and then take no position; h_v is never dropped."""

@@ -4,6 +4,7 @@ import functools
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,8 +15,18 @@ from reca.data.tasks import Turn
 from reca.models.common.images import fit_to_view
 from reca.models.common.inference import check_pairs, eval_mode
 from reca.rng import CounterRNG
+from reca_kernels import IGNORE_INDEX
 
 log = logging.getLogger("reca")
+
+UNREAD = (
+    "the question %r fills the maximum text length of %s, so that all its answers are truncated entirely and their "
+    "log-likelihood is -inf; shorten the question, or raise the model's maximum text length"
+)
+CUT = (
+    "the answer %r and its question are longer than the maximum text length of %s: the answer's end is truncated, and "
+    "its log-likelihood is that of its first tokens; shorten it, or raise the model's maximum text length"
+)
 
 
 class LogLikelihood(NamedTuple):
@@ -45,7 +56,7 @@ def log_likelihood(
     check_pairs(images=images, questions=questions, answers=answers)
     view = model.views("i2t").und
     assert view is not None
-    device, found = next(model.parameters()).device, []
+    device, found, rng = next(model.parameters()).device, [], CounterRNG(0)
     features: dict[str, Any] = {}
     pixels: list[Tensor] = []
     encoded = None
@@ -62,20 +73,23 @@ def log_likelihood(
                 features=features or None,
                 on_encoded=features.update,
             )
-            found.append(model(sample.to(device), CounterRNG(0)))
+            sample.prepared = model.prepare(sample, rng)
+            last = _last_label(sample.prepared)
+            if last is None:
+                _warn_once(UNREAD, question, type(model).__name__)
+            elif last != _last_label(model.prepare(replace(sample, text=[[Turn("", "")]]), rng)):  # no end token
+                _warn_once(CUT, answer, type(model).__name__)
+            found.append(model(sample.to(device), rng))
     terms = [torch.stack((term.sum, term.weight)) for term in found]
     rows = torch.stack(terms).tolist() if terms else []  # one host synchronisation for all
-    for question, (_, tokens) in zip(questions, rows, strict=True):
-        if not tokens:
-            _warn_of_unread(type(model).__name__, question)
     return [LogLikelihood(-total if tokens else -math.inf, round(tokens)) for total, tokens in rows]
 
 
-@functools.lru_cache(maxsize=1024)  # warn once per question
-def _warn_of_unread(model: str, question: str) -> None:
-    log.warning(
-        "the question %r fills the maximum text length of %s, so that all its answers are truncated entirely and their "
-        "log-likelihood is -inf; shorten the question, or raise the model's maximum text length",
-        question if len(question) <= 160 else f"{question[:160]} …",
-        model,
-    )
+def _last_label(prepared: Any) -> int | None:
+    labels = prepared.labels[prepared.labels != IGNORE_INDEX]
+    return int(labels[-1]) if len(labels) else None
+
+
+@functools.lru_cache(maxsize=1024)
+def _warn_once(message: str, text: str, model: str) -> None:
+    log.warning(message, text if len(text) <= 160 else f"{text[:160]} …", model)

@@ -36,6 +36,10 @@ class Prepared(base.Prepared):
     def tokens(self) -> tuple[int, ...]:
         return self.layout.lengths
 
+    @property
+    def labels(self) -> Tensor:
+        return self.layout.labels
+
 
 @dataclass(frozen=True)
 class PreparedImages(Prepared):

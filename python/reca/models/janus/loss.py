@@ -26,6 +26,10 @@ class Prepared(base.Prepared):
     def tokens(self) -> tuple[int, ...]:
         return self.layout.lengths
 
+    @property
+    def labels(self) -> Tensor:
+        return self.layout.labels
+
 
 def prepare(net: Network, batch: Batch, rng: CounterRNG) -> Prepared:
     """Lay out the sequences of a batch and draw which conditions are dropped."""

@@ -40,6 +40,10 @@ class Prepared(base.Prepared):
         queries = self.layout.positions.shape[1] - self.layout.src.shape[1]
         return [length + queries for length in self.layout.lengths]
 
+    @property
+    def labels(self) -> Tensor:
+        return self.layout.labels
+
 
 def prepare(net: Network, batch: Batch, rng: CounterRNG) -> Prepared:
     """Lay out the sequences of a batch and draw which captions are dropped."""

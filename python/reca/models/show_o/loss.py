@@ -34,6 +34,10 @@ class Prepared(base.Prepared):
     def tokens(self) -> list[int]:
         return [sum(run.length for run in runs if run.mode != "pad") for runs in self.layout.runs]
 
+    @property
+    def labels(self) -> Tensor:
+        return self.layout.labels
+
 
 def prepare(net: Network, batch: Batch, rng: CounterRNG) -> Prepared:
     """Lay out the sequences of a batch and draw the masks of its images."""
