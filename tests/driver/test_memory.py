@@ -16,7 +16,8 @@ from torch import Tensor
 from reca import objective, units
 from reca.config.recipe_files import load_recipe, recipe_names
 from reca.estimate import held, memory
-from reca.models import umm_package
+from reca.estimate.meta_model import build_meta
+from reca.models import UMMS, umm_package
 from reca.optim import freeze, gradient_norm, make_optimizer
 from reca.precision import autocast
 from reca.training import half_weights
@@ -192,6 +193,15 @@ def test_another_process_predicts_the_same_and_raises_the_same():
     recipe.objective.reca.weight, recipe.objective.t2i.weight, recipe.umm = 0.0, 1.0, "no_such"
     with pytest.raises(ValueError, match="no_such"):
         memory.in_own_process(memory.predict, recipe)
+
+
+@pytest.mark.parametrize("umm", UMMS)
+def test_a_template_that_only_the_stand_in_tokenizer_refuses(umm, tmp_path):
+    """Of many question marks each is a token there; a real tokenizer has one for several."""
+    (tmp_path / "templates.txt").write_text("what is this" + "?" * 20000)
+    recipe = load_recipe(f"{umm}_tiny", [f"data.templates={tmp_path}/templates.txt"])
+    adapter, fake = build_meta(recipe)
+    assert memory.largest_sample(adapter, recipe, "reca", fake) > 0
 
 
 def test_sharding_takes_less_however_small_the_activations():

@@ -261,7 +261,7 @@ def _batch(adapter: Adapter, recipe: Recipe, task: str, fill: Fill, draw: int, f
     text: Any = " ".join(["a"] * fill.words)
     if task == "reca":
         pick = max if fill.words > 1 else min
-        text = pick(load_templates(recipe.data.templates, recipe.data.template_count), key=len)
+        text = _accepted(adapter, pick(load_templates(recipe.data.templates, recipe.data.template_count), key=len))
     elif task == "i2t":
         text = [Turn("a", text)]
     elif task == "srum":
@@ -270,6 +270,18 @@ def _batch(adapter: Adapter, recipe: Recipe, task: str, fill: Fill, draw: int, f
     batch = Batch(task, ids, [text] * len(ids), gen, und, target=target)
     batch.prepared = adapter.prepare(batch, task_rng(recipe.train.seed, task))
     return batch
+
+
+def _accepted(adapter: Adapter, template: str) -> str:
+    """Shorten a template until the model accepts it: its stand-in tokenizer may make more tokens than the real one."""
+    while True:
+        try:
+            adapter.check_templates([template])
+            return template
+        except ValueError:
+            if not template:
+                raise
+            template = template[: len(template) * 9 // 10]
 
 
 @contextlib.contextmanager
