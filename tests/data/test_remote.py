@@ -1,14 +1,20 @@
 """Data at addresses, in fsspec's memory."""
 
+import itertools
 import json
 import threading
 
 import pytest
 
-from reca.data.errors import BadSample, DataError
+from reca.data import outage
+from reca.data.audit import audit
+from reca.data.config import DataConfig
+from reca.data.errors import BadSample, DataError, Outage
+from reca.data.loader import open_loader
 from reca.data.sources import columns, index_files, json_rows, remote, tar_index
 from reca.data.sources.factory import open_source
 from reca.data.sources.remote import RemotePath
+from reca.data.views import View, Views
 from tests.data.files import conversations, fill, image_bytes, row, said, tar
 
 fsspec = pytest.importorskip("fsspec")
@@ -293,10 +299,72 @@ def test_a_request_that_fails_is_made_again(memory, monkeypatch):
 
     monkeypatch.setattr(type(memory), "cat_file", flaky)
     assert source[0].image == image_bytes() and len(calls) == 3
+    memory.pipe("/data/b.png", b"")
+
+    def broken(self, path, *args, **options):
+        return 1 / 0 if path.endswith("b.png") else cat(self, path, *args, **options)
+
+    monkeypatch.setattr(type(memory), "cat_file", broken)
+    with pytest.raises(OSError, match="b.png: ZeroDivisionError") as error:
+        remote.remote_path("memory://data/b.png").read_range(0, 9)
+    assert not isinstance(error.value, Outage)
     monkeypatch.setattr(type(memory), "cat_file", lambda *args, **options: calls.append(1) or 1 / 0)
-    with pytest.raises(OSError, match="a.png: ZeroDivisionError"):
+    with pytest.raises(Outage, match="a.png: ZeroDivisionError"):
         source[0]
-    assert len(calls) == 6
+    assert len(calls) == 3 + 3 + 1
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "parquet"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_outage_changes_nothing_and_counts_nothing(memory, tmp_path, monkeypatch, caplog, kind, workers):
+    """The samples are sound, and others in their place would change the data of the run."""
+    images = {f"{n}.png": image_bytes((n, 0, 0)) for n in range(8)}
+    if kind == "parquet":
+        pytest.importorskip("pyarrow")
+        from tests.data.test_parquet import midjourney
+
+        midjourney(tmp_path / "x" / "a.parquet", 0, 8, rows=1)
+    elif kind == "tar":
+        tar(tmp_path / "x" / "a.tar", *images.items())
+    else:
+        fill(tmp_path / "x", images)
+    put(memory, tmp_path / "x")
+    config = DataConfig(images="memory://data" + f"/a.{kind}" * (kind != "folder"), decoder="pillow", workers=workers)
+
+    def opened(path):
+        return open_loader(config, "reca", Views(View(4), None), seed=0, micro_batch=1, bad_samples=path)
+
+    def reds(stream):
+        return [int(batch.gen[0][0, 0, 0]) for batch in itertools.islice(stream, 8)]
+
+    sound, path = opened(None), tmp_path / "bad.jsonl"
+    expected = reds(sound)
+    sound.close()
+    stream, requests, last = opened(path), itertools.count(), 40
+    error = PermissionError("the token has expired") if kind == "folder" else RuntimeError("connection reset")
+    assert stream.source[0].image
+    for name in ("_open", "cat_file"):
+        real = getattr(type(memory), name)
+
+        def away(self, *args, real=real, **options):
+            if next(requests) < last:
+                raise error
+            return real(self, *args, **options)
+
+        monkeypatch.setattr(type(memory), name, away)
+    monkeypatch.setattr(outage, "PAUSE", 0.001)
+    assert reds(stream) == expected and stream.bad == 0 and not path.exists()
+    assert next(requests) > last and "Remote storage does not answer" in caplog.text
+    monkeypatch.setattr(outage, "PATIENCE", 0.02)
+    last = 10**9
+    if kind == "parquet":
+        stream.source.tables.kept.clear()
+    with pytest.raises(DataError, match=f"storage has answered no request for .*{error}.* No sample was"):
+        stream.named_sample(8)
+    assert stream.bad == 0 and not path.exists()
+    with pytest.raises(Outage, match=str(error)):
+        audit(stream.source)
+    stream.close()
 
 
 def test_an_error_that_quotes_what_a_server_sent_is_one_short_line(memory, monkeypatch):

@@ -3,6 +3,7 @@
 import errno
 import functools
 import itertools
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +23,7 @@ from reca.data.errors import BadSample, DataError, LeftOut
 from reca.data.meter import Meter
 from reca.data.micro_batches import MicroBatch, passes_by_tokens, split_batch
 from reca.data.order import Mixed, make_order
+from reca.data.outage import outlast
 from reca.data.sample import Sample, Source
 from reca.data.sources.factory import DATA_KEYS, open_sources
 from reca.data.sources.mixture import Mixture
@@ -147,6 +149,7 @@ class Loader:
         self.meter = Meter()
         self.bad_samples = BadSamples(bad_samples, source, config.max_bad_fraction)
         self.pool = ThreadPoolExecutor(config.workers) if config.workers else None
+        self.closed = threading.Event()
 
     @property
     def labels(self) -> list[str]:
@@ -208,6 +211,7 @@ class Loader:
         return self.meter.rate() * max(1, self.config.workers)
 
     def close(self) -> None:
+        self.closed.set()
         if self.pool:
             self.pool.shutdown(cancel_futures=True)
         if self.cache:
@@ -292,7 +296,7 @@ class Loader:
         alone: decode it here; otherwise a batched decoder may leave that to `_decoded`.
         """
         try:
-            sample = self.source[index]
+            sample = outlast(lambda: self.source[index], self.closed)
             if not isinstance(sample, Sample) or not isinstance(sample.image, bytes):
                 kind = type(sample.image if isinstance(sample, Sample) else sample).__name__
                 raise TypeError(

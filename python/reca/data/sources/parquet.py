@@ -13,7 +13,7 @@ import numpy as np
 
 from reca import units
 from reca.data.config import ColumnsConfig
-from reca.data.errors import BadSample, DataError
+from reca.data.errors import BadSample, DataError, Outage
 from reca.data.order import WINDOW, Block
 from reca.data.read_ahead import read_ahead
 from reca.data.recently_used import RecentlyUsed
@@ -130,7 +130,7 @@ class Parquet:
             with ParquetFile(source, metadata=self.metadata(group.file)) as file:
                 return file.read_row_group(group.number, columns=self.columns.names, use_threads=False)
         except OSError as error:
-            if error.errno is not None:
+            if isinstance(error, Outage) or error.errno is not None:
                 raise
             raise BadSample(f"row group {group.number} cannot be read: {error}") from error
         except (ValueError, DataError) as error:  # pyarrow's ArrowInvalid is a ValueError
@@ -206,7 +206,7 @@ def read_footer(path: AnyPath) -> tuple[Any, str]:
             footer = hashlib.sha256(b"%d " % size + file.read(length)).hexdigest()
             file.seek(0)
             return read_metadata(file), footer
-    except DataError:
+    except (DataError, Outage):
         raise
     except (OSError, ValueError) as error:  # for damaged bytes pyarrow raises either, OSError without errno
         if isinstance(error, OSError) and error.errno is not None:

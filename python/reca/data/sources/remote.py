@@ -7,19 +7,22 @@ import glob
 import io
 import os
 import posixpath
+import threading
 import time
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, BinaryIO, cast
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
-from reca.data.errors import DataError
+from reca.data.errors import DataError, Outage
 from reca.data.sample import checked_size
 
 ATTEMPTS = 3  # per request
 PAUSE = 0.5  # seconds before the second attempt; doubles with each further one
+HOSTS = 4  # hosts or buckets that are asked whether the network is at fault, or the one file
 REQUESTS = 16  # files that are asked about at a time when sources are opened
 BLOCK = 2**20  # bytes per read of a file that is read sequentially
 LONGEST = 300  # characters of an error: those of HTTP parsers quote what they received
@@ -106,27 +109,68 @@ class RemotePath:
         data = self.ask(self.fs.cat_file, self.path, start=offset, end=offset + size)
         if offset and len(data) > size:
             raise OSError(f"{self}: {NO_RANGES}")
+        self.answered(data)
         return data[:size]
 
     def read_bytes(self) -> bytes:
         return self.ask(self.fs.cat_file, self.path)
 
     def ask(self, function: Any, *arguments: Any, **options: Any) -> Any:
-        """Call a function of the file system, with retries if the network fails."""
-        for attempt in range(ATTEMPTS):
+        """Call a function of the file system, with retries if the network fails.
+
+        Raises OSError if only this request fails, and Outage if those that were answered before fail as well.
+        """
+        for attempt in range(ATTEMPTS + 1):
             try:
                 with _as_oserror(self):
                     return function(*arguments, **options)
-            except (FileNotFoundError, PermissionError):
+            except FileNotFoundError:
                 raise
-            except OSError:
-                if attempt == ATTEMPTS - 1:
+            except OSError as error:
+                if attempt == ATTEMPTS:
                     raise
-                time.sleep(PAUSE * 2**attempt)
+                if attempt < ATTEMPTS - 1 and not isinstance(error, PermissionError):
+                    time.sleep(PAUSE * 2**attempt)
+                elif (answers := _still_answers(self.fs)) is None:
+                    raise
+                elif not answers:  # nor if a token has expired
+                    raise Outage(f"{self}: {error}") from error
+                elif isinstance(error, PermissionError):
+                    raise
         raise AssertionError("unreachable")
+
+    def answered(self, data: bytes) -> None:
+        """Note that a part of this file was read."""
+        if data:
+            with _lock:
+                hosts = _answered.setdefault(self.fs, {})
+                host = urlsplit(str(self)).netloc
+                hosts.pop(host, None)
+                hosts[host] = self
+                if len(hosts) > HOSTS:
+                    del hosts[next(iter(hosts))]
 
 
 AnyPath = Path | RemotePath
+_lock = threading.Lock()
+# The file that was read last, by file system and by host or bucket.
+_answered: MutableMapping[Any, dict[str, RemotePath]] = weakref.WeakKeyDictionary()
+
+
+def _still_answers(fs: Any) -> bool | None:
+    """Ask for a byte of the files that were read last, one of each host. Return None if none has been read yet."""
+    with _lock:
+        known = list(_answered.get(fs, {}).values())
+    for path in reversed(known):
+        try:
+            with _as_oserror(path):
+                fs.cat_file(path.path, start=0, end=1)
+        except FileNotFoundError:
+            return True
+        except OSError:
+            continue
+        return True
+    return False if known else None
 
 
 @contextlib.contextmanager
@@ -240,7 +284,9 @@ class _File(io.RawIOBase):
 
     def _read(self, place: int, size: int) -> bytes:
         self.file.seek(place)
-        return self.file.read(size)
+        data = self.file.read(size)
+        self.path.answered(data)
+        return data
 
     def close(self) -> None:
         self.file.close()
