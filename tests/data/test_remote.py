@@ -353,6 +353,7 @@ def test_an_outage_changes_nothing_and_counts_nothing(memory, tmp_path, monkeypa
 
         monkeypatch.setattr(type(memory), name, away)
     monkeypatch.setattr(outage, "PAUSE", 0.001)
+    monkeypatch.setattr(outage, "LONGEST", 0.001)
     assert reds(stream) == expected and stream.bad == 0 and not path.exists()
     assert next(requests) > last and "Remote storage does not answer" in caplog.text
     monkeypatch.setattr(outage, "PATIENCE", 0.02)
