@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from reca import checkpoint
+from reca.cli import main
 from reca.comparison import triplets
 from reca.comparison.build import _suites, compare
 from reca.comparison.curves import loss_curves
@@ -28,8 +29,10 @@ def evaluation(folder, value, suite="geneval", protocol="GenEval", model=None):
     ]  # fmt: skip
     interval = {"value": value, "interval": [value, value]}
     found = {
-        "format": FORMAT, "suite": suite, "protocol": protocol, "model": model, "sampling": None, "images_per_item": 1,
-        "counts": {"items": 2, "images": 2}, "judge": {"name": "rule"}, "overall": {**interval, "unit": "fraction"},
+        "format": FORMAT, "suite": suite, "protocol": protocol, "sampling": None,
+        "model": model and {"source": "r", **model},
+        "images_per_item": 1, "counts": {"items": 2, "images": 2, "failed": 0, "missing": 0}, "judge": {"name": "rule"},
+        "overall": {**interval, "unit": "fraction"},
         "weights": {"t": 1.0}, "tags": {"t": interval}, "items": items, "against": None, "power": None,
     }  # fmt: skip
     folder.mkdir(parents=True)
@@ -171,3 +174,56 @@ def test_a_base_whose_parent_is_gone_is_not_taken_for_the_published_model(tmp_pa
     not_evaluated, note = _suites(*sides)[1]
     assert "neither model was evaluated" in not_evaluated
     assert note.startswith(f"the weights of base of {run} are not compared: train.init_from={tmp_path}/gone has no")
+
+
+def test_evaluations_during_training_are_compared_where_reca_eval_has_not_measured_both(tmp_path):
+    run = str(tmp_path)
+    save_recipe(load_recipe("show_o_tiny", {"run_dir": run}), tmp_path / "recipe.yaml")
+    for step in (4, 8):
+        (tmp_path / f"checkpoints/{step:06}").mkdir(parents=True)
+        (tmp_path / f"checkpoints/{step:06}" / checkpoint.MARKER).write_text("of the weights")
+
+    def during(step, value):
+        model = {"source": run, "step": step, "ema": False}
+        evaluation(tmp_path / f"eval/training/geneval/{step:06}", value, model=model)
+
+    during(0, 0.5)
+    during(4, 0.75)
+    assert not _suites(*find_sides("base", run))[0]
+    assert _suites(*find_sides("base", run))[1][-1].endswith(f"in {run}/eval (training/geneval/000004)")
+    (suite,), notes = _suites(*find_sides("base", str(tmp_path / "checkpoints/000004")))
+    assert (suite["overall"]["value"], suite["against"]["overall"]["value"], notes) == (0.75, 0.5, [])
+    during(8, 1.0)
+    evaluation(tmp_path / "eval/000008/geneval", 0.0, model={"source": run, "step": 8})  # of base there is none
+    (suite,), notes = _suites(*find_sides("base", run))
+    assert suite["overall"]["value"] == 1.0 and not notes
+    at = "evaluated during training"
+    assert suite["of"] == {"before": f"{run}, step 0, {at}", "after": f"{run}, step 8, {at}"}
+    evaluation(tmp_path / "eval/base/geneval", 0.25, model={"source": "base of it", "step": None})
+    (suite,), notes = _suites(*find_sides("base", run))
+    assert (suite["overall"]["value"], suite["against"]["overall"]["value"], notes) == (0.0, 0.25, [])
+
+
+def test_a_suite_that_one_model_has_only_from_its_training_is_named(tmp_path):
+    for name, folder in (("a", "eval/000008/geneval"), ("b", "eval/training/geneval/000008")):
+        save_recipe(load_recipe("show_o_tiny", {"run_dir": f"{tmp_path}/{name}"}), tmp_path / "recipe.yaml")
+        (tmp_path / f"{name}/checkpoints/000008").mkdir(parents=True)
+        (tmp_path / "recipe.yaml").rename(tmp_path / name / "recipe.yaml")
+        (tmp_path / f"{name}/checkpoints/000008" / checkpoint.MARKER).write_text(f"of {name}")
+        evaluation(tmp_path / name / folder, 1.0, model={"source": name, "step": 8})
+    suites, notes = _suites(*find_sides(f"{tmp_path}/a", f"{tmp_path}/b"))
+    assert not suites and notes == [
+        f"geneval was evaluated for {tmp_path}/b only during training; run reca eval geneval for it to compare it with "
+        "that of the other model"
+    ]
+
+
+def test_scores_of_a_moving_average_are_named(tmp_path, capsys):
+    save_recipe(load_recipe("show_o_tiny", {"run_dir": str(tmp_path)}), tmp_path / "recipe.yaml")
+    evaluation(tmp_path / "eval/base/geneval", 0.5, model={"source": "base of r", "step": None, "weights_sha256": "0"})
+    model = {"source": "r", "step": 8, "ema": True, "weights_sha256": "1"}
+    evaluation(tmp_path / "eval/000008/geneval_ema", 1.0, model=model)
+    assert main(["compare", "base", str(tmp_path)]) == 0
+    assert "\n  base of r -> r, step 8, moving average of the weights\n" in capsys.readouterr().out
+    page = (tmp_path / "comparison/comparison.html").read_text()
+    assert "<br>after: r, step 8, moving average of the weights</p>" in page

@@ -10,7 +10,8 @@
 comparison.json:
 
     before, after   {"source", "kind": "run", "base" or "evaluation", "step"}
-    suites          results.json of `after` (see reca.eval) with `against` filled in, for every suite that both have
+    suites          results.json of `after` (see reca.eval) with `against` filled in, for every suite that both have, by
+                    `reca eval` or else during training; and "of": {"before", "after"}, which names the weights
     curves          [{"name", "before": [[step, value]], "after": [[step, value]]}] of losses; [] without a run
     settings        [{"key", "before", "after"}] of recipe keys that differ; [] unless both are runs
     understanding   {"identical", "changed", "tensors", "text"}; null if a side has no weights, or if the two were not

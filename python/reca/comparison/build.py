@@ -1,7 +1,7 @@
 """The comparison as JSON, and writing of both files."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,11 +12,12 @@ from reca.comparison.weights import understanding
 from reca.eval import report
 from reca.eval.errors import EvaluationError
 from reca.eval.files import HALVES
-from reca.eval.targets import evaluated_steps
+from reca.eval.targets import DURING_TRAINING, evaluated_steps, made_during_training
 from reca.io.folders import write_atomically
 from reca.runs.lineage import is_run
 
 PAGE = "comparison.html"
+Suites = Mapping[tuple[str, str], Path]  # folder of the results of each suite
 
 
 def compare(before: str, after: str) -> dict[str, Any]:
@@ -43,24 +44,27 @@ def compare(before: str, after: str) -> dict[str, Any]:
 
 
 def _suites(before: Side, after: Side) -> tuple[list[dict[str, Any]], list[str]]:
-    """Compare the suites that both sides have results of. Return these, and notes on the other results."""
+    """Compare the suites that both sides have results of. Return these, and notes on the other results.
+
+    Results of evaluations during training are compared where those of `reca eval` are not.
+    """
     results = [side.results() for side in (before, after)]
     chosen = [one_of_each(side) for side in results]
     compared = compare_each(results[1], results[0])
-    suites = [one.result for one in compared if one.result["against"]]
-    notes = [f"{one.folder} is not compared, because {one.reason}" for one in compared if one.reason]
-    notes += [
-        f"{key[0]} was evaluated for {side.source} only; run reca eval {key[0]} for the other model to compare it"
-        for mine, other, side in ((chosen[0], chosen[1], before), (chosen[1], chosen[0], after))
-        for key in mine
-        if key not in other
+    done = {suite_of(one.result) for one in compared if one.result["against"]}
+    during = [
+        {f: r for f, r in side.results(during=True).items() if suite_of(r) not in done} for side in (before, after)
     ]
+    compared += compare_each(during[1], during[0])
+    suites = [one.result | {"of": _names(one)} for one in compared if one.result["against"]]
+    notes = [f"{one.folder} is not compared, because {one.reason}" for one in compared if one.reason]
+    notes += _of_one_side((before, after), chosen, [one_of_each(side) for side in during])
     notes += [
         f"{side.source} stands for step {side.step}, which was not evaluated, but other steps were: to compare one of "
         f"them, pass its checkpoint, or the folder of its evaluation in {side.run_dir}/eval ({', '.join(steps)})"
         for side in (before, after)
-        if side.run_dir and is_run(side.source) and side.step is not None and not side.evaluations
-        if (steps := evaluated_steps(side.run_dir))
+        if side.run_dir and is_run(side.source) and side.step is not None and not side.evaluations and not side.during
+        if (steps := _other_steps(side.run_dir))
     ]
     if not suites and not notes:
         notes.append("neither model was evaluated; run reca eval SUITE RUN --against base to add scores and images")
@@ -78,6 +82,48 @@ def _suites(before: Side, after: Side) -> tuple[list[dict[str, Any]], list[str]]
         if folder != mine[suite_of(result)]
     ]
     return suites, notes
+
+
+def _of_one_side(sides: Sequence[Side], by_eval: Sequence[Suites], during: Sequence[Suites]) -> list[str]:
+    """Write notes on the suites that were evaluated for one side only, or for one of them only during training."""
+    notes = []
+    for key in dict.fromkeys(key for found in (*by_eval, *during) for key in found):
+        here = [key in by_eval[i] or key in during[i] for i in (0, 1)]
+        if not all(here):
+            notes.append(
+                f"{key[0]} was evaluated for {sides[here.index(True)].source} only; run reca eval {key[0]} for the "
+                "other model to compare it"
+            )
+        elif (key in by_eval[0]) != (key in by_eval[1]) and not (key in during[0] and key in during[1]):
+            trained = sides[key in by_eval[0]]
+            notes.append(
+                f"{key[0]} was evaluated for {trained.source} only during training; run reca eval {key[0]} for it to "
+                "compare it with that of the other model"
+            )
+    return notes
+
+
+def _other_steps(run: Path) -> list[str]:
+    """List the evaluations of a run's steps by their folders in RUN/eval, with the last one during training."""
+    return evaluated_steps(run) + [str(folder.relative_to(run / "eval")) for folder in made_during_training(run, None)]
+
+
+def _names(one: "Compared") -> dict[str, str]:
+    """Name the weights that each side's scores are of."""
+    against = one.result["against"]
+    return {
+        "before": _name(against["model"], Path(against["folder"])),
+        "after": _name(one.result["model"], one.folder),
+    }
+
+
+def _name(model: Mapping[str, Any] | None, folder: Path) -> str:
+    parts = [str(folder)] if model is None else [model["source"]]
+    if model is not None:
+        parts += [f"step {model['step']}"] if model.get("step") is not None else []
+        parts += [report.AVERAGE] if model.get("ema") else []
+    parts += ["evaluated during training"] if folder.parts[-4:-2] == DURING_TRAINING.parts else []
+    return ", ".join(parts)
 
 
 class Compared(NamedTuple):

@@ -58,6 +58,7 @@ def run(options: argparse.Namespace) -> None:
             f"{figures.score(suite['overall']['value'], unit)}, {figures.difference(change['difference'], unit)} "
             f"{figures.bounds(change['difference_interval'], unit, sign=True)}"
         )
+        print(f"  {suite['of']['before']} -> {suite['of']['after']}")
     if found["understanding"]:
         print(found["understanding"]["text"])
     for note in found["notes"]:

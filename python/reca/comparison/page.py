@@ -42,6 +42,7 @@ def _suite(suite: dict[str, Any], pairs: int) -> dict[str, Any]:
     images = [_images(suite), _images_before(Path(against["folder"]))]
     return {
         "name": suite["protocol"],
+        "of": suite["of"],
         "unit": " %" if figures.percentages(unit) else "",
         "headline": _row("overall", suite["overall"], against["overall"], unit),
         "verdict": _verdict(against["overall"]["difference_interval"]),

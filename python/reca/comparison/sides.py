@@ -8,7 +8,7 @@ from reca.config.recipe import Recipe
 from reca.eval import report
 from reca.eval.errors import OptionError
 from reca.eval.report import RESULTS
-from reca.eval.targets import BASE, evaluations_of
+from reca.eval.targets import BASE, evaluations_of, made_during_training
 from reca.runs.lineage import inside_run, parent_checkpoint, recipe_of, trained_source
 
 
@@ -18,6 +18,7 @@ class Side:
 
     kind        run, base or evaluation
     evaluations folders that contain results.json
+    during      the same of evaluations during training (eval.suite), of the side's step; a base's are of step 0
     recipe      recipe of the run, or of the run whose base this is
     weights     checkpoint on top of the published weights; for a base that of train.init_from from which the run
                 started; None: no checkpoint
@@ -30,6 +31,7 @@ class Side:
     recipe: Recipe | None = None
     weights: Path | None = None
     base_of: Path | None = None
+    during: tuple[Path, ...] = ()
 
     @property
     def run_dir(self) -> Path | None:
@@ -46,9 +48,13 @@ class Side:
         trained = self.kind == "run" or (self.recipe is not None and self.recipe.train.init_from is not None)
         return trained and self.weights is None
 
-    def results(self) -> dict[Path, dict[str, Any]]:
-        """Read the results of all evaluations by folder. Raises EvaluationError for damaged ones."""
-        return {folder: report.read(folder / RESULTS) for folder in self.evaluations}
+    def results(self, during: bool = False) -> dict[Path, dict[str, Any]]:
+        """Read the results of all evaluations by folder. Raises EvaluationError for damaged ones.
+
+        during: those during training instead.
+        """
+        folders = self.during if during else self.evaluations
+        return {folder: report.read(folder / RESULTS) for folder in folders}
 
     def describe(self) -> dict[str, Any]:
         return {"source": self.source, "kind": self.kind, "step": self.step}
@@ -80,7 +86,9 @@ def _side(name: str) -> Side:
     folder = Path(name)
     if trained := trained_source(folder):
         run, weights = trained
-        return Side(name, "run", _evaluations(evaluations_of(run, weights)), recipe_of(run), weights)
+        during = made_during_training(run, None if weights is None else int(weights.name))
+        evaluations = _evaluations(evaluations_of(run, weights))
+        return Side(name, "run", evaluations, recipe_of(run), weights, during=during)
     if (folder / RESULTS).is_file():
         return Side(name, "evaluation", (folder,))
     if hint := inside_run(folder):
@@ -100,7 +108,8 @@ def _base_of(name: str) -> Side:
     run = trained[0]
     recipe = recipe_of(run)
     weights = parent_checkpoint(recipe, run)
-    return Side(f"base of {name}", "base", _evaluations(run / "eval" / BASE), recipe, weights, run)
+    during = made_during_training(run, 0)
+    return Side(f"base of {name}", "base", _evaluations(run / "eval" / BASE), recipe, weights, run, during)
 
 
 def _evaluations(folder: Path | None) -> tuple[Path, ...]:

@@ -29,8 +29,8 @@ results.json:
 
     format            1
     suite, protocol   such as "wise" and "WISE_Verified"; results of different suites are never compared
-    model             {"source", "umm", "trained", "step", "dtype", "weights_sha256"}; null if unknown. weights_sha256
-                      is null during training
+    model             {"source", "umm", "trained", "step", "ema", "dtype", "weights_sha256"}; null if unknown. ema:
+                      whether it is the moving average of the weights. weights_sha256 is null during training
     sampling          all options of the model's sampler, including defaults, and "seed"; null if unknown
     images            folder to which the image paths below are relative; null without images
     images_per_item   images per item, the most frequent number

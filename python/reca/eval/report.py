@@ -16,6 +16,7 @@ from reca.options.names import option
 
 RESULTS, FORMAT = "results.json", 1
 TOP = {"fraction": 1.0, "percent": 100.0}  # upper bound of values, by unit; points have none in common
+AVERAGE = "moving average of the weights"
 SETTINGS = ("sampling", "images_per_item", "judge")  # should be equal in two evaluations
 NEEDED = {*SETTINGS, "suite", "protocol", "model", "counts", "overall", "weights", "tags", "items", "against", "power"}
 
@@ -245,5 +246,6 @@ def _model(model: Mapping[str, Any] | None) -> str:
     if model is None:
         return "unknown: the images were not generated here"
     step = f", step {model['step']}" if model.get("step") is not None else ""
+    step += f", {AVERAGE}" if model.get("ema") else ""
     weights = f", weights {model['weights_sha256'][:12]}" if model["weights_sha256"] else ""
     return f"{model['source']} ({model['umm']}{step}{weights})"

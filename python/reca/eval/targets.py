@@ -24,6 +24,7 @@ from reca.runs.lineage import load_start, load_trained, parent_checkpoint, recip
 from reca.runs.published import published_model
 
 BASE = "base"
+DURING_TRAINING = Path("eval") / "training"  # in the run folder: SUITE/STEP
 GENERATION = "generation.json"
 COMPARED = ("suite", "protocol", "sampling", "seed", "fingerprint")  # keys of generation.json
 SHORT = 40  # characters of a value that a message shows
@@ -106,6 +107,17 @@ def evaluated_steps(run: Path) -> list[str]:
     return sorted((path.name for path in (run / "eval").glob("*") if path.name.isdecimal()), key=int)
 
 
+def made_during_training(run: Path, step: int | None) -> tuple[Path, ...]:
+    """List the folders with results of the evaluations during training after `step`, one per suite.
+
+    step: None: the last step of each suite.
+    """
+    folders = [results.parent for results in (run / DURING_TRAINING).glob(f"*/*/{report.RESULTS}")]
+    steps = [folder for folder in folders if folder.name.isdecimal() and step in (None, int(folder.name))]
+    last = {folder.parent.name: folder for folder in sorted(steps, key=lambda folder: int(folder.name))}
+    return tuple(last[suite] for suite in sorted(last))
+
+
 def opponent(name: str | Path, mine: Target, overrides: Sequence[str] | Mapping[str, Any], suite: str) -> Target:
     """Return the Target to compare with: "base", the folder of an evaluation, a run or a recipe."""
     if str(name) == BASE:
@@ -125,7 +137,7 @@ def describe(model: Adapter, side: Target) -> dict[str, Any]:
     """Describe a loaded model for the results."""
     assert side.recipe is not None
     step = model.state["step"] if side.trained else None
-    return {"source": side.source, "umm": side.recipe.umm, "trained": side.trained, "step": step,
+    return {"source": side.source, "umm": side.recipe.umm, "trained": side.trained, "step": step, "ema": side.ema,
             "dtype": _dtype(model), "weights_sha256": weights_hash(model)}  # fmt: skip
 
 

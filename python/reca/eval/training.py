@@ -18,7 +18,7 @@ from reca.eval.errors import EvaluationError
 from reca.eval.evaluation import generation_of, judge_and_score, sampling_of, save
 from reca.eval.generate import generate_images
 from reca.eval.settings import Settings, open_settings
-from reca.eval.targets import Target, write_generation
+from reca.eval.targets import DURING_TRAINING, Target, write_generation
 from reca.io.folders import make_inside
 from reca.models.base import Adapter
 from reca.options.fields import RecipeError, format_value
@@ -26,7 +26,6 @@ from reca.options.names import argument, written_as
 from reca.options.sampling import read_pairs
 from reca.precision import fp32_products
 
-FOLDER = Path("eval") / "training"
 KEYS = {  # of options of an evaluation
     "data": "eval.suite_data",
     "judge": "eval.judge",
@@ -101,12 +100,12 @@ class TrainingSuite:
             return self._score(side, device) if distributed.rank() == 0 else None
 
     def _side(self, step: int) -> Target:
-        return Target(str(self.run_dir), self.recipe, True, self.run_dir / FOLDER / self.name / f"{step:06d}")
+        return Target(str(self.run_dir), self.recipe, True, self.run_dir / DURING_TRAINING / self.name / f"{step:06d}")
 
     def _made(self, side: Target, step: int) -> dict[str, Any]:
         """Return the contents of generation.json. Weights can be sharded over ranks, so they are not hashed."""
         model = {"source": str(self.run_dir), "umm": self.recipe.umm, "trained": step > 0, "step": step,
-                 "dtype": self.recipe.train.precision, "weights_sha256": None}  # fmt: skip
+                 "ema": False, "dtype": self.recipe.train.precision, "weights_sha256": None}  # fmt: skip
         return generation_of(self.settings, sampling_of(self.settings, side), {"step": step}) | {"model": model}
 
     def _score(self, side: Target, device: torch.device) -> Scored:
