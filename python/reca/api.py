@@ -19,7 +19,8 @@ from reca.models.base import Adapter
 from reca.models.common.inference import warn_of_random_weights, warn_of_untrained
 from reca.options.fields import RecipeError, format_value
 from reca.options.names import option
-from reca.runs.lineage import finished_steps, load_start, load_trained, recipe_of, trained_source
+from reca.runs.finished import finished_steps
+from reca.runs.lineage import load_start, load_trained, recipe_of, trained_source
 from reca.trainer import Trainer
 
 

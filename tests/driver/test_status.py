@@ -18,9 +18,9 @@ from reca.cli import main
 from reca.config.recipe_files import load_recipe
 from reca.io import jsonl
 from reca.runs import folder_lock, status
+from reca.runs.finished import finished_steps
 from reca.runs.folder import RunFolder, RunInUse
 from reca.runs.folder_lock import is_locked
-from reca.runs.lineage import finished_steps
 from reca.runs.status import Status
 from reca.trainer import Trainer
 from tests.driver.toy import ToyAdapter, run_toy
@@ -170,6 +170,17 @@ def test_a_run_with_nothing_left_to_do_is_finished(state, tmp_path, capsys):
     moments.write_bytes(b"")  # a result that is torn is none
     recipe = load_recipe("show_o_tiny", command[2:])
     assert finished_steps(recipe) is None
+
+
+def test_a_finished_run_says_that_it_was_trained_on_other_data(recipe, tmp_path, caplog):
+    """It said that there was nothing to do, of a run that the new data had no part in."""
+    made = recipe("train.steps=1")
+    run_toy(made)
+    caplog.clear()
+    assert finished_steps(recipe("train.steps=1", "data.conversations=unused")) == 1 and not caplog.records
+    assert finished_steps(recipe("train.steps=1", f"data.images={tmp_path}/others")) == 1
+    assert f"(data.images '{made.data.images}' -> '{tmp_path}/others')" in caplog.text
+    assert "set another run_dir to train with it" in caplog.text
 
 
 REFUSED = {

@@ -1,6 +1,5 @@
 """Lineage of runs: what may change on resume, which run a run starts from, and loading of trained weights."""
 
-import contextlib
 import os
 import socket
 from collections.abc import Mapping, Sequence
@@ -11,16 +10,14 @@ from typing import Any
 
 import torch
 
-from reca import checkpoint, distributed, exits
+from reca import checkpoint, distributed
 from reca.config.recipe import Recipe
 from reca.config.recipe_files import UnknownRecipe, absolute_paths, by_key, load_recipe, walk
 from reca.data.sources.factory import DATA_KEYS
 from reca.models import umm_package
 from reca.models.base import Adapter
 from reca.options.fields import RecipeError
-from reca.runs.folder import RunFolder
 from reca.runs.published import digest, file_fingerprint, published_files
-from reca.runs.status import Status
 from reca.training import lora
 from reca.training.finite_weights import check_finite
 
@@ -61,10 +58,10 @@ def fingerprint(
     if "reca" in recipe.active_tasks():
         found["data.templates"] = digest("\n".join(templates).encode())
     found |= {f"model.{name}": file_fingerprint(value) for name, value in published_files(recipe).items()}
-    return found if state is None else found | _parent_of(recipe, state)
+    return found if state is None else found | parent_of(recipe, state)
 
 
-def _parent_of(recipe: Recipe, state: Mapping[str, Any]) -> dict[str, Any]:
+def parent_of(recipe: Recipe, state: Mapping[str, Any]) -> dict[str, Any]:
     """Identify `train.init_from` when a run is resumed, which does not read it: its folder may be gone by now."""
     if recipe.train.init_from is None:
         return {}
@@ -100,9 +97,9 @@ def reject_changed(recipe: Recipe, run_dir: Path, state: Mapping[str, Any], now:
     state: state of the checkpoint to resume from, with its recipe and fingerprint. now: fingerprint of this start.
     The message names every such key with both values.
     """
-    before, new = state["fingerprint"], _flat(asdict(absolute_paths(recipe)))
+    before, new = state["fingerprint"], flattened(asdict(absolute_paths(recipe)))
     # Keys that the version that wrote the checkpoint did not have count as having their default.
-    old = _flat(asdict(Recipe(umm=recipe.umm, model=type(recipe.model)()))) | _flat(state["recipe"])
+    old = flattened(asdict(Recipe(umm=recipe.umm, model=type(recipe.model)()))) | flattened(state["recipe"])
     free = [*RESULT_NEUTRAL_KEYS, *COMPARED_BY_CONTENT, *before, *now, "optim.decay_steps"]
     for task in DATA_KEYS:
         if not old.get(f"objective.{task}.weight") and not new[f"objective.{task}.weight"]:
@@ -146,31 +143,6 @@ def reject_other_ranks(recipe: Recipe) -> None:
                 f"rank {distributed.rank()} on {socket.gethostname()} has a different recipe than rank 0 "
                 f"({changes}): start every machine with the same command"
             )
-
-
-def finished_steps(recipe: Recipe) -> int | None:
-    """Return the number of steps of a completed run and mark its status as finished; None if it is not complete.
-
-    The checkpoint is validated by file sizes only, which is fast.
-    Raises RecipeError as `reject_changed`, RunInUse if another process uses the folder.
-    """
-    run_dir = Path(recipe.run_dir)
-    newest = checkpoint.latest(run_dir)
-    if newest is None or int(newest.name) < recipe.train.steps or checkpoint.find_damage(newest, contents=False):
-        return None
-    state = checkpoint.read_state(newest)
-    data = {key: value for key, value in state["fingerprint"].items() if key != "train.init_from"}
-    reject_changed(recipe, run_dir, state, data | _parent_of(recipe, state))
-    if distributed.is_main_process():
-        with contextlib.suppress(ValueError):
-            if Status.read(run_dir).state == "finished":
-                return state["step"]
-        with contextlib.suppress(OSError), RunFolder(run_dir, recipe.train.steps) as folder:
-            checkpoint.remove_partial(run_dir)
-            folder.record_checkpoint(newest)
-            folder.write_status("finished", exits.DONE)
-            folder.close()
-    return state["step"]
 
 
 def schedule_end(recipe: Recipe, state: Mapping[str, Any] | None) -> int:
@@ -365,10 +337,11 @@ def check_parent(recipe: Recipe, model: Adapter) -> None:
         raise checkpoint.CheckpointError(f"train.init_from={folder} is damaged ({damage}); pass another one of its run")
 
 
-def _flat(config: Mapping, prefix: str = "") -> dict[str, Any]:
+def flattened(config: Mapping, prefix: str = "") -> dict[str, Any]:
+    """Return the values of nested mappings under dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat |= flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
 
 

@@ -10,7 +10,8 @@ from reca.config.recipe_files import load_recipe
 from reca.io import jsonl
 from reca.io.folders import write_atomically
 from reca.runs import folder_lock
-from reca.runs.lineage import finished_steps, load_trained, recipe_of
+from reca.runs.finished import finished_steps
+from reca.runs.lineage import load_trained, recipe_of
 from reca.studies import published, toy
 from reca.studies.study import BEFORE, LOSS, PRETRAINED
 from reca.studies.task import Task
