@@ -37,14 +37,17 @@ def main(arguments: list[str] | None = None) -> int:
             code = options.run(options) or exits.DONE
     except (Exception, SystemExit, KeyboardInterrupt) as error:
         code = exits.code_of(error)
-        _report(error)
+        _report(error, options.parser.get_default("kept"))
     code = exits.finish_output(code)
     exits.exit_process(code)
     return code
 
 
-def _report(error: BaseException) -> None:
-    """Print an error: the message of an expected one, otherwise the traceback."""
+def _report(error: BaseException, kept: str | None) -> None:
+    """Print an error: the message of an expected one, otherwise the traceback.
+
+    kept: what an interrupted command has written and uses when it is started again; None: nothing.
+    """
     from reca.errors import PeerFailed, lost_rank, print_of_other_machine, print_once
 
     if isinstance(error, SystemExit):
@@ -52,7 +55,7 @@ def _report(error: BaseException) -> None:
     if isinstance(error, PeerFailed):
         print_of_other_machine(error)
     elif isinstance(error, KeyboardInterrupt):
-        print_once("reca: stopped")
+        print_once(f"reca: stopped; {kept}, and the same command continues" if kept else "reca: stopped")
     elif exits.expected(error) is None:
         cause = f"reca: {lost}" if (lost := lost_rank(error)) else ""
         print_once("".join(traceback.format_exception(error)) + cause)
@@ -217,6 +220,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     _takes_sampling(best, folder_required=True)
 
+    best.set_defaults(kept="the prompts done so far are kept")
+
     export = command("export", inference.export, "Export weights in the format of the model's public inference code.")
     takes_recipe(export, or_run=True)
     takes_ema(export)
@@ -232,6 +237,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluation = command("eval", eval_commands.run, "Evaluate a model on a benchmark, and compare it with another.")
     eval_commands.add(evaluation)
     takes_ema(evaluation)
+    evaluation.set_defaults(kept="what was generated and judged so far is kept")
 
     comparison = command(
         "compare", compare_commands.run, "Compare two models: scores, images, losses and settings, in one HTML page."
@@ -273,6 +279,7 @@ def _parser() -> argparse.ArgumentParser:
         "study", study_commands.run, "Run an experiment of the paper: train its variants and compare with the paper."
     )
     study_commands.add(study)
+    study.set_defaults(kept="finished tasks and saved checkpoints are kept")
 
     get = subparsers.add_parser("get", help="Get published weights, datasets, or the files of an evaluation suite.")
     what = get.add_subparsers(required=True, metavar="WHAT")
@@ -281,18 +288,21 @@ def _parser() -> argparse.ArgumentParser:
     takes_overrides(weights)
     data = what.add_parser("data", help="a dataset that the releases train on")
     data.add_argument("name", help=f"{', '.join(DATASETS)}, or a hub id: owner/name")
+    kept = "the files fetched so far are kept"
     for sub, run in ((weights, general.get_weights), (data, general.get_data)):
         sub.add_argument("--to", type=as_path, help="destination folder (default: the Hugging Face cache)")
         sub.add_argument("--dry-run", action="store_true", help="only print the list")
-        sub.set_defaults(run=run, parser=sub)
+        sub.set_defaults(run=run, parser=sub, kept=kept)
     suite = what.add_parser("suite", help="the files of an evaluation suite, from its repository on GitHub")
     suite.add_argument("name", help=", ".join(SUITES))
     suite.add_argument("--to", type=as_path, help="destination folder (default: ./benchmarks)")
     suite.add_argument("--dry-run", action="store_true", help="only print the list")
-    suite.set_defaults(run=general.get_suite, parser=suite)
+    suite.set_defaults(run=general.get_suite, parser=suite, kept=kept)
 
     _add_data(subparsers)
-    takes_recipe(command("cache", general.cache, "Compute the features of all images before training, in data.cache."))
+    cache = command("cache", general.cache, "Compute the features of all images before training, in data.cache.")
+    takes_recipe(cache)
+    cache.set_defaults(kept="complete shards of features are kept")
     command("doctor", general.doctor, "Report this machine's hardware and software and which kernels will run.")
     # No prefix, so that all arguments, including --help, are passed to the benchmarks.
     bench = command(

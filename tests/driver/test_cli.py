@@ -347,3 +347,23 @@ def test_ctrl_c_has_its_exit_code(monkeypatch, capsys):
 
     monkeypatch.setattr("reca.commands.doctor.report", stopped)
     assert main(["doctor"]) == 130 and capsys.readouterr().err == "reca: stopped\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "function", "kept"),
+    [
+        ("eval toy show_o_tiny", "api.evaluate", "what was generated and judged so far is kept"),
+        ("cache show_o_tiny", "precompute.cache_features", "complete shards of features are kept"),
+        ("get weights show_o_512", "hub.downloads.get", "the files fetched so far are kept"),
+        ("get suite geneval", "eval.suite_files.get", "the files fetched so far are kept"),
+    ],
+)
+def test_ctrl_c_says_what_is_kept(command, function, kept, monkeypatch, capsys):
+    """Nobody who reads "stopped" starts an evaluation of hours again to see where it begins."""
+
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"reca.{function}", stopped)
+    assert main(command.split()) == 130
+    assert capsys.readouterr().err.endswith(f"reca: stopped; {kept}, and the same command continues\n")
