@@ -33,7 +33,7 @@ from reca.processes import hang
 from reca.processes.interruption import Interruption
 from reca.runs import lineage
 from reca.runs.folder import RunFolder
-from reca.training import half_weights, lora
+from reca.training import compiled_blocks, half_weights, lora
 from reca.training.determinism import deterministic
 from reca.training.ema import EMA
 from reca.training.finite_weights import check_finite
@@ -84,6 +84,7 @@ class Trainer:
             self.folder,
             self.interruption.handle_signals(),
             out_of_memory.explained(lambda: self.recipe),
+            compiled_blocks.disk_errors(),
             deterministic(self.recipe.train.deterministic),
             training_kernels(self.recipe.train.precision, self.device),
         ):

@@ -1,13 +1,21 @@
 """Disks that fill up: at the start, in the middle, at the last save, at a signal; in every folder that is written."""
 
+import errno
 import json
 import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+
+from reca import exits
+from reca.data.errors import DataError
+from reca.runs.status import Status
+from reca.training import compiled_blocks
+from tests.driver.toy import run_toy
 
 ROOT = Path(__file__).parents[2]
 SMALL = "mount -t tmpfs -o size=24m tmpfs {disk} && exec {python} {script} {disk} {elsewhere}"
@@ -88,3 +96,17 @@ def test_what_cannot_be_written_is_one_sentence_that_names_it(outcomes, case, wo
     found = outcomes[case]
     assert found["code"] == 4 and words in found["said"] and "Traceback" not in found["said"]
     assert found.get("left", []) == []
+
+
+def test_a_full_disk_under_torch_compile_is_one_sentence(recipe, monkeypatch):
+    """Its own error was a traceback, with the code of a bug."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(compiled_blocks, "compile_blocks", partial(compiled_blocks.compile_blocks, backend=full))
+    monkeypatch.setattr(compiled_blocks, "check_usable", lambda *_: None)
+    made = recipe("train.compile=true", "train.steps=1")
+    with pytest.raises(DataError, match=r"torch.compile cannot write its files to .* \(No space left on device\)"):
+        run_toy(made)
+    assert Status.read(Path(made.run_dir)).exit_code == exits.DATA

@@ -4,9 +4,13 @@ Planned attention (models/common/planned.py) is not compiled: a plan describes o
 would be recompiled for every batch. The rest is compiled for any number of samples and tokens.
 """
 
+import contextlib
 import inspect
+import os
+import re
+import tempfile
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,10 +18,12 @@ from torch import nn
 from torch.utils._triton import has_triton
 
 from reca.config.recipe import TrainConfig
+from reca.data.errors import DataError
 from reca.models.base import Adapter
 from reca.options.fields import RecipeError
 
 KINDS = 32  # graphs per function: with and without gradient, cache and single samples; at most 6 occurred in practice
+_OF_A_DISK = re.compile("No space left on device|Disk quota exceeded|Read-only file system|Permission denied")
 
 
 def wanted(config: TrainConfig, device: torch.device) -> bool:
@@ -42,6 +48,22 @@ def check_usable(config: TrainConfig, device: torch.device) -> None:
                 "train.compile=true needs a C++ compiler on a CPU, and neither g++ nor that of CXX was found: install "
                 "one, or set it to false"
             ) from None
+
+
+@contextlib.contextmanager
+def disk_errors() -> Iterator[None]:
+    """Raise DataError if torch.compile cannot write its files, of which its own errors are only the traceback."""
+    try:
+        yield
+    except RuntimeError as error:
+        by_compiler = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+        if not by_compiler or (reason := _OF_A_DISK.search(str(error))) is None:
+            raise
+        folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or tempfile.gettempdir()
+        raise DataError(
+            f"torch.compile cannot write its files to {folder} ({reason[0]}); free space there, set TMPDIR or "
+            "TORCHINDUCTOR_CACHE_DIR to a folder with some, or set train.compile=false"
+        ) from error
 
 
 def compile_blocks(adapter: Adapter, backend: str = "inductor") -> None:
