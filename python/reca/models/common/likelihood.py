@@ -59,7 +59,7 @@ def log_likelihood(
     device, found, rng = next(model.parameters()).device, [], CounterRNG(0)
     features: dict[str, Any] = {}
     pixels: list[Tensor] = []
-    encoded = None
+    encoded = end_token = None
     with eval_mode(model), model.inference_autocast():
         for image, question, answer in zip(images, questions, answers, strict=True):
             if not pixels or image is not encoded:
@@ -74,10 +74,12 @@ def log_likelihood(
                 on_encoded=features.update,
             )
             sample.prepared = model.prepare(sample, rng)
+            if end_token is None:
+                end_token = _last_label(model.prepare(replace(sample, text=[[Turn("", "")]]), rng))
             last = _last_label(sample.prepared)
             if last is None:
                 _warn_once(UNREAD, question, type(model).__name__)
-            elif last != _last_label(model.prepare(replace(sample, text=[[Turn("", "")]]), rng)):  # no end token
+            elif last != end_token:
                 _warn_once(CUT, answer, type(model).__name__)
             found.append(model(sample.to(device), rng))
     terms = [torch.stack((term.sum, term.weight)) for term in found]
