@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaModel, PreTrainedModel
 
 from reca.models.common import planned
-from reca.models.common.kv_cache import ROOM, decoding_cache, with_cache
+from reca.models.common.kv_cache import ROOM, PromptLayer, decoding_cache, with_cache
 from reca_kernels import AttentionSpan, attention_plan
 
 
@@ -71,3 +71,13 @@ def test_a_new_token_attends_to_all_rows_but_padding_and_makes_no_plan(monkeypat
             plan=attention_plan([[AttentionSpan(length)]]),
         ).last_hidden_state[0, -4:]
         torch.testing.assert_close(torch.stack([hidden[number] for hidden in found]), alone)
+
+
+def test_prompts_alone_are_kept():
+    """Not the rows behind them, which would be most of the memory where an image follows a short prompt."""
+    layer, rows = PromptLayer(), torch.arange(14.0).view(1, 1, 7, 2)
+    layer.update(rows[:, :, :3], -rows[:, :, :3])
+    for _ in range(2):
+        keys, values = layer.update(rows[:, :, 3:], -rows[:, :, 3:])
+        assert torch.equal(keys, rows) and torch.equal(values, -rows)
+        assert layer.get_seq_length() == 3 and layer.keys.untyped_storage().nbytes() == rows[:, :, :3].nbytes

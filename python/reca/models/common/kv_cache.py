@@ -3,6 +3,7 @@
 import inspect
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
@@ -29,6 +30,20 @@ class GrowingLayer(DynamicLayer):
             to[:, :, start:stop] = rows
         self.keys, self.values = (x[:, :, :stop] for x in self.memory)
         return self.keys, self.values
+
+
+class PromptLayer(DynamicLayer):
+    """Keep the rows of the first pass only. Those of a later pass are appended for that pass and then freed."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            return super().update(key_states, value_states, *args, **kwargs)
+        return torch.cat((self.keys, key_states), dim=2), torch.cat((self.values, value_states), dim=2)
+
+
+def prompt_cache(model: PreTrainedModel) -> Cache:
+    """Return an empty cache that keeps the rows of the first pass, the prompts."""
+    return Cache(layers=[PromptLayer() for _ in range(model.config.num_hidden_layers)])
 
 
 def decoding_cache(model: PreTrainedModel) -> Cache:

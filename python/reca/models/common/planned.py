@@ -10,7 +10,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from reca.models.common.greedy import greedy_tokens
-from reca.models.common.kv_cache import decoding_cache, with_cache
+from reca.models.common.kv_cache import decoding_cache, prompt_cache, with_cache
 from reca_kernels import AttentionPlan, AttentionSpan, attention, attention_plan
 from reca_kernels.host import on_device
 
@@ -97,19 +97,23 @@ class CachedPrompts:
         self.model = model
         self.prompts = cached(samples)
         self.following = positions.amax(dim=1, keepdim=True) + 1
-        self.cache = decoding_cache(model)
-        self.cached = with_cache(model, self.cache)
+        self.cached = with_cache(model, prompt_cache(model))
         plan = attention_plan(samples, device=embeddings.device)
         model(inputs_embeds=embeddings, position_ids=positions, plan=plan, **self.cached)
 
-    def __call__(self, rows: Tensor) -> Tensor:  # [B, n, H]
-        """Return the last hidden states of n tokens after each prompt, [B, n, H], with causal attention."""
+    def __call__(
+        self,
+        rows: Tensor,  # [B, n, H]
+        samples: Sequence[Sequence[AttentionSpan]] | None = None,  # None: causal
+        positions: Tensor | None = None,  # int64 [B, n]; None: those after the prompt's
+    ) -> Tensor:
+        """Return the last hidden states of n tokens after each prompt, [B, n, H]."""
         n, device = rows.shape[1], rows.device
-        plan = attention_plan([(*spans, AttentionSpan(n)) for spans in self.prompts], device=device)
-        positions = self.following + torch.arange(n, device=device)
-        hidden = self.model(inputs_embeds=rows, position_ids=positions, plan=plan, **self.cached).last_hidden_state
-        self.cache.crop(-n)
-        return hidden
+        new = [(AttentionSpan(n),)] * len(rows) if samples is None else samples
+        plan = attention_plan([(*old, *spans) for old, spans in zip(self.prompts, new, strict=True)], device=device)
+        if positions is None:
+            positions = self.following + torch.arange(n, device=device)
+        return self.model(inputs_embeds=rows, position_ids=positions, plan=plan, **self.cached).last_hidden_state
 
 
 class Continuation:
