@@ -453,15 +453,15 @@ class Replayed(sampling.SamplerNoise):
 def test_generation(golden, model, monkeypatch):
     data, asked, v = golden.data, golden.config["generation"], model.vocabulary
     seen, logits, layouts = [], [], []
-    forward = model.code_logits
+    forward, split = model.code_logits, prompt.split_image
 
-    def observed(layout, codes, h_v=None):
+    def observed(prompts, image, codes):
         seen.append(codes + v.offset)
-        layouts.append(layout)
-        logits.append(forward(layout, codes, h_v))
+        logits.append(forward(prompts, image, codes))
         return logits[-1]
 
     monkeypatch.setattr(model, "code_logits", observed)
+    monkeypatch.setattr(prompt, "split_image", lambda layout, n: (layouts.append(layout), split(layout, n))[1])
     codes = sampling.sample_codes(
         model,
         ids(golden.cases["tensors"]["gen.prompts"]["value"]),

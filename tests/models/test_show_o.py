@@ -18,9 +18,10 @@ from reca.config.recipe_files import load_recipe
 from reca.data.batch import Batch
 from reca.data.tasks import Turn
 from reca.data.transforms import make_view
+from reca.models.common.planned import CachedPrompts
 from reca.models.common.text import encode
 from reca.models.common.tiny_tokenizer import word_tokenizer
-from reca.models.show_o import Adapter, Config, prompt, sampling
+from reca.models.show_o import Adapter, Config, loss, prompt, sampling
 from reca.models.show_o.conditioner import conditioner
 from reca.models.show_o.config import MagvitSizes, PhiSizes
 from reca.models.show_o.modules import Magvit, phi_config
@@ -244,11 +245,42 @@ def test_sampling_options(model):
     assert model.generate([], []) == []
 
 
+def test_the_prompt_runs_once(model):
+    """And every step the image, with soi and eoi."""
+    seen, n = [], model.image_tokens + 2
+    hook = model.blocks()[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:2].numel()))
+    try:
+        model.generate(["a red square"], [1], **SAMPLING)
+        model.reconstruct(batch(model, "reca", (0,)), [1], steps=3)
+    finally:
+        hook.remove()
+    generated, rebuilt = seen[: SAMPLING["steps"] + 1], seen[SAMPLING["steps"] + 1 :]
+    assert generated[1:] == [2 * n] * SAMPLING["steps"] and rebuilt[1:] == [n] * 3
+
+
+def test_logits_behind_cached_prompts_are_those_of_the_whole_sequence(model):
+    """Of samples of different lengths, with h_v and without."""
+    v, n, head = model.vocabulary, model.image_tokens, model.showo.lm_head
+    given = batch(model, "reca", (0, 1))
+    h_v = model.encode(given)["h_v"]
+    texts = [model.tokens(text) for text in ("a red square", "a square")]
+    t2i = [prompt.t2i(text, v, model.config.max_prompt_tokens, n) for text in texts]
+    codes = torch.randint(0, v.codes + 1, (2, n), generator=torch.Generator().manual_seed(0))
+    for samples, seen in ((loss.reca_samples(model, ["a red", "what is this"]), h_v), (t2i, None)):
+        whole = prompt.layout(samples, v)
+        asked, image = prompt.split_image(whole, n)
+        with torch.no_grad():
+            hidden = model.hidden(prompt.put_image(whole, codes + v.offset), seen)[:, prompt.image_rows(n)]
+            prompts = CachedPrompts(model.showo.model, model.embed(asked.src, seen), asked.position_ids, asked.runs)
+            found = model.code_logits(prompts, image, codes)
+        torch.testing.assert_close(found, head(hidden)[..., v.offset : v.mask], rtol=1e-5, atol=1e-5)
+
+
 def test_noise_on_the_certainty_fades(model, monkeypatch):
     """Step k of S multiplies what is left of the temperature by 1 - k / S, as the release does."""
     n, v, noise, seen = model.image_tokens, model.vocabulary, sampling.SamplerNoise(torch.tensor([3])), []
     logits = torch.randn(1, n, v.codes, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(model, "code_logits", lambda _, codes, __: (seen.append(codes[0] == v.codes), logits)[1])
+    monkeypatch.setattr(model, "code_logits", lambda _, __, codes: (seen.append(codes[0] == v.codes), logits)[1])
     sampling.sample_codes(model, [[]], noise, steps=4, guidance=0.0, temperature=2.0)
     probabilities, left = logits.softmax(-1), 2.0
     for step, (unknown, again) in enumerate(itertools.pairwise(seen)):

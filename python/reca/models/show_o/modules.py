@@ -19,7 +19,7 @@ from reca.models.common.efficientnet import EfficientNetLite0
 from reca.models.common.images import check_side
 from reca.models.common.on_cpu import on_cpu
 from reca.models.common.patch_codebook import PatchCodebook, square
-from reca.models.common.planned import PLANNED
+from reca.models.common.planned import PLANNED, CachedPrompts
 from reca.models.common.pooled_features import PooledProjector, projector
 from reca.models.common.text import Remembered, encode
 from reca.models.show_o.config import ClipSizes, MagvitSizes, PhiSizes, ShowOConfig
@@ -325,10 +325,12 @@ class Network(nn.Module):
         spread = hidden.new_zeros(layout.src.numel(), hidden.shape[-1]).index_copy(0, places, hidden[0])
         return spread.view(*layout.src.shape, -1)
 
-    def code_logits(self, layout: Layout, codes: Tensor, h_v: Tensor | None = None) -> Tensor:  # int64 [B, N]
-        """Compute logits over the codebook at the image's positions, [B, N, entries]. Code `entries` is the mask."""
-        v, head, image = self.vocabulary, self.showo.lm_head, image_rows(codes.shape[1])
-        read = torch.zeros_like(layout.src, dtype=torch.bool)
-        read[:, image] = True
-        hidden = self.hidden(put_image(layout, codes + v.offset), h_v, read=read, read_rows=codes.numel())[:, image]
+    def code_logits(self, prompts: CachedPrompts, image: Layout, codes: Tensor) -> Tensor:  # int64 [B, N]
+        """Compute logits over the codebook at the image's positions, [B, N, entries]. Code `entries` is the mask.
+
+        prompts, image: parts of `split_image`.
+        """
+        v, head = self.vocabulary, self.showo.lm_head
+        rows = self.embed(put_image(image, codes + v.offset).src, None)
+        hidden = prompts(rows, image.runs, image.position_ids)[:, image_rows(codes.shape[1])]
         return F.linear(hidden, head.weight[v.offset : v.mask], head.bias[v.offset : v.mask])

@@ -10,6 +10,7 @@ The release fills (PAD…) with tokens that no other token attends to, but count
 and position ids skip them: the same result from fewer tokens. Batches are padded on the left.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -142,6 +143,23 @@ def layout(samples: Sequence[Sample], v: Vocabulary) -> Layout:
 def image_rows(image_tokens: int) -> slice:
     """Return the slice of columns with the image's codes; it is the same in every layout that has an image."""
     return slice(-1 - image_tokens, -1)
+
+
+def split_image(layout: Layout, image_tokens: int) -> tuple[Layout, Layout]:
+    """Split a layout before soi. No row of the first part, the prompts, attends to one of the second, the images."""
+    at = layout.src.shape[1] - image_tokens - 2
+    prompts, images = [], []
+    for runs in layout.runs:
+        ends = list(itertools.accumulate(run.length for run in runs))
+        before = [min(run.length, max(0, at - end + run.length)) for run, end in zip(runs, ends, strict=True)]
+        prompts.append(tuple(run._replace(length=n) for run, n in zip(runs, before, strict=True) if n))
+        rest = [run._replace(length=run.length - n) for run, n in zip(runs, before, strict=True)]
+        images.append(tuple(run for run in rest if run.length))
+
+    def part(columns: slice, runs: list[tuple[AttentionSpan, ...]]) -> Layout:
+        return Layout(layout.src[:, columns], layout.position_ids[:, columns], layout.labels[:, columns], runs)
+
+    return part(slice(at), prompts), part(slice(at, None), images)
 
 
 def put_image(layout: Layout, ids: Tensor) -> Layout:  # int64 [B, N]

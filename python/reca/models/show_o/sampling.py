@@ -8,6 +8,7 @@ from torch import Tensor
 from reca.models.common.greedy import decode_replies
 from reca.models.common.images import fit_to_view, to_uint8, to_unit
 from reca.models.common.inference import truncated, warn_of_cut
+from reca.models.common.planned import CachedPrompts
 from reca.models.common.planned import greedy as planned_greedy
 from reca.models.show_o import prompt
 from reca.models.show_o.conditioner import conditioner
@@ -101,10 +102,11 @@ def fill_codes(
     each step multiplies it by the remaining share of steps, so it is 0 in the last step.
     """
     v, n, branches = net.vocabulary, net.image_tokens, 2 if guidance else 1
-    layout = prompt.layout(samples, v).to(net.device)
+    given, image = prompt.split_image(prompt.layout(samples, v).to(net.device), n)
+    prompts = CachedPrompts(net.showo.model, net.embed(given.src, h_v), given.position_ids, given.runs)
     codes = torch.full((len(samples) // branches, n), v.codes, device=net.device)  # v.codes is the mask
     for step in range(steps):
-        logits = net.code_logits(layout, codes.repeat(branches, 1), h_v).float()
+        logits = net.code_logits(prompts, image, codes.repeat(branches, 1)).float()
         if guidance:
             cond, uncond = logits.chunk(2)
             logits = (1 + guidance) * cond - guidance * uncond
