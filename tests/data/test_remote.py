@@ -417,3 +417,12 @@ def test_files_are_opened_side_by_side(memory, tmp_path, monkeypatch, kind):
     source = open_source(f"memory://data/{{0..3}}.{kind}", "reca")
     monkeypatch.undo()
     assert [source[n].image for n in range(4)] == [image_bytes((n, 0, 0)) for n in range(4)]
+
+
+def test_file_systems_that_other_code_shares_keep_their_settings(memory, monkeypatch):
+    """Ours repeats no request: the attempts of both would multiply."""
+    monkeypatch.setattr(type(memory), "retries", 5, raising=False)
+    remote._own.cache_clear()
+    one, two = (remote.remote_path(f"memory://data/{name}").fs for name in "ab")
+    assert one is two and one.retries == 1 and memory.retries == 5
+    assert "walk" in vars(one) and not {"walk", "_walk", "retries"} & set(vars(fsspec.filesystem("memory")))

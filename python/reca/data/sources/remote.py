@@ -218,20 +218,27 @@ def remote_path(text: str) -> RemotePath:
 
             return RemotePath(web_files(), text)
         fs, path = fsspec.core.url_to_fs(text)
-        _raise_when_unlisted(fs)
-        return RemotePath(fs, path)
+        return RemotePath(_own(fs), path)
     except ImportError as error:
         raise DataError(f"{text} needs a package that is not installed: {error}: pip install 'reca[remote]'") from None
     except Exception as error:  # an unknown protocol, missing credentials and more
         raise DataError(f"{text} cannot be opened: {type(error).__name__}: {error}") from error
 
 
-def _raise_when_unlisted(fs: Any) -> None:
-    """Have a file system's searches raise the error of a folder that cannot be listed. To fsspec it would be empty."""
+@functools.lru_cache(maxsize=64)
+def _own(shared: Any) -> Any:
+    """Return a file system like one that fsspec shares with other code, with settings of its own.
+
+    Its searches raise the error of a folder that cannot be listed, which to fsspec would be empty. It makes a request
+    once: repetitions are up to `ask`, and would multiply.
+    """
+    fs = type(shared)(*shared.storage_args, **shared.storage_options, skip_instance_cache=True)
     for name in ("walk", "_walk"):
-        walk = getattr(fs, name, None)
-        if walk is not None and not isinstance(walk, functools.partial):
+        if (walk := getattr(fs, name, None)) is not None:
             setattr(fs, name, functools.partial(walk, on_error=_unless_missing))
+    if hasattr(fs, "retries"):  # s3fs
+        fs.retries = 1
+    return fs
 
 
 def _unless_missing(error: OSError) -> None:
