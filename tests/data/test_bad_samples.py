@@ -227,6 +227,21 @@ def test_files_that_vanish_are_bad_samples(root):
     assert "FileNotFoundError" in stream.bad_samples.bad["0.png"] and stream.bad == 3
 
 
+def test_reads_of_a_batch_end_with_its_first_error(root, monkeypatch):
+    """Those that wait would each try a sample, and where storage is slow repeat their requests."""
+    reads, stream = [], loader(root, micro_batch=8, config={"workers": 1, "max_bad_fraction": 0.0, "prefetch": 0})
+
+    def fail(_, index):
+        reads.append(index)
+        raise OSError("the disk is away")
+
+    monkeypatch.setattr(type(stream.source), "__getitem__", fail)
+    with pytest.raises(DataError, match="1 of 8 samples are unreadable"):
+        take(stream, 1)
+    assert len(reads) == 1
+    stream.close()
+
+
 def test_nothing_readable_names_the_last_sample(tmp_path):
     stream = loader(fill(tmp_path, {"a.png": b""}), config={"max_bad_fraction": 1.0})
     with pytest.raises(DataError, match="100 samples in a row cannot be used, the last is a.png"):

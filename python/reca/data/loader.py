@@ -181,7 +181,8 @@ class Loader:
         while True:
             while len(ahead) <= most:
                 share, positions, neighbour = next(stream)
-                jobs = [self._submit(self._read, position) for position in (*positions, *neighbour)]
+                failed: list[Exception] = []
+                jobs = [self._submit(self._read_unless, failed, place) for place in (*positions, *neighbour)]
                 # The pool starts jobs in this order, so `_assemble` never waits for a job that is still queued.
                 ahead.append(self._submit(self._assemble, share, positions, neighbour, jobs))
             yield ahead.popleft().result()
@@ -245,6 +246,16 @@ class Loader:
                 batch.prepared = self.prepare(batch, self.rng)
             made.append(batch)
         return made
+
+    def _read_unless(self, failed: list[Exception], position: int) -> Row:
+        """Read the sample of a position. After the first error of a batch its other reads end with the same one."""
+        if failed:
+            raise failed[0]
+        try:
+            return self._read(position)
+        except Exception as error:
+            failed.append(error)
+            raise
 
     def _read(self, position: int, cached: bool = True) -> Row:
         """Read the sample of a position, or its substitute. cached: use cached features in place of views."""
