@@ -143,10 +143,14 @@ def test_repaired_and_removed_files_count_no_longer(root, tmp_path):
 
 def test_a_file_that_was_away_counts_no_longer_when_it_is_back(root, tmp_path):
     source = open_source(str(root), "reca")
-    bad_samples = BadSamples(tmp_path / "bad.jsonl", source, 0.5)
-    bad_samples.add(0, "OSError: the disk is away")
-    bad_samples.mark_good(0)
-    assert bad_samples.bad == {}
+    one, other = (BadSamples(tmp_path / "bad.jsonl", source, 0.5) for _ in range(2))
+    one.add(0, "OSError: the disk is away")
+    assert other.count() == 1
+    one.mark_good(0)
+    later = BadSamples(tmp_path / "bad.jsonl", source, 0.5)
+    assert one.count() == other.count() == later.count() == 0  # for other ranks and starts as well
+    later.add(0, "OSError: the disk is away")
+    assert one.count() == other.count() == later.count() == 1
 
 
 def test_torn_lines_and_lines_of_other_data_do_not_matter(root, tmp_path):

@@ -23,7 +23,7 @@ class BadSamples:
 
     All ranks write to one file, under a lock, and read the lines of the others; a resumed run reads them as well.
     A line counts as long as the sample has the recorded size: files that were repaired, replaced or removed are tried
-    again. A sample that becomes readable (its disk was unmounted) no longer counts.
+    again. A sample that becomes readable (its disk was unmounted) no longer counts: a line has null as reason.
     """
 
     def __init__(self, path: Path | None, source: Source, max_fraction: float):
@@ -63,9 +63,11 @@ class BadSamples:
                 )
 
     def mark_good(self, index: int) -> None:
-        """Remove a sample that could be read this time."""
-        if self.bad:
-            self.bad.pop(self.source.key(index), None)
+        """Remove a sample that could be read this time, for all ranks and starts."""
+        if self.bad and (key := self.source.key(index)) in self.bad:
+            with self.lock:
+                self._write({"key": key, "sample": index, "bytes": self.source.size(index), "reason": None})
+                self.bad.pop(key, None)
 
     def _write(self, entry: dict[str, Any]) -> None:
         """Append a line, unless another rank has done so."""
@@ -76,7 +78,7 @@ class BadSamples:
                 with contextlib.suppress(OSError):  # without locks, a line may be written twice
                     fcntl.flock(file, fcntl.LOCK_EX)
                 torn = self._absorb(file)
-                if entry["key"] not in self.bad:
+                if entry["key"] not in self.bad or entry["reason"] is None:
                     line = json.dumps(entry).encode() + b"\n"
                     file.write(b"\n" * torn + line)
                     file.flush()
@@ -98,7 +100,7 @@ class BadSamples:
                     listed.append((key, index, size, reason))
         sizes = read_many(self.source.size, [index for _, index, _, _ in listed])
         for (key, _, size, reason), now in zip(listed, sizes, strict=True):
-            if now == size:
+            if now == size and reason is not None:
                 self.bad.setdefault(key, reason)
             else:
                 self.bad.pop(key, None)
