@@ -150,6 +150,9 @@ def test_home_expands_in_paths_of_options(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main(["generate", "show_o_tiny", "--prompt", "a", "--out", "~no_such_user/x"])
     assert "there is no such user" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["generate", "show_o_tiny", "--prompt", "a", "--out", " "])
+    assert "argument --out: it is empty" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["nosuchrun", "a=b", "runs/gone"])
