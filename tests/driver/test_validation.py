@@ -40,6 +40,12 @@ def test_what_is_held_out_is_trained_on_by_no_task(recipe):
     assert not aside & {sources["reca"].key(order.index(p)) for p in range(6 * 8)}
 
 
+def test_images_are_held_out_of_a_run_without_the_task_reca(recipe):
+    sources = open_run_sources(recipe("eval.holdout=5"), ["t2i"])
+    assert len(sources[HELD_OUT]) == 5 and len(sources["t2i"]) == 19
+    assert not keys(sources[HELD_OUT]) & keys(sources["t2i"])
+
+
 def test_a_mixture_gives_from_each_of_its_sources(tmp_path):
     one, two = (open_source(str(write_images(tmp_path / name, 20)), "reca") for name in "ab")
     rest, aside = hold_out({"reca": Mixture([one, two], [3.0, 1.0], ["a", "b"])}, 8, 0)
@@ -96,6 +102,8 @@ def test_a_held_out_image_that_cannot_be_read_is_one_of_all_images(recipe, tmp_p
 def test_what_cannot_be_held_out(recipe):
     with pytest.raises(DataError, match=r"eval.holdout=13 is more than half .* at most 12 can be"):
         open_run_sources(recipe("eval.holdout=13"), ["reca"])
+    with pytest.raises(RecipeError, match="eval.holdout_from is set but eval.holdout is 0: set it to the number of"):
+        open_run_sources(recipe("eval.holdout_from=elsewhere"), ["reca"])
     with pytest.raises(RecipeError, match="holdout=1: the gap needs"):
         recipe("eval.holdout=1")
     with pytest.raises(RecipeError, match=r"takes images from data.images, which is null"):
@@ -107,6 +115,7 @@ def test_other_images_change_nothing_of_the_training(recipe, tmp_path):
     plain = run_toy(recipe(f"run_dir={tmp_path}/plain"))
     trainer = run_toy(recipe(f"run_dir={tmp_path}/held", "eval.holdout=4", f"eval.holdout_from={other}"))
     assert len(trainer.sources[HELD_OUT]) == 4
+    assert trainer.evaluations.held_out is None  # without eval.every no image is read
     assert all(torch.equal(value, weights(trainer.adapter)[name]) for name, value in weights(plain.adapter).items())
 
 
