@@ -5,6 +5,7 @@ import json
 import logging
 import shutil
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
@@ -155,8 +156,10 @@ def test_weights_and_biases_without_a_network(recipe, monkeypatch):
 class Service:
     """Weights & Biases, which keeps the history and the last values of a run, and cannot cut them back."""
 
+    __spec__ = ModuleSpec("wandb", None)  # accelerate looks for it
+
     def __init__(self):
-        self.history, self.summary = [], {}
+        self.history, self.summary, self.finished = [], {}, 0
 
     def init(self, **settings):
         assert settings["resume"] == "allow"
@@ -166,19 +169,30 @@ class Service:
         self.history.append(values)
         self.summary |= values
 
+    def Image(self, image, caption):
+        return image.size, caption
+
+    def finish(self):
+        self.finished += 1
+
     def Settings(self, **_): ...
     def define_metric(self, *_, **__): ...
-    def finish(self): ...
 
 
 def test_weights_and_biases_has_every_step_once(recipe, monkeypatch):
     """A run is killed at step 5, and goes on from the checkpoint of step 2."""
     monkeypatch.setitem(sys.modules, "wandb", service := Service())
-    trainer = run_toy(recipe("log.wandb=project", "train.steps=5", "checkpoint.every=2", "checkpoint.keep=0"))
+    keys = ["log.wandb=project", PROMPTS, "log.sample_every=4"]
+    trainer = run_toy(recipe(*keys, "train.steps=5", "checkpoint.every=2", "checkpoint.keep=0"))
+    assert service.finished == 1
     for step in (4, 5):
         shutil.rmtree(trainer.run_dir / f"checkpoints/{step:06d}")
-    run_toy(recipe("log.wandb=project", "train.steps=7"))
+    run_toy(recipe(*keys, "train.steps=7"))
+    assert service.finished == 2
     assert [values["step"] for values in service.history if "loss" in values] == [1, 2, 3, 4, 5, 6, 7]
+    assert [line["step"] for line in log_lines(trainer.run_dir)] == [1, 2, 3, 4, 5, 6, 7]
+    samples = [((4, 4), "a red square"), ((4, 4), 'a cat: "x"/y')]
+    assert next((row["step"], row["samples"]) for row in service.history if "samples" in row) == (4, samples)
 
 
 class Broken:
@@ -224,6 +238,41 @@ def test_a_package_that_is_not_installed(recipe, monkeypatch, caplog):
     with caplog.at_level(logging.INFO, "reca"):
         run_toy(recipe("log.wandb=project", "train.steps=1"))
     assert "wandb is not installed (pip install 'reca[log]'): logging to log.jsonl without it" in caplog.text
+
+
+def test_a_package_that_lacks_another_one_is_not_called_missing(recipe, monkeypatch, caplog):
+    def lacking(*_):
+        raise ImportError("No module named 'other'", name="other")
+
+    monkeypatch.setattr(trackers, "WandB", lacking)
+    lacking.name = "Weights & Biases"
+    with caplog.at_level(logging.INFO, "reca"):
+        run_toy(recipe("log.wandb=project", "train.steps=1"))
+    assert "Weights & Biases cannot be used (No module named 'other'): logging to log.jsonl" in caplog.text
+    assert "not installed" not in caplog.text
+
+
+def test_samples_that_cannot_be_written_do_not_end_the_run(recipe, caplog):
+    r = recipe(PROMPTS, "log.sample_every=1", "train.steps=1")
+    Path(r.run_dir).mkdir(parents=True)
+    (Path(r.run_dir) / "samples").write_text("a file")
+    assert run_toy(r).step == 1
+    assert "samples/000001.png cannot be written" in caplog.text
+
+
+def test_a_bar_is_closed_with_its_log(recipe, monkeypatch, tmp_path):
+    """It redirects the handler of the root logger."""
+    from reca.monitoring.log import RunLog
+
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    before = [logging.StreamHandler(terminal)]
+    monkeypatch.setattr(logging.getLogger(), "handlers", before)
+    log = RunLog(recipe(), tmp_path, 0)
+    assert logging.getLogger().handlers != before
+    log.close()
+    assert logging.getLogger().handlers == before
 
 
 def test_nothing_of_it_on_other_ranks(recipe, monkeypatch, tmp_path):
