@@ -45,6 +45,7 @@ def test_it_comes_before_the_first_step_every_so_many_and_after_the_last(recipe,
     assert found[0]["holdout/loss"] > found[2]["holdout/loss"]
     shown = [line for line in capsys.readouterr().err.splitlines() if line.startswith("evaluation")]
     assert len(shown) == 3 and "step 4/6  holdout/loss" in shown[1] and shown[1].endswith(" s")
+    assert all(0 <= float(line.split()[-2]) < 100 for line in shown)
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     events = accumulator.EventAccumulator(str(trainer.run_dir / "tensorboard"))
     events.Reload()
@@ -59,6 +60,15 @@ def test_a_run_that_goes_on_keeps_what_it_compares_with(recipe):
     assert [line["step"] for line in lines(again.run_dir)] == [0, 2, 4, 6]
     assert lines(again.run_dir)[:3] == first
     assert again.evaluations.alarms.first["holdout/loss"] == first[0]["holdout/loss"]
+
+
+def test_all_ranks_go_by_the_values_of_the_first(recipe, monkeypatch):
+    """Ranks with other values would raise other alarms, and some would end the run alone."""
+    evaluations = Trainer(recipe("eval.every=2"), ToyAdapter()).evaluations  # of which this rank measures nothing
+    first = ({"holdout/loss": 7.0}, ["no score of toy (it failed); training continues"])
+    monkeypatch.setattr("reca.monitoring.evaluations.distributed.all_gather", lambda mine: [first, mine])
+    found = evaluations.run(0)
+    assert (found.values, found.failed) == first and evaluations.alarms.first["holdout/loss"] == 7.0
 
 
 def test_one_that_is_asked_for_later_begins_where_it_is(recipe):
@@ -179,6 +189,7 @@ def test_reconstructions_stand_beside_their_images(recipe):
     events = accumulator.EventAccumulator(str(trainer.run_dir / "tensorboard"), {"images": 0})
     events.Reload()
     assert events.Tags()["images"] == [f"reconstructions/{i} image, reconstruction" for i in range(3)]
+    assert [(e.step, e.width, e.height) for e in events.Images(events.Tags()["images"][2])] == [(3, 10, 4), (6, 10, 4)]
 
 
 # alarms
