@@ -9,8 +9,7 @@ import os
 import posixpath
 import threading
 import time
-import weakref
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -154,7 +153,7 @@ class RemotePath:
 AnyPath = Path | RemotePath
 _lock = threading.Lock()
 # The file that was read last, by file system and by host or bucket.
-_answered: MutableMapping[Any, dict[str, RemotePath]] = weakref.WeakKeyDictionary()
+_answered: dict[Any, dict[str, RemotePath]] = {}
 
 
 def _still_answers(fs: Any) -> bool | None:
