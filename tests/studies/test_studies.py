@@ -290,6 +290,12 @@ def test_slurm_submits_each_task_once_after_those_it_needs(study, tmp_path, monk
     assert "depends on 0/pretrained, which is not done" in capsys.readouterr().err
 
 
+def test_the_list_of_studies_has_their_questions(capsys):
+    assert main(["study", "list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f"{name:<11} {load_study(name).question}" for name in study_names()]
+
+
 def test_no_option_is_abbreviated(capsys):
     """SLURM's job of the report was a study's command with --slu, and so wrote scripts in place of the report."""
     with pytest.raises(SystemExit):
@@ -366,6 +372,7 @@ def test_a_swapped_encoder_takes_red_for_blue(umm):
         ("- 1", "has no keys"),
         ("question: a\npaper: []\nvariants: {a: {}}", "about is missing"),
         ("question: a\nvariants: {a: {about: b, steps: 3}}", "unknown key steps"),
+        ("question: a\nvariants: {a: captions}", "variants.a: expected a mapping"),
         ("question: a\nvariants: {a: {about: b, after: c}}", "must be a variant listed before it"),
         ("question: a\nvariants: {a: {about: b, longer: 0.5}}", "variants.a: expected a whole number"),
         ("question: a\nvariants: {a: {about: b, longer: 0}}", "longer=0 of a must be at least 1"),
@@ -511,6 +518,7 @@ def test_a_modification_that_is_not_there_is_refused(pretrained, recipe, tmp_pat
         (["main", "--recipe", "show_o_512", "--suite", "toy", "--limit", "0"], "limit must be at least 1, got 0"),
         (["main", "--recipe", "show_o_512", "--suite", "toy", "--sampling", "stepz=1"], "no sampling option 'stepz'"),
         (["main", "--limit", "0"], "are for --recipe"),
+        (["main", "--sampling", "steps=3"], "are for --recipe"),
         (["main", "--scale", "3"], "--scale must lie in (0, 1]"),
         (["main", "RECO:optim.lr=1"], "'RECO' is no variant of main with show_o; there are RECA"),
         (["main", "--jobs", "0"], "--jobs must be at least 1"),

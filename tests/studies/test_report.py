@@ -1,0 +1,99 @@
+"""What the report of a study says, from results that are given."""
+
+import pytest
+
+from reca.demo.measure import Rate
+from reca.studies import report
+from reca.studies.plan import plan
+from reca.studies.study import load_study
+from reca.studies.task import Asked
+
+STUDY = """
+question: Does it help?
+toy: Too small.
+paper: [{says: it does, source: Table 0}]
+variants:
+  RECA: {about: images alone}
+  SFT: {about: captions, toy: {bagel: []}}
+  SFT-RECA: {about: one after the other, after: SFT}
+claims:
+  - {says: it helps, measure: seen, variant: RECA, than: before}
+  - {says: captions help, measure: seen, variant: SFT, than: before}
+"""
+
+
+def summary(tmp_path, results):
+    (tmp_path / "a.yaml").write_text(STUDY)
+    study, asked = load_study(str(tmp_path / "a.yaml")), Asked("show_o", (0,), tmp_path / "out")
+    tasks, omitted = plan(study, asked)
+    return report.summarize(study, asked, "reca study a", tasks, results, omitted)
+
+
+def measured(hits, **more):
+    measures = {"seen": {"value": float(hits), "hits": hits, "trials": 100}, **more}
+    return {"measures": measures, "curve": [], "seconds": 1.0}
+
+
+def test_the_text_has_every_mean_and_claim_and_why_variants_are_missing(tmp_path):
+    tag = {"value": 7.0, "interval": [6.0, 8.0]}
+    ready = {"measures": {}, "curve": [], "seconds": 1.0}
+    results = {"0/pretrained": ready, "0/RECA": measured(90, **{"toy/tag": tag}), "0/before": measured(50)}
+    found = summary(tmp_path, results)
+    assert found["setting"] == "toy" and found["dataset"] == "shapes" and found["toy"] == "Too small."
+    assert found["failed"] == []
+    means = {variant["name"]: variant["means"]["seen"] for variant in found["variants"]}
+    for name, hits in (("before", 50), ("RECA", 90)):
+        interval = [100 * bound for bound in Rate(hits, 100).wilson()]
+        assert means[name] == {"value": hits, "interval": pytest.approx(interval)}
+    assert found["omitted"] == {
+        "SFT": "show_o has no such variant on the toy dataset 'shapes'",
+        "SFT-RECA": "it continues from SFT",
+    }
+    lines = report.text(found).splitlines()
+    assert lines[0].split() == ["seen"]  # measures of single tags are on no line
+    assert [line.split() for line in lines[1:3]] == [
+        ["before", "50.0", "[40.4,", "59.6]"],
+        ["RECA", "90.0", "[82.6,", "94.5]"],
+    ]
+    assert lines[3:] == [
+        "not with show_o: SFT (show_o has no such variant on the toy dataset 'shapes')",
+        "not with show_o: SFT-RECA (it continues from SFT)",
+        "",
+        "the paper: it does (Table 0)",
+        "agrees: it helps: RECA - before, seen +40.0 [+27.8, +50.6]",
+        "not measured: captions help: SFT - before",
+    ]
+
+
+def test_the_page_has_curves_and_the_images_of_the_first_seed(tmp_path):
+    from PIL import Image
+
+    results = {"0/pretrained": {"failed": "OSError: no space"}, "0/RECA": measured(90)}
+    results["0/before"] = {"failed": "ValueError: no"}
+    results["0/RECA"]["curve"] = [(10, 2.0), (20, 1.0)]
+    found = summary(tmp_path, results)
+    assert found["failed"] == ["0/pretrained: OSError: no space"]
+    assert {"0/pretrained: OSError: no space", "before, seed 0: ValueError: no"} <= set(report.text(found).splitlines())
+    variant = found["variants"][1]
+    folder = tmp_path / variant["results"][0]["folder"]
+    folder.mkdir(parents=True)
+    Image.new("RGB", (6, 2)).save(folder / "images.png")
+    (folder / "images.json").write_text('[{"prompt": "a red square", "hit": true}]')
+    shown = report._images(found)
+    assert shown[""] == [{"prompt": "a red square", "hit": True}] and shown.keys() == {"", "RECA"}
+    assert shown["RECA"]["width"] == 6 * report.ENLARGED and shown["RECA"]["source"].startswith("data:image/png")
+    assert report._chart(variant) is not None and report._chart(found["variants"][0]) is None
+    report.write(found, tmp_path)
+    page = (tmp_path / "study.html").read_text()
+    assert "a red square" in page and shown["RECA"]["source"] in page and "82.6" in page
+    variant["results"][0]["failed"] = "it"
+    assert report._images(found) == {}
+
+
+@pytest.mark.parametrize(
+    ("value", "interval", "written"),
+    [(0.5, [0.4, None], "0.500"), (0.5, [None, 0.6], "0.500"), (1.0, [1.0, 1.0], "1.0 [1.0, 1.0]")],
+)
+def test_a_half_known_interval_is_left_out(value, interval, written):
+    """Of a suite whose scores have a bound on one side only."""
+    assert report.cell({"value": value, "interval": interval}) == written
