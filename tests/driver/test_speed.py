@@ -7,12 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tokenizers import pre_tokenizers
 
 from reca.config.recipe_files import load_recipe
 from reca.data.batch import task_rng
 from reca.estimate import check, memory
 from reca.estimate.meta_model import build_meta
 from reca.hardware.peaks import known_peak
+from reca.models.show_o import Adapter
 from reca.monitoring import speed
 from reca.trainer import Trainer
 
@@ -81,17 +83,27 @@ def first_batches(tmp_path, name: str, *keys: str) -> tuple:
     batches = {task: [next(iter(loader))] for task, loader in trainer.loaders.items()}
     for loader in trainer.loaders.values():
         loader.close()
-    return recipe, batches
+    return recipe, batches, trainer.adapter.tokenizer
 
 
 def test_a_step_counts_every_task_with_all_its_samples(tmp_path):
     keys = ["objective.reca.batch_size=6", "objective.reca.micro_batch=3", "objective.i2t.batch_size=4"]
-    recipe, batches = first_batches(tmp_path, "show_o_tiny", *keys)
-    both = speed.step_flops(recipe, batches)
-    reca, i2t = (speed.step_flops(recipe, {task: batches[task]}) for task in ("reca", "i2t"))
+    recipe, batches, tokenizer = first_batches(tmp_path, "show_o_tiny", *keys)
+    both = speed.step_flops(recipe, batches, tokenizer)
+    reca, i2t = (speed.step_flops(recipe, {task: batches[task]}, tokenizer) for task in ("reca", "i2t"))
     assert both == pytest.approx(reca + i2t) and min(reca, i2t) > 0.02 * both
     adapter, fake = build_meta(recipe)
     assert reca == pytest.approx(6 * sum(check.flops(adapter, fake, 3)), rel=0.1)  # texts are of other lengths
+
+
+def test_texts_are_counted_with_the_tokens_of_the_model(tmp_path):
+    """A tokenizer may make several tokens of a word."""
+    keys = ["objective.i2t.weight=0", "model.max_reca_tokens=120"]
+    recipe, batches, tokenizer = first_batches(tmp_path, "show_o_tiny", *keys)
+    words = speed.step_flops(recipe, batches, tokenizer)
+    letters = Adapter.load_tokenizer(recipe.model)
+    letters.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    assert speed.step_flops(recipe, batches, letters) > 1.1 * words
 
 
 def test_the_image_that_a_scored_one_stays_close_to_is_encoded_too():
@@ -108,25 +120,26 @@ def test_the_image_that_a_scored_one_stays_close_to_is_encoded_too():
 
 def test_a_head_is_counted_on_the_tokens_that_the_step_hides(tmp_path):
     keys = ["objective.i2t.weight=0", "objective.reca.batch_size=4", "objective.reca.micro_batch=4"]
-    recipe, batches = first_batches(tmp_path, "show_o_tiny", *keys)
+    recipe, batches, tokenizer = first_batches(tmp_path, "show_o_tiny", *keys)
     adapter, _ = build_meta(recipe)
     flops, rows = [], []
     for seed in (0, 1):
         recipe.train.seed = seed
-        flops.append(speed.step_flops(recipe, batches))
+        flops.append(speed.step_flops(recipe, batches, tokenizer))
         rows.append(adapter.prepare(batches["reca"][0], task_rng(seed, "reca")).weight)
     assert rows[0] != rows[1]
     assert flops[1] - flops[0] == 6 * (rows[1] - rows[0]) * adapter.showo.lm_head.weight.numel()
 
 
 def test_what_is_frozen_and_what_is_cached_costs_less(tmp_path):
-    recipe, batches = first_batches(tmp_path, "show_o_tiny", "objective.i2t.weight=0", "objective.reca.micro_batch=4")
-    whole = speed.step_flops(recipe, batches)
+    keys = ["objective.i2t.weight=0", "objective.reca.micro_batch=4"]
+    recipe, batches, tokenizer = first_batches(tmp_path, "show_o_tiny", *keys)
+    whole = speed.step_flops(recipe, batches, tokenizer)
     (batch,) = batches["reca"]
     batch.features = Trainer(recipe).adapter.encode(batch)
-    cached = speed.step_flops(recipe, batches)
+    cached = speed.step_flops(recipe, batches, tokenizer)
     recipe.train.frozen = ["*layers.*.mlp.*"]
-    assert speed.step_flops(recipe, batches) < 0.95 * cached < 0.95 * whole
+    assert speed.step_flops(recipe, batches, tokenizer) < 0.95 * cached < 0.95 * whole
 
 
 PEAK = """

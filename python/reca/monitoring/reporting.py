@@ -78,7 +78,7 @@ class RunReport:
             return
         started = time.perf_counter()
         try:
-            self.speed.flops = speed.step_flops(self.recipe, batches)
+            self.speed.flops = speed.step_flops(self.recipe, batches, self.adapter.tokenizer)
         except Exception as error:  # some models cannot run on fake tensors; training continues
             log.warning("the FLOPs of a step cannot be counted (%s: %s): no MFU is logged", type(error).__name__, error)
             self.countable = False

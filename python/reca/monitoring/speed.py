@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -47,13 +48,13 @@ def _measured_rate(device: torch.device) -> float:
     return 2 * MEASURED_SIZE**3 * MEASURED_TIMES / (time.perf_counter() - started)
 
 
-def step_flops(recipe: Recipe, batches: Mapping[str, Sequence[Batch]]) -> float:
+def step_flops(recipe: Recipe, batches: Mapping[str, Sequence[Batch]], tokenizer: Any) -> float:
     """Count the FLOPs of a step over all GPUs, by running the model on fake tensors. Takes seconds on the CPU.
 
     batches: micro-batches of each task. The first one of a task is counted and scaled to the batch size, so the result
-    assumes texts of its lengths.
+    assumes texts of its lengths. tokenizer: the model's; None for a model without one.
     """
-    adapter, fake = build_meta(recipe)
+    adapter, fake = build_meta(recipe, tokenizer)
     total = 0.0
     for task, micro_batches in batches.items():
         first, rng = check.without_memory(micro_batches[0], fake), task_rng(recipe.train.seed, task)
