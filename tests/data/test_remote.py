@@ -426,3 +426,20 @@ def test_file_systems_that_other_code_shares_keep_their_settings(memory, monkeyp
     one, two = (remote.remote_path(f"memory://data/{name}").fs for name in "ab")
     assert one is two and one.retries == 1 and memory.retries == 5
     assert "walk" in vars(one) and not {"walk", "_walk", "retries"} & set(vars(fsspec.filesystem("memory")))
+
+
+@pytest.mark.parametrize("given", [None, {"read_timeout": 7}, {"retries": {"max_attempts": 9}}])
+def test_attempts_of_botocore_are_few_unless_the_user_sets_them(given):
+    """Its five of 15 s each would make one read of a silent network last as long as the patience with an outage."""
+
+    class Bucket(fsspec.AbstractFileSystem):
+        protocol = "bucket"
+
+        def __init__(self, config_kwargs=None, **options):
+            super().__init__(**options)
+            self.config_kwargs = config_kwargs or {}
+
+    shared = Bucket(config_kwargs=given)
+    own = remote._own(shared)
+    assert own is not shared and shared.config_kwargs == (given or {})
+    assert own.config_kwargs == {"retries": {"total_max_attempts": 2}} | (given or {})

@@ -229,9 +229,12 @@ def _own(shared: Any) -> Any:
     """Return a file system like one that fsspec shares with other code, with settings of its own.
 
     Its searches raise the error of a folder that cannot be listed, which to fsspec would be empty. It makes a request
-    once: repetitions are up to `ask`, and would multiply.
+    once, or twice where botocore does: repetitions are up to `ask`, and would multiply.
     """
-    fs = type(shared)(*shared.storage_args, **shared.storage_options, skip_instance_cache=True)
+    options = dict(shared.storage_options)
+    if hasattr(shared, "config_kwargs"):  # s3fs
+        options["config_kwargs"] = {"retries": {"total_max_attempts": 2}} | (options.get("config_kwargs") or {})
+    fs = type(shared)(*shared.storage_args, **options, skip_instance_cache=True)
     for name in ("walk", "_walk"):
         if (walk := getattr(fs, name, None)) is not None:
             setattr(fs, name, functools.partial(walk, on_error=_unless_missing))
