@@ -542,7 +542,8 @@ def test_a_run_without_checkpoints_or_evaluations_is_refused(painter):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"suite": "geneva"}, "there is no suite 'geneva'; the suites are toy, geneval, "),
+        ({"suite": "geneva"}, "there is no suite 'geneva'; did you mean geneval? The suites are toy, geneval, "),
+        ({"suite": "nothing"}, "there is no suite 'nothing'; the suites are toy, geneval, "),
         ({"suite": "toy?side=3"}, "only the toy datasets have options, such as toy?dataset=emoji&seed=1"),
         ({"suite": "toy?dataset=moon"}, "the datasets are emoji, shapes"),
         (
@@ -568,3 +569,9 @@ def test_what_cannot_be_asked(painter, given, message):
         reca.evaluate(**arguments)
     assert any(part in str(caught.value) for part in message.split("|")), caught.value
     assert Painter.made == 0 and not list(painter.rglob("*.png"))
+
+
+@pytest.mark.parametrize("suite", ["toy", "toy?dataset=emoji"])
+def test_the_model_before_the_suite(painter, capsys, suite):
+    assert cli.main(["eval", str(painter), suite]) == 3
+    assert f"the suite stands before the model: reca eval {suite} {painter}" in capsys.readouterr().err

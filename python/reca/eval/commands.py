@@ -42,6 +42,9 @@ def run(options: argparse.Namespace) -> None:
     from reca import api, distributed
     from reca.eval import report
 
+    suite, source = (str(name).partition("?")[0] in SUITES for name in (options.suite, options.recipe))
+    if source and not suite:
+        raise ValueError(f"the suite stands before the model: reca eval {options.recipe} {options.suite}")
     steps = [step.strip() for step in options.steps.split(",")]
     found = api.evaluate(
         options.suite,

@@ -1,5 +1,6 @@
 """Registry of suites, one file per benchmark."""
 
+from difflib import get_close_matches
 from pathlib import Path
 from urllib.parse import parse_qsl
 
@@ -33,7 +34,9 @@ def open_suite(name: str, data: Path | None = None) -> Suite:
     """
     base, _, query = name.partition("?")
     if base not in SUITES:
-        raise ValueError(f"there is no suite {base!r}; the suites are {', '.join(SUITES)}")
+        near = get_close_matches(base[:200], SUITES, 1, 0.75)
+        hint = f"did you mean {near[0]}? The" if near else "the"
+        raise ValueError(f"there is no suite {base!r}; {hint} suites are {', '.join(SUITES)}")
     if not query:
         return SUITES[base](data)
     try:
