@@ -160,6 +160,22 @@ def test_one_model_with_two_settings_can_differ(painter, tmp_path):
         assert -low == pytest.approx(high) and (high == 0 if seed == 0 else 1 - 0.025 ** (1 / LIMIT) <= high < 0.2)
 
 
+def test_a_change_between_two_kinds_of_model_is_not_called_one_of_training(painter, tmp_path):
+    reca.evaluate("toy", painter, limit=LIMIT)
+    kept = shutil.copytree(painter / "eval/000002/toy", tmp_path / "kept")
+    said = {}
+    for umm, sampling in (("show_o", {}), ("bagel", {}), ("bagel", {"steps": 9})):
+        results = json.loads((kept / "results.json").read_text())
+        results["model"]["umm"] = umm
+        results["sampling"] |= sampling
+        (kept / "results.json").write_text(json.dumps(results))
+        found = reca.evaluate("toy", painter, against=kept, limit=LIMIT)
+        said[(umm, *sampling)] = report.text(found)
+    assert "different models" not in said[("show_o",)]
+    for key, also in ((("bagel",), ""), (("bagel", "steps"), " and also differ in sampling")):
+        assert f"the two are different models (bagel and show_o){also}: the change is not one of training" in said[key]
+
+
 def test_nothing_is_done_twice(painter, monkeypatch):
     first = reca.evaluate("toy", painter, limit=LIMIT)
     monkeypatch.setattr(targets.Target, "load", None)

@@ -213,14 +213,22 @@ def text(found: Mapping[str, Any]) -> str:
     if against:
         gains = sum(row["after"] > row["before"] for row in against["flips"])
         lines.append(f"prompts: {gains} gained, {len(against['flips']) - gains} lost of {against['items']} in both")
-        if not against["identical_settings"]:
-            names = ", ".join(against["differs"])
-            lines.append(f"the two also differ in {names}: the change may not be due to training alone")
+        lines += _caution(found["model"], against)
         lines += _power_lines(found["power"] or [], unit)
     if counts["failed"] or counts["missing"]:
         lines.append(f"{counts['failed']} images failed and {counts['missing']} are missing; the scores exclude them")
     lines.append("intervals: 95 %, over prompts within tags")
     return "\n".join(lines)
+
+
+def _caution(model: Mapping[str, Any] | None, against: Mapping[str, Any]) -> list[str]:
+    """Say in a line what besides training may have caused the change, if anything did."""
+    kinds = [side["umm"] for side in (against["model"], model) if side]
+    names = ", ".join(against["differs"])
+    if len(set(kinds)) == 2:
+        also = f" and also differ in {names}" if names else ""
+        return [f"the two are different models ({' and '.join(kinds)}){also}: the change is not one of training"]
+    return [f"the two also differ in {names}: the change may not be due to training alone"] if names else []
 
 
 def _power_lines(table: Sequence[Mapping[str, Any]], unit: str) -> list[str]:
