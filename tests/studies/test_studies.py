@@ -509,6 +509,7 @@ def test_a_modification_that_is_not_there_is_refused(pretrained, recipe, tmp_pat
 @pytest.mark.parametrize(
     "arguments, said",
     [
+        (["encodr"], "no study 'encodr': did you mean encoder? Give a .yaml file, or one of blur"),
         (["nothing"], "no study 'nothing': give a .yaml file, or one of blur"),
         (["main", "--recipe", "show_o_512"], "--recipe needs --suite"),
         (["main", "--suite", "geneval"], "are for --recipe"),
