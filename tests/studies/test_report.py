@@ -3,7 +3,7 @@
 import pytest
 
 from reca.demo.measure import Rate
-from reca.studies import report
+from reca.studies import report, runner
 from reca.studies.plan import plan
 from reca.studies.study import load_study
 from reca.studies.task import Asked
@@ -97,3 +97,29 @@ def test_the_page_has_curves_and_the_images_of_the_first_seed(tmp_path):
 def test_a_half_known_interval_is_left_out(value, interval, written):
     """Of a suite whose scores have a bound on one side only."""
     assert report.cell({"value": value, "interval": interval}) == written
+
+
+@pytest.mark.parametrize(
+    "value, low, high, written",
+    [
+        (85.0, 81.74, 87.66, "85.0 [81.7, 87.7]"),
+        (0.0113, 0.00894, 0.0141, "0.0113 [0.0089, 0.0141]"),
+        (0.386, 0.37, 0.41, "0.386 [0.370, 0.410]"),
+        (0.0, 0.0, 0.3, "0.0 [0.0, 0.3]"),
+        (0.5, None, None, "0.500"),
+        (float("nan"), None, None, "nan"),
+    ],
+)
+def test_an_interval_has_the_digits_of_its_value(value, low, high, written):
+    assert report.cell({"value": value, "interval": [low, high]}) == written
+
+
+def test_a_difference_is_written_with_its_sign():
+    gap = {"difference": -0.725, "interval": [-3.217, 1.741]}
+    assert report.change(gap) == "-0.7 [-3.2, +1.7]"
+    assert report.change({"difference": -0.29, "interval": [None, None]}) == "-0.290 (no interval)"
+    assert report.change({"difference": None}) == ""
+
+
+def test_a_failed_task_is_said_in_one_line():
+    assert runner.line({"failed": "ValueError: no"}) == "FAILED, ValueError: no"
