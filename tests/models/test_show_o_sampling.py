@@ -1,4 +1,4 @@
-"""Show-o's sampler and the lengths of its texts: noise, masked codes per step, what is truncated and what is refused."""
+"""Show-o's sampler and the lengths of its texts: noise, masked codes per step, what is truncated or refused."""
 
 import math
 
