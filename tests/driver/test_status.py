@@ -17,6 +17,7 @@ from reca import checkpoint, exits
 from reca.cli import main
 from reca.config.recipe_files import load_recipe
 from reca.io import jsonl
+from reca.options.fields import RecipeError
 from reca.runs import folder_lock, status
 from reca.runs.finished import finished_steps
 from reca.runs.folder import RunFolder, RunInUse
@@ -177,10 +178,20 @@ def test_a_finished_run_says_that_it_was_trained_on_other_data(recipe, tmp_path,
     made = recipe("train.steps=1")
     run_toy(made)
     caplog.clear()
-    assert finished_steps(recipe("train.steps=1", "data.conversations=unused")) == 1 and not caplog.records
+    unread = ("data.conversations=unused", "data.workers=1", "log.every=7")
+    assert finished_steps(recipe("train.steps=1", *unread)) == 1 and not caplog.records
     assert finished_steps(recipe("train.steps=1", f"data.images={tmp_path}/others")) == 1
     assert f"(data.images '{made.data.images}' -> '{tmp_path}/others')" in caplog.text
     assert "set another run_dir to train with it" in caplog.text
+
+
+def test_a_finished_run_is_one_of_its_recipe(recipe):
+    """Not one of fewer steps than are asked for now, and not one of other keys that change its result."""
+    run_toy(recipe("train.steps=2"))
+    assert finished_steps(recipe("train.steps=2")) == finished_steps(recipe("train.steps=1")) == 2
+    assert finished_steps(recipe("train.steps=3")) is None
+    with pytest.raises(RecipeError, match="contains a run of another recipe .optim.lr .* -> 0.5"):
+        finished_steps(recipe("train.steps=2", "optim.lr=0.5"))
 
 
 REFUSED = {
