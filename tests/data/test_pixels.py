@@ -209,6 +209,9 @@ def test_blur_removes_detail_and_keeps_size():
         ((1024, 1024), View(1024, fit="bound", min_size=512, stride=16), (1024, 1024)),
         ((300, 200), View(1024, fit="bound", min_size=512, stride=16), (768, 512)),
         ((4000, 400), View(1024, fit="bound", min_size=512, stride=16), (1024, 96)),
+        # 2000 x 1330 has too many pixels: its sides shrink by the ratio of the areas, 0.0451, as in the release
+        ((3000, 2000), View(2000, fit="bound", min_size=100, stride=10, max_pixels=120000), (90, 60)),
+        ((3000, 2000), View(2000, fit="bound", min_size=100, stride=10, max_pixels=2660000), (2000, 1330)),
     ],
 )
 def test_bound_sizes(size, view, expected):
