@@ -81,3 +81,35 @@ def test_prompts_alone_are_kept():
         keys, values = layer.update(rows[:, :, 3:], -rows[:, :, 3:])
         assert torch.equal(keys, rows) and torch.equal(values, -rows)
         assert layer.get_seq_length() == 3 and layer.keys.untyped_storage().nbytes() == rows[:, :, :3].nbytes
+
+
+@torch.no_grad()
+def test_tokens_behind_cached_prompts_go_on_from_each_ones_last_position():
+    """Without spans and positions they are causal, and the padding before a shorter prompt is not read."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaModel(LlamaConfig(vocab_size=5, **sizes, attn_implementation=planned.CAUSAL)).eval()
+    rows, lengths = torch.randn(2, 7, 8), (4, 1)
+    positions = torch.tensor([[0, 1, 2, 3], [0, 0, 0, 0]])
+    prompts = planned.CachedPrompts(model, rows[:, :4], positions, planned.padded(lengths, 4))
+    for _ in range(2):
+        behind = prompts(rows[:, 4:])
+        for number, length in enumerate(lengths):
+            alone = model(inputs_embeds=rows[number : number + 1, 4 - length :]).last_hidden_state
+            torch.testing.assert_close(behind[number], alone[0, -3:])
+
+
+def test_planned_attention_without_a_plan_or_with_dropout_says_so():
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=5, **sizes, attn_implementation=planned.PLANNED, attention_dropout=0.5)
+    model, rows = LlamaModel(config).train(), torch.zeros(1, 3, 8)
+    with pytest.raises(ValueError, match="LlamaAttention needs an attention plan; pass plan="):
+        model(inputs_embeds=rows)
+    with pytest.raises(ValueError, match="LlamaAttention has attention dropout 0.5; .* set it to 0"):
+        model(inputs_embeds=rows, plan=attention_plan([[AttentionSpan(3)]]))
+
+
+def test_padding_may_be_on_either_side():
+    pad, text = AttentionSpan(2, "pad"), AttentionSpan(1)
+    assert planned.padded([1, 3], 3) == [(pad, text), (AttentionSpan(3),)]
+    assert planned.padded([1, 3], 3, "right") == [(text, pad), (AttentionSpan(3),)]
