@@ -43,12 +43,12 @@ def check_judge(spec: str | None, options: Mapping[str, Any], suite: Suite) -> t
         spec = "toy"
     if spec is None:
         raise OptionError(
-            f"{suite.name} needs a judge: set {option('judge')} to one of {_list(suite)}. {_exact(suite)}"
+            f"{suite.name} needs a judge: set {option('judge')} to one of {_list(suite)}.{_exact(suite)}"
         )
     name, _, argument = spec.partition(":")
     if name not in JUDGES or (name != "recorded" and name not in KINDS[suite.judge_kind]):
         raise ValueError(
-            f"{option('judge', name)} does not support {suite.name}; use one of {_list(suite)}. {_exact(suite)}"
+            f"{option('judge', name)} does not support {suite.name}; use one of {_list(suite)}.{_exact(suite)}"
         )
     wanted = JUDGES[name][2]
     if bool(argument) != bool(wanted):
@@ -85,4 +85,4 @@ def _list(suite: Suite) -> str:
 
 
 def _exact(suite: Suite) -> str:
-    return f"Published numbers come from {suite.exact_judge}." if suite.exact_judge else ""
+    return f" Published numbers come from {suite.exact_judge}." if suite.exact_judge else ""
