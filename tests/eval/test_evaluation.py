@@ -588,6 +588,12 @@ def test_what_cannot_be_asked(painter, given, message):
     assert Painter.made == 0 and not list(painter.rglob("*.png"))
 
 
+def test_the_help_says_how_steps_are_separated(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["eval", "--help"])
+    assert "[--steps STEP[,STEP...]]" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("suite", ["toy", "toy?dataset=emoji"])
 def test_the_model_before_the_suite(painter, capsys, suite):
     assert cli.main(["eval", str(painter), suite]) == 3

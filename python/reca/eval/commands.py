@@ -22,7 +22,8 @@ def add(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--steps",
         default="generate,judge,score,report",
-        help="steps to run, of generate, judge, score and report (default: all)",
+        metavar="STEP[,STEP...]",
+        help="steps to run, of generate, judge, score and report, separated by commas (default: all)",
     )
     sub.add_argument("--images", type=path_text, metavar="DIR", help="existing images, in the benchmark's own layout")
     sub.add_argument("--records", type=path_text, metavar="FILE", help="existing records or a result file")
