@@ -42,9 +42,7 @@ def check_judge(spec: str | None, options: Mapping[str, Any], suite: Suite) -> t
     if spec is None and suite.judge_kind == "toy":
         spec = "toy"
     if spec is None:
-        raise OptionError(
-            f"{suite.name} needs a judge: set {option('judge')} to one of {_list(suite)}.{_exact(suite)}"
-        )
+        raise OptionError(f"{suite.name} needs a judge: set {option('judge')} to one of {_list(suite)}.{_exact(suite)}")
     name, _, argument = spec.partition(":")
     if name not in JUDGES or (name != "recorded" and name not in KINDS[suite.judge_kind]):
         raise ValueError(
