@@ -102,13 +102,36 @@ def test_the_evaluation_that_is_named_after_its_suite_is_compared(tmp_path):
     (suite,) = found["suites"]
     assert suite["overall"]["value"] == 1.0 and suite["against"]["overall"]["value"] == 0.5
     alone, *left_out = found["notes"]
-    assert "geneval was evaluated for" in alone
+    assert (
+        alone == f"geneval was evaluated for {tmp_path} only; run reca eval geneval for the other model to compare it"
+    )
     assert [note.split(" is ignored")[0] for note in left_out] == [
         str(tmp_path / "eval/000008" / name) for name in ("a", "geneval_ema")
     ]
     (tmp_path / "eval/000008/geneval/results.json").unlink()
     (suite,) = compare("base", str(tmp_path))["suites"]
     assert suite["overall"]["value"] == 0.0
+
+
+def test_runs_are_compared_without_evaluations_and_evaluations_of_other_suites_are_not(tmp_path):
+    run = str(tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    save_recipe(load_recipe("show_o_tiny", {"run_dir": run}), tmp_path / "run/recipe.yaml")
+    found = compare("base", run)
+    assert not found["suites"] and found["notes"][0].startswith("neither model was evaluated; run reca eval SUITE RUN")
+    for suite in ("geneval", "dpg"):
+        evaluation(tmp_path / suite, 1.0, suite)
+    with pytest.raises(EvaluationError, match="have no results to compare: dpg was evaluated for .*dpg only;"):
+        compare(str(tmp_path / "dpg"), str(tmp_path / "geneval"))
+
+
+def test_base_may_be_either_side_and_not_both(tmp_path):
+    save_recipe(load_recipe("show_o_tiny", {"run_dir": str(tmp_path)}), tmp_path / "recipe.yaml")
+    assert [side.kind for side in find_sides("base", str(tmp_path))] == ["base", "run"]
+    assert [side.kind for side in find_sides(str(tmp_path), "base")] == ["run", "base"]
+    assert [side.lacks_weights for side in find_sides("base", str(tmp_path))] == [False, True]
+    with pytest.raises(ValueError, match="both sides are base: pass a run on one side"):
+        find_sides("base", "base")
 
 
 def test_a_run_is_compared_by_the_evaluations_of_its_newest_checkpoint(tmp_path):
@@ -118,8 +141,9 @@ def test_a_run_is_compared_by_the_evaluations_of_its_newest_checkpoint(tmp_path)
         (tmp_path / f"checkpoints/{step:06}" / checkpoint.MARKER).write_text("of the weights")
     evaluation(tmp_path / "eval/base/geneval", 0.5, model={"step": None})
     evaluation(tmp_path / "eval/000004/geneval", 1.0, model={"step": 4})
-    suites, notes = _suites(*find_sides("base", str(tmp_path)))
-    assert not suites and len(notes) == 2
+    sides = find_sides("base", str(tmp_path))
+    suites, notes = _suites(*sides)
+    assert not suites and len(notes) == 2 and not any(side.lacks_weights for side in sides)
     assert notes[1].startswith(f"{tmp_path} stands for step 8, which was not evaluated, but other steps were: ")
     assert notes[1].endswith(f"in {tmp_path}/eval (000004)")
     (suite,), notes = _suites(*find_sides("base", str(tmp_path / "checkpoints/000004")))
