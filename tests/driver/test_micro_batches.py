@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from reca import objective
 from reca.config.recipe import TaskConfig
 from reca.config.recipe_files import load_recipe, recipe_names
 from reca.data.loader import Stream, open_loader
@@ -192,6 +193,13 @@ def test_mean_of_micro_batches_by_their_shares_of_samples(recipe):
         assert float(sums[0] / sums[1]) == pytest.approx(float(loss.detach()), rel=1e-6)  # what is logged
         expected = torch.cat([p.grad.flatten() for p in adapter.parameters() if p.grad is not None])
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-8)
+
+
+def test_ranks_exchange_gradients_in_the_last_pass_of_a_step(recipe, monkeypatch):
+    exchanged = []
+    monkeypatch.setattr(objective, "set_gradient_sync", lambda _, last: exchanged.append(last))
+    gradient(recipe, 3)
+    assert exchanged == [False, False, True]
 
 
 def test_a_copy_adds_nothing_even_if_its_loss_is_not_finite(recipe):
