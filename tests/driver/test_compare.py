@@ -141,6 +141,7 @@ def test_a_run_is_compared_by_the_evaluations_of_its_newest_checkpoint(tmp_path)
         (tmp_path / f"checkpoints/{step:06}" / checkpoint.MARKER).write_text("of the weights")
     evaluation(tmp_path / "eval/base/geneval", 0.5, model={"step": None})
     evaluation(tmp_path / "eval/000004/geneval", 1.0, model={"step": 4})
+    (tmp_path / "eval/000006/geneval").mkdir(parents=True)  # of an evaluation that failed at its start
     sides = find_sides("base", str(tmp_path))
     suites, notes = _suites(*sides)
     assert not suites and len(notes) == 2 and not any(side.lacks_weights for side in sides)

@@ -17,6 +17,6 @@ def painter(monkeypatch, tmp_path):
 
     monkeypatch.setattr(targets.Target, "load", load)
     run = tmp_path / "run"
-    (run / "eval/000002").mkdir(parents=True)  # a run without checkpoints stands for its last step with evaluations
+    (run / "eval/000002/other/images").mkdir(parents=True)  # without checkpoints: the last step with evaluations
     (run / "recipe.yaml").write_text("umm: show_o\nrun_dir: run\n")
     return run

@@ -550,7 +550,7 @@ def test_a_model_is_not_evaluated_against_itself(painter):
 
 
 def test_a_run_without_checkpoints_or_evaluations_is_refused(painter):
-    (painter / "eval/000002").rmdir()
+    shutil.rmtree(painter / "eval/000002")
     with pytest.raises(CheckpointError, match="run has no complete checkpoint; did the run save one"):
         reca.evaluate("toy", painter, limit=5)
 

@@ -103,8 +103,12 @@ def evaluations_of(run: Path, folder: Path | None) -> Path | None:
 
 
 def evaluated_steps(run: Path) -> list[str]:
-    """List the steps of a run that have evaluations, as the names of their folders in RUN/eval."""
-    return sorted((path.name for path in (run / "eval").glob("*") if path.name.isdecimal()), key=int)
+    """List the steps of a run that have evaluations, as the names of their folders in RUN/eval.
+
+    An evaluation that failed at its start may leave an empty folder.
+    """
+    steps = {path.parents[1].name for path in (run / "eval").glob("*/*/*")}
+    return sorted(filter(str.isdecimal, steps), key=int)
 
 
 def made_during_training(run: Path, step: int | None) -> tuple[Path, ...]:
