@@ -13,7 +13,6 @@ from reca import checkpoint, distributed, exits, inference, objective, preflight
 from reca.config.recipe import Recipe, TaskConfig
 from reca.config.recipe_files import absolute_paths, save_recipe
 from reca.data.batch import Batch
-from reca.data.errors import OutageGoesOn
 from reca.data.loader import Loader, open_loader
 from reca.errors import CollapseError, NotSavedError
 from reca.estimate import fit_run, out_of_memory
@@ -151,8 +150,6 @@ class Trainer:
         with distributed.fail_together():  # all read files
             self.features = features_identity(recipe, self.adapter, parent) if recipe.data.cache else None
             self.loaders = {task: self._loader(task) for task in self.tasks}
-            for loader in self.loaders.values():  # several ranks save together, and others may be in the step already
-                loader.gives_up = lambda: self.interruption.requested and distributed.world_size() == 1
             self.diagnostics = Diagnostics(recipe, self.adapter, self.sources, self.loaders, self.device, self.autocast)
         self.evaluations = Evaluations(recipe, self.adapter, self.sources, self.device, self.autocast)
         self.evaluations.resume(self.run_dir, self.step)
@@ -212,12 +209,7 @@ class Trainer:
             while self.step < recipe.train.steps:
                 watch.enter(self.step + 1, "loading of batches")
                 started = time.perf_counter()
-                try:
-                    batches = self.next_batches(streams)
-                except OutageGoesOn:
-                    if self.interruption.requested and distributed.world_size() == 1:
-                        self._save_or_stop()
-                    raise
+                batches = self.next_batches(streams)
                 data_wait = time.perf_counter() - started
                 watch.enter(self.step + 1, "training")
                 report.count_flops(batches)

@@ -1,18 +1,13 @@
 """Signals to a run, from its set-up to its last word."""
 
-import itertools
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
 
 from reca import exits
 from reca import trainer as driver
-from reca.data import loader as data_loader
-from reca.data import outage
-from reca.data.errors import Outage, OutageGoesOn
 from reca.processes.interruption import Interruption
 from reca.runs.folder import RunFolder
 from reca.runs.status import Status
@@ -135,34 +130,3 @@ def test_nohup_stays_what_it_is(recipe):
     finally:
         signal.signal(signal.SIGHUP, before)
     assert Status.read(Path(trainer.run_dir)).state == "finished"
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_signal_while_storage_answers_nothing_saves_what_there_is(recipe, monkeypatch, workers, ranks):
-    """The run waited the outage out: minutes, and then it ended without saving. Several ranks cannot save here."""
-    trainer = Trainer(recipe(f"data.workers={workers}", "data.prefetch=0", "train.steps=50"), ToyAdapter())
-    monkeypatch.setattr(outage, "PATIENCE", 60.0 if ranks == 1 else 0.1)
-    monkeypatch.setattr(outage, "PAUSE", 30.0 if ranks == 1 else 0.1)
-    monkeypatch.setattr(outage, "POLL", 0.01)
-    monkeypatch.setattr(driver.distributed, "world_size", lambda: ranks)
-    asked = itertools.count()
-
-    def silent(read, *given, outlast=outage.outlast):
-        def away():
-            if trainer.step < 2:
-                return read()
-            if next(asked) == 0:
-                os.kill(os.getpid(), signal.SIGINT)
-            raise Outage("the network is down")
-
-        return outlast(away, *given)
-
-    monkeypatch.setattr(data_loader, "outlast", silent)
-    began = time.monotonic()
-    if ranks == 1:
-        assert interrupted(trainer) == 2
-    else:
-        with pytest.raises(OutageGoesOn, match="the network is down"):
-            trainer.run()
-    assert next(asked) and time.monotonic() - began < 20

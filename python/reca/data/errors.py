@@ -17,9 +17,5 @@ class Outage(OSError):
     """Remote storage that no longer answers requests that it answered before. No sample is at fault."""
 
 
-class OutageGoesOn(DataError):
-    """Remote storage that has answered nothing for too long, or until the waiting was ended."""
-
-
 class LeftOut(BadSample):
     """A row that is not a sample, such as one without an image. Another takes its place; it is not recorded as bad."""

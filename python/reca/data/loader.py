@@ -150,7 +150,6 @@ class Loader:
         self.bad_samples = BadSamples(bad_samples, source, config.max_bad_fraction)
         self.pool = ThreadPoolExecutor(config.workers) if config.workers else None
         self.closed = threading.Event()
-        self.gives_up: Callable[[], bool] = lambda: False  # whether not to wait for storage that answers nothing
 
     @property
     def labels(self) -> list[str]:
@@ -308,7 +307,7 @@ class Loader:
         alone: decode it here; otherwise a batched decoder may leave that to `_decoded`.
         """
         try:
-            sample = outlast(lambda: self.source[index], self.closed, lambda: self.gives_up())
+            sample = outlast(lambda: self.source[index], self.closed)
             if not isinstance(sample, Sample) or not isinstance(sample.image, bytes):
                 kind = type(sample.image if isinstance(sample, Sample) else sample).__name__
                 raise TypeError(
