@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     return code
 
 
-def _report(error: BaseException, kept: str | None) -> None:
+def _report(error: BaseException, kept: str | None = None) -> None:
     """Print an error: the message of an expected one, otherwise the traceback.
 
     kept: what an interrupted command has written and uses when it is started again; None: nothing.
