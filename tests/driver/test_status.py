@@ -367,3 +367,13 @@ def test_a_run_whose_checkpoints_are_gone_does_not_start_again(state, recipe):
     shutil.rmtree(run_dir / "checkpoints")
     written.unlink()
     assert Trainer(recipe("train.steps=4"), ToyAdapter()).step == 0
+
+
+def test_a_folder_inside_a_run_is_answered_with_the_run(tmp_path):
+    inside = tmp_path / "run" / "checkpoints" / "000004"
+    inside.mkdir(parents=True)
+    with pytest.raises(ValueError, match="not a run folder: it has no status.json$"):
+        Status.read(inside)
+    (tmp_path / "run" / "status.json").write_text("{}")
+    with pytest.raises(ValueError, match=f"is inside the run folder {tmp_path}/run: pass that folder$"):
+        Status.read(inside)

@@ -69,7 +69,9 @@ class Status:
             found = json.loads(path.read_text())
             return cls(**{f.name: found[f.name] for f in fields(cls)})
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise ValueError(f"{run_dir} is not a run folder: it has no {FILE}") from error
+            run = next((folder for folder in run_dir.absolute().parents if (folder / FILE).is_file()), None)
+            inside = f"is inside the run folder {run}: pass that folder"
+            raise ValueError(f"{run_dir} {inside if run else f'is not a run folder: it has no {FILE}'}") from error
         except OSError as error:
             raise ValueError(f"{path} cannot be read ({error.strerror}); check its permissions and its disk") from error
         except (ValueError, TypeError, KeyError, AttributeError) as error:
