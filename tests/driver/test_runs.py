@@ -93,7 +93,7 @@ def test_reca_status(recipe, capsys, tmp_path):
     assert main(["status", recipe().run_dir]) == 0
     assert "state       finished" in capsys.readouterr().out
     assert main(["status", f"{recipe().run_dir}/status.json"]) == 3
-    assert "status.json is not a run folder" in capsys.readouterr().err
+    assert "status.json is inside the run folder" in capsys.readouterr().err
     (tmp_path / "run/status.json").write_text("{")
     assert main(["status", recipe().run_dir]) == 3
     assert "status.json cannot be read" in capsys.readouterr().err
