@@ -219,7 +219,6 @@ def _parser() -> argparse.ArgumentParser:
         "--question", help="question to which the prompt is scored as the answer (default: 'Describe this image.')"
     )
     _takes_sampling(best, folder_required=True)
-
     best.set_defaults(kept="the prompts done so far are kept")
 
     export = command("export", inference.export, "Export weights in the format of the model's public inference code.")

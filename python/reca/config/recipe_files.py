@@ -19,6 +19,7 @@ from reca.config.recipe import Recipe
 from reca.io.folders import write_atomically
 from reca.models import umm_package
 from reca.options.fields import RecipeError, check_heads, check_values, format_value
+from reca.options.names import nearest
 from reca.options.values import BLANK, convert, override_text, read_override, read_yaml, reject_switch, write_yaml
 
 _types = functools.cache(get_type_hints)
@@ -55,8 +56,8 @@ def load_recipe(name: str | Path, overrides: Sequence[str] | Mapping[str, Any] =
             raise
         if os.path.isfile(of_run := folder / "recipe.yaml"):
             raise RecipeError(f"{format_value(str(name))} is a run folder; its recipe is {of_run}") from error
-        near = get_close_matches(str(name)[:200], recipe_names(), 1, 0.75)
-        way = f"did you mean {near[0]}? Give" if near else "give"
+        near = nearest(str(name), recipe_names())
+        way = f"did you mean {near}? Give" if near else "give"
         raise UnknownRecipe(
             f"no recipe {format_value(str(name))}: {way} a .yaml file, or one of {', '.join(recipe_names())}"
         ) from error

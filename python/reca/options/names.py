@@ -1,10 +1,17 @@
-"""Names of options in messages, as the reader writes them: arguments in Python, flags in a shell, keys in a recipe."""
+"""Names in messages: options as the reader writes them, and what a misspelt name may stand for."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from difflib import get_close_matches
 from typing import Any
 
 Form = Callable[[str, Any], str]
+
+
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """Return the one of `names` that a misspelt name may stand for; None if none is near."""
+    near = get_close_matches(name[:200], names, 1, 0.75)
+    return near[0] if near else None
 
 
 def argument(name: str, value: Any) -> str:

@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, fields
-from difflib import get_close_matches
 from functools import reduce
 from operator import or_
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Union, get_args, get_origin
 
 from reca.models import UMMS
 from reca.options.fields import RecipeError
+from reca.options.names import nearest
 from reca.options.values import Scalar, convert, read_yaml
 from reca.studies.task import Asked
 
@@ -144,8 +144,8 @@ def load_study(name: str) -> Study:
     try:
         return _read(read_yaml(path.read_bytes(), str(path)), path)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        near = get_close_matches(name[:200], study_names(), 1, 0.75)
-        way = f"did you mean {near[0]}? Give" if near else "give"
+        near = nearest(name, study_names())
+        way = f"did you mean {near}? Give" if near else "give"
         raise StudyError(f"no study {name!r}: {way} a .yaml file, or one of {', '.join(study_names())}") from error
     except OSError as error:
         raise StudyError(f"study {path} cannot be read ({error.strerror})") from error

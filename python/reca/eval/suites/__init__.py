@@ -1,6 +1,5 @@
 """Registry of suites, one file per benchmark."""
 
-from difflib import get_close_matches
 from pathlib import Path
 from urllib.parse import parse_qsl
 
@@ -15,6 +14,7 @@ from reca.eval.suites.pope import Pope
 from reca.eval.suites.t2i_compbench import T2ICompBench
 from reca.eval.suites.toy import Toy
 from reca.eval.suites.wise import Wise, WiseLegacy
+from reca.options.names import nearest
 from reca.toy_datasets.dataset import PACKAGES
 
 __all__ = ["SUITES", "Item", "Key", "Score", "Suite", "Value", "open_suite"]
@@ -34,8 +34,8 @@ def open_suite(name: str, data: Path | None = None) -> Suite:
     """
     base, _, query = name.partition("?")
     if base not in SUITES:
-        near = get_close_matches(base[:200], SUITES, 1, 0.75)
-        hint = f"did you mean {near[0]}? The" if near else "the"
+        near = nearest(base, SUITES)
+        hint = f"did you mean {near}? The" if near else "the"
         raise ValueError(f"there is no suite {base!r}; {hint} suites are {', '.join(SUITES)}")
     if not query:
         return SUITES[base](data)
