@@ -116,12 +116,16 @@ def choose(
         ValueError: The name of the backend is unknown.
         RuntimeError: The forced backend cannot run.
     """
-    forced = backend or _used or os.environ.get("RECA_BACKEND") or "auto"
+    forced = backend or _forced()
     # One compiled graph serves many sizes, so where sizes are symbolic the choice is that for a large tensor.
     numel = None if torch.compiler.is_compiling() else tensor.numel() if numel is None else numel
     if type(numel) is not int:
         numel = None
     return _choose(op, tensor.device, dtype or tensor.dtype, numel, forced)
+
+
+def _forced() -> str:
+    return _used or os.environ.get("RECA_BACKEND") or "auto"
 
 
 @compiling.assume_constant_result  # a compiled graph keeps the choice made when it was traced
@@ -210,7 +214,10 @@ def load(backend: str, op: str) -> Any:
 
 
 def backend_report() -> str:
-    """Return a report of versions, devices and, for every op, the backend that runs it and why others cannot."""
+    """Return a report of versions, devices and, for every op, the backend that runs it and why others cannot.
+
+    A backend forced by `use` or RECA_BACKEND is shown as such.
+    """
     lines = [f"torch {torch.__version__}, {torch.get_num_threads()} CPU threads"]
     if native.module:
         lines.append(f"native module: {native.module.current_isa()} kernels, CUDA {native.module.cuda_archs or 'no'}")
@@ -222,21 +229,24 @@ def backend_report() -> str:
         for i in range(torch.cuda.device_count()):
             major, minor = torch.cuda.get_device_capability(i)
             lines.append(f"cuda:{i} {torch.cuda.get_device_name(i)}, compute capability {major}.{minor}")
-    if forced := os.environ.get("RECA_BACKEND"):
-        lines.append(f"RECA_BACKEND={forced} forces that backend")
-    for op in OPS:
-        for device in devices:
-            able = [b for b in BACKENDS if unusable(op, b, device) is None]
-            # The choice for a large fp32 tensor.
-            chosen = _by_table(op, device, None, torch.float32, None)
-            reasons = {b: unusable(op, b, device) for b in _kernels(op, device) if b not in able}
-            why = [f"{b}: {'no native module' if r == native.missing else r}" for b, r in reasons.items()]
-            # Where no kernel can run, the reference is not what was measured to be best.
-            basis = "" if why and chosen == "reference" else f", {_basis(op, device)}"
-            lines.append(f"{op} on {device}: {chosen}{basis}" + (f"  (not {'; '.join(why)})" if why else ""))
+    lines += [f"{op} on {device}: {_reported(op, device)}" for op in OPS for device in devices]
     attention = importlib.import_module("reca_kernels.attention.op")  # uses torch and flash-attn, not backends
     lines += attention.report(devices)
     return "\n".join(lines)
+
+
+def _reported(op: str, device: str) -> str:
+    """Return the choice for a large fp32 tensor, what it is based on, and why other backends cannot run."""
+    if (forced := _forced()) != "auto":
+        source = "reca_kernels.dispatch.use" if _used else f"RECA_BACKEND={forced}"
+        reason = unusable(op, forced, device) if forced in BACKENDS else "there is no such backend"
+        return f"none, forced by {source}, but {reason}" if reason else f"{forced}, forced by {source}"
+    chosen = _by_table(op, device, None, torch.float32, None)
+    reasons = {backend: unusable(op, backend, device) for backend in _kernels(op, device)}
+    why = [f"{b}: {'no native module' if r == native.missing else r}" for b, r in reasons.items() if r]
+    # Where no kernel can run, the reference is not what was measured to be best.
+    basis = "" if why and chosen == "reference" else f", {_basis(op, device)}"
+    return f"{chosen}{basis}" + (f"  (not {'; '.join(why)})" if why else "")
 
 
 def _basis(op: str, device: str) -> str:

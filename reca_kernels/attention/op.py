@@ -80,7 +80,7 @@ def attention(
         k, v = _after(prefix, k, v, plan)
     _check(q, k, v, plan)
     deterministic = _torch_is_deterministic() if deterministic is None else deterministic
-    forced = impl or os.environ.get("RECA_ATTENTION") or "auto"
+    forced = impl or _forced()
     name = _choose(q.device, q.dtype, int(q.shape[-1]), deterministic, forced)
     if not any(plan.groups):  # no row attends to anything
         return q.masked_fill(q.new_ones((), dtype=torch.bool), 0)
@@ -98,6 +98,10 @@ def attention(
     if (name == "dense" or (q.is_cpu and not torch.compiler.is_compiling())) and has_hidden(plan):
         return shielded(run, q, k, v, plan, raw)
     return run(q, k, v)
+
+
+def _forced() -> str:
+    return os.environ.get("RECA_ATTENTION") or "auto"
 
 
 def _laid_out(x: Tensor) -> Tensor:
@@ -238,6 +242,10 @@ def report(devices: Sequence[str]) -> list[str]:
 def _reported(device: str) -> str:
     where = torch.device(device, 0) if device == "cuda" else torch.device(device)
     asked: tuple[Any, ...] = (where, torch.bfloat16, 64, False)
+    if (forced := _forced()) != "auto":
+        reason = unusable(forced, *asked) if forced in IMPLS else "there is no such impl"
+        chosen, but = ("none", f", but {reason}") if reason else (forced, "")
+        return f"{OP} on {device}: {chosen}, forced by RECA_ATTENTION={forced}{but}"
     chosen = choose(*asked)
     why = [f"{name}: {reason}" for name in IMPLS if (reason := unusable(name, *asked))]
     more = ", dense for small batches" if device == "cpu" else f", {basis(where)}"

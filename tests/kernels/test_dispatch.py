@@ -84,6 +84,26 @@ def test_report_names_every_op():
     assert all(f"{op} on cpu" in report for op in dispatch.OPS) and torch.__version__ in report
 
 
+def test_report_shows_what_is_forced(monkeypatch):
+    """The run's log takes its line of kernels from the report."""
+    monkeypatch.setenv("RECA_BACKEND", "reference")
+    monkeypatch.setenv("RECA_ATTENTION", "dense")
+    report = backend_report().splitlines()
+    assert "philox on cpu: reference, forced by RECA_BACKEND=reference" in report
+    assert "attention on cpu: dense, forced by RECA_ATTENTION=dense" in report
+    monkeypatch.setenv("RECA_BACKEND", "cuda")
+    monkeypatch.setenv("RECA_ATTENTION", "fa3")
+    report = backend_report()
+    assert "philox on cpu: none, forced by RECA_BACKEND=cuda, but " in report
+    assert "attention on cpu: none, forced by RECA_ATTENTION=fa3, but the tensors are on cpu" in report
+    monkeypatch.setenv("RECA_BACKEND", "rust")
+    monkeypatch.setenv("RECA_ATTENTION", "auto")
+    with dispatch.use("reference"):
+        assert "philox on cpu: reference, forced by reca_kernels.dispatch.use" in backend_report()
+    assert "philox on cpu: none, forced by RECA_BACKEND=rust, but there is no such backend" in backend_report()
+    assert "attention on cpu: sdpa, " in backend_report()
+
+
 def test_ops_are_the_folders_with_a_kernel():
     assert {"philox", "template_concat", "masked_cross_entropy", "masked_linear_cross_entropy"} <= set(dispatch.OPS)
     assert "attention" not in dispatch.OPS, "it has a definition, and runs on torch and flash-attn"
