@@ -17,6 +17,7 @@ from reca.models.harmon import modules, prompt
 from reca.models.harmon.modules import Network
 from reca.rng import CounterRNG, RandomStream
 from reca_kernels import diffusion_schedule, space_timesteps
+from reca_kernels.host import on_device
 
 SCHEDULES = ("constant", "linear")
 
@@ -180,7 +181,7 @@ def denoise(
     device, (_, _, n, _) = z.device, z.shape
     channels = head.input_proj.in_features
     table = diffusion_schedule(modules.STEPS, keep=diffusion, device=device)
-    times = head.time(space_timesteps(modules.STEPS, diffusion).to(device))
+    times = head.time(on_device(space_timesteps(modules.STEPS, diffusion), device))
     conditions = head.cond_embed(z.flatten(0, -2))
     x = noise.start(step, n, channels)
     for t in reversed(range(diffusion)):

@@ -1,0 +1,37 @@
+"""Runs on a simulated GPU do what they do on a CPU, with all tensors on one device and without waits of the host."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.driver.simulated_cuda import ROOT, build
+
+RECIPES = ("show_o_tiny", "harmon_tiny", "open_uni_tiny", "bagel_tiny", "janus_tiny", "janusflow_tiny")
+# The norm of the gradients decides whether the step is made, and the losses are read with it.
+OF_A_STEP = ["aten._local_scalar_dense.default in python/reca/optim/gradients.py", "tolist in python/reca/objective.py"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the simulated device is built for Linux")
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has a CUDA device of its own")
+def test_runs_on_a_simulated_gpu(tmp_path):
+    try:
+        library = build(tmp_path)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"the simulated device does not compile against this torch: {getattr(error, 'stderr', error)}")
+    command = [sys.executable, "-m", "tests.driver.simulated_cuda", str(library), *RECIPES]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "python")])
+    environment = os.environ | {"PYTHONPATH": paths, "RECA_ATTENTION": "sdpa", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(done.stdout)
+    assert tuple(report) == RECIPES
+    for recipe, waits in report.items():
+        assert waits["differences"] == [], recipe
+        for step in ("step 0", "step 1"):
+            assert [wait.partition(":")[0] for wait in waits[step]] == OF_A_STEP, recipe
+        for made in ("generated", "reconstructed", "edited"):  # waits to begin with, and none per sampling step
+            assert waits.get(f"{made} 2") == waits.get(f"{made} 3"), recipe
