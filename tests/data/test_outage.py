@@ -2,8 +2,13 @@
 
 import pytest
 
+from reca import exits
 from reca.data import outage
+from reca.data.bad_samples import BadSamples
 from reca.data.errors import DataError, Outage
+from reca.data.sources import remote
+from reca.data.sources.factory import open_source
+from tests.data.files import conversations, fill, image_bytes, row, tar
 
 
 class Clock:
@@ -60,3 +65,66 @@ def test_a_stream_that_is_closed_waits_no_longer(waits, monkeypatch):
     with pytest.raises(DataError):
         asked(clock, monkeypatch)
     assert len(clock.waits) == waits
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    monkeypatch.setattr(remote, "PAUSE", 0.0)
+    fs = pytest.importorskip("fsspec").filesystem("memory")
+    yield fs
+    fs.store.clear()
+    fs.pseudo_dirs[:] = [""]
+
+
+@pytest.mark.parametrize("name", ["", "a.tar", "a.parquet", "rows.json"])
+@pytest.mark.parametrize("sound", [0, 1, 2])
+def test_data_that_cannot_be_opened_for_an_outage_are_neither_damaged_nor_missing(
+    memory, tmp_path, monkeypatch, name, sound
+):
+    """sound: number of requests that are answered before."""
+    conversations(fill(tmp_path, {"b.png": image_bytes()}), row("human", "Q" * 2000, "gpt", "A"))
+    tar(tmp_path / "a.tar", ("a.png", image_bytes()), ("b.png", image_bytes()))
+    if name == "a.parquet":
+        pytest.importorskip("pyarrow")
+        from tests.data.test_parquet import midjourney
+
+        midjourney(tmp_path / name, 0, 8)
+    for path in tmp_path.iterdir():
+        memory.pipe(f"/data/{path.name}", path.read_bytes())
+    assert open_source("memory://data", "reca")[0].image
+    monkeypatch.setattr(remote, "BLOCK", 512)
+    asked = []
+
+    def ask(path, function, *arguments, ask=remote.RemotePath.ask, **options):
+        asked.append(function)
+        if len(asked) > sound:
+            raise Outage(f"{path} is away")
+        return ask(path, function, *arguments, **options)
+
+    monkeypatch.setattr(remote.RemotePath, "ask", ask)
+    address, task = f"memory://data/{name}", "i2t" if name == "rows.json" else "reca"
+    if not name and sound:  # one request lists a folder
+        open_source(address, task)
+        return
+    with pytest.raises(Outage, match="storage cannot be read: memory://.* is away. Check the network") as error:
+        open_source(address, task)
+    assert exits.expected(error.value) == exits.DATA and len(asked) == sound + 1
+
+
+def test_a_bad_row_is_listed_during_an_outage(memory, tmp_path, monkeypatch):
+    """With an unknown size, so that it is tried again at the next start."""
+    pytest.importorskip("pyarrow")
+    from tests.data.test_parquet import midjourney
+
+    memory.pipe("/data/a.parquet", midjourney(tmp_path / "a.parquet", 0, 8).read_bytes())
+    source = open_source("memory://data/a.parquet", "reca")
+
+    def away(path, *arguments, **options):
+        raise Outage(f"{path} is away")
+
+    monkeypatch.setattr(remote.RemotePath, "ask", away)
+    bad = BadSamples(tmp_path / "bad.jsonl", source, 0.5)
+    bad.add(0, "damaged")
+    assert bad.count() == 1 and BadSamples(tmp_path / "bad.jsonl", source, 0.5).count() == 1
+    monkeypatch.undo()
+    assert BadSamples(tmp_path / "bad.jsonl", source, 0.5).count() == 0

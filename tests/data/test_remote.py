@@ -376,7 +376,7 @@ def test_an_error_that_quotes_what_a_server_sent_is_one_short_line(memory, monke
         raise RuntimeError("Bad status line:\n\n" + "\n<html>" * 10_000)
 
     monkeypatch.setattr(type(memory), "cat_file", refuse)
-    with pytest.raises(OSError, match="a.png: RuntimeError: Bad status line: <html> <html>") as error:
+    with pytest.raises(Outage, match="a.png: RuntimeError: Bad status line: <html> <html>") as error:
         source[0]
     assert len(str(error.value)) < 500 and "\n" not in str(error.value)
 

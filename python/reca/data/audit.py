@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from reca import units
-from reca.data.errors import BadSample, LeftOut, Outage
+from reca.data.errors import BadSample, LeftOut
 from reca.data.pixels import open_rgb
 from reca.data.read_ahead import read_ahead
 from reca.data.sample import Source
@@ -92,8 +92,6 @@ def inspect_sample(source: Source, index: int) -> Inspection:
         return Inspection(key, left_out=str(error))
     except BadSample as error:
         return Inspection(key, bad=str(error))
-    except Outage:
-        raise
     except OSError as error:
         return Inspection(key, bad=f"{type(error).__name__}: {error}")
     digest = int.from_bytes(hashlib.sha256(sample.image).digest()[:8], "little")

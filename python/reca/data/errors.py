@@ -13,8 +13,20 @@ class BadSample(ValueError):
     """A sample that cannot be used. The message is the reason. It is recorded, and another sample takes its place."""
 
 
-class Outage(OSError):
-    """Remote storage that no longer answers requests that it answered before. No sample is at fault."""
+class Outage(Exception):
+    """Remote storage that no longer answers requests that it answered before. The message is the reason.
+
+    No sample is at fault. So it is neither an OSError nor a ValueError, which may be turned into a bad sample or a
+    damaged file.
+    """
+
+    exit_code = exits.DATA
+
+    def __str__(self) -> str:
+        return (
+            f"remote storage cannot be read: {self.args[0]}. Check the network, the storage and its credentials, then "
+            "give the same command again"
+        )
 
 
 class LeftOut(BadSample):

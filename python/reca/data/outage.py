@@ -28,7 +28,7 @@ def outlast(read: Callable[[], R], closed: threading.Event) -> R:
         try:
             return read()
         except Outage as error:
-            waited, reason = time.monotonic() - began, one_line(str(error))
+            waited, reason = time.monotonic() - began, one_line(error.args[0])
             if waited >= PATIENCE or closed.is_set():
                 raise DataError(
                     f"remote storage has answered no request for {waited:.0f} s: {reason}. No sample was counted as "

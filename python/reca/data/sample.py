@@ -30,7 +30,7 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Sample:
-        """Read a sample. Raises OSError and BadSample."""
+        """Read a sample. Raises OSError, BadSample and Outage."""
         ...
 
     def key(self, index: int) -> str:

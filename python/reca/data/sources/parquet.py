@@ -130,7 +130,7 @@ class Parquet:
             with ParquetFile(source, metadata=self.metadata(group.file)) as file:
                 return file.read_row_group(group.number, columns=self.columns.names, use_threads=False)
         except OSError as error:
-            if isinstance(error, Outage) or error.errno is not None:
+            if error.errno is not None:
                 raise
             raise BadSample(f"row group {group.number} cannot be read: {error}") from error
         except (ValueError, DataError) as error:  # pyarrow's ArrowInvalid is a ValueError
@@ -153,10 +153,10 @@ class Parquet:
         return [index for index in found if self.key(index) in keys]  # a number can have more than one form
 
     def size(self, index: int) -> int:
-        """Return the bytes of the row's file, which change when the file is rewritten; -1 if it is missing."""
+        """Return the bytes of the row's file, which change when the file is rewritten; -1 if they are unknown."""
         try:
             return self.paths[self.groups[self._place(index)[0]].file].stat().st_size
-        except OSError:
+        except (OSError, Outage):
             return -1
 
     def identity(self) -> str:
@@ -206,7 +206,7 @@ def read_footer(path: AnyPath) -> tuple[Any, str]:
             footer = hashlib.sha256(b"%d " % size + file.read(length)).hexdigest()
             file.seek(0)
             return read_metadata(file), footer
-    except (DataError, Outage):
+    except DataError:
         raise
     except (OSError, ValueError) as error:  # for damaged bytes pyarrow raises either, OSError without errno
         if isinstance(error, OSError) and error.errno is not None:

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from reca.data.errors import DataError
+from reca.data.errors import DataError, Outage
 from reca.data.sample import IMAGE_SUFFIXES, hidden
 from reca.data.sources import index_files
 from reca.data.sources.remote import AnyPath
@@ -111,7 +111,7 @@ def _headers(path: AnyPath) -> Iterator[tuple[tarfile.TarInfo, int]]:
 def _walk(path: AnyPath, file, size: int) -> Iterator[tuple[tarfile.TarInfo, int]]:
     try:
         tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 (the file is closed by its owner)
-    except OSError:
+    except (OSError, Outage):
         raise
     except Exception as error:  # tarfile raises many types for other files
         raise DataError(f"{path} is not an uncompressed tar: {_what(file, error)}") from error
@@ -120,7 +120,7 @@ def _walk(path: AnyPath, file, size: int) -> Iterator[tuple[tarfile.TarInfo, int
     while True:
         try:
             info = next(infos, None)
-        except OSError:
+        except (OSError, Outage):
             raise
         except Exception as error:
             raise DataError(_damage(path, size, place, last, str(error), ended=file.tell() >= size)) from error
