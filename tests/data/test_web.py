@@ -58,6 +58,8 @@ class Server(http.server.SimpleHTTPRequestHandler):
 @pytest.fixture
 def serve(tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "PAUSE", 0.0)
+    monkeypatch.setattr(remote, "_answered", {})
+    web.web_files.cache_clear()
     handler = type("Handler", (Server,), {})
     server = http.server.ThreadingHTTPServer(
         ("127.0.0.1", 0), lambda *args: handler(*args, directory=str(tmp_path / "www"))
@@ -124,7 +126,7 @@ def test_a_part_that_was_not_asked_for_is_an_error(serve, tmp_path):
     handler.send_header = moved
     with pytest.raises(Outage, match=r"a.tar: .*the server sent 'bytes 7-.* when asked for 'bytes=1-"):
         source[0]
-    with pytest.raises(DataError, match=r"a.tar cannot be read: .*the server sent 'bytes 7-"):
+    with pytest.raises(Outage, match=r"storage cannot be read: .*a.tar: .*the server sent 'bytes 7-"):
         open_source(f"{address}/a.tar", "reca")
 
 
@@ -166,10 +168,9 @@ def test_files_whose_requests_fail_are_read_on(serve, tmp_path, monkeypatch):
     monkeypatch.setattr(
         handler, "send_head", lambda self: self.send_error(503) if "Range" in self.headers else send_head(self)
     )
-    with pytest.raises(DataError, match=r"a.tar cannot be read: .*a.tar: ClientResponseError: 503"):
-        open_source(f"{address}/a.tar", "reca")
-    with pytest.raises(DataError, match=r"b.parquet: ClientResponseError: 503"):
-        open_source(f"{address}/b.parquet", "reca")
+    for name in ("a.tar", "b.parquet"):
+        with pytest.raises(Outage, match=f"{name}: ClientResponseError: 503"):
+            open_source(f"{address}/{name}", "reca")
     source.tables.kept.clear()
     with pytest.raises(Outage, match=r"b.parquet: ClientResponseError: 503"):
         source[0]
@@ -208,6 +209,21 @@ def test_any_name_may_lie_below_an_address(serve, tmp_path):
         table(root / "names.parquet", {"image": NAMES})
         source = open_source(f"{address}/names.parquet", "reca")
         assert [source[n].image for n in range(len(NAMES))] == list(images.values())
+
+
+def test_images_at_urls_in_a_table_share_their_connections(serve, tmp_path):
+    """A connection for every image, which none closed, ended a run with too many open files."""
+    pytest.importorskip("pyarrow")
+    from tests.data.test_parquet import table
+
+    address, handler = serve
+    images = {f"{number}.png": image_bytes((number, 0, 0)) for number in range(8)}
+    fill(tmp_path / "www", images)
+    handler.protocol_version = "HTTP/1.1"  # which keeps connections
+    setup, connections = handler.setup, []
+    handler.setup = lambda self: connections.append(1) or setup(self)
+    source = open_source(str(table(tmp_path / "t.parquet", {"url": [f"{address}/{name}" for name in images]})), "reca")
+    assert [source[number].image for number in range(8)] == list(images.values()) and len(connections) == 1
 
 
 WHAT = [

@@ -1,5 +1,6 @@
 """fsspec's HTTP file system, without its habit of reporting server errors as missing files."""
 
+import functools
 import re
 from typing import Any
 
@@ -30,8 +31,12 @@ class WebFiles(HTTPFileSystem):
             raise RuntimeError(f"{type(error).__name__}: {error}") from error
 
 
+@functools.cache
 def web_files() -> WebFiles:
-    """Return the file system. A request may take any time, such as one for a row group, as long as data arrive."""
+    """Return the file system of all servers, which keeps their connections.
+
+    A request may take any time, such as one for a row group, as long as data arrive.
+    """
     timeout, checks = ClientTimeout(total=None, sock_connect=STALLED, sock_read=STALLED), TraceConfig()
     checks.on_request_end.append(_check_range)
     return WebFiles(client_kwargs={"timeout": timeout, "trace_configs": [checks]})
