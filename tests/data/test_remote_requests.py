@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from reca.data.errors import BadSample
+from reca.data.errors import BadSample, DataError
 from reca.data.sources import remote
 from reca.data.sources.remote import RemotePath
 
@@ -83,3 +83,14 @@ def test_a_file_above_the_limit_is_refused_and_never_cut(tmp_path):
 def test_an_address_of_a_local_file_is_its_path():
     assert remote.to_path("file:///a/b.tar") == Path("/a/b.tar") and not remote.is_address("file:///a/b.tar")
     assert remote.is_address("s3://a/b.tar") and not remote.is_address("/a/b.tar")
+
+
+def test_a_table_that_cannot_be_read_is_not_called_damaged(monkeypatch):
+    """Nor is its address named twice."""
+    pytest.importorskip("pyarrow")
+    from reca.data.sources.parquet import read_footer
+
+    monkeypatch.setattr(Torn, "read", lambda self, size: 1 / 0)
+    monkeypatch.setattr(remote, "_answered", {})
+    with pytest.raises(DataError, match="^host://bucket/a.parquet cannot be read: ZeroDivisionError: division"):
+        read_footer(RemotePath(Files(), "a.parquet"))

@@ -243,8 +243,10 @@ def test_a_server_that_fails_has_not_said_that_a_file_is_missing(serve, name, ta
         asked = []
         handler.send_head = lambda self, status=status, asked=asked: asked.append(self.path) or self.send_error(status)
         linked = status == 403 and "*" in name
-        with pytest.raises(DataError, match="page of links" if linked else f"cannot be (read|listed): .*{status}"):
+        message = "page of links" if linked else f"cannot be (read|listed): .*{status}"
+        with pytest.raises(DataError, match=message) as error:
             open_source(f"{address}/{name}", task)
+        assert str(error.value).count(address) == 1 + ("{" in name)  # the range, and a file
         assert max(map(asked.count, asked)) == attempts * (1 if name in ("", "*.tar") else 2)  # HEAD and GET
     handler.send_head = lambda self: self.send_error(404)
     with pytest.raises(DataError, match="does not exist|no tar file matches"):

@@ -15,7 +15,7 @@ from reca.data.sources.folder import Folder, NoImages, list_files
 from reca.data.sources.mixture import Mixture, limit
 from reca.data.sources.parquet import Parquet, one_split
 from reca.data.sources.patterns import expand
-from reca.data.sources.remote import RemotePath, is_address, local_name, remote_path, to_path
+from reca.data.sources.remote import RemotePath, is_address, local_name, reason_of, remote_path, to_path
 from reca.data.sources.remote_folder import RemoteFolder
 from reca.data.sources.scored import ScoredImages
 from reca.data.sources.skipped import Skipped, log_once
@@ -86,7 +86,7 @@ def open_source(text: str, task: str, image_root: str | None = None, columns: Co
             return Conversations(path, image_root)
         return Tars(expand(text), task) if TAR.search(path.name) else Folder(path, task)
     except OSError as error:  # such as a parent folder without permission
-        raise DataError(f"{error.filename or text} cannot be read: {error.strerror or error}") from error
+        raise DataError(f"{error.filename or text} cannot be read: {reason_of(error, text)}") from error
 
 
 def _open_folder(path: Path, task: str, image_root: str | None, columns: ColumnsConfig) -> Source:

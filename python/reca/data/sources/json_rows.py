@@ -10,7 +10,7 @@ from reca.data.sources import records
 from reca.data.sources.index_files import IndexFile
 from reca.data.sources.json_stream import parse_lines, read_items
 from reca.data.sources.records import Facts, Records, Write
-from reca.data.sources.remote import AnyPath, read_range
+from reca.data.sources.remote import AnyPath, read_range, reason_of
 from reca.data.text import decode_text
 from reca.io.files import HEAD, packed, placeholder
 
@@ -118,7 +118,7 @@ def kept_rows(
 
 
 def _cannot_be_read(path: AnyPath, form: Form, error: OSError) -> DataError:
-    return DataError(f"{form.file} {path} cannot be read: {error.strerror or error}")
+    return DataError(f"{form.file} {path} cannot be read: {reason_of(error, path)}")
 
 
 def _no_json(path: AnyPath, error: Exception) -> DataError:

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import io
 import itertools
 import logging
 import os
@@ -20,7 +21,7 @@ from reca.data.recently_used import RecentlyUsed
 from reca.data.sample import Sample, digest
 from reca.data.sources.columns import BYTES, IMAGE, LIST, OTHER, TEXT, choose, make_sample
 from reca.data.sources.patterns import relative_names, some
-from reca.data.sources.remote import REQUESTS, AnyPath, RemotePath, to_path
+from reca.data.sources.remote import REQUESTS, AnyPath, RemotePath, reason_of, to_path
 from reca.data.sources.skipped import log_once
 from reca.io.files import HEAD, packed, placeholder
 
@@ -203,14 +204,13 @@ def read_footer(path: AnyPath) -> tuple[Any, str]:
                 raise DataError(f"{path} {cause or cut}")
             length = int.from_bytes(tail[:4], "little")
             file.seek(max(0, size - 8 - length))
-            footer = hashlib.sha256(b"%d " % size + file.read(length)).hexdigest()
-            file.seek(0)
-            return read_metadata(file), footer
-    except DataError:
-        raise
-    except (OSError, ValueError) as error:  # for damaged bytes pyarrow raises either, OSError without errno
-        if isinstance(error, OSError) and error.errno is not None:
-            raise DataError(f"{path} cannot be read: {error.strerror}") from error
+            footer = file.read(length)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {reason_of(error, path)}") from error
+    try:
+        metadata = read_metadata(io.BytesIO(MAGIC + footer + tail))
+        return metadata, hashlib.sha256(b"%d " % size + footer).hexdigest()
+    except (OSError, ValueError) as error:  # for damaged bytes pyarrow raises either
         raise DataError(f"{path} is not a readable parquet file: {error}; fetch it again") from error
 
 

@@ -133,7 +133,7 @@ class RemotePath:
                 elif (answers := _still_answers(self.fs)) is None:
                     raise
                 elif not answers:  # nor if a token has expired
-                    raise Outage(f"{self}: {error}") from error
+                    raise Outage(f"{self}: {reason_of(error, self)}") from error
                 elif isinstance(error, PermissionError):
                     raise
         raise AssertionError("unreachable")
@@ -183,8 +183,19 @@ def _as_oserror(path: RemotePath) -> Iterator[None]:
         raise
     except Exception as error:
         kind = PermissionError if getattr(error, "status", None) in (401, 403) else OSError
-        reason = " ".join(str(error).split())[:LONGEST]
+        reason = " ".join(_said(error).split())[:LONGEST]
         raise kind(f"{path}: {type(error).__name__}: {reason}") from error
+
+
+def _said(error: Exception) -> str:
+    """Return the message of an error; of an HTTP answer without the URL, which its file names."""
+    status, message = getattr(error, "status", None), getattr(error, "message", None)
+    return str(error) if status is None or message is None else f"{status} {message}"
+
+
+def reason_of(error: OSError, name: object) -> str:
+    """Return why a file cannot be read, without its name, with which the errors of remote files begin."""
+    return (error.strerror or str(error)).removeprefix(f"{name}: ")
 
 
 def is_address(text: str) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from reca.data.errors import DataError
 from reca.data.sample import IMAGE_SUFFIXES, checked_size, hidden
 from reca.data.sources.folder import ImageFolder
-from reca.data.sources.remote import RemotePath, read_range, read_whole
+from reca.data.sources.remote import RemotePath, read_range, read_whole, reason_of
 from reca.data.sources.skipped import Skipped
 
 
@@ -19,7 +19,7 @@ class RemoteFolder(ImageFolder):
         try:
             found = root.ask(root.fs.find, root.path, detail=True)
         except OSError as error:
-            raise DataError(f"data folder {root} cannot be listed: {error}") from error
+            raise DataError(f"data folder {root} cannot be listed: {reason_of(error, root)}") from error
         if not found:
             raise DataError(f"data folder {root} does not exist, or is empty")
         start = root.path.rstrip("/") + "/"

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from reca.data.errors import DataError, Outage
 from reca.data.sample import IMAGE_SUFFIXES, hidden
 from reca.data.sources import index_files
-from reca.data.sources.remote import AnyPath
+from reca.data.sources.remote import AnyPath, reason_of
 from reca.data.sources.skipped import Skipped
 from reca.io.files import HEAD, packed, placeholder
 
@@ -52,7 +52,7 @@ def kept_index(path: AnyPath, skipped: Skipped) -> list[Member]:
         if not (index.is_safe and index.is_large):
             return read_index(path, skipped)
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise DataError(f"{path} cannot be read: {reason_of(error, path)}") from error
     content = index_files.read_json(index)
     if content is None:
         with index.locked():
@@ -105,7 +105,7 @@ def _headers(path: AnyPath) -> Iterator[tuple[tarfile.TarInfo, int]]:
         with path.open("rb") as file:
             yield from _walk(path, file, size)
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise DataError(f"{path} cannot be read: {reason_of(error, path)}") from error
 
 
 def _walk(path: AnyPath, file, size: int) -> Iterator[tuple[tarfile.TarInfo, int]]:

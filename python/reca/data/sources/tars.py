@@ -21,7 +21,7 @@ from reca.data.sample import (
 from reca.data.sources import records
 from reca.data.sources.index_files import IndexFile
 from reca.data.sources.patterns import relative_names, some
-from reca.data.sources.remote import REQUESTS, AnyPath, read_range
+from reca.data.sources.remote import REQUESTS, AnyPath, read_range, reason_of
 from reca.data.sources.skipped import Skipped, log_once
 from reca.data.sources.tar_index import HEADER, Member, Stored, kept_index
 
@@ -56,7 +56,7 @@ class Tars:
             kept = index.is_safe and index.is_large
             self.entries, facts = records.kept(index, self._write) if kept else records.in_memory(self._write)
         except OSError as error:
-            raise DataError(f"{some(paths)} cannot be read: {error.strerror or error}") from error
+            raise DataError(f"{some(paths)} cannot be read: {reason_of(error, some(paths))}") from error
         self.images = len(self.entries)  # distinct ones: no two have the same key
         self._identity: str = facts["identity"]
         self.skipped = Skipped(*facts["skipped"])
