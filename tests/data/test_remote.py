@@ -167,6 +167,9 @@ def test_versions_by_what_file_systems_tell_of_a_file(tag):
         def __init__(self, **facts):
             self.facts = facts
 
+        def unstrip_protocol(self, path):
+            return f"host://bucket/{path}"
+
         def info(self, path):
             return {"name": path, "size": 7, "type": "file"} | self.facts
 

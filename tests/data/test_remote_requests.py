@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from reca.data.errors import BadSample, DataError
+from reca.data.errors import BadSample, DataError, Outage
 from reca.data.sources import remote
 from reca.data.sources.remote import RemotePath
 
@@ -13,21 +13,30 @@ DATA = bytes(range(256)) * 10
 
 
 class Files:
-    """A file system of one host. refused: status of the answers about b.png. asked: paths of all requests."""
+    """A file system. refused: status of the answers about b.png. away: hosts. asked: paths of all requests."""
 
     def __init__(self, refused=None):
-        self.refused, self.asked = refused, []
+        self.refused, self.away, self.asked = refused, set(), []
 
     def unstrip_protocol(self, path):
-        return f"host://bucket/{path}"
+        return f"host://{path}" if "/" in path else f"host://bucket/{path}"
 
     def cat_file(self, path, start=None, end=None):
+        self._ask(path)
+        return DATA[start:end]
+
+    def info(self, path):
+        self._ask(path)
+        return {"size": len(DATA), "type": "file"}
+
+    def _ask(self, path):
         self.asked.append(path)
+        if path.partition("/")[0] in self.away:
+            raise RuntimeError("connection reset")
         if path == "b.png" and self.refused:
             error = RuntimeError("refused")
             error.status = self.refused
             raise error
-        return DATA[start:end]
 
     def open(self, path, mode, block_size):
         return Torn(DATA)
@@ -67,6 +76,47 @@ def test_what_is_forbidden_is_asked_for_once(status, kind, requests):
     assert type(error.value) is kind and files.asked == ["a.png", *["b.png"] * requests, "a.png", *again]
 
 
+def test_a_host_that_is_away_is_an_outage_though_others_answer():
+    """Its samples would be counted as bad. A host that has never answered may as well be misspelt."""
+    files = Files()
+    one, two, new = (RemotePath(files, f"{host}/a.png") for host in ("one", "two", "new"))
+    assert one.read_range(0, 9) == two.read_range(0, 9) == DATA[:9]
+    files.away = {"one", "new"}
+    with pytest.raises(Outage, match="host://one/a.png: RuntimeError: connection reset"):
+        one.read_range(0, 9)
+    with pytest.raises(OSError, match="host://new/a.png: RuntimeError: connection reset"):
+        new.read_range(0, 9)
+    assert two.read_range(0, 9) == DATA[:9]
+
+
+def test_a_host_that_is_away_is_none_of_thousands():
+    """Some images of a table of URLs are always gone. If no host answers, the network is at fault."""
+    files = Files()
+    paths = [RemotePath(files, f"{host}/a.png") for host in range(remote.HOSTS + 1)]
+    assert all(path.read_range(0, 9) for path in paths)
+    files.away, last = {str(remote.HOSTS)}, paths[-1]
+    with pytest.raises(OSError, match="connection reset"):
+        last.read_range(0, 9)
+    files.away |= {str(host) for host in range(remote.HOSTS)}
+    files.asked.clear()
+    with pytest.raises(Outage):
+        last.read_range(0, 9)
+    asked = [f"{host}/a.png" for host in reversed(range(1, remote.HOSTS + 1))]
+    assert files.asked == ["4/a.png"] * 3 + asked
+
+
+@pytest.mark.parametrize(("status", "kind"), [(403, PermissionError), (500, Outage)])
+def test_a_host_that_has_only_told_about_files_is_away_unless_it_refuses(status, kind):
+    """As at the start of a run, whose first reads would make every sample bad."""
+    files = Files(status)
+    assert RemotePath(files, "a.png").exists()
+    with pytest.raises(kind, match="refused"):
+        RemotePath(files, "b.png").read_range(0, 9)
+    assert RemotePath(files, "a.png").read_range(0, 9) == DATA[:9]
+    with pytest.raises(OSError, match="refused"):
+        RemotePath(files, "b.png").read_range(0, 9)
+
+
 def test_a_read_that_fails_half_way_is_made_from_where_it_began():
     with RemotePath(Files(), "a.parquet").open() as file:
         assert [file.read(100), file.read(100), file.read(50)] == [DATA[:100], DATA[100:200], DATA[200:250]]
@@ -90,7 +140,6 @@ def test_a_table_that_cannot_be_read_is_not_called_damaged(monkeypatch):
     pytest.importorskip("pyarrow")
     from reca.data.sources.parquet import read_footer
 
-    monkeypatch.setattr(Torn, "read", lambda self, size: 1 / 0)
-    monkeypatch.setattr(remote, "_answered", {})
+    monkeypatch.setattr(Files, "open", lambda *arguments, **options: 1 / 0)
     with pytest.raises(DataError, match="^host://bucket/a.parquet cannot be read: ZeroDivisionError: division"):
         read_footer(RemotePath(Files(), "a.parquet"))

@@ -21,7 +21,7 @@ from reca.data.sample import checked_size
 
 ATTEMPTS = 3  # per request
 PAUSE = 0.5  # seconds before the second attempt; doubles with each further one
-HOSTS = 4  # hosts or buckets that are asked whether the network is at fault, or the one file
+HOSTS = 4  # hosts or buckets that data may have without being a table of URLs, of which some are always gone
 REQUESTS = 16  # files that are asked about at a time when sources are opened
 BLOCK = 2**20  # bytes per read of a file that is read sequentially
 LONGEST = 300  # characters of an error: those of HTTP parsers quote what they received
@@ -117,12 +117,14 @@ class RemotePath:
     def ask(self, function: Any, *arguments: Any, **options: Any) -> Any:
         """Call a function of the file system, with retries if the network fails.
 
-        Raises OSError if only this request fails, and Outage if those that were answered before fail as well.
+        Raises OSError if only this request fails, and Outage if its storage, which answered before, does not now.
         """
         for attempt in range(ATTEMPTS + 1):
             try:
                 with _as_oserror(self):
-                    return function(*arguments, **options)
+                    answer = function(*arguments, **options)
+                self._note()
+                return answer
             except FileNotFoundError:
                 raise
             except OSError as error:
@@ -130,7 +132,7 @@ class RemotePath:
                     raise
                 if attempt < ATTEMPTS - 1 and not isinstance(error, PermissionError):
                     time.sleep(PAUSE * 2**attempt)
-                elif (answers := _still_answers(self.fs)) is None:
+                elif (answers := _still_answers(self, error)) is None:
                     raise
                 elif not answers:  # nor if a token has expired
                     raise Outage(f"{self}: {reason_of(error, self)}") from error
@@ -141,35 +143,52 @@ class RemotePath:
     def answered(self, data: bytes) -> None:
         """Note that a part of this file was read."""
         if data:
-            with _lock:
-                hosts = _answered.setdefault(self.fs, {})
-                host = urlsplit(str(self)).netloc
-                hosts.pop(host, None)
-                hosts[host] = self
-                if len(hosts) > HOSTS:
-                    del hosts[next(iter(hosts))]
+            self._note(self)
+
+    @property
+    def host(self) -> str:
+        return urlsplit(str(self)).netloc
+
+    def _note(self, read: "RemotePath | None" = None) -> None:
+        """Note that the host has answered. read: a file of which it has sent a part."""
+        with _lock:
+            hosts = _answered.setdefault(self.fs, {})
+            last = hosts.pop(self.host, None)
+            hosts[self.host] = read or last
+            if len(hosts) > HOSTS + 1:
+                del hosts[next(iter(hosts))]
 
 
 AnyPath = Path | RemotePath
 _lock = threading.Lock()
-# The file that was read last, by file system and by host or bucket.
-_answered: dict[Any, dict[str, RemotePath]] = {}
+# The file that was read last, None if there is none, by file system and by host or bucket that has answered.
+_answered: dict[Any, dict[str, RemotePath | None]] = {}
 
 
-def _still_answers(fs: Any) -> bool | None:
-    """Ask for a byte of the files that were read last, one of each host. Return None if none has been read yet."""
+def _still_answers(failed: RemotePath, error: OSError) -> bool | None:
+    """Return whether the storage of a file answers other requests; None if it has answered none so far.
+
+    A byte is asked for of the file that was read last: at its host, or at any of many hosts.
+    A host of which nothing has been read yet only answers if it has refused the file.
+    """
     with _lock:
-        known = list(_answered.get(fs, {}).values())
-    for path in reversed(known):
+        known = _answered.get(failed.fs, {}).copy()
+    if failed.host in known and len(known) <= HOSTS:
+        last = known[failed.host]
+        if last is None:
+            return isinstance(error, PermissionError)
+        known = {failed.host: last}
+    files = [path for path in reversed(known.values()) if path][:HOSTS]
+    for path in files:
         try:
             with _as_oserror(path):
-                fs.cat_file(path.path, start=0, end=1)
+                path.fs.cat_file(path.path, start=0, end=1)
         except FileNotFoundError:
             return True
         except OSError:
             continue
         return True
-    return False if known else None
+    return False if files else None
 
 
 @contextlib.contextmanager
