@@ -1,5 +1,7 @@
 """Waiting for remote storage: how long, how often it is asked, and what ends it."""
 
+import math
+
 import pytest
 
 from reca import exits
@@ -28,11 +30,15 @@ class Clock:
         return len(self.waits) == self.closes
 
 
-def asked(clock, monkeypatch, answers_at=float("inf")):
+def asked(clock, monkeypatch, answers_at=math.inf, seconds=0):
+    """Read what is away until `answers_at`. seconds: that a read takes which fails."""
+
     monkeypatch.setattr(outage, "time", clock)
+    monkeypatch.setattr(outage, "_announced", -math.inf)
 
     def read():
         if clock.now < answers_at:
+            clock.now += seconds
             raise Outage("a.png: connection reset")
         return "answer"
 
@@ -44,7 +50,7 @@ def test_pauses_double_up_to_the_longest_and_the_wait_is_said_once(monkeypatch, 
     assert asked(clock, monkeypatch, answers_at=30) == "answer"
     assert clock.waits == [1, 2, 4, 8, 10, 10]
     (said,) = caplog.messages
-    assert said == "Remote storage does not answer: waiting up to 240 s for it: a.png: connection reset"
+    assert said == "Remote storage cannot be read; waiting up to 240 s for it: a.png: connection reset"
 
 
 def test_what_answers_at_once_is_not_waited_for(monkeypatch, caplog):
@@ -54,9 +60,33 @@ def test_what_answers_at_once_is_not_waited_for(monkeypatch, caplog):
 
 def test_the_run_ends_after_its_patience(monkeypatch):
     clock = Clock()
-    with pytest.raises(DataError, match="for 245 s: a.png: connection reset. No sample was counted as bad"):
+    with pytest.raises(
+        DataError, match="could not be read for 245 s: a.png: connection reset. No sample was counted as bad"
+    ):
         asked(clock, monkeypatch)
     assert clock.now - clock.waits[-1] < outage.PATIENCE <= clock.now
+
+
+def test_a_run_whose_reads_take_long_ends_before_its_patience(monkeypatch):
+    """So that its error is the one reported, and not a hang: no read begins that could end after it."""
+    clock = Clock()
+    with pytest.raises(DataError, match="for 183 s"):
+        asked(clock, monkeypatch, seconds=60)
+    assert clock.waits == [1, 2] and clock.now + 60 >= outage.PATIENCE > clock.now
+
+
+def test_an_outage_is_said_once_however_many_reads_wait_for_it(monkeypatch, caplog):
+    clock = Clock()
+    asked(clock, monkeypatch, answers_at=5)
+
+    def read():
+        if clock.now < until:
+            raise Outage("b.png: connection reset")
+
+    for until, said in ((20, 1), (outage.PATIENCE - 1, 1), (outage.PATIENCE + 20, 2)):
+        clock.now = until - 10
+        outage.outlast(read, clock)
+        assert len(caplog.messages) == said
 
 
 @pytest.mark.parametrize("waits", [0, 3])

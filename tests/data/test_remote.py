@@ -357,13 +357,14 @@ def test_an_outage_changes_nothing_and_counts_nothing(memory, tmp_path, monkeypa
         monkeypatch.setattr(type(memory), name, away)
     monkeypatch.setattr(outage, "PAUSE", 0.001)
     monkeypatch.setattr(outage, "LONGEST", 0.001)
+    monkeypatch.setattr(outage, "_announced", -outage.PATIENCE)
     assert reds(stream) == expected and stream.bad == 0 and not path.exists()
-    assert next(requests) > last and "Remote storage does not answer" in caplog.text
+    assert next(requests) > last and caplog.text.count("Remote storage cannot be read; waiting") == 1
     monkeypatch.setattr(outage, "PATIENCE", 0.02)
     last = 10**9
     if kind == "parquet":
         stream.source.tables.kept.clear()
-    with pytest.raises(DataError, match=f"storage has answered no request for .*{error}.* No sample was"):
+    with pytest.raises(DataError, match=f"storage could not be read for .*{error}.* No sample was"):
         stream.named_sample(8)
     assert stream.bad == 0 and not path.exists()
     with pytest.raises(Outage, match=str(error)):

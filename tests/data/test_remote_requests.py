@@ -34,12 +34,18 @@ class Files:
         if path.partition("/")[0] in self.away:
             raise RuntimeError("connection reset")
         if path == "b.png" and self.refused:
+            if self.refused == "timeout":
+                raise ReadTimeoutError("refused")
             error = RuntimeError("refused")
             error.status = self.refused
             raise error
 
     def open(self, path, mode, block_size):
         return Torn(DATA)
+
+
+class ReadTimeoutError(Exception):
+    """As that of botocore, by its name."""
 
 
 class Torn(io.BytesIO):
@@ -60,17 +66,18 @@ def at_once(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "status, kind, requests", [(401, PermissionError, 1), (403, PermissionError, 1), (500, OSError, 3)]
+    "status, kind, requests",
+    [(401, PermissionError, 1), (403, PermissionError, 1), (500, OSError, 3), ("timeout", TimeoutError, 1)],
 )
 def test_what_is_forbidden_is_asked_for_once(status, kind, requests):
     """Whether the storage answers about other files is asked once more, for the one that was read last."""
     files = Files(status)
-    with pytest.raises(OSError, match="host://bucket/b.png: RuntimeError: refused") as error:
+    with pytest.raises(OSError, match="host://bucket/b.png: [a-zA-Z]+Error: refused") as error:
         RemotePath(files, "b.png").read_range(0, 9)
     assert type(error.value) is kind and files.asked == ["b.png"] * requests
     files.asked.clear()
     assert RemotePath(files, "a.png").read_range(0, 9) == DATA[:9]
-    with pytest.raises(OSError, match="host://bucket/b.png: RuntimeError: refused") as error:
+    with pytest.raises(OSError, match="host://bucket/b.png: [a-zA-Z]+Error: refused") as error:
         RemotePath(files, "b.png").read_range(0, 9)
     again = [] if kind is PermissionError else ["b.png"]
     assert type(error.value) is kind and files.asked == ["a.png", *["b.png"] * requests, "a.png", *again]

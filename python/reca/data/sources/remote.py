@@ -117,9 +117,12 @@ class RemotePath:
     def ask(self, function: Any, *arguments: Any, **options: Any) -> Any:
         """Call a function of the file system, with retries if the network fails.
 
+        A request that has timed out is not made again before its storage answers others: that may take as long.
         Raises OSError if only this request fails, and Outage if its storage, which answered before, does not now.
         """
-        for attempt in range(ATTEMPTS + 1):
+        attempt, last = 0, False
+        while True:
+            attempt += 1
             try:
                 with _as_oserror(self):
                     answer = function(*arguments, **options)
@@ -128,17 +131,17 @@ class RemotePath:
             except FileNotFoundError:
                 raise
             except OSError as error:
-                if attempt == ATTEMPTS:
+                if last:
                     raise
-                if attempt < ATTEMPTS - 1 and not isinstance(error, PermissionError):
-                    time.sleep(PAUSE * 2**attempt)
-                elif (answers := _still_answers(self, error)) is None:
-                    raise
-                elif not answers:  # nor if a token has expired
+                if attempt < ATTEMPTS and not isinstance(error, (PermissionError, TimeoutError)):
+                    time.sleep(PAUSE * 2 ** (attempt - 1))
+                    continue
+                answers = _still_answers(self, error)
+                if answers is False:  # nor if a token has expired
                     raise Outage(f"{self}: {reason_of(error, self)}") from error
-                elif isinstance(error, PermissionError):
+                if answers is None or isinstance(error, PermissionError):
                     raise
-        raise AssertionError("unreachable")
+                last = True
 
     def answered(self, data: bytes) -> None:
         """Note that a part of this file was read."""
@@ -197,11 +200,13 @@ def _as_oserror(path: RemotePath) -> Iterator[None]:
     try:
         yield
     except (TimeoutError, asyncio.TimeoutError) as error:  # without a message
-        raise OSError(f"{path}: the server stopped answering ({type(error).__name__})") from error
+        raise TimeoutError(f"{path}: the server stopped answering ({type(error).__name__})") from error
     except OSError:
         raise
     except Exception as error:
-        kind = PermissionError if getattr(error, "status", None) in (401, 403) else OSError
+        kind: type[OSError] = TimeoutError if "Timeout" in type(error).__name__ else OSError
+        if getattr(error, "status", None) in (401, 403):
+            kind = PermissionError
         reason = " ".join(_said(error).split())[:LONGEST]
         raise kind(f"{path}: {type(error).__name__}: {reason}") from error
 

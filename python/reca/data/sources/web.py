@@ -8,7 +8,7 @@ from aiohttp import ClientTimeout, TraceConfig, TraceRequestEndParams
 from fsspec.implementations.http import HTTPFileSystem
 
 MISSING = (404, 410)  # HTTP status codes of a missing file
-STALLED = 60.0  # seconds without a byte after which a request has failed
+STALLED = 30.0  # seconds without a byte after which a request has failed
 
 
 class WebFiles(HTTPFileSystem):
