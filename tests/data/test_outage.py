@@ -147,7 +147,7 @@ def test_a_bad_row_is_listed_during_an_outage(memory, tmp_path, monkeypatch):
     from tests.data.test_parquet import midjourney
 
     memory.pipe("/data/a.parquet", midjourney(tmp_path / "a.parquet", 0, 8).read_bytes())
-    source = open_source("memory://data/a.parquet", "reca")
+    source = open_source("memory://data", "reca")
 
     def away(path, *arguments, **options):
         raise Outage(f"{path} is away")

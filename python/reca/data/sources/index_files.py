@@ -79,8 +79,9 @@ class IndexFile:
         return [list(map(list, self.files)), *self.depends]
 
     def now(self) -> list:
-        """Return the current stamp."""
-        return [list(map(list, read_ahead(_stamp, self.sources, REQUESTS))), *self.depends]
+        """Return the current stamp. Servers are asked again."""
+        files = (RemotePath(file.fs, file.path) if isinstance(file, RemotePath) else file for file in self.sources)
+        return [list(map(list, read_ahead(_stamp, files, REQUESTS))), *self.depends]
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

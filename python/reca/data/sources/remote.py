@@ -36,7 +36,7 @@ class RemotePath:
 
     def __init__(self, fs: Any, path: str):
         self.fs, self.path = fs, path
-        self.type: str | None = None  # once it is known
+        self.facts: dict[str, Any] = {}  # what the server has told of the file, once it has been asked
 
     def __str__(self) -> str:
         return self.fs.unstrip_protocol(self.path)
@@ -74,20 +74,24 @@ class RemotePath:
 
     def _type(self) -> str | None:
         """Return "file", "directory", or None if missing. fsspec's `exists` and `isfile` would hide other errors."""
-        if self.type is None:
-            with contextlib.suppress(FileNotFoundError):
-                self.type = self.ask(self.fs.info, self.path)["type"]
-        return self.type
+        with contextlib.suppress(FileNotFoundError):
+            return self.info()["type"]
+        return None
+
+    def info(self) -> dict[str, Any]:
+        """Return what the server tells of the file when it is asked first."""
+        self.facts = self.facts or self.ask(self.fs.info, self.path)
+        return self.facts
 
     def stat(self) -> SimpleNamespace:
-        size = self.ask(self.fs.info, self.path).get("size")
+        size = self.info().get("size")
         if size is None:
             raise OSError(f"{self}: the server does not report the size of the file")
         return SimpleNamespace(st_size=size)
 
     def version(self) -> tuple[int, list[str] | None]:
         """Return the size, 0 if unknown, and values that identify this version; None if the server reports none."""
-        found = self.ask(self.fs.info, self.path)
+        found = self.info()
         tags = [f"{name}={found[name]}" for name in CHANGES if found.get(name)]
         return found.get("size") or 0, tags or None
 
