@@ -44,8 +44,8 @@ class Files:
         return Torn(DATA)
 
 
-class ReadTimeoutError(Exception):
-    """As that of botocore, by its name."""
+class ReadTimeoutError(OSError):
+    """As that of botocore: not a TimeoutError."""
 
 
 class Torn(io.BytesIO):
@@ -72,12 +72,12 @@ def at_once(monkeypatch):
 def test_what_is_forbidden_is_asked_for_once(status, kind, requests):
     """Whether the storage answers about other files is asked once more, for the one that was read last."""
     files = Files(status)
-    with pytest.raises(OSError, match="host://bucket/b.png: [a-zA-Z]+Error: refused") as error:
+    with pytest.raises(OSError, match="host://bucket/b.png: .*Error: refused") as error:
         RemotePath(files, "b.png").read_range(0, 9)
     assert type(error.value) is kind and files.asked == ["b.png"] * requests
     files.asked.clear()
     assert RemotePath(files, "a.png").read_range(0, 9) == DATA[:9]
-    with pytest.raises(OSError, match="host://bucket/b.png: [a-zA-Z]+Error: refused") as error:
+    with pytest.raises(OSError, match="host://bucket/b.png: .*Error: refused") as error:
         RemotePath(files, "b.png").read_range(0, 9)
     again = [] if kind is PermissionError else ["b.png"]
     assert type(error.value) is kind and files.asked == ["a.png", *["b.png"] * requests, "a.png", *again]

@@ -1,6 +1,5 @@
 """Remote files: s3://, gs://, http(s):// and other URLs that fsspec reads."""
 
-import asyncio
 import contextlib
 import functools
 import glob
@@ -200,19 +199,18 @@ def _still_answers(failed: RemotePath, error: OSError) -> bool | None:
 
 @contextlib.contextmanager
 def _as_oserror(path: RemotePath) -> Iterator[None]:
-    """Convert exceptions of network libraries to OSError."""
+    """Convert exceptions of network libraries to OSError; those of a late answer to TimeoutError, also if OSErrors."""
     try:
         yield
-    except (TimeoutError, asyncio.TimeoutError) as error:  # without a message
-        raise TimeoutError(f"{path}: the server stopped answering ({type(error).__name__})") from error
-    except OSError:
-        raise
     except Exception as error:
-        kind: type[OSError] = TimeoutError if "Timeout" in type(error).__name__ else OSError
-        if getattr(error, "status", None) in (401, 403):
-            kind = PermissionError
-        reason = " ".join(_said(error).split())[:LONGEST]
-        raise kind(f"{path}: {type(error).__name__}: {reason}") from error
+        said = " ".join(_said(error).split())[:LONGEST]
+        reason = ": ".join(filter(None, (type(error).__name__, said)))
+        if isinstance(error, TimeoutError) or "Timeout" in type(error).__name__:
+            raise TimeoutError(f"{path}: the server stopped answering ({reason})") from error
+        if isinstance(error, OSError):
+            raise
+        kind = PermissionError if getattr(error, "status", None) in (401, 403) else OSError
+        raise kind(f"{path}: {reason}") from error
 
 
 def _said(error: Exception) -> str:
