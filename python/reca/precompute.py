@@ -121,7 +121,7 @@ class _Reader:
         rank, ranks, size = distributed.rank(), distributed.world_size(), len(self.loader.source)
         indices = range(size * rank // ranks, size * (rank + 1) // ranks)
         with tqdm(total=len(indices), unit="image", disable=None if rank == 0 else True) as bar:
-            for row in read_ahead(self._read, indices, self.loader.config.workers):
+            for row in read_ahead(self._read, indices, self.loader.config.workers, self.loader.closed):
                 bar.update()
                 if row is not None and row.features is None:
                     yield row.address, row

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,11 +12,12 @@ import torch
 from reca.data import feature_shards
 from reca.data.bad_samples import BadSamples
 from reca.data.feature_shards import FeatureShards, ShardWriter
-from reca.data.read_ahead import GROUP, read_many
+from reca.data.read_ahead import GROUP, read_ahead, read_many
 from reca.data.sample import digest
 from reca.data.sources import folder
 from reca.data.sources.factory import open_source
 from reca.data.sources.patterns import expand
+from reca.precompute import _Reader
 from tests.data.files import fill, said
 
 NAMES = [f"{number:03d}.png" for number in range(2 * GROUP + 1)]
@@ -46,6 +48,24 @@ def overlapping(monkeypatch, module, name, about=""):
 @pytest.mark.parametrize("count", [0, 1, GROUP - 1, GROUP, GROUP + 1, 9 * GROUP])
 def test_results_are_in_order(count):
     assert list(read_many(str, iter(range(count)))) == list(map(str, range(count)))
+
+
+@pytest.mark.parametrize("precomputes", [False, True])
+def test_reads_that_wait_end_with_the_reading(precomputes):
+    """As those of remote storage that does not answer, for which Ctrl-C would have to wait."""
+    closed, waits, ended = threading.Event(), threading.Event(), []
+
+    def read(item):
+        if not item:
+            waits.wait(30)
+            raise KeyboardInterrupt
+        waits.set()
+        ended.append(closed.wait(30))
+
+    loader = SimpleNamespace(source=range(3), row_of=read, config=SimpleNamespace(workers=2), closed=closed)
+    with pytest.raises(KeyboardInterrupt):
+        next(iter(_Reader(loader)) if precomputes else read_ahead(read, range(3), 2, closed))
+    assert ended and all(ended)
 
 
 def test_sizes_of_a_folder(root, monkeypatch):

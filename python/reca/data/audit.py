@@ -4,12 +4,14 @@ import functools
 import hashlib
 import itertools
 import statistics
+import threading
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from reca import units
 from reca.data.errors import BadSample, LeftOut
+from reca.data.outage import outlast
 from reca.data.pixels import open_rgb
 from reca.data.read_ahead import read_ahead
 from reca.data.sample import Source
@@ -80,11 +82,11 @@ class Audit:
             self.answers += [len(Turn(*turn).answer.split()) for turn in looked.text]
 
 
-def inspect_sample(source: Source, index: int) -> Inspection:
-    """Read and decode one sample."""
+def inspect_sample(source: Source, closed: threading.Event, index: int) -> Inspection:
+    """Read and decode one sample. closed: ends the waiting for remote storage."""
     key = source.key(index)
     try:
-        sample = source[index]
+        sample = outlast(lambda: source[index], closed)
         image = open_rgb(sample.image)
         if isinstance(sample.text, Scored) and sample.text.target is not None:
             open_rgb(sample.text.target)
@@ -100,8 +102,9 @@ def inspect_sample(source: Source, index: int) -> Inspection:
 
 def audit(source: Source, about: bool = False, workers: int = 4, progress: Any = None) -> Audit:
     """Inspect every sample of a source. about: as for `Audit.add`. progress: called after every sample."""
-    found = Audit()
-    for looked in read_ahead(functools.partial(inspect_sample, source), range(len(source)), workers):
+    found, closed = Audit(), threading.Event()
+    inspect = functools.partial(inspect_sample, source, closed)
+    for looked in read_ahead(inspect, range(len(source)), workers, closed):
         found.add(looked, about)
         if progress:
             progress()

@@ -1,6 +1,7 @@
 """Bounded prefetching with threads."""
 
 import itertools
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,8 +14,13 @@ THREADS = 64  # of short reads: they wait for round trips to a server, not for a
 GROUP = 64  # short reads of a thread at a time, so that they cost no more than in a loop where the disk is local
 
 
-def read_ahead(read: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
-    """Yield `read(item)` of every item, in order, with about four results per thread in memory."""
+def read_ahead(
+    read: Callable[[T], R], items: Iterable[T], workers: int, closed: threading.Event | None = None
+) -> Iterator[R]:
+    """Yield `read(item)` of every item, in order, with about four results per thread in memory.
+
+    closed: set at the end, also after an error or Ctrl-C, for reads that would wait longer.
+    """
     workers = max(1, workers)
     pool = ThreadPoolExecutor(workers)
     try:
@@ -26,6 +32,8 @@ def read_ahead(read: Callable[[T], R], items: Iterable[T], workers: int) -> Iter
         while ahead:
             yield ahead.popleft().result()
     finally:  # after an error, what waits is not read
+        if closed:
+            closed.set()
         pool.shutdown(cancel_futures=True)
 
 
