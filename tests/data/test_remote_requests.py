@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +15,8 @@ DATA = bytes(range(256)) * 10
 
 class Files:
     """A file system. refused: status of the answers about b.png. away: hosts. asked: paths of all requests."""
+
+    gone = ()
 
     def __init__(self, refused=None):
         self.refused, self.away, self.asked = refused, set(), []
@@ -31,6 +34,8 @@ class Files:
 
     def _ask(self, path):
         self.asked.append(path)
+        if path in self.gone:
+            raise FileNotFoundError(path)
         if path.partition("/")[0] in self.away:
             raise RuntimeError("connection reset")
         if path == "b.png" and self.refused:
@@ -99,17 +104,44 @@ def test_a_host_that_is_away_is_an_outage_though_others_answer():
 def test_a_host_that_is_away_is_none_of_thousands():
     """Some images of a table of URLs are always gone. If no host answers, the network is at fault."""
     files = Files()
-    paths = [RemotePath(files, f"{host}/a.png") for host in range(remote.HOSTS + 1)]
+    paths = [RemotePath(files, f"{host}/a.png") for host in range(9)]
     assert all(path.read_range(0, 9) for path in paths)
-    files.away, last = {str(remote.HOSTS)}, paths[-1]
+    files.away, last = {"8"}, paths[-1]
     with pytest.raises(OSError, match="connection reset"):
         last.read_range(0, 9)
-    files.away |= {str(host) for host in range(remote.HOSTS)}
+    files.away |= set("01234567")
     files.asked.clear()
     with pytest.raises(Outage):
         last.read_range(0, 9)
-    asked = [f"{host}/a.png" for host in reversed(range(1, remote.HOSTS + 1))]
-    assert files.asked == ["4/a.png"] * 3 + asked
+    assert files.asked == ["8/a.png"] * 3 + [f"{host}/a.png" for host in (8, 7, 6, 5)]
+    assert len(remote._answered[files]) == remote.HOSTS + 1
+
+
+def test_a_host_that_is_away_is_an_outage_if_few_are_needed():
+    files = Files()
+    paths = [RemotePath(files, f"{host}/a.png") for host in range(remote.HOSTS)]
+    assert all(path.read_range(0, 9) for path in paths)
+    files.away = {"0"}
+    with pytest.raises(Outage):
+        paths[0].read_range(0, 9)
+
+
+def test_a_host_that_has_lost_a_file_answers():
+    """It is asked for the file that was read last, which may be gone."""
+    files = Files(500)
+    assert RemotePath(files, "a.png").read_range(0, 9)
+    files.gone = {"a.png"}
+    with pytest.raises(OSError, match="refused"):
+        RemotePath(files, "b.png").read_range(0, 9)
+
+
+def test_a_server_has_time_to_recover_between_attempts(monkeypatch):
+    waits = []
+    monkeypatch.setattr(remote, "PAUSE", 0.5)
+    monkeypatch.setattr(remote, "time", SimpleNamespace(sleep=waits.append))
+    with pytest.raises(OSError, match="refused"):
+        RemotePath(Files(500), "b.png").read_range(0, 9)
+    assert waits == [0.5, 1.0]
 
 
 @pytest.mark.parametrize(("status", "kind"), [(403, PermissionError), (500, Outage)])
