@@ -14,6 +14,7 @@ from reca.cli import main
 from reca.data.audit import audit, report
 from reca.data.config import DataConfig
 from reca.data.contact_sheet import contact_sheet
+from reca.data.errors import LeftOut
 from reca.data.loader import open_loader
 from reca.data.sources.factory import open_source
 from reca.data.views import View, Views
@@ -42,6 +43,20 @@ def test_every_sample_is_counted(root):
     text = report(found)
     assert "5 samples, 4 of them usable" in text and "512 to 768" in text and "c.png = b.png" in text
     assert found.bytes == sum((root / f"{name}.png").stat().st_size for name in "abcd")
+
+
+def test_a_file_that_vanishes_is_bad_and_a_row_without_an_image_is_no_sample(root, monkeypatch):
+    source = open_source(str(root), "reca")
+    (root / "b.png").unlink()
+    found = audit(source)
+    assert (found.samples, len(found.bad)) == (5, 2) and found.bad["b.png"].startswith("FileNotFoundError: ")
+
+    def leave_out(self, index):
+        raise LeftOut("rows without an image")
+
+    monkeypatch.setattr(type(source), "__getitem__", leave_out)
+    found = audit(source)
+    assert (found.samples, found.left_out.counts) == (0, {"rows without an image": 5}) and not found.bad
 
 
 def test_captions_and_conversations_are_counted(root, tmp_path):

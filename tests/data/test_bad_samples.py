@@ -210,6 +210,20 @@ def test_captions_that_are_none_are_bad_samples(tmp_path, workers):
     stream.close()
 
 
+def test_a_table_is_not_damaged_if_the_machine_cannot_open_it(tmp_path, monkeypatch):
+    pytest.importorskip("pyarrow")
+    from tests.data.test_parquet import midjourney
+
+    source = open_source(str(midjourney(tmp_path / "a.parquet", 0, 1)), "reca")
+
+    def fail(*arguments, **options):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr("pyarrow.parquet.ParquetFile", fail)
+    with pytest.raises(OSError, match="Too many open files"):
+        source[0]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("error", [RuntimeError("strange"), MemoryError(), OSError(24, "Too many open files")])
 def test_any_other_exception_names_the_sample(root, workers, error, monkeypatch):
