@@ -17,7 +17,8 @@ if one more prompt had shown it.
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
@@ -33,25 +34,12 @@ class Interval(NamedTuple):
     high: float
 
 
-class Clusters(NamedTuple):
-    """Sums of the values and numbers of images per prompt of a tag, [prompts] each."""
-
-    sums: np.ndarray
-    counts: np.ndarray
-
-
-def clusters(values: Iterable[tuple[str, str, float]]) -> dict[str, dict[str, list[float]]]:
+def by_prompt(values: Iterable[tuple[str, str, float]]) -> dict[str, dict[str, list[float]]]:
     """Group (tag, item, value) triples, one per image, as tag -> item -> values."""
     groups: dict[str, dict[str, list[float]]] = {}
     for tag, item, value in values:
         groups.setdefault(tag, {}).setdefault(item, []).append(value)
     return groups
-
-
-def _sums(items: Mapping[str, Sequence[float]], order: Sequence[str]) -> Clusters:
-    return Clusters(
-        np.array([math.fsum(items[name]) for name in order]), np.array([float(len(items[name])) for name in order])
-    )
 
 
 @functools.lru_cache(maxsize=1024)
@@ -79,10 +67,6 @@ def _weights(
     return {tag: len(items) / total for tag, items in groups.items()}
 
 
-def _mean(group: Clusters) -> float:
-    return float(group.sums.sum() / group.counts.sum())
-
-
 class Estimate(NamedTuple):
     """A score, or a difference of two scores, overall and per tag."""
 
@@ -100,7 +84,7 @@ def estimate(
     weights: weights of the tags, see `Score`. top: upper bound of the values, whose lower bound is 0; None: unbounded.
     Raises ValueError if there are no values.
     """
-    return _clipped(_estimate([clusters(values)], weights, top), 0.0, top)
+    return _clipped(_estimate([by_prompt(values)], weights, top), 0.0, top)
 
 
 def _clipped(found: Estimate, least: float, top: float | None) -> Estimate:
@@ -125,7 +109,7 @@ def difference(
     top: see `estimate`; None also for two evaluations of one model with equal settings, whose difference is exactly 0.
     Raises ValueError if they share no prompt.
     """
-    found = _estimate(shared(clusters(after), clusters(before)), weights, top)
+    found = _estimate(shared(by_prompt(after), by_prompt(before)), weights, top)
     return _clipped(found, -top if top else 0.0, top)
 
 
@@ -144,21 +128,22 @@ def _estimate(
     if not sides[0]:
         raise ValueError("no interval can be computed: no prompt has a value (in both)")
     weights = _weights(sides[0], given)
-    groups = [_group([_sums(side[tag], list(items)) for side in sides]) for tag, items in sides[0].items()]
+    groups = [_group([side[tag] for side in sides]) for tag in sides[0]]
     shares = np.array([weights[tag] for tag in sides[0]])
     value = float(sum(share * group.value for share, group in zip(shares, groups, strict=True)))
-    freedoms, spreads = ([getattr(group, name) for group in groups] for name in ("freedom", "spread"))
-    pooled = _ratio(sum(spread * freedom for spread, freedom in zip(spreads, freedoms, strict=True)), sum(freedoms))
-    reach: Callable[[Sequence[Group], np.ndarray], tuple[float, float]]
-    if top:
-        reach = functools.partial(_shares, len(sides) > 1, top)
-    else:
-        reach = functools.partial(_values, pooled, sum(freedoms))
+    freedom = sum(group.freedom for group in groups)
+    pooled = _ratio(sum(group.variance * group.freedom for group in groups), freedom)
+
+    def margins(some: Sequence[Group], weights: np.ndarray) -> tuple[float, float]:
+        if top:
+            return _score_margins(some, weights, top, paired=len(sides) > 1)
+        return _student_margins(some, weights, pooled, freedom)
+
     tags = {}
     for tag, group in zip(sides[0], groups, strict=True):
-        low, high = reach([group], np.ones(1))
+        low, high = margins([group], np.ones(1))
         tags[tag] = Interval(group.value, group.value - low, group.value + high)
-    low, high = reach(groups, shares) if shares.any() else (0.0, 0.0)
+    low, high = margins(groups, shares) if shares.any() else (0.0, 0.0)
     return Estimate(Interval(value, value - low, value + high), tags)
 
 
@@ -167,24 +152,27 @@ class Group(NamedTuple):
 
     value: float
     means: np.ndarray  # [prompts]
-    spread: float
+    variance: float
 
     @property
     def freedom(self) -> int:
+        """Return the degrees of freedom of the variance."""
         return len(self.means) - 1
 
 
-def _group(sides: Sequence[Clusters]) -> Group:
-    """Compute the Group of one side, or of the first minus the second.
+def _group(sides: Sequence[Mapping[str, Sequence[float]]]) -> Group:
+    """Compute the Group of one side, or of the first minus the second. sides: the values of each prompt.
 
     Its value is a mean over images, a ratio of sums, so the variance is that of the ratio's residuals.
     """
-    value, means, residuals = 0.0, np.zeros(len(sides[0].sums)), np.zeros(len(sides[0].sums))
+    value, means, residuals = 0.0, np.zeros(len(sides[0])), np.zeros(len(sides[0]))
     for sign, side in zip((1, -1), sides, strict=False):
-        mean = _mean(side)
+        sums = np.array([math.fsum(side[name]) for name in sides[0]])
+        counts = np.array([len(side[name]) for name in sides[0]])
+        mean = float(sums.sum() / counts.sum())
         value += sign * mean
-        means += sign * side.sums / side.counts
-        residuals += sign * (side.sums - mean * side.counts) / side.counts.mean()
+        means += sign * sums / counts
+        residuals += sign * (sums - mean * counts) / counts.mean()
     same = len(means) < 2 or np.abs(residuals).max() < 1e-12 * max(1.0, abs(value))  # up to rounding
     return Group(value, means, 0.0 if same else float(residuals @ residuals) / (len(means) - 1))
 
@@ -194,14 +182,14 @@ def _freedom(parts: np.ndarray, freedoms: np.ndarray) -> float:
     return _ratio(float(parts.sum()) ** 2, float((parts**2 / np.maximum(freedoms, 1)).sum()))
 
 
-def _shares(paired: bool, top: float, groups: Sequence[Group], weights: np.ndarray) -> tuple[float, float]:
+def _score_margins(groups: Sequence[Group], weights: np.ndarray, top: float, paired: bool) -> tuple[float, float]:
     """Return the distances from a weighted sum of proportions to the lower and upper bounds of its interval."""
     prompts = np.array([len(group.means) for group in groups])
     gains, losses = (np.array([_part(sign * group.means / top) for group in groups]) for sign in (1, -1))
     whole = gains + losses - (gains - losses) ** 2  # the variance if every prompt's value were -1, 0 or 1
-    spreads = np.array([group.spread for group in groups]) / top**2
-    variances = ((prompts - 1) * spreads + whole) / prompts**2
-    variances[spreads == 0] = 0.0  # without spread, use the actual number of prompts
+    between = np.array([group.variance for group in groups]) / top**2
+    variances = ((prompts - 1) * between + whole) / prompts**2
+    variances[between == 0] = 0.0  # if all prompts agree, use their actual number
     t = t_quantile(_freedom(weights**2 * variances, prompts - 1)) if variances.any() else Z
     sizes = (Z / t) ** 2 * whole / np.where(variances > 0, variances, np.inf)
     low, high = score_interval(Tags(gains, losses, np.maximum(sizes, prompts), weights), paired)
@@ -213,7 +201,7 @@ def _part(values: np.ndarray) -> float:
     return float(values.clip(0, 1).mean())
 
 
-def _values(pooled: float, freedom: int, groups: Sequence[Group], weights: np.ndarray) -> tuple[float, float]:
+def _student_margins(groups: Sequence[Group], weights: np.ndarray, pooled: float, freedom: int) -> tuple[float, float]:
     """Return the distances from a weighted sum to the lower and upper bounds of Student's interval, which are equal.
 
     pooled, freedom: variance pooled over all tags, and its degrees of freedom. A tag of one prompt has these, a tag of
@@ -222,13 +210,13 @@ def _values(pooled: float, freedom: int, groups: Sequence[Group], weights: np.nd
     if not freedom:
         return math.inf, math.inf
     prompts = np.array([len(group.means) for group in groups])
-    spreads = np.array([group.spread for group in groups])
-    variances = weights**2 * ((prompts - 1) * spreads + pooled) / prompts**2
+    between = np.array([group.variance for group in groups])
+    variances = weights**2 * ((prompts - 1) * between + pooled) / prompts**2
     if not variances.any():
         return 0.0, 0.0
     freedoms = np.where(prompts > 2, prompts - 1, np.where(prompts == 2, 4 * freedom / (freedom + 3), freedom))
-    reach = t_quantile(_freedom(variances, freedoms)) * math.sqrt(variances.sum())
-    return reach, reach
+    margin = t_quantile(_freedom(variances, freedoms)) * math.sqrt(variances.sum())
+    return margin, margin
 
 
 def _ratio(a: float, b: float) -> float:
@@ -258,7 +246,7 @@ def power(
     The variance of a prompt's difference is split into components between prompts and between the images of a prompt.
     With one image per prompt it cannot be split and is attributed to images alone. Return [] if the variance is 0.
     """
-    sides = shared(clusters(after), clusters(before))
+    sides = shared(by_prompt(after), by_prompt(before))
     share = _weights(sides[0], weights)
     table = []
     for count in images:
@@ -288,9 +276,5 @@ def _variance(sides: Sequence[Mapping[str, Mapping[str, Sequence[float]]]], tag:
 
 
 def _power(effect: float, error: float) -> float:
-    z = abs(effect) / error
-    return _normal(z - Z) + _normal(-z - Z)
-
-
-def _normal(x: float) -> float:
-    return 0.5 * (1 + math.erf(x / math.sqrt(2)))
+    z, normal = abs(effect) / error, NormalDist()
+    return normal.cdf(z - Z) + normal.cdf(-z - Z)
