@@ -19,7 +19,7 @@ from reca.eval.errors import EvaluationError
 from reca.eval.generate import image_seed
 from reca.eval.suites import SUITES, open_suite
 from reca.eval.suites.geneval import GenEval
-from reca.eval.suites.geneval_rules import judge
+from reca.eval.suites.geneval_rules import mistakes
 from reca.eval.suites.pope import measures, read_answer
 from tests.eval.painter import Painter
 
@@ -185,7 +185,7 @@ def test_a_position_holds_from_half_of_the_distance_on(relation, right, down):
     def shown(distance):
         boxes = {"cow": [-15, -15, 15, 15], "cup": [-10, -10, 10, 10]}
         boxes["cup"] = [side + distance * sign for side, sign in zip(boxes["cup"], (right, down) * 2, strict=True)]
-        return judge({name: [{"box": box, "score": 0.9}] for name, box in boxes.items()}, rule).correct
+        return not mistakes({name: [{"box": box, "score": 0.9}] for name, box in boxes.items()}, rule)
 
     assert [shown(distance) for distance in (-100, 10, 10.1, 100)] == [False, False, True, True]
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from reca.eval.errors import EvaluationError
 from reca.eval.suites import files
 from reca.eval.suites.base import PROMPTS, Item, Key, RowFolders, Score, Value, answered, tag_means
-from reca.eval.suites.geneval_rules import TAGS, judge, summarize, threshold_of
+from reca.eval.suites.geneval_rules import TAGS, mistakes, summarize, threshold_of
 from reca.options.names import option
 
 
@@ -81,8 +81,8 @@ class GenEval(RowFolders):
             if "correct" in answer:
                 correct, reason = bool(answer["correct"]), str(answer.get("reason", ""))
             else:
-                verdict = judge(answer, item.metadata)
-                correct, reason = verdict.correct, "\n".join(r.line for r in verdict.reasons)
+                reason = "\n".join(mistakes(answer, item.metadata))
+                correct = not reason
             values.append(Value(*key, item.tag, float(correct), reason))
             rows.append((item.tag, json.dumps(item.metadata), correct))
         metrics: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""The rules of GenEval: from detections in an image to a verdict, and from verdicts to the benchmark's metrics.
+"""The rules of GenEval: from detections in an image to its mistakes, and from verdicts to the benchmark's metrics.
 
 Source: djghosh13/geneval, evaluation/evaluate_images.py and summary_scores.py. Arithmetic is in float32, as there.
 """
@@ -39,49 +39,33 @@ class Box(NamedTuple):
     color: str | None
 
 
-class Reason(NamedTuple):
-    """Why an image is wrong. kind: missing, color, position, no_target or too_many."""
-
-    kind: str
-    line: str
-
-
-class Verdict(NamedTuple):
-    correct: bool
-    reasons: list[Reason]
-    kept: dict[str, list[list[float]]]  # class -> x0, y0, x1, y1, score of each box above the threshold
-
-
 def threshold_of(metadata: Mapping[str, Any]) -> float:
     """Return the score above which detections count for a prompt."""
     return COUNTING_THRESHOLD if metadata.get("tag") == "counting" else THRESHOLD
 
 
-def judge(detections: Mapping[str, Sequence[Mapping[str, Any]]], metadata: Mapping[str, Any]) -> Verdict:
-    """Judge an image by GenEval's rules.
+def mistakes(detections: Mapping[str, Sequence[Mapping[str, Any]]], metadata: Mapping[str, Any]) -> list[str]:
+    """Judge an image by GenEval's rules. Return a line for each mistake; [] if the image is correct.
 
     detections: for each class, in the detector's order, {"box": [x0, y0, x1, y1], "score": s, "color": name}.
     metadata: that of the prompt, with `tag`, `include` and `exclude`.
     """
-    threshold = threshold_of(metadata)
-    kept = {name: _kept(boxes, threshold) for name, boxes in detections.items()}
-    kept = {name: boxes for name, boxes in kept.items() if boxes}
-    reasons: list[Reason] = []
-    matched_groups: list[list[Box] | None] = []
+    kept = {name: kept_boxes(boxes, threshold_of(metadata)) for name, boxes in detections.items()}
+    found: list[str] = []
+    groups: list[list[Box] | None] = []  # boxes of each entry; None for one that failed
     for wanted in metadata.get("include", []):
-        group, found_wrong = _include(wanted, kept, matched_groups)
-        reasons += found_wrong
-        matched_groups.append(None if found_wrong else group)
+        group, mistake = _include(wanted, kept, groups)
+        groups.append(None if mistake else group)
+        found += [mistake] if mistake else []
     for wanted in metadata.get("exclude", []):
         name, count = wanted["class"], wanted["count"]
-        found = len(kept.get(name, []))
-        if found >= count:
-            reasons.append(Reason("too_many", f"expected {name}<{count}, found {found}"))
-    details = {name: [[*map(float, box.corners), float(box.score)] for box in boxes] for name, boxes in kept.items()}
-    return Verdict(not reasons, reasons, details)
+        if (seen := len(kept.get(name, []))) >= count:
+            found.append(f"expected {name}<{count}, found {seen}")
+    return found
 
 
-def _kept(boxes: Sequence[Mapping[str, Any]], threshold: float) -> list[Box]:
+def kept_boxes(boxes: Sequence[Mapping[str, Any]], threshold: float) -> list[Box]:
+    """Return the boxes of a class at `kept_places`."""
     scores = np.array([box["score"] for box in boxes], dtype=np.float32)
     return [
         Box(np.asarray(boxes[i]["box"], dtype=np.float32), scores[i], boxes[i].get("color"))
@@ -98,32 +82,32 @@ def kept_places(scores: Any, threshold: float) -> list[int]:
 
 def _include(
     wanted: Mapping[str, Any], kept: Mapping[str, list[Box]], groups: Sequence[list[Box] | None]
-) -> tuple[list[Box], list[Reason]]:
-    """Check one entry of `include`. groups: boxes of each preceding entry; None for one that failed."""
+) -> tuple[list[Box], str]:
+    """Check an entry of `include`. Return its boxes and the mistake, empty if there is none.
+
+    groups: boxes of each preceding entry; None for one that failed.
+    """
     name, count = wanted["class"], wanted["count"]
     found = kept.get(name, [])[:count]
     if len(found) < count:
-        return found, [Reason("missing", f"expected {name}>={count}, found {len(found)}")]
+        return found, f"expected {name}>={count}, found {len(found)}"
     if "color" in wanted:
-        colors = [box.color for box in found]
-        hits = colors.count(wanted["color"])
+        color, colors = wanted["color"], [box.color for box in found]
+        hits = colors.count(color)
         if hits < count:
             seen = ", ".join(f"{colors.count(c)} {c}" for c in COLORS if c in colors)
-            color = wanted["color"]
-            line = f"expected {color} {name}>={count}, found {hits} {color}; and {seen}"
-            return found, [Reason("color", line)]
+            return found, f"expected {color} {name}>={count}, found {hits} {color}; and {seen}"
     if wanted.get("position"):
         relation, index = wanted["position"]
         targets = groups[index]
         if targets is None:
-            return found, [Reason("no_target", f"no target for {name} to be {relation}")]
+            return found, f"no target for {name} to be {relation}"
         for box in found:
             for target in targets:
                 shown = relations(box.corners, target.corners)
                 if relation not in shown:
-                    line = f"expected {name} {relation} target, found {' and '.join(sorted(shown))} target"
-                    return found, [Reason("position", line)]
-    return found, []
+                    return found, f"expected {name} {relation} target, found {' and '.join(sorted(shown))} target"
+    return found, ""
 
 
 def relations(a: np.ndarray, b: np.ndarray) -> set[str]:
