@@ -256,3 +256,9 @@ def tag_means(values: Iterable[Value]) -> dict[str, float]:
     for value in values:
         groups.setdefault(value.tag, []).append(value.value)
     return {tag: mean(group) for tag, group in groups.items()}
+
+
+def equal_weights(tags: Iterable[str]) -> dict[str, float] | None:
+    """Return the weights of `Score` by which every tag counts equally; None without tags."""
+    names = list(dict.fromkeys(tags))
+    return {tag: 1 / len(names) for tag in names} or None

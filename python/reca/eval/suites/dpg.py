@@ -12,7 +12,7 @@ from PIL import Image
 from reca.data.errors import DataError
 from reca.eval.errors import EvaluationError
 from reca.eval.suites import files
-from reca.eval.suites.base import Item, Key, Score, Suite, Value, mean
+from reca.eval.suites.base import Item, Key, Score, Suite, Value, answered, mean
 
 DETAIL = re.compile(r"(.+?), (None|\([\d, ]+\)), (.+)")  # output line: image, cell, question and answer
 COLUMNS = ("item_id", "proposition_id", "dependency", "tuple", "question_natural_language")
@@ -35,8 +35,8 @@ class Cell(NamedTuple):
 class DpgScores(NamedTuple):
     """Metrics of compute_dpg_bench.py. Categories without questions are absent."""
 
-    per_image: dict[str, list[float]]  # file -> score per cell
-    failed: dict[str, str]  # file -> why
+    per_image: dict[Any, list[float]]  # image -> score per cell
+    failed: dict[Any, str]  # image -> why
     level1: dict[str, float]
     level2: dict[str, float]
 
@@ -79,24 +79,24 @@ def score_cell(questions: Sequence[Question], replies: Mapping[int, str]) -> Cel
 
 
 def score_images(
-    questions: Mapping[str, Sequence[Question]], images: Iterable[tuple[str, str, Sequence[Mapping[int, str]]]]
+    questions: Mapping[str, Sequence[Question]], images: Iterable[tuple[Any, str, Sequence[Mapping[int, str]]]]
 ) -> DpgScores:
-    """Score images. images: (file, item, replies per cell).
+    """Score images. images: (any name of the image, item, replies per cell).
 
     An image that cannot be scored is excluded from all metrics. As in the script, categories use the last cell only.
     """
-    per_image: dict[str, list[float]] = {}
-    failed: dict[str, str] = {}
+    per_image: dict[Any, list[float]] = {}
+    failed: dict[Any, str] = {}
     level1: dict[str, list[float]] = {}
     level2: dict[str, list[float]] = {}
-    for file, item, replies in images:
+    for name, item, replies in images:
         try:
             asked = questions[item]
             cells = [score_cell(asked, reply) for reply in replies]
         except KeyError as error:
-            failed[file] = f"{error} is missing: an item of the table, a reply, or the parent of a question"
+            failed[name] = f"{error} is missing: an item of the table, a reply, or the parent of a question"
             continue
-        per_image[file] = [cell.score for cell in cells]
+        per_image[name] = [cell.score for cell in cells]
         for question in asked:
             mark = cells[-1].answers[question.id]
             level2.setdefault(question.category, []).append(mark)
@@ -144,10 +144,10 @@ class Dpg(Suite):
         return f"{item.id}_{k}.png"
 
     def find(self, images: Path, items: Sequence[Item]) -> dict[Key, Path]:
-        files, known = {path.stem: path for path in sorted(images.glob("*.png"))}, {item.id: item for item in items}
-        parts = [stem.rpartition("_") for stem in files if stem not in known]
-        cells = {(item, int(k)): files[f"{item}_{k}"] for item, _, k in parts if item in known and k.isdecimal()}
-        return cells or {(item, 0): files[item] for item in known if item in files}
+        paths, known = {path.stem: path for path in sorted(images.glob("*.png"))}, {item.id for item in items}
+        parts = [stem.rpartition("_") for stem in paths if stem not in known]
+        cells = {(item, int(k)): paths[f"{item}_{k}"] for item, _, k in parts if item in known and k.isdecimal()}
+        return cells or {(item.id, 0): paths[item.id] for item in items if item.id in paths}
 
     def layout(self) -> str:
         return "ITEM_K.png, or ITEM.png with a grid of 2 x 2"
@@ -188,20 +188,19 @@ class Dpg(Suite):
 
     def score(self, answers: Mapping[Key, Any], items: Sequence[Item]) -> Score:
         tables = {item.id: item.metadata["questions"] for item in items}
-        names = {f"{item}_{k}": (item, k) for item, k in answers}
         images = [
-            (name, item, [{int(q): reply for q, reply in cell.items()} for cell in answers[item, k]])
-            for name, (item, k) in names.items()
+            (key, item.id, [{int(q): reply for q, reply in cell.items()} for cell in cells])
+            for item, key, cells in answered(answers, items)
         ]
         scores = score_images(tables, images)
         values = [
-            Value(*names[name], "all", 100 * mean(cells), _wrong(tables[names[name][0]], answers[names[name]]))
-            for name, cells in scores.per_image.items()
+            Value(*key, "all", 100 * mean(cells), _wrong(tables[key[0]], answers[key]))
+            for key, cells in scores.per_image.items()
         ]
         metrics: dict[str, Any] = {"level1": scores.level1, "level2": scores.level2}
         if values:
             metrics["final"] = scores.final
-        return Score(values, None, metrics, [(names[name], why) for name, why in scores.failed.items()])
+        return Score(values, None, metrics, list(scores.failed.items()))
 
 
 def _yes_or_no(reply: str, question: str) -> str:

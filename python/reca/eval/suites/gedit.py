@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from reca.eval.errors import EvaluationError
 from reca.eval.files import write
 from reca.eval.suites import files
-from reca.eval.suites.base import Item, Key, Score, Suite, Value, mean
+from reca.eval.suites.base import Item, Key, Score, Suite, Value, answered, equal_weights, mean
 
 log = logging.getLogger("reca")
 
@@ -146,21 +146,16 @@ class GEdit(Suite):
     def score(self, answers: Mapping[Key, Any], items: Sequence[Item]) -> Score:
         values, failed = [], []
         groups: dict[str, list[Marked]] = {}
-        for item in items:
-            key = (item.id, 0)
-            if key not in answers:
-                continue
+        for item, key, answer in answered(answers, items):
             try:
-                semantics, quality, overall = read_item(answers[key])
+                semantics, quality, overall = read_item(answer)
             except ValueError as error:
                 failed.append((key, str(error)))
                 continue
             values.append(Value(*key, item.tag, overall, f"semantics {semantics:g}, quality {quality:g}"))
             marked = Marked(self.language, semantics, quality, item.metadata["intersection"])
             groups.setdefault(item.tag, []).append(marked)
-        present = {value.tag: None for value in values}
-        weights = {tag: 1 / len(present) for tag in present}
-        return Score(values, weights or None, dict(statistics(groups, self.language)), failed)
+        return Score(values, equal_weights(groups), dict(statistics(groups, self.language)), failed)
 
     def import_answers(self, path: Path, items: Sequence[Item]) -> dict[Key, Any] | None:
         """Read the public script's files <model>_<group>_gpt_score.csv from a folder."""
@@ -173,8 +168,8 @@ class GEdit(Suite):
                 try:
                     key = Path(row["edited_image"]).stem
                     if key in keys and row["instruction_language"] == self.language:
-                        marks = [[float(row["sementics_score"])], [float(row["quality_score"])]]
-                        found[key, 0] = dict(zip(MEASURES, marks, strict=False))
+                        semantics, quality = float(row["sementics_score"]), float(row["quality_score"])
+                        found[key, 0] = {"semantics": [semantics], "quality": [quality]}
                 except (KeyError, TypeError, ValueError):  # for example, a truncated last line
                     log.warning("%s, line %d cannot be read; its image counts as not judged", file, reader.line_num)
         return found or None

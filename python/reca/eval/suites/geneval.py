@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from reca.eval.errors import EvaluationError
 from reca.eval.suites import files
-from reca.eval.suites.base import PROMPTS, Item, Key, RowFolders, Score, Value, answered, tag_means
+from reca.eval.suites.base import PROMPTS, Item, Key, RowFolders, Score, Value, answered, equal_weights, tag_means
 from reca.eval.suites.geneval_rules import TAGS, mistakes, summarize, threshold_of
 from reca.options.names import option
 
@@ -92,7 +92,7 @@ class GenEval(RowFolders):
         present = tag_means(values)
         ordered = [tag for tag in TAGS if tag in present] + [tag for tag in present if tag not in TAGS]
         metrics["tags"] = {tag: present[tag] for tag in ordered}
-        return Score(values, {tag: 1 / len(ordered) for tag in ordered} or None, metrics, [])
+        return Score(values, equal_weights(ordered), metrics, [])
 
     def import_answers(self, path: Path, items: Sequence[Item]) -> dict[Key, Any] | None:
         """Read the public script's result file."""

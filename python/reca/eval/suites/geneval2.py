@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from reca.eval.errors import EvaluationError
 from reca.eval.suites import files
-from reca.eval.suites.base import Item, Key, Score, Suite, Value, mean
+from reca.eval.suites.base import Item, Key, Score, Suite, Value, answered, mean
 
 NUMBERS = "one two three four five six seven eight nine ten".split()
 DIGITS = {word: str(i + 1) for i, word in enumerate(NUMBERS)}
@@ -114,11 +114,8 @@ class GenEval2(Suite):
 
     def score(self, answers: Mapping[Key, Any], items: Sequence[Item]) -> Score:
         values, failed, rows, arithmetic = [], [], [], []
-        for item in items:
-            key = (item.id, 0)
-            if key not in answers:
-                continue
-            scores, questions = answers[key], item.metadata["questions"]
+        for item, key, scores in answered(answers, items):
+            questions = item.metadata["questions"]
             if len(scores) != len(questions):
                 failed.append((key, f"{len(scores)} answers to {len(questions)} questions"))
                 continue

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from reca.eval.errors import EvaluationError
 from reca.eval.suites import files
-from reca.eval.suites.base import Item, Key, Score, Suite, Value, mean
+from reca.eval.suites.base import Item, Key, Score, Suite, Value, answered, mean
 
 
 def read_marks(reply: str) -> float | None:
@@ -93,16 +93,13 @@ class ImgEdit(Suite):
 
     def score(self, answers: Mapping[Key, Any], items: Sequence[Item]) -> Score:
         values, failed = [], []
-        for item in items:
-            key = (item.id, 0)
-            if key not in answers:
-                continue
+        for item, key, answer in answered(answers, items):
             try:
-                mark = read_marks(answers[key]) if isinstance(answers[key], str) else None
+                mark = read_marks(answer) if isinstance(answer, str) else None
             except ValueError:
                 mark = None
             if mark is None:
-                failed.append((key, f"the judge's reply contains no mark: {str(answers[key])[:200]!r}"))
+                failed.append((key, f"the judge's reply contains no mark: {str(answer)[:200]!r}"))
             else:
                 values.append(Value(*key, item.tag, mark))
         scores = aggregate({v.item: v.value for v in values}, {item.id: item.tag for item in items})

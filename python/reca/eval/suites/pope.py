@@ -8,7 +8,7 @@ from typing import Any
 
 from reca.eval.errors import EvaluationError
 from reca.eval.suites import files
-from reca.eval.suites.base import Item, Key, Score, Suite, Value
+from reca.eval.suites.base import Item, Key, Score, Suite, Value, answered, equal_weights
 
 CATEGORIES = ("random", "popular", "adversarial")
 
@@ -64,17 +64,15 @@ class Pope(Suite):
     def score(self, answers: Mapping[Key, Any], items: Sequence[Item]) -> Score:
         values = []
         groups: dict[str, list[tuple[str, str]]] = {}
-        for item in items:
-            if (item.id, 0) not in answers:
-                continue
-            reply, truth = str(answers[item.id, 0]), item.metadata["truth"]
+        for item, key, given in answered(answers, items):
+            reply, truth = str(given), item.metadata["truth"]
             answer = read_answer(reply)
             groups.setdefault(item.tag, []).append((answer, truth))
-            values.append(Value(item.id, 0, item.tag, float(answer == truth), "" if answer == truth else reply[:200]))
+            values.append(Value(*key, item.tag, float(answer == truth), "" if answer == truth else reply[:200]))
         metrics: dict[str, Any] = {tag: measures(rows) for tag, rows in groups.items()}
         if len(groups) == len(CATEGORIES):
             metrics["mean_f1"] = sum(figures["f1"] for figures in metrics.values()) / len(groups)
-        return Score(values, {tag: 1 / len(groups) for tag in groups} or None, metrics, [])
+        return Score(values, equal_weights(groups), metrics, [])
 
     def import_answers(self, path: Path, items: Sequence[Item]) -> dict[Key, Any] | None:
         """Read a file per category, with the category in its name and answers in the order of the questions.
@@ -83,9 +81,9 @@ class Pope(Suite):
         questions by order. Raises EvaluationError for an answer to another question and for two files of a category.
         """
         wanted, found = {item.id for item in items}, dict[Key, Any]()
-        given = sorted(path.glob("*.json*")) if path.is_dir() else [path]
+        given, everything = sorted(path.glob("*.json*")) if path.is_dir() else [path], self.items()
         for category in CATEGORIES:
-            questions = [item for item in self.items() if item.tag == category]
+            questions = [item for item in everything if item.tag == category]
             named = [file for file in given if category in file.name]
             if len(named) > 1:
                 names = ", ".join(file.name for file in named)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from reca.eval.errors import EvaluationError
 from reca.eval.suites import files
-from reca.eval.suites.base import PROMPTS, Item, Key, Score, Suite, Value, answered, tag_means
+from reca.eval.suites.base import PROMPTS, Item, Key, Score, Suite, Value, answered, equal_weights, tag_means
 from reca.eval.suites.geneval2 import YES
 
 COMBINED = "annotation_3_in_1"  # folder with the result of "complex", an average of the other folders' results
@@ -88,7 +88,7 @@ class T2ICompBench(Suite):
             except (TypeError, ValueError):
                 failed.append((key, f"{str(answer)[:200]!r} is not a number"))
         tags = tag_means(values)
-        return Score(values, {tag: 1 / len(tags) for tag in tags} or None, {"categories": tags}, failed)
+        return Score(values, equal_weights(tags), {"categories": tags}, failed)
 
     def import_answers(self, path: Path, items: Sequence[Item]) -> dict[Key, Any] | None:
         """Read <category>/**/vqa_result.json: [{"question_id": number of the image, "answer": score}]."""

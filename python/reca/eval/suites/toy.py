@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from reca.eval.suites.base import Item, Key, RowFolders, Score, Value, answered, mean, tag_means
+from reca.eval.suites.base import Item, Key, RowFolders, Score, Value, answered, equal_weights, mean, tag_means
 from reca.toy_datasets.dataset import JudgedPrompt, load_dataset
 
 
@@ -48,4 +48,4 @@ class Toy(RowFolders):
         tags = tag_means(values)
         metrics = {"overall": mean(list(tags.values()))} if tags else {}
         metrics |= {name: mean(hits) for name, hits in pairs.items()}
-        return Score(values, {tag: 1 / len(tags) for tag in tags} or None, metrics, [])
+        return Score(values, equal_weights(tags), metrics, [])

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from reca.eval.errors import EvaluationError
 from reca.eval.suites import files, wise_rules
-from reca.eval.suites.base import Item, Key, Score, Suite, Value
+from reca.eval.suites.base import Item, Key, Score, Suite, Value, answered
 
 _VERIFIED_QUESTION = """\
 You check whether a picture shows what its prompt implies, which needs knowledge of the world.
@@ -74,16 +74,14 @@ class Wise(Suite):
 
     def score(self, answers: Mapping[Key, Any], items: Sequence[Item]) -> Score:
         values, failed, rows = [], [], []
-        for item in items:
-            key = (item.id, 0)
-            if key in answers:
-                row = self.row(item, answers[key])
-                value = self.value_of(row)
-                rows.append(row)
-                if value is None:
-                    failed.append((key, f"the judge's reply contains no mark: {str(answers[key])[:200]!r}"))
-                else:
-                    values.append(Value(*key, item.tag, value))
+        for item, key, answer in answered(answers, items):
+            row = self.row(item, answer)
+            value = self.value_of(row)
+            rows.append(row)
+            if value is None:
+                failed.append((key, f"the judge's reply contains no mark: {str(answer)[:200]!r}"))
+            else:
+                values.append(Value(*key, item.tag, value))
         means, overall = wise_rules.average(rows, self.rules, self.value_of)
         metrics: dict[str, Any] = {"categories": means, "overall": overall}
         present = {value.tag for value in values}
