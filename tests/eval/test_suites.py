@@ -266,8 +266,12 @@ def test_dpg(tmp_path):
 def test_geneval2(tmp_path):
     row = {"prompt": "two cats", "atom_count": 3, "skills": ["object", "count", "object"],
            "vqa_list": [["Is there a cat?", "Yes"], ["How many cats?", "two"], ["Fur?", "Yes"]]}  # fmt: skip
-    (tmp_path / "geneval2_data.jsonl").write_text(json.dumps(row) + "\n")
+    file = tmp_path / "geneval2_data.jsonl"
+    file.write_text(json.dumps(row | {"vqa_list": [], "skills": []}))
     suite = open_suite("geneval2", tmp_path)
+    with pytest.raises(EvaluationError, match="line 1: .*a prompt with 3 atoms, 0 answers"):
+        suite.items()
+    file.write_text(json.dumps(row) + "\n\n")  # ends in an empty line
     (item,) = suite.items()
     asked = []
 

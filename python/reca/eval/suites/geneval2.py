@@ -3,6 +3,7 @@
 Source: facebookresearch/GenEval2, evaluation.py and soft_tifa_analysis.py. Its data is CC BY-NC and not shipped.
 """
 
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -47,13 +48,15 @@ class Analysis(NamedTuple):
 def analyse(prompts: Sequence[tuple[int, Sequence[str], Sequence[float]]]) -> Analysis:
     """Average over atoms by skill, and over prompts by number of atoms. prompts: (atom_count, skills, scores).
 
-    Raises ValueError for an unknown skill or number of atoms.
+    Raises ValueError for an unknown skill or number of atoms, and for a prompt without scores.
     """
     skills: dict[str, list[float]] = {name: [] for name in SKILLS}
     counts: dict[int, list[float]] = {count: [] for count in ATOM_COUNTS}
     for count, names, scores in prompts:
-        if count not in counts or any(name not in skills for name in names):
-            raise ValueError(f"a prompt with {count} atoms and skills {', '.join(names)} is not of GenEval 2")
+        if count not in counts or not scores or any(name not in skills for name in names):
+            raise ValueError(
+                f"a prompt with {count} atoms, {len(scores)} answers and skills {', '.join(names)} is not of GenEval 2"
+            )
         counts[count].append(geometric_mean(scores))
         for name, value in zip(names, scores, strict=True):
             skills[name].append(value)
@@ -81,19 +84,14 @@ class GenEval2(Suite):
     def items(self) -> list[Item]:
         path = self.data_path()
         path = path / "geneval2_data.jsonl" if path.is_dir() else path
-        items = []
-        for number, line in enumerate(files.read_lines(path, self.data_help)):
-            try:
-                row = json.loads(line)
-                questions = [(str(question), str(answer)) for question, answer in row["vqa_list"]]
-                analyse([(row["atom_count"], row["skills"], [1.0] * len(questions))])
-                meta = {"questions": questions, "skills": row["skills"], "atom_count": row["atom_count"]}
-                items.append(Item(f"{number:05d}", f"{row['atom_count']} atoms", row["prompt"], metadata=meta))
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise EvaluationError(
-                    f"{path}, line {number + 1}, is not a row of GenEval 2: {error!r}. {self.data_help}"
-                ) from error
-        return items
+        numbers = itertools.count()
+        return self.read_lines(path, lambda row: self._item(next(numbers), row))
+
+    def _item(self, number: int, row: Any) -> Item:
+        questions = [(str(question), str(answer)) for question, answer in row["vqa_list"]]
+        analyse([(row["atom_count"], row["skills"], [1.0] * len(questions))])
+        meta = {"questions": questions, "skills": row["skills"], "atom_count": row["atom_count"]}
+        return Item(f"{number:05d}", f"{row['atom_count']} atoms", row["prompt"], metadata=meta)
 
     def find(self, images: Path, items: Sequence[Item]) -> dict[Key, Path]:
         listed = images / "image_paths.json"
