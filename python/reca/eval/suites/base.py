@@ -9,8 +9,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, NamedTuple
 
 from reca.data.text import encodable
+from reca.eval import files
 from reca.eval.errors import EvaluationError, OptionError
-from reca.eval.suites import files
 from reca.options.names import option
 
 PROMPTS = Path(__file__).parents[1] / "prompts"  # prompts whose licence permits redistribution, with the licences

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from reca.data.errors import DataError
+from reca.eval import files
 from reca.eval.errors import EvaluationError
-from reca.eval.suites import files
 from reca.eval.suites.base import Item, Key, Score, Suite, Value, answered, mean
 
 DETAIL = re.compile(r"(.+?), (None|\([\d, ]+\)), (.+)")  # output line: image, cell, question and answer

@@ -10,9 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from reca.eval import files
 from reca.eval.errors import EvaluationError
-from reca.eval.files import write
-from reca.eval.suites import files
 from reca.eval.suites.base import Item, Key, Score, Suite, Value, answered, equal_weights, mean
 
 log = logging.getLogger("reca")
@@ -115,11 +114,11 @@ class GEdit(Suite):
                         source = Path("images") / f"{row['key']}.png"
                         if source.parent.name != "images":
                             raise KeyError(f"key {row['key']!r} is not a file name")
-                        write(path.parent / source, row.pop(IMAGE)["bytes"], sync=False, root=path.parent)
+                        files.write(path.parent / source, row.pop(IMAGE)["bytes"], sync=False, root=path.parent)
                         lines.append(json.dumps(row | {"source": str(source)}, ensure_ascii=False) + "\n")
         except (pyarrow.ArrowException, KeyError, TypeError) as error:
             raise EvaluationError(f"{table} is not a table of GEdit-Bench ({error}). {self.data_help}") from error
-        write(path, "".join(lines))
+        files.write(path, "".join(lines))
 
     def _item(self, folder: Path, row: Any) -> Item | None:
         if row["instruction_language"] != self.language:

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from reca.eval import files
 from reca.eval.errors import EvaluationError
-from reca.eval.suites import files
 from reca.eval.suites.base import PROMPTS, Item, Key, RowFolders, Score, Value, answered, equal_weights, tag_means
 from reca.eval.suites.geneval_rules import TAGS, mistakes, summarize, threshold_of
 from reca.options.names import option

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from reca.eval import files
 from reca.eval.errors import EvaluationError
-from reca.eval.suites import files
 from reca.eval.suites.base import Item, Key, Score, Suite, Value, answered, mean
 
 

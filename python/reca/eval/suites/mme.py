@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from reca.eval import files
 from reca.eval.errors import EvaluationError
-from reca.eval.suites import files
 from reca.eval.suites.base import Item, Key, Score, Suite, Value, mean
 
 PERCEPTION = "existence count position color posters celebrity scene landmark artwork OCR".split()

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from reca.eval import files
 from reca.eval.errors import EvaluationError
-from reca.eval.suites import files
 from reca.eval.suites.base import PROMPTS, Item, Key, Score, Suite, Value, answered, equal_weights, tag_means
 from reca.eval.suites.geneval2 import YES
 

@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from reca.eval import files
 from reca.eval.errors import EvaluationError
-from reca.eval.suites import files, wise_rules
+from reca.eval.suites import wise_rules
 from reca.eval.suites.base import Item, Key, Score, Suite, Value, answered
 
 _VERIFIED_QUESTION = """\
