@@ -7,7 +7,7 @@ from reca import units
 from reca.eval import records as recorded
 from reca.eval import report
 from reca.eval.errors import EvaluationError, OptionError
-from reca.eval.generate import generate_answers
+from reca.eval.generate import method_of
 from reca.eval.inputs import find, images_of
 from reca.eval.judges import check_judge
 from reca.eval.settings import Settings
@@ -31,15 +31,7 @@ def check(
     if "generate" in settings.steps and not (images or records):
         for side in sides:
             if side.recipe is not None:
-                adapter = umm_package(side.recipe.umm).Adapter
-                if suite.ability not in adapter.abilities:
-                    able = [name for name in UMMS if suite.ability in umm_package(name).Adapter.abilities]
-                    raise RecipeError(
-                        f"{suite.name} needs a model that can {suite.ability}: {side.recipe.umm} cannot; use a recipe "
-                        f"of {' or '.join(able)}"
-                    )
-                method = generate_answers if suite.ability == "answer" else getattr(adapter, suite.ability)
-                check_sampling_options(method, settings.sampling)
+                _check_model(settings, side.recipe.umm)
     if suite.judge_kind != "rule" and records is None and (settings.judge or "judge" in settings.steps):
         check_judge(settings.judge, settings.judge_options, suite)
     items = settings.items(images)
@@ -60,6 +52,17 @@ def check(
     if name == "recorded" and suite.judge_kind != "rule" and "judge" in settings.steps:
         check_recorded(settings, items, list(to_judge.values()), Path(path).expanduser())
     return given
+
+
+def _check_model(settings: Settings, umm: str) -> None:
+    """Raise RecipeError if a model lacks the suite's ability, and ValueError for invalid sampling options."""
+    suite, adapter = settings.suite, umm_package(umm).Adapter
+    if suite.ability not in adapter.abilities:
+        able = [name for name in UMMS if suite.ability in umm_package(name).Adapter.abilities]
+        raise RecipeError(
+            f"{suite.name} needs a model that can {suite.ability}: {umm} cannot; use a recipe of {' or '.join(able)}"
+        )
+    check_sampling_options(method_of(adapter, suite), settings.sampling)
 
 
 def check_evaluation(settings: Settings, side: Target, items: Sequence[Item]) -> list[Key] | None:

@@ -15,7 +15,7 @@ from reca.eval import report
 from reca.eval.checks import check
 from reca.eval.errors import EvaluationError, OptionError
 from reca.eval.files import write
-from reca.eval.generate import generate_answers, generate_images, is_drawn, read_answers
+from reca.eval.generate import generate_answers, generate_images, is_drawn, method_of, read_answers
 from reca.eval.inputs import count_unjudged, images_of
 from reca.eval.judge import judge_images, valid
 from reca.eval.judges import open_judge
@@ -119,8 +119,7 @@ def sampling_of(settings: Settings, side: Target) -> dict[str, Any]:
     """Return all sampling options: the model's defaults, overridden by the suite's, then by the user's."""
     assert side.recipe is not None
     suite, adapter = settings.suite, umm_package(side.recipe.umm).Adapter
-    method = generate_answers if suite.ability == "answer" else getattr(adapter, suite.ability)
-    return defaults(method) | suite.sampling(side.recipe.umm) | dict(settings.sampling)
+    return defaults(method_of(adapter, suite)) | suite.sampling(side.recipe.umm) | dict(settings.sampling)
 
 
 def generation_of(settings: Settings, sampling: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,11 @@ def generate_answers(
                 row = {"item": item.id, "k": k, "digest": item.given, "answer": reply}
                 file.append(json.dumps(row, ensure_ascii=False))
     return len(todo)
+
+
+def method_of(adapter: type[Adapter], suite: Suite) -> Callable[..., Any]:
+    """Return the function whose keyword arguments are the sampling options of a model for a suite."""
+    return generate_answers if suite.ability == "answer" else getattr(adapter, suite.ability)
 
 
 def read_answers(path: Path, items: Sequence[Item]) -> dict[Key, str]:
