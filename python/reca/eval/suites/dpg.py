@@ -194,8 +194,8 @@ class Dpg(Suite):
         ]
         scores = score_images(tables, images)
         values = [
-            Value(*key, "all", 100 * mean(cells), _wrong(tables[key[0]], answers[key]))
-            for key, cells in scores.per_image.items()
+            Value(item, k, "all", 100 * mean(cells), _wrong(tables[item], answers[item, k]))
+            for (item, k), cells in scores.per_image.items()
         ]
         metrics: dict[str, Any] = {"level1": scores.level1, "level2": scores.level2}
         if values:
