@@ -10,7 +10,7 @@ would keep the whole model on each GPU.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,8 +22,9 @@ from reca.models.base import Adapter
 CAST = (nn.Linear, nn.Conv2d)  # layers whose weights autocast casts, and that only their forward pass reads
 
 
-@contextmanager
-def held(adapter: Adapter, autocast: torch.autocast | object, passes: int, cast_once: bool = True) -> Iterator[None]:
+def held(
+    adapter: Adapter, autocast: torch.autocast | object, passes: int, cast_once: bool = True
+) -> AbstractContextManager[None]:
     """Replace weights by copies in autocast's dtype while a step's passes run.
 
     Applies to the blocks and to a frozen understanding language model.
@@ -31,21 +32,26 @@ def held(adapter: Adapter, autocast: torch.autocast | object, passes: int, cast_
     cast_once: TrainConfig.cast_once; False changes nothing.
     """
     if not cast_once:
-        yield
-        return
-    if isinstance(adapter, FSDPModule) and adapter.has_whole_replicas:
-        with _fsdp_copies(adapter):
-            yield
-        return
-    if passes < 2 or isinstance(adapter, FSDPModule) or not isinstance(autocast, torch.autocast):
-        yield
-        return
+        return nullcontext()
+    if isinstance(adapter, FSDPModule):
+        return _fsdp_copies(adapter) if adapter.has_whole_replicas else nullcontext()
+    if passes < 2 or (dtype := _dtype_of(autocast)) == torch.float32:
+        return nullcontext()
+    return _copies(adapter, dtype)
+
+
+def _dtype_of(autocast: torch.autocast | object) -> torch.dtype:
+    """Return the dtype to which a context casts fp32 weights."""
+    if not isinstance(autocast, torch.autocast):
+        return torch.float32
     with autocast:
         kind = autocast.device
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
-    if dtype == torch.float32:
-        yield
-        return
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+
+
+@contextmanager
+def _copies(adapter: Adapter, dtype: torch.dtype) -> Iterator[None]:
+    """Replace the fp32 weights of `_layers` by copies."""
     layers = [layer for layer in _layers(adapter) if layer.weight.dtype == torch.float32]
     weights = [layer.weight for layer in layers]
     try:
