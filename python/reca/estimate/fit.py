@@ -111,52 +111,53 @@ def choose(
     recipe = with_keys(recipe, {"train.fit_allow": []}) if resumes else recipe
     predict = predict or Predictions(recipe)
     rows, cards = sum(predict.adapter.sequence().values()), (gpus, node, card)
+    sizes = {task: _sizes(recipe, task, gpus) for task in recipe.active_tasks()}
+    largest = {_size_key(task): own[-1] for task, own in sizes.items()}
     smallest = {
-        f"objective.{task}.micro_batch": _sizes(recipe, task, gpus)[0]
-        for task in recipe.active_tasks()
-        if getattr(recipe.objective, task).max_tokens is None
+        _size_key(task): own[0] for task, own in sizes.items() if getattr(recipe.objective, task).max_tokens is None
     }
     best: Choice | None = None
-    least: tuple[int, dict[str, Any]] | None = None
-    settings = [
-        (_time(recipe, setting | _largest_sizes(recipe, gpus), gpus, rows), setting)
-        for setting in _settings(recipe, gpus, node, copies=not predict.adapter.repeats_blocks())
-    ]
-    for fastest, setting in sorted(settings, key=lambda pair: (pair[0], _changes(recipe, pair[1]))):
-        if best is not None and fastest >= best.time:
-            break
-        if (need := memory.needed(predict.at_least(setting, *cards))) > card:
-            least = min(filter(None, (least, (need, setting | smallest))), key=lambda pair: pair[0])
-            continue
+    refused: list[tuple[int, dict[str, Any]]] = []  # needed memory and settings
+
+    def time(keys: dict[str, Any]) -> float:
+        return _time(recipe, largest | keys, gpus, rows)
+
+    def peak(setting: dict[str, Any], task: str, size: int) -> Memory:
+        return predict(setting | {_size_key(task): size}, *cards, [task])
+
+    def need(setting: dict[str, Any], task: str, size: int) -> int:
+        return memory.needed(peak(setting, task, size).total)
+
+    def sized(setting: dict[str, Any]) -> dict[str, Any] | None:
+        """Add the largest micro-batches that fit; None if some do not, or if the step is not faster than the best."""
         keys = dict(setting)
-        for task in recipe.active_tasks():
-            name = f"objective.{task}.micro_batch"
-
-            def peak(size: int, name: str = name, task: str = task, setting: dict = setting) -> int:
-                return memory.needed(predict(setting | {name: size}, *cards, [task]).total)
-
-            largest, sizes = setting | _largest_sizes(recipe, gpus) | keys, _sizes(recipe, task, gpus)
-            if best is not None:  # smaller micro-batches would not make a faster step
-                sizes = [size for size in sizes if _time(recipe, largest | {name: size}, gpus, rows) < best.time]
-            found = largest_fitting(sizes, peak, card) if sizes else None
+        for task, own in sizes.items():
+            faster = [size for size in own if best is None or time(keys | {_size_key(task): size}) < best.time]
+            found = largest_fitting(faster, functools.partial(need, setting, task), card) if faster else None
             if found is None:
                 if best is None:
-                    least = min(filter(None, (least, (peak(sizes[0]), setting | smallest))), key=lambda pair: pair[0])
-                break
-            keys[name] = found
-        else:
-            peaks = (
-                predict(setting | {(name := f"objective.{t}.micro_batch"): keys[name]}, *cards, [t])
-                for t in recipe.active_tasks()
-            )
-            time = _time(recipe, keys, gpus, rows)
-            if best is None or time < best.time:
-                used = {key: value for key, value in keys.items() if key in setting or key in smallest}
-                best = Choice(used, max(peaks, key=lambda found: found.total), time)
+                    refused.append((need(setting, task, own[0]), setting | smallest))
+                return None
+            keys[_size_key(task)] = found
+        return keys
+
+    settings = _settings(recipe, gpus, node, copies=not predict.adapter.repeats_blocks())
+    for setting in sorted(settings, key=lambda one: (time(one), _changes(recipe, one))):
+        if best is not None and time(setting) >= best.time:
+            break
+        if (least := memory.needed(predict.at_least(setting, *cards))) > card:
+            refused.append((least, setting | smallest))
+        elif (keys := sized(setting)) is not None and (best is None or time(keys) < best.time):
+            peaks = (peak(setting, task, keys[_size_key(task)]) for task in sizes)
+            used = {key: value for key, value in keys.items() if key in setting or key in smallest}
+            best = Choice(used, max(peaks, key=lambda found: found.total), time(keys))
     if best is None:
-        assert least is not None
-        raise DoesNotFit(_refusal(recipe, gpus, card, *least, resumes))
+        raise DoesNotFit(_refusal(recipe, gpus, card, *min(refused, key=lambda found: found[0]), resumes))
     return best
+
+
+def _size_key(task: str) -> str:
+    return f"objective.{task}.micro_batch"
 
 
 def largest_fitting(sizes: Sequence[int], peak: Callable[[int], int], room: int) -> int | None:
@@ -196,7 +197,7 @@ def _settings(recipe: Recipe, gpus: int, node: int, copies: bool) -> Iterator[di
     optimizer: list[dict[str, Any]] = [{"optim.offload": recipe.optim.offload}]
     if not recipe.optim.offload and recipe.optim.name != "apex":
         optimizer.append({"optim.offload": True})
-    if "moments" in recipe.train.fit_allow and _has_fp32_moments(recipe):
+    if "moments" in recipe.train.fit_allow and has_fp32_moments(recipe):
         optimizer += [one | {"optim.moments": "bf16"} for one in optimizer] + [{"optim.name": "adamw_8bit"}]
     recomputing = dict.fromkeys((*RECOMPUTED, recipe.train.activation_checkpointing))
     for shards, recomputed, moments in itertools.product(_shards(recipe, gpus, node), recomputing, optimizer):
@@ -234,12 +235,8 @@ def _may_change_micro_batch(recipe: Recipe) -> bool:
     return "micro_batch" in recipe.train.fit_allow or recipe.train.micro_batch == "auto"
 
 
-def _has_fp32_moments(recipe: Recipe) -> bool:
+def has_fp32_moments(recipe: Recipe) -> bool:
     return (recipe.optim.name, recipe.optim.moments) == ("adamw", "fp32")
-
-
-def _largest_sizes(recipe: Recipe, gpus: int) -> dict[str, int]:
-    return {f"objective.{task}.micro_batch": _sizes(recipe, task, gpus)[-1] for task in recipe.active_tasks()}
 
 
 def _time(recipe: Recipe, keys: dict[str, Any], gpus: int, rows: int) -> float:
@@ -250,7 +247,7 @@ def _time(recipe: Recipe, keys: dict[str, Any], gpus: int, rows: int) -> float:
     overhead = PASS + (GATHER if keys.get("parallel.shard", 1) > 1 else 0) + (0 if keys.get(CAST_ONCE, True) else CAST)
     for task in recipe.active_tasks():
         most = -(-getattr(recipe.objective, task).batch_size // gpus)
-        passes = -(-most // keys[f"objective.{task}.micro_batch"])
+        passes = -(-most // keys[_size_key(task)])
         time += most * rows * work + passes * overhead
     return time
 
@@ -279,7 +276,7 @@ def _refusal(recipe: Recipe, gpus: int, card: int, need: int, keys: dict[str, An
 
 def _help_that_alters_the_result(recipe: Recipe) -> list[str]:
     helps = ["a smaller part of the model (train.roles, train.frozen) or LoRA"]
-    if "moments" not in recipe.train.fit_allow and _has_fp32_moments(recipe):
+    if "moments" not in recipe.train.fit_allow and has_fp32_moments(recipe):
         helps.append("train.fit_allow=[moments]: AdamW's moments in bf16 or 8 bits, which changes how they are rounded")
     if recipe.objective.mean == "micro_batch" and not _may_change_micro_batch(recipe):
         helps.append(

@@ -120,7 +120,7 @@ def changes(recipe: Recipe, gpus: int, node: int) -> Iterator[dict[str, Any]]:
         yield halves
     if not recipe.optim.offload and recipe.optim.name != "apex":
         yield {"optim.offload": True}
-    if (recipe.optim.name, recipe.optim.moments) == ("adamw", "fp32"):
+    if fit.has_fp32_moments(recipe):
         yield {"optim.moments": "bf16"}
         yield {"optim.name": "adamw_8bit"}
     if gpus == 1 and recipe.train.cast_once and recipe.train.precision == "bf16":
