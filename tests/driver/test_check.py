@@ -357,6 +357,10 @@ def test_threads_that_decode_as_fast_as_a_gpu_computes(monkeypatch, seconds, wor
     threads = f"{max(1, -(-1.25 * images * seconds // step)):.0f}" if seconds < 99 else "any:"
     assert lines[-1].split()[:2] == ["data.workers", threads] and lines[-1].endswith(said)
     assert f"{1e3 * images * seconds:.1f} ms of one core" in lines[2] and f"{1e3 * step:.1f} ms" in lines[3]
+    assert lines[3].endswith("of one NVIDIA H100's 989.4 TFLOP/s")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Unknown")
+    assert check._decoding(recipe, adapter, flops) == lines  # not the H100's peak under the other's name
 
 
 def test_the_image_that_is_decoded_is_like_a_photograph():
