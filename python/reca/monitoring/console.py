@@ -11,6 +11,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from reca import distributed
+from reca.monitoring.alarms import CONTRAST, GAP, LOSS, VARIETY
 
 log = logging.getLogger("reca")
 
@@ -79,19 +80,16 @@ def step_line(step: int, steps: int, metrics: Mapping[str, float], remaining: fl
     return "  ".join(parts)
 
 
-EVALUATED = ("holdout/loss", "holdout/gap", "samples/contrast", "samples/variety")
-
-
 def evaluation_line(step: int, steps: int, values: Mapping[str, float], seconds: float) -> str:
     """Format the line of an evaluation, with the score of a suite first."""
     parts = [f"evaluation at step {step}/{steps}"]
-    for name in (name for name in values if name.endswith("/score")):
-        low, high = (values.get(f"{name}_{end}", float("nan")) for end in ("low", "high"))
-        change = (
-            f", {values[f'{suite}/change']:+.4g}" if f"{(suite := name.partition('/')[0])}/change" in values else ""
-        )
-        parts.append(f"{suite} {values[name]:.4g} [{low:.4g}, {high:.4g}]{change}")
-    parts += [f"{name} {values[name]:.4g}" for name in EVALUATED if name in values]
+    for name, score in values.items():
+        suite, _, what = name.partition("/")
+        if what == "score":
+            low, high = (values.get(f"{name}_{end}", float("nan")) for end in ("low", "high"))
+            change = f", {values[f'{suite}/change']:+.4g}" if f"{suite}/change" in values else ""
+            parts.append(f"{suite} {score:.4g} [{low:.4g}, {high:.4g}]{change}")
+    parts += [f"{name} {values[name]:.4g}" for name in (LOSS, GAP, CONTRAST, VARIETY) if name in values]
     return "  ".join([*parts, f"{seconds:.1f} s"])
 
 
