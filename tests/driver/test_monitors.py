@@ -34,6 +34,13 @@ def test_a_step_that_is_not_finite_is_left_out():
     assert len(found) == 1 and "fell to" in found[0] and "(5)" in found[0]
 
 
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_measurement_that_is_not_finite_is_no_baseline(broken):
+    watch, first = monitors.Monitor(), {"t2i/drift": 2.0, "i2t/drift": 1.0, "reca/gap": 0.1}
+    assert warnings(watch, dict.fromkeys(first, broken)) == warnings(watch, first) == []
+    assert len(warnings(watch, {"t2i/drift": 2.2, "i2t/drift": 1.2, "reca/gap": 0.5})) == 3
+
+
 def test_dead_batch():
     found = warnings(monitors.Monitor(), {"i2t/weight": 0.0, "i2t/loss": 0.0}, 3, ("i2t",))
     assert len(found) == 1 and "no sample of task i2t" in found[0]

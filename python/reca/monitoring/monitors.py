@@ -67,8 +67,8 @@ class Monitor:
         for task in tasks:
             text = f"no sample of task {task} in this step has a label; its loss was skipped. Check the {task} data"
             conditions[f"no {task} labels"] = metrics.get(f"{task}/weight") == 0, text
-        loss = metrics.get("reca/loss", math.nan)
-        if math.isfinite(loss) and metrics.get("reca/weight"):  # steps that are not finite are skipped
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}  # others are no baseline
+        if (loss := finite.get("reca/loss")) is not None and metrics.get("reca/weight"):
             early = self.start.setdefault("reca", [])
             if len(early) < BASELINE_STEPS:
                 early.append(loss)
@@ -82,13 +82,13 @@ class Monitor:
             conditions["copying"] = len(early) == BASELINE_STEPS and self.smooth["reca"] < COPY_RATIO * level, text
         drifted = "t2i/drift" in self.active  # as last measured: the gap may have another period
         for name in ("t2i/drift", "i2t/drift"):
-            if (value := metrics.get(name)) is not None:
+            if (value := finite.get(name)) is not None:
                 base = self.first.setdefault(name, value)
                 worse = value > DRIFT_RATIO * base
                 drifted = worse if name == "t2i/drift" else drifted
                 what = "text-to-image" if name.startswith("t2i") else "understanding"
                 conditions[name] = worse, f"{what} loss on the fixed batch rose from {base:.4g} to {value:.4g}"
-        if (gap := metrics.get("reca/gap")) is not None:
+        if (gap := finite.get("reca/gap")) is not None:
             base = self.first.setdefault("gap", abs(gap))
             text = (
                 f"the loss with another image's h_v exceeds the matched loss by {gap:.3g} (initially {base:.3g}) while "
