@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from reca.config.recipe_files import load_recipe
-from reca.estimate import fit, fit_run, memory, out_of_memory
+from reca.estimate import cards, fit, fit_run, memory, out_of_memory
 from reca.estimate.held import Held
 from reca.estimate.memory import Memory
 from reca.options.fields import RecipeError
@@ -94,6 +94,14 @@ def test_results_do_not_change_unless_it_is_allowed(peaks):
 def test_a_recipe_that_says_how_it_is_sharded_is_followed(peaks):
     assert chosen(32, "parallel.shard=2", gpus=4)["parallel.shard"] == 2
     assert chosen(64, gpus=4)["parallel.shard"] == 1
+
+
+def test_the_fewest_gpus_are_of_those_that_the_shards_divide(peaks):
+    recipe = recipe_of("parallel.shard=4")
+    predict = fit.Predictions(recipe)
+    assert cards.unchanged(predict, 8, 1) is cards.fitted(recipe, predict, 8, 1) is None  # nothing fits one byte
+    assert cards.counts(recipe_of("parallel.shard=5")) == [1, 5, 10, 15, 20, 30, 40, 60]
+    assert cards.counts(recipe_of()) == list(cards.COUNTS)
 
 
 def test_a_fused_backward_pass_stays_the_only_one(peaks):

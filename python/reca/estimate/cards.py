@@ -22,9 +22,15 @@ class Smallest(NamedTuple):
     keys: dict  # settings in addition to the recipe's
 
 
+def counts(recipe: Recipe) -> list[int]:
+    """List the numbers of GPUs to try, in ascending order. parallel.shard divides all of them but 1."""
+    shard = recipe.parallel.shard or 1
+    return sorted({1, *(shard * count for count in COUNTS if shard * count <= COUNTS[-1])})
+
+
 def unchanged(predict: fit.Predictions, node: int, card: int) -> Smallest | None:
     """Find the fewest GPUs that a recipe fits on unchanged."""
-    for gpus in COUNTS:
+    for gpus in counts(predict.recipe):
         if memory.needed(predict.at_least({}, gpus, node, card)) > card:
             continue
         need = memory.needed(predict({}, gpus, node, card).total)
@@ -35,7 +41,7 @@ def unchanged(predict: fit.Predictions, node: int, card: int) -> Smallest | None
 
 def fitted(recipe: Recipe, predict: fit.Predictions, node: int, card: int) -> Smallest | None:
     """Find the fewest GPUs for which train.fit finds settings."""
-    for gpus in COUNTS:
+    for gpus in counts(recipe):
         try:
             choice = fit.choose(recipe, gpus, node, card, predict)
         except fit.DoesNotFit:
