@@ -15,7 +15,7 @@ from reca.eval import report
 from reca.eval.checks import check
 from reca.eval.errors import EvaluationError, OptionError
 from reca.eval.files import write
-from reca.eval.generate import generate_answers, generate_images, is_drawn, method_of, read_answers
+from reca.eval.generate import generate_answers, generate_images, is_complete, method_of, read_answers
 from reca.eval.inputs import count_unjudged, images_of
 from reca.eval.judge import judge_images, valid
 from reca.eval.judges import open_judge
@@ -157,7 +157,7 @@ def _complete(settings: Settings, items: Sequence[Item], folder: Path) -> bool:
         known = read_answers(folder / "answers.jsonl", items)
         return all((item.id, 0) in known for item in items)
     paths = (settings.suite.path(item, k) for item in items for k in range(settings.count))
-    return all(is_drawn(folder / "images" / path) for path in paths)
+    return all(is_complete(folder / "images" / path) for path in paths)
 
 
 def judge_and_score(

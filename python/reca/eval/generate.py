@@ -69,7 +69,7 @@ def generate_images(
     """
     everything = [(item, k) for item in items for k in range(images_per_item)]
     mine = everything[distributed.rank() :: distributed.world_size()]
-    todo = [(item, k) for item, k in mine if not is_drawn(images / suite.path(item, k))]
+    todo = [(item, k) for item, k in mine if not is_complete(images / suite.path(item, k))]
     wanted, made, size = len(todo), 0, 0
     if alike:
         todo += everything[:1] * (max(distributed.all_gather(wanted)) - wanted)
@@ -143,7 +143,7 @@ def _source(item: Item) -> Tensor:
     return read_image(item.source)
 
 
-def is_drawn(path: Path) -> bool:
+def is_complete(path: Path) -> bool:
     """Tell whether a PNG is complete. After a power failure a file can be truncated, or end in zeros."""
     try:
         with path.open("rb") as file:

@@ -90,8 +90,7 @@ def check_comparable(after: Mapping[str, Any], before: Mapping[str, Any], folder
             f"{before['protocol']} ({folder}) and {after['protocol']} are different suites; their scores cannot be "
             "compared"
         )
-    known = {row["item"]: row for row in before["items"]}
-    common = [(row, known[row["item"]]) for row in after["items"] if row["item"] in known]
+    common = _common(after, before)
     others = [row["item"] for row, old in common if not _same_item(row, old)]
     if others:
         raise EvaluationError(
@@ -101,6 +100,12 @@ def check_comparable(after: Mapping[str, Any], before: Mapping[str, Any], folder
         )
     if not common:
         raise EvaluationError(f"{folder} has no prompts of this evaluation, or no images of them")
+
+
+def _common(after: Mapping[str, Any], before: Mapping[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Pair the results of the items that both evaluations have."""
+    known = {row["item"]: row for row in before["items"]}
+    return [(row, known[row["item"]]) for row in after["items"] if row["item"] in known]
 
 
 def _same_item(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -118,16 +123,16 @@ def compare(after: dict[str, Any], before: Mapping[str, Any], folder: Path) -> d
     differs = {name: [before[name], after[name]] for name in SETTINGS if before[name] != after[name]}
     top = TOP.get(unit) if differs or not _same_model(after, before) else None
     change = statistics.difference(sides[0], sides[1], after["weights"], top)
-    shared = {row["item"] for row in after["items"]} & {row["item"] for row in before["items"]}
+    common = _common(after, before)
+    shared = {row["item"] for row, _ in common}
     old = statistics.estimate([row for row in sides[1] if row[1] in shared], after["weights"], TOP.get(unit))
     scale = TOP.get(unit) or abs(after["overall"]["value"]) or 1.0
     table = statistics.power(sides[0], sides[1], after["weights"], [step * scale for step in (0.01, 0.02, 0.05)])
-    values = {row["item"]: row for row in before["items"]}
     flips = [
-        {"item": row["item"], "tag": row["tag"], "prompt": row["prompt"], "before": values[row["item"]]["value"],
+        {"item": row["item"], "tag": row["tag"], "prompt": row["prompt"], "before": old_row["value"],
          "after": row["value"]}
-        for row in after["items"]
-        if row["item"] in values and values[row["item"]]["value"] != row["value"]
+        for row, old_row in common
+        if old_row["value"] != row["value"]
     ]  # fmt: skip
     flips.sort(key=lambda row: row["before"] - row["after"])
     return after | {
