@@ -185,24 +185,43 @@ def _check_templates(recipe: Recipe) -> str | None:
     return None
 
 
-def _decoding(recipe: Recipe, adapter: Adapter, flops_of_image: float) -> list[str]:
-    """Report how many CPU threads are needed so that no step waits for its images.
+class Decoding(NamedTuple):
+    """Time to decode a step's images on the CPU, and time of the step on a GPU."""
 
-    Decoding is measured on one core. A step's time is estimated for this GPU, or for ASSUMED_GPU if there is none or
-    its peak is unknown.
+    gpu: str
+    peak: float  # of the GPU, in FLOP/s
+    cpu_seconds: float  # of one core of this machine, for all images of a step
+    step: float  # seconds, estimated from FLOPs
+
+    @property
+    def threads(self) -> int:
+        """Return the number of threads that decode as fast as the GPU computes, times SPARE."""
+        return max(1, math.ceil(SPARE * self.cpu_seconds / self.step))
+
+
+def decoding(recipe: Recipe, adapter: Adapter, flops_of_image: float) -> Decoding:
+    """Measure decoding on one core, and estimate the time of a step on this GPU.
+
+    ASSUMED_GPU takes its place if there is none or its peak is unknown.
     """
-    if not recipe.objective.reca.weight:
-        return []
     own = torch.cuda.get_device_name() if torch.cuda.is_available() else ASSUMED_GPU
     gpu = ASSUMED_GPU if known_peak(own) is None else own
     peak = known_peak(gpu)
     assert peak is not None
-    step_s = recipe.objective.reca.batch_size * flops_of_image / (ASSUMED_SHARE * peak)
-    decoding_s = sum(
+    step = recipe.objective.reca.batch_size * flops_of_image / (ASSUMED_SHARE * peak)
+    decoded = sum(
         getattr(recipe.objective, task).batch_size * decode_speed.seconds(adapter.views(task))
         for task in recipe.active_tasks()
     )
-    threads = max(1, math.ceil(SPARE * decoding_s / step_s))
+    return Decoding(gpu, peak, decoded, step)
+
+
+def _decoding(recipe: Recipe, adapter: Adapter, flops_of_image: float) -> list[str]:
+    """Report how many CPU threads are needed so that no step waits for its images."""
+    if not recipe.objective.reca.weight:
+        return []
+    found = decoding(recipe, adapter, flops_of_image)
+    threads = found.threads
     few = ": TOO FEW, steps will wait" if recipe.data.workers < threads else ""
     asked = f"{threads:>18} per GPU, with a margin of {SPARE - 1:.0%}; the recipe has {recipe.data.workers}{few}"
     if threads > MOST_THREADS:
@@ -210,10 +229,10 @@ def _decoding(recipe: Recipe, adapter: Adapter, flops_of_image: float) -> list[s
     return [
         "",
         "CPU threads that decode the images of a step while a GPU computes",
-        f"  {'decoding, measured':<22}{1e3 * decoding_s:>18.1f} ms of one core of this machine, JPEGs of "
+        f"  {'decoding, measured':<22}{1e3 * found.cpu_seconds:>18.1f} ms of one core of this machine, JPEGs of "
         f"{decode_speed.SIDE} x {decode_speed.SIDE}",
-        f"  {'computing, assumed':<22}{1e3 * step_s:>18.1f} ms: FLOPs of the RECA images at {ASSUMED_SHARE:.0%} "
-        f"of one {gpu}'s {peak / 1e12:.4g} TFLOP/s",
+        f"  {'computing, assumed':<22}{1e3 * found.step:>18.1f} ms: FLOPs of the RECA images at {ASSUMED_SHARE:.0%} "
+        f"of one {found.gpu}'s {found.peak / 1e12:.4g} TFLOP/s",
         f"  {'data.workers':<22}{asked}",
     ]
 
