@@ -30,7 +30,7 @@ from reca.config.recipe_files import load_recipe
 from reca.data.batch import Batch
 from reca.data.transforms import PillowDecoder
 from reca.data.views import View, Views
-from reca.estimate import check
+from reca.estimate import check, counts
 from reca.estimate.meta_model import build_meta
 from reca.io import jsonl
 from reca.models.base import Adapter, LossTerm, Prepared
@@ -101,7 +101,7 @@ def show_o_512() -> check.Decoding:
     """Return what `reca check` predicts for decoding with the recipe show_o_512, for RECA's images only."""
     made = load_recipe("show_o_512", {"objective.i2t.weight": 0})
     adapter, fake = build_meta(made)
-    return check.decoding(made, adapter, sum(check.flops(adapter, fake, PASS)))
+    return check.decoding(made, adapter, sum(counts.flops(adapter, fake, PASS)))
 
 
 def measure(jpeg: int, workers: int, steps: int, step: float | None = None) -> tuple[float, float, float]:

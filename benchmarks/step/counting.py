@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from reca import objective
-from reca.estimate import check
+from reca.estimate import counts
 
 # Operators whose output shape depends on data, or that return a number to the host: on a GPU they synchronise.
 OF_NUMBERS = {
@@ -72,9 +72,9 @@ def _flops(packet: Any, name: str, args: tuple, kwargs: dict, out: Any) -> int:
         backward = "backward" in name
         query, key = args[1:3] if backward else args[:2]
         return (10 if backward else 4) * query.numel() * key.shape[-2]
-    if packet in check.CONVOLUTIONS:
+    if packet in counts.CONVOLUTIONS:
         shapes = [x.shape if isinstance(x, Tensor) else x for x in args]
-        return check.CONVOLUTIONS[packet](*shapes, **kwargs)
+        return counts.CONVOLUTIONS[packet](*shapes, **kwargs)
     formula = flop_registry.get(packet)
     return 0 if formula is None else formula(*args, **kwargs, out_val=out)
 

@@ -33,7 +33,7 @@ from benchmarks.step.recipes import step_recipe
 from reca import objective
 from reca.config.recipe import Recipe
 from reca.data.batch import Batch, task_rng
-from reca.estimate import check
+from reca.estimate import counts
 from reca.estimate.meta_model import build_meta
 from reca.hardware.host_memory import FreedMemory
 from reca.models import umm_package
@@ -152,7 +152,7 @@ class Worker:
 def _flops(recipe: Recipe, meta: Adapter, batches: list[Batch], fake: FakeTensorMode) -> float:
     """Return the FLOPs of a step of ours, with the masks that the step draws."""
     rng = task_rng(recipe.train.seed, "reca")
-    return sum(len(batch) * sum(check.batch_flops(meta, check.without_memory(batch, fake), rng)) for batch in batches)
+    return sum(len(batch) * sum(counts.batch_flops(meta, counts.without_memory(batch, fake), rng)) for batch in batches)
 
 
 def _event() -> Any:

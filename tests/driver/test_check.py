@@ -17,7 +17,7 @@ from reca.data import dali
 from reca.data.batch import Batch
 from reca.data.errors import DataError
 from reca.data.views import View, Views
-from reca.estimate import check
+from reca.estimate import check, counts
 from reca.estimate.held import held, host_moments, part
 from reca.estimate.meta_model import build_meta
 from reca.models import umm_package
@@ -33,7 +33,7 @@ TINY = ["show_o_tiny", "harmon_tiny", "open_uni_tiny", "bagel_tiny", "janus_tiny
 
 def numbers(name, *overrides):
     adapter, _ = build_meta(load_recipe(name, list(overrides)))
-    return check.parameters(adapter)
+    return counts.parameters(adapter)
 
 
 # As the public files and code have them. Show-o's CLIP is without its last layer and norm, and Harmon's figures are
@@ -107,7 +107,7 @@ def test_harmon_trains_what_its_authors_count(name, millions):
 def test_every_recipe_has_a_meta_model_with_roles_and_memory(name):
     recipe = load_recipe(name)
     adapter, fake = build_meta(recipe)
-    count = check.parameters(adapter)
+    count = counts.parameters(adapter)
     assert sum(n.total for n in count.values()) == sum(p.numel() for p in adapter.parameters())
     assert {role for role, n in count.items() if n.trained} <= set(adapter.trainable_roles)
     assert all(p.fake_mode is fake for p in adapter.parameters())
@@ -133,10 +133,10 @@ def test_moments_on_the_host_are_those_that_are_not_on_the_gpu(capsys):
 @pytest.mark.parametrize("name", TINY)
 def test_flops_are_those_of_a_real_step(name):
     recipe = load_recipe(name)
-    without_memory = check.flops(*build_meta(recipe), 4)
+    without_memory = counts.flops(*build_meta(recipe), 4)
     adapter = umm_package(recipe.umm).Adapter.load(recipe.model).eval()
     freeze(adapter, recipe.train.roles, recipe.train.frozen)
-    assert check.flops(adapter, contextlib.nullcontext(), 4) == without_memory
+    assert counts.flops(adapter, contextlib.nullcontext(), 4) == without_memory
     assert 0 < without_memory.forward < without_memory.backward
 
 
@@ -145,14 +145,14 @@ def test_flops_of_a_transformer_by_hand():
     recipe = load_recipe("show_o_tiny")
     adapter, fake = build_meta(recipe)
     phi, images = adapter.showo.model, 4
-    work = check.flops(adapter, fake, images)
+    work = counts.flops(adapter, fake, images)
     rows = (
-        sum(adapter.sequence().values()) + len(adapter.tokens(prompt.TEMPLATE.format(check.TEXT))) + 7
+        sum(adapter.sequence().values()) + len(adapter.tokens(prompt.TEMPLATE.format(counts.TEXT))) + 7
     )  # mmu soi eoi bos eos, soi eoi
     weights = sum(m.weight.numel() for m in phi.modules() if isinstance(m, nn.Linear))
     attention = 4 * rows**2 * recipe.model.phi.hidden_size * recipe.model.phi.num_hidden_layers
     projector = sum(m.weight.numel() for m in adapter.mm_projector.modules() if isinstance(m, nn.Linear))
-    batch = Batch("reca", torch.arange(images), [check.TEXT] * images)
+    batch = Batch("reca", torch.arange(images), [counts.TEXT] * images)
     head = adapter.prepare(batch, CounterRNG(0)).weight / images * adapter.showo.lm_head.weight.numel()
     by_hand = 2 * (rows * weights + conditioner(adapter, "reca").tokens() * projector + head) + attention
     assert work.forward == pytest.approx(by_hand, rel=0.01)  # the rest: rotary angles
@@ -160,7 +160,7 @@ def test_flops_of_a_transformer_by_hand():
 
 def test_depthwise_convolutions_count_their_own_channel_only():
     layer, x = nn.Conv2d(8, 8, 3, groups=8), torch.randn(1, 8, 6, 6, requires_grad=True)
-    with check.FlopCounterMode(display=False, custom_mapping=check.CONVOLUTIONS) as counter:
+    with counts.FlopCounterMode(display=False, custom_mapping=counts.CONVOLUTIONS) as counter:
         y = layer(x)
         forward = counter.get_total_flops()
         y.sum().backward()
@@ -176,7 +176,7 @@ def test_memory_of_a_real_step(name):
     freeze(adapter, recipe.train.roles, recipe.train.frozen)
     optimizer, view = make_optimizer(adapter, recipe.optim), adapter.views("reca").gen
     images = [torch.zeros(3, view.size, view.size, dtype=torch.uint8)] * 2
-    adapter(Batch("reca", torch.arange(2), [check.TEXT] * 2, images), CounterRNG(0)).sum.backward()
+    adapter(Batch("reca", torch.arange(2), [counts.TEXT] * 2, images), CounterRNG(0)).sum.backward()
     optimizer.step()
     size = lambda tensors: sum(t.numel() * t.itemsize for t in tensors)  # noqa: E731
     assert need.weights == size(adapter.parameters()) + size(adapter.buffers())

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from reca import checkpoint
 from reca.config.recipe_files import load_recipe
-from reca.estimate import check
+from reca.estimate import counts
 from reca.estimate.meta_model import build_meta
 from reca.models import umm_package
 from reca.options.fields import RecipeError
@@ -161,7 +161,7 @@ def test_every_layer_of_every_model_learns(tiny):
     expected = trainer.adapter.trainable_roles
     assert {trainer.adapter.roles()[n] for n, p in trainer.adapter.named_parameters() if p.requires_grad} <= expected
     meta, _ = build_meta(trainer.recipe)
-    assert check.parameters(meta) == check.parameters(trainer.adapter)
+    assert counts.parameters(meta) == counts.parameters(trainer.adapter)
     shapes = [{n: tuple(p.shape) for n, p in a.named_parameters()} for a in (meta, trainer.adapter)]
     assert shapes[0] == shapes[1]
 

@@ -11,7 +11,7 @@ from tokenizers import pre_tokenizers
 
 from reca.config.recipe_files import load_recipe
 from reca.data.batch import task_rng
-from reca.estimate import check, memory
+from reca.estimate import counts, memory
 from reca.estimate.meta_model import build_meta
 from reca.hardware.peaks import known_peak
 from reca.models.show_o import Adapter
@@ -93,7 +93,7 @@ def test_a_step_counts_every_task_with_all_its_samples(tmp_path):
     reca, i2t = (speed.step_flops(recipe, {task: batches[task]}, tokenizer) for task in ("reca", "i2t"))
     assert both == pytest.approx(reca + i2t) and min(reca, i2t) > 0.02 * both
     adapter, fake = build_meta(recipe)
-    assert reca == pytest.approx(6 * sum(check.flops(adapter, fake, 3)), rel=0.1)  # texts are of other lengths
+    assert reca == pytest.approx(6 * sum(counts.flops(adapter, fake, 3)), rel=0.1)  # texts are of other lengths
 
 
 def test_texts_are_counted_with_the_tokens_of_the_model(tmp_path):
@@ -112,7 +112,7 @@ def test_the_image_that_a_scored_one_stays_close_to_is_encoded_too():
     adapter, fake = build_meta(recipe)
     batch = memory._batch(adapter, recipe, "srum", memory.Fill(3, 2), 0, fake)
     work = [
-        check.batch_flops(adapter, check.without_memory(one, fake), task_rng(0, "srum"))
+        counts.batch_flops(adapter, counts.without_memory(one, fake), task_rng(0, "srum"))
         for one in (batch, replace(batch, target=None))
     ]
     assert batch.und is None and work[0].encode == 2 * work[1].encode > 0

@@ -1,121 +1,30 @@
-"""Parameters, FLOPs and memory of a recipe, from a model without weights: nothing is downloaded."""
+"""Report of a recipe's parameters, FLOPs, memory and decoding (`reca check`): nothing is downloaded."""
 
 import math
 import textwrap
-from collections import Counter
-from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from reca import units
 from reca.config.recipe import Recipe
 from reca.config.recipe_files import by_key
 from reca.data import decode_speed
-from reca.data.batch import Batch
 from reca.data.micro_batches import describe_split, size_warning
 from reca.data.templates import load_templates
-from reca.estimate import cards, memory
+from reca.estimate import cards, counts, memory
 from reca.estimate.held import host_loading, host_moments
-from reca.estimate.meta_model import build_meta, check_templates, empty_views
+from reca.estimate.meta_model import build_meta, check_templates
 from reca.hardware.peaks import known_peak
 from reca.models import umm_package
-from reca.models.base import ROLES, Adapter
-from reca.models.common.on_cpu import as_gpu
-from reca.rng import CounterRNG
+from reca.models.base import Adapter
 from reca.training.parallelize import predicted_shard_size
 from reca.training.recompute import checkpoint_activations
-from reca_kernels import dispatch
 
 IMAGES = 8  # at most; masks and dropped text are random, so FLOPs are averaged over several images
-TEXT = "Describe the image in detail."
 ASSUMED_GPU, ASSUMED_SHARE = "NVIDIA H100", 0.5  # GPU and fraction of its peak that a step's time is estimated with
 SPARE = 1.25  # safety factor for decoding threads, because images differ
 MOST_THREADS = 256  # largest recommendation; a model that needs more is too small to be limited by the GPU
-
-
-class Parameters(NamedTuple):
-    total: int
-    trained: int
-
-
-class Flops(NamedTuple):
-    """FLOPs per image of a RECA step. A multiply-add counts as two; attention counts every pair of tokens."""
-
-    encode: float  # frozen encoders; with a feature cache they run only once
-    forward: float
-    backward: float  # including the recomputation of activation checkpointing
-
-
-def parameters(adapter: Adapter) -> dict[str, Parameters]:
-    """Count the parameters by role, in the order of ROLES."""
-    total: Counter[str] = Counter()
-    trained: Counter[str] = Counter()
-    role_of = adapter.roles()
-    for name, parameter in adapter.named_parameters():
-        total[role_of[name]] += parameter.numel()
-        trained[role_of[name]] += parameter.numel() * parameter.requires_grad
-    return {role: Parameters(total[role], trained[role]) for role in ROLES if role in total}
-
-
-def flops(adapter: Adapter, fake: FakeTensorMode, images: int) -> Flops:
-    """Count the FLOPs per image of a RECA step on a GPU, averaged over `images` images of the views' sizes."""
-    with fake:
-        gen, und = empty_views(adapter.views("reca"), images)
-    return batch_flops(adapter, Batch("reca", torch.arange(images), [TEXT] * images, gen, und), CounterRNG(0))
-
-
-def without_memory(batch: Batch, fake: FakeTensorMode) -> Batch:
-    """Return a batch of the same samples with fake pixels or features of the same shapes."""
-
-    def blank(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return torch.empty(value.shape, dtype=value.dtype)
-        return [blank(item) for item in value] if isinstance(value, list) else value
-
-    with fake:
-        gen, und, target = blank(batch.gen), blank(batch.und), blank(batch.target)
-        features = batch.features and {key: blank(value) for key, value in batch.features.items()}
-    return Batch(batch.task, batch.host_ids, batch.text, gen, und, features, target=target)
-
-
-def batch_flops(adapter: Adapter, batch: Batch, rng: CounterRNG) -> Flops:
-    """Count the FLOPs per sample on a GPU by running a batch's loss on fake tensors.
-
-    Only ids, masks and random numbers are real. A batch that has features is not encoded.
-    rng: the task's generator in the run; it draws the masks, and the number of masked tokens determines a head's work.
-    """
-    counter = FlopCounterMode(display=False, custom_mapping=CONVOLUTIONS)
-    with dispatch.use("reference"), as_gpu(), sdpa_kernel(SDPBackend.MATH), counter:
-        made = adapter.encode(batch) if batch.features is None else batch.features
-        features = {key: _indices(value) for key, value in made.items()}
-        encoded = counter.get_total_flops()
-        loss = adapter(replace(batch, features=features), rng).sum
-        forward = counter.get_total_flops()
-        loss.backward()
-        backward = counter.get_total_flops()
-    adapter.zero_grad(set_to_none=True)
-    return Flops(*(n / len(batch) for n in (encoded, forward - encoded, backward - forward)))
-
-
-def _convolution_backward(grad, x, weight, *others, **_) -> int:  # the op's arguments, with shapes for tensors
-    """Count the FLOPs of a convolution's backward pass with groups, which torch ignores: SANA's are depthwise."""
-    transposed, wanted = others[4], others[7]
-    return 2 * math.prod(x if transposed else grad) * math.prod(weight[1:]) * (wanted[0] + wanted[1])
-
-
-CONVOLUTIONS = {torch.ops.aten.convolution_backward: _convolution_backward}
-
-
-def _indices(feature: Tensor | list) -> Tensor | list:
-    """Replace integer features by real zeros: they are codes, which losses use as indices."""
-    if not isinstance(feature, Tensor) or feature.is_floating_point():
-        return feature
-    return torch.zeros(feature.shape, dtype=feature.dtype)
 
 
 def report(recipe: Recipe, gpus: int = 1, node: int = 8, card: int | None = None) -> str:
@@ -129,9 +38,9 @@ def report(recipe: Recipe, gpus: int = 1, node: int = 8, card: int | None = None
     adapter, fake = build_meta(recipe)
     room = memory.own_card() if card is None else card
     checkpoint_activations(adapter, recipe.train)
-    count, rows = parameters(adapter), adapter.sequence()
-    work = flops(adapter, fake, min(IMAGES, recipe.objective.reca.micro_batch))
-    every = Parameters(*(sum(numbers) for numbers in zip(*count.values(), strict=True)))
+    count, rows = counts.parameters(adapter), adapter.sequence()
+    work = counts.flops(adapter, fake, min(IMAGES, recipe.objective.reca.micro_batch))
+    every = counts.Parameters(*(sum(numbers) for numbers in zip(*count.values(), strict=True)))
     lines = [f"{'parameters':<24}{'total':>18}{'trained':>18}"]
     lines += [f"  {role:<22}{n.total:>18,}{n.trained:>18,}" for role, n in (*count.items(), ("all", every))]
     lines += ["", "one image of a RECA step, attention counted as dense"]

@@ -11,7 +11,7 @@ from reca.config.recipe import Recipe
 from reca.data import micro_batches
 from reca.data.loader import Loader
 from reca.data.sources.factory import DATA_KEYS
-from reca.estimate import check
+from reca.estimate.counts import parameters
 from reca.hardware.host_memory import total as host_memory
 from reca.models.base import Adapter
 from reca.monitoring import speed
@@ -57,7 +57,7 @@ def _task(recipe: Recipe, task: str, loader: Loader) -> str:
 
 
 def _parameters(adapter: Adapter) -> str:
-    counts = check.parameters(adapter)
+    counts = parameters(adapter)
     parts = [f"{role} {_count(n.trained)} of {_count(n.total)}" for role, n in counts.items() if n.trained]
     trained, total = (sum(getattr(n, field) for n in counts.values()) for field in ("trained", "total"))
     frozen = [role for role, n in counts.items() if not n.trained]

@@ -17,7 +17,7 @@ import torch
 from reca import distributed
 from reca.config.recipe import Recipe
 from reca.data.batch import Batch, task_rng
-from reca.estimate import check
+from reca.estimate.counts import batch_flops, without_memory
 from reca.estimate.meta_model import build_meta
 from reca.hardware.peaks import known_peak
 
@@ -57,8 +57,8 @@ def step_flops(recipe: Recipe, batches: Mapping[str, Sequence[Batch]], tokenizer
     adapter, fake = build_meta(recipe, tokenizer)
     total = 0.0
     for task, micro_batches in batches.items():
-        first, rng = check.without_memory(micro_batches[0], fake), task_rng(recipe.train.seed, task)
-        work = check.batch_flops(adapter, first, rng)
+        first, rng = without_memory(micro_batches[0], fake), task_rng(recipe.train.seed, task)
+        work = batch_flops(adapter, first, rng)
         total += sum(work) * getattr(recipe.objective, task).batch_size
     return total
 
