@@ -145,13 +145,15 @@ def test_a_digest_is_of_all_that_decides(tmp_path):
     shutil.copy(tmp_path / "a.png", tmp_path / "moved.png")
     item = Item("1", "t", "p", tmp_path / "a.png", {"x": 1, "y": [2]})
     same = Item("2", "t", "p", tmp_path / "moved.png", {"y": [2], "x": 1})
-    assert (item.given, item.judged) == (same.given, same.judged)
+    assert (item.input_digest, item.digest) == (same.input_digest, same.digest)
     asked = [Item("1", "u", "p", item.source, item.metadata), Item("1", "t", "p", item.source, {"x": 2})]
     given = [Item("1", "t", "q", item.source, item.metadata), Item("1", "t", "p", tmp_path / "b.png", item.metadata)]
-    assert {other.given for other in asked} == {item.given} and item.given not in {other.given for other in given}
-    assert len({other.judged for other in (item, *asked, *given)}) == 5
+    assert {other.input_digest for other in asked} == {item.input_digest} and item.input_digest not in {
+        other.input_digest for other in given
+    }
+    assert len({other.digest for other in (item, *asked, *given)}) == 5
     lost = Item("1", "t", "p", tmp_path / "none.png")
-    assert lost.given is None and lost.judged is None
+    assert lost.input_digest is None and lost.digest is None
 
 
 # ---- answers ----
@@ -240,7 +242,7 @@ def test_a_judge_tells_what_decides_its_answers(monkeypatch, kind, options, told
 
 
 def judged_by(judge, items, pictures=None):
-    lines = [Record(i.id, 0, (pictures or {}).get(i.id), {"name": judge}, {}, digest=i.judged).line() for i in items]
+    lines = [Record(i.id, 0, (pictures or {}).get(i.id), {"name": judge}, {}, digest=i.digest).line() for i in items]
     return "".join(line + "\n" for line in lines)
 
 

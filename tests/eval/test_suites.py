@@ -442,7 +442,7 @@ def test_imgedit(tmp_path):
     assert item.source == source
     (tmp_path / "judge_prompt.json").write_text(json.dumps({"adjust": "Judge again: <edit_prompt>"}))
     (other,) = suite.items()
-    assert other.given == item.given and other.judged != item.judged  # judged again, not edited again
+    assert other.input_digest == item.input_digest and other.digest != item.digest  # judged again, not edited again
 
     class Judge:
         def reply(self, text, images):

@@ -181,7 +181,7 @@ def judge_and_score(
     elif settings.suite.judge_kind == "rule":
         answers = read_answers(folder / "answers.jsonl", items)
         asked = [(item, (item.id, 0)) for item in items if (item.id, 0) in answers]
-        known = [Record(*key, None, RULE, answers[key], digest=item.judged) for item, key in asked]
+        known = [Record(*key, None, RULE, answers[key], digest=item.digest) for item, key in asked]
         judge = RULE
         write(path, "".join(record.line() + "\n" for record in known))
     else:

@@ -109,7 +109,7 @@ def generate_answers(
             questions = [item.prompt for item, _ in chunk]
             replies = inference.answer(model, images, questions, max_new_tokens=max_new_tokens)
             for (item, k), reply in zip(chunk, replies, strict=True):
-                row = {"item": item.id, "k": k, "digest": item.given, "answer": reply}
+                row = {"item": item.id, "k": k, "digest": item.input_digest, "answer": reply}
                 file.append(json.dumps(row, ensure_ascii=False))
     return len(todo)
 
@@ -121,7 +121,7 @@ def method_of(adapter: type[Adapter], suite: Suite) -> Callable[..., Any]:
 
 def read_answers(path: Path, items: Sequence[Item]) -> dict[Key, str]:
     """Read a model's answers to these items. Answers to an earlier prompt or image of an item are ignored."""
-    given = {item.id: item.given for item in items}
+    given = {item.id: item.input_digest for item in items}
     return {
         record.key: record.answer
         for record in records.read(path)

@@ -49,7 +49,7 @@ def judge_images(
 
     def ask(key: Key) -> Record | None:
         item = by_id[key[0]]
-        record = Record(*key, hashes[key], mine, digest=item.judged)
+        record = Record(*key, hashes[key], mine, digest=item.digest)
         try:
             read_image(found[key])
         except DataError as error:
@@ -147,7 +147,7 @@ def valid(
     found: Sequence[Record], items: Sequence[Item], hashes: Mapping[Key, str], judge: Mapping[str, object]
 ) -> list[Record]:
     """Return the newest record of each image that matches the image file, the current item and this judge."""
-    digests = {item.id: item.judged for item in items}
+    digests = {item.id: item.digest for item in items}
     newest = {
         record.key: record
         for record in found

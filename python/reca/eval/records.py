@@ -23,7 +23,7 @@ class Record(NamedTuple):
     picture  SHA-256 of the image file
     judge    see Judge.describe
     error    message of a failed judgement; None if there is an answer
-    digest   Item.judged
+    digest   Item.digest
     """
 
     item: str
@@ -150,7 +150,7 @@ def import_answers(path: Path, suite: Suite, items: Sequence[Item]) -> dict[Key,
     if foreign:
         judge = {"name": f"imported:{path.name}", "version": None, "dtype": None, "exact": None}
         return {key: Record(*key, None, judge, answer) for key, answer in foreign.items()}
-    known = {item.id: item.judged for item in items}
+    known = {item.id: item.digest for item in items}
     named = [r for r in read(path) if r.error is None and r.item in known]
     own = [record for record in named if agree(record.digest, known[record.item])]
     if named and not own:

@@ -77,7 +77,7 @@ def results(
 
 def identity(item: Item) -> dict[str, Any]:
     """Return the part of an item's results that must be equal in two evaluations that are compared."""
-    return {"item": item.id, "tag": item.tag, "prompt": item.prompt, "digest": item.judged}
+    return {"item": item.id, "tag": item.tag, "prompt": item.prompt, "digest": item.digest}
 
 
 def check_comparable(after: Mapping[str, Any], before: Mapping[str, Any], folder: Path) -> None:

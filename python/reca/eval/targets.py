@@ -177,7 +177,7 @@ def check_prompts(folder: Path, items: Sequence[Item]) -> None:
     """
     before, results = read_generation(folder), folder / report.RESULTS
     if "items" in before:
-        others = [item.id for item in items if not agree(before["items"].get(item.id), item.given)]
+        others = [item.id for item in items if not agree(before["items"].get(item.id), item.input_digest)]
     elif before and results.is_file():
         prompts = {row["item"]: row["prompt"] for row in report.read(results)["items"]}
         others = [item.id for item in items if prompts.get(item.id, item.prompt) != item.prompt]
@@ -198,7 +198,7 @@ def write_generation(folder: Path, made: Mapping[str, Any], items: Sequence[Item
         changed = ["other weights"]
     if changed:
         raise _other_settings(folder, ", ".join(changed))
-    digests = before.get("items", {}) | {item.id: item.given for item in items}
+    digests = before.get("items", {}) | {item.id: item.input_digest for item in items}
     write(folder / GENERATION, json.dumps({**made, "items": digests}, indent=1))
 
 

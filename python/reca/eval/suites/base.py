@@ -36,16 +36,16 @@ class Item:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     @functools.cached_property
-    def given(self) -> str | None:
+    def input_digest(self) -> str | None:
         """Hash of the model's inputs: the prompt and the bytes of the source. None if the source does not exist."""
         if self.source is None:
             return _digest([self.prompt])
         return _digest([self.prompt, image_hash(self.source)]) if self.source.is_file() else None
 
     @functools.cached_property
-    def judged(self) -> str | None:
-        """Hash of everything that an image is judged by: `given`, the tag and the metadata. None if `given` is."""
-        return self.given and _digest([self.given, self.tag, self.metadata])
+    def digest(self) -> str | None:
+        """Hash of all that images are judged by: `input_digest`, tag and metadata. None if `input_digest` is."""
+        return self.input_digest and _digest([self.input_digest, self.tag, self.metadata])
 
 
 def agree(digest: str | None, other: str | None) -> bool:
