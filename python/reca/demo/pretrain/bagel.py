@@ -51,34 +51,17 @@ def pretrain(dataset: str, recipe: Recipe, seed: int, folder: Path, scale: float
     torch.nn.init.normal_(model.language_model.model.embed_tokens.weight, std=0.5)
     roles = model.roles()
 
-    def part(*names: str) -> list[torch.nn.Parameter]:
-        return [p for name, p in model.named_parameters() if roles[name] in names]
-
-    def matrices(*names: str) -> list[torch.nn.Parameter]:
-        return [
-            p for name, p in model.named_parameters() if roles[name] in names and p.ndim == 2 and ".layers." in name
-        ]
+    def train(trained: Sequence[str], loss: Callable[[int], Tensor], steps: int, done: int = 0) -> None:
+        """Train the parameters of some roles, and freeze them."""
+        parameters = {name: p for name, p in model.named_parameters() if roles[name] in trained}
+        muon = [p for name, p in parameters.items() if p.ndim == 2 and ".layers." in name]
+        optimize(parameters.values(), muon, loss, steps, progress, done)
+        for parameter in parameters.values():
+            parameter.requires_grad_(False)
 
     understanding, generation = scaled(UNDERSTANDING_STEPS, scale), scaled(GENERATION_STEPS, scale)
-    understanding_roles = ("und_encoder", "bridge", "und_lm", "embed")
-    optimize(
-        part(*understanding_roles),
-        matrices(*understanding_roles),
-        _caption_loss(model, understood, rng, scale),
-        understanding,
-        progress,
-    )
-    for parameter in part(*understanding_roles):
-        parameter.requires_grad_(False)
-    generation_roles = ("gen_lm", "gen_head")
-    optimize(
-        part(*generation_roles),
-        matrices(*generation_roles),
-        _generation_loss(model, captioned, seed, rng, scale),
-        generation,
-        progress,
-        done=understanding,
-    )
+    train(("und_encoder", "bridge", "und_lm", "embed"), _caption_loss(model, understood, rng, scale), understanding)
+    train(("gen_lm", "gen_head"), _generation_loss(model, captioned, seed, rng, scale), generation, understanding)
 
     finished = Adapter.load(recipe.model)
     finished.load_state_dict(model.state_dict())
