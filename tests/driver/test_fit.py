@@ -14,6 +14,7 @@ from reca.estimate import cards, fit, fit_run, memory, out_of_memory
 from reca.estimate.held import Held
 from reca.estimate.memory import Memory
 from reca.options.fields import RecipeError
+from reca.processes import own_process
 from reca.trainer import Trainer
 from tests.driver.toy import ToyAdapter
 
@@ -454,7 +455,7 @@ def test_a_recipe_accepts_every_knob_that_is_named_to_it(keys):
 
 
 def test_full_memory_names_knobs_and_leaves_a_snapshot(recipe, peaks, monkeypatch):
-    monkeypatch.setattr(memory, "in_own_process", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(own_process, "call", lambda function, *arguments: function(*arguments))
     monkeypatch.setattr(memory, "own_card", lambda: 80 * GIB)
     monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda file: Path(file).write_text("snapshot"))
     trainer = Trainer(recipe("objective.reca.micro_batch=4"), Full())
@@ -474,7 +475,7 @@ def test_full_memory_without_a_prediction_has_advice(monkeypatch):
     def broken(*arguments):
         raise OSError("no process")
 
-    monkeypatch.setattr(memory, "in_own_process", broken)
+    monkeypatch.setattr(own_process, "call", broken)
     assert "train.activation_checkpointing=true" in out_of_memory.advice(recipe_of())
 
 

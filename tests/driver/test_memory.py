@@ -20,6 +20,7 @@ from reca.estimate.meta_model import build_meta
 from reca.models import UMMS, umm_package
 from reca.optim import freeze, gradient_norm, make_optimizer
 from reca.precision import autocast
+from reca.processes import own_process
 from reca.training import half_weights
 from reca.training.parallelize import shard
 from reca.training.recompute import checkpoint_activations
@@ -189,10 +190,10 @@ def test_moments_and_averages_by_their_type_and_place(keys, moments, ema):
 
 def test_another_process_predicts_the_same_and_raises_the_same():
     recipe = load_recipe("show_o_tiny", ["objective.i2t.weight=0", "objective.reca.batch_size=2"])
-    assert memory.in_own_process(memory.predict, recipe) == memory.predict(recipe)
+    assert own_process.call(memory.predict, recipe) == memory.predict(recipe)
     recipe.objective.reca.weight, recipe.objective.t2i.weight, recipe.umm = 0.0, 1.0, "no_such"
     with pytest.raises(ValueError, match="no_such"):
-        memory.in_own_process(memory.predict, recipe)
+        own_process.call(memory.predict, recipe)
 
 
 @pytest.mark.parametrize("umm", UMMS)

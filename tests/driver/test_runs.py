@@ -68,7 +68,7 @@ def test_a_failure_is_in_the_status(recipe, error, code):
 
 def test_a_gpu_that_is_full_is_told_with_what_helps(recipe, monkeypatch):
     peaks = 40 << 30, [Knob("train.activation_checkpointing=true", 22 << 30)]
-    monkeypatch.setattr("reca.estimate.memory.in_own_process", lambda *_: peaks)
+    monkeypatch.setattr("reca.processes.own_process.call", lambda *_: peaks)
     trainer = Trainer(recipe(), ToyAdapter())
 
     def full(batches):

@@ -16,6 +16,7 @@ from reca.estimate import memory
 from reca.estimate.fit import CAST_ONCE, CHECKPOINTING, asked_by, choose, describe, value_of, with_keys
 from reca.io.folders import write_atomically
 from reca.options.fields import RecipeError
+from reca.processes import own_process
 
 log = logging.getLogger("reca")
 
@@ -44,7 +45,7 @@ def fit_on_ranks(recipe: Recipe, own_model: bool, write: Callable[[Path, bytes],
                     f"{asker} needs the recipe's own model, and train was called with another: set it to null"
                 )
             ranks, node = distributed.world_size(), distributed.local_world_size()
-            fitted = fit_run(recipe, ranks, node, memory.in_own_process, write)
+            fitted = fit_run(recipe, ranks, node, own_process.call, write)
     return distributed.all_gather(fitted)[0]
 
 
@@ -57,7 +58,7 @@ def fit_run(
 ) -> Recipe:
     """Return the recipe with the settings that train.fit chooses, and record them in the run folder.
 
-    A run that resumes on as many equal GPUs keeps its settings. call: runs `choose`, such as memory.in_own_process.
+    A run that resumes on as many equal GPUs keeps its settings. call: runs `choose`, such as own_process.call.
     write: writes the record, at once or as soon as the start of the run is accepted.
     Raises RecipeError.
     """

@@ -1,13 +1,9 @@
 """Peak memory per GPU of a recipe's training step, predicted by running the step on fake tensors."""
 
 import contextlib
-import os
-import pickle
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -32,8 +28,6 @@ from reca.training import half_weights
 from reca.training.ema import EMA
 from reca.training.parallelize import predicted_shard_size, shard
 from reca.training.recompute import checkpoint_activations
-
-Result = TypeVar("Result")
 
 CARD = 80 << 30  # default GPU memory in bytes
 CONTEXT = 3 << 29  # bytes for the CUDA context, NCCL buffers and cuBLAS workspaces
@@ -90,7 +84,7 @@ def predict(recipe: Recipe, gpus: int = 1, node: int = 8, card: int = CARD, *, g
 def peak_of(recipe: Recipe, tasks: list[str], gpus: int, node: int, card: int = CARD, *, gpu: bool = True) -> Memory:
     """Predict the peak of a step that runs only `tasks` and the optimizer. Other arguments as in `predict`."""
     if dist.is_initialized():
-        raise RuntimeError("memory cannot be predicted in a process with a process group: use in_own_process")
+        raise RuntimeError("memory cannot be predicted in a process with a process group: use own_process.call")
     with _ranks(gpus, node):
         adapter, fake = build_meta(recipe)
         batches = {task: _batches(adapter, recipe, task, gpus, fake) for task in tasks}
@@ -296,41 +290,3 @@ def _ranks(gpus: int, node: int) -> Iterator[None]:
             yield
         finally:
             distributed.shut_down()
-
-
-def in_own_process(function: Callable[..., Result], *arguments: Any) -> Result:
-    """Call a function of an importable module in a subprocess without GPUs and without a process group.
-
-    Exceptions of the function are raised here.
-    """
-    joined = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    environment = {key: value for key, value in os.environ.items() if key not in joined}
-    environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run(
-        [sys.executable, "-m", "reca.estimate.memory"],
-        input=pickle.dumps((function, arguments)),
-        stdout=subprocess.PIPE,
-        env=environment,
-        check=True,
-    )
-    result = pickle.loads(done.stdout)
-    if isinstance(result, BaseException):
-        raise result
-    return result
-
-
-def _answer() -> None:
-    """Run the subprocess of `in_own_process`."""
-    out = os.dup(1)
-    os.dup2(2, 1)  # keep library output out of the result
-    function, arguments = pickle.load(sys.stdin.buffer)
-    try:
-        result: Any = function(*arguments)
-    except Exception as error:
-        result = error
-    with os.fdopen(out, "wb") as file:
-        pickle.dump(result, file)
-
-
-if __name__ == "__main__":
-    _answer()

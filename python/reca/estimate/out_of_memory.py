@@ -14,6 +14,7 @@ from reca.errors import first_line
 from reca.estimate import fit, memory
 from reca.hardware import full_memory
 from reca.options.fields import RecipeError
+from reca.processes import own_process
 
 log = logging.getLogger("reca")
 
@@ -78,7 +79,7 @@ def advice(recipe: Recipe) -> str:
     ranks, node = distributed.world_size(), distributed.local_world_size()
     log.warning("out of memory: predicting which changes would help")
     try:
-        now, best = memory.in_own_process(knobs, recipe, ranks, node, memory.own_card())
+        now, best = own_process.call(knobs, recipe, ranks, node, memory.own_card())
     except Exception as error:
         log.warning("the peak memory cannot be predicted: %s", error)
         return f"{USUAL}; train.fit chooses settings automatically"
