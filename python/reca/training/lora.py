@@ -38,16 +38,15 @@ def choose_trained(adapter: Adapter, recipe: Recipe) -> list[str]:
     Raises ValueError as `freeze` does, if existing LoRA differs from the recipe's, if a pattern of lora.targets matches
     no layer, and if no layer can have LoRA.
     """
-    if (existing := adapter.lora) is not None:
-        if existing != recipe.lora:
-            raise ValueError(f"the model has LoRA {asdict(existing)}, but the recipe asks for {asdict(recipe.lora)}")
-        roles = adapter.roles()
-        return sorted({roles[name] for name, p in adapter.named_parameters() if p.requires_grad})
-    trained = freeze(adapter, recipe.train.roles, recipe.train.frozen)
-    if not recipe.lora.rank:
-        return trained
-    add(adapter, recipe.lora, recipe.train.seed)
-    return sorted({adapter.roles()[name] for name, p in adapter.named_parameters() if p.requires_grad})
+    if adapter.lora is None:
+        trained = freeze(adapter, recipe.train.roles, recipe.train.frozen)
+        if not recipe.lora.rank:
+            return trained
+        add(adapter, recipe.lora, recipe.train.seed)
+    elif adapter.lora != recipe.lora:
+        raise ValueError(f"the model has LoRA {asdict(adapter.lora)}, but the recipe asks for {asdict(recipe.lora)}")
+    roles = adapter.roles()
+    return sorted({roles[name] for name, p in adapter.named_parameters() if p.requires_grad})
 
 
 def add(adapter: Adapter, config: LoraConfig, seed: int) -> None:
