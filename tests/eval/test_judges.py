@@ -438,6 +438,34 @@ def test_models_below_the_home_folder(tmp_path, clip, monkeypatch):
         colors.load_clip("~/none", "cpu")
 
 
+def test_colours_are_told_by_the_features_of_transformers_own_clip(clip, monkeypatch):
+    """Two objects of a picture that is not square, one with a mask: pixels, features and the mean of three prompts."""
+    from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
+
+    from reca.eval.judges import colors
+
+    monkeypatch.setattr("transformers.CLIPTokenizerFast", AutoTokenizer)  # the tiny one has whole words
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    mask = np.zeros((50, 70), dtype=bool)
+    mask[12:30, 20:35] = True
+    masked = np.where(mask[..., None], pixels, np.uint8(0x99))
+    parts = [Image.fromarray(masked[10:30, 20:60]), Image.fromarray(pixels[5:45, 0:10])]
+    model = CLIPModel.from_pretrained(clip)
+    tokens = AutoTokenizer.from_pretrained(clip)(colors.texts("cow"), padding=True, return_tensors="pt")
+    with torch.no_grad():
+        texts = model.get_text_features(**tokens).pooler_output
+        images = model.get_image_features(**CLIPImageProcessorPil()(parts, return_tensors="pt")).pooler_output
+    unit = torch.nn.functional.normalize
+    columns = unit(unit(texts).unflatten(0, (10, 3)).mean(1)).T
+    seen, classify = [], colors.classify
+    monkeypatch.setattr(colors, "classify", lambda *given: seen.append(given) or classify(*given))
+    boxes = [[19.6, 10.2, 60.4, 30.0], [0.0, 5.0, 10.0, 45.0]]
+    found = colors.load_clip(str(clip), "cpu")(Image.fromarray(pixels), "cow", boxes, [mask, None])
+    for ours, wanted in zip(seen[0], (images, columns), strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-6)
+    assert found == [colors.COLORS[i] for i in (unit(images) @ columns).argmax(1).tolist()]
+
+
 def test_genevals_own_judge(tmp_path, clip, monkeypatch):
     """From a checkpoint file to records and a score; the tiny detector of the golden data stands in for swin-s."""
     from reca.eval.judges import mask2former
