@@ -229,24 +229,40 @@ def backend_report() -> str:
         for i in range(torch.cuda.device_count()):
             major, minor = torch.cuda.get_device_capability(i)
             lines.append(f"cuda:{i} {torch.cuda.get_device_name(i)}, compute capability {major}.{minor}")
-    lines += [f"{op} on {device}: {_reported(op, device)}" for op in OPS for device in devices]
+    found = {device: choices(device) for device in devices}
+    lines += [f"{op} on {device}: {found[device][op]}" for op in found["cpu"] for device in devices]
+    problems = importlib.import_module("reca_kernels.attention.flash_functions").problems()
+    return "\n".join([*lines, *(f"attention: {problem}; reinstall or remove it" for problem in problems)])
+
+
+class Choice(NamedTuple):
+    """The backend that runs an op on large fp32 tensors, or attention's impl for bf16."""
+
+    backend: str  # "none" if the forced one cannot run
+    basis: str  # what the choice is based on
+    others: list[str]  # why others cannot run
+
+    def __str__(self) -> str:
+        named = f"{self.backend}, {self.basis}" if self.basis else self.backend
+        return f"{named}  (not {'; '.join(self.others)})" if self.others else named
+
+
+def choices(device: str) -> dict[str, Choice]:
+    """Return the choice on a type of device for every op and for attention."""
     attention = importlib.import_module("reca_kernels.attention.op")  # uses torch and flash-attn, not backends
-    lines += attention.report(devices)
-    return "\n".join(lines)
+    return {op: _default(op, device) for op in OPS} | {attention.OP: Choice(*attention.default(device))}
 
 
-def _reported(op: str, device: str) -> str:
-    """Return the choice for a large fp32 tensor, what it is based on, and why other backends cannot run."""
+def _default(op: str, device: str) -> Choice:
     if (forced := _forced()) != "auto":
-        source = "reca_kernels.dispatch.use" if _used else f"RECA_BACKEND={forced}"
+        by = f"forced by {'reca_kernels.dispatch.use' if _used else f'RECA_BACKEND={forced}'}"
         reason = unusable(op, forced, device) if forced in BACKENDS else "there is no such backend"
-        return f"none, forced by {source}, but {reason}" if reason else f"{forced}, forced by {source}"
+        return Choice("none", f"{by}, but {reason}", []) if reason else Choice(forced, by, [])
     chosen = _by_table(op, device, None, torch.float32, None)
     reasons = {backend: unusable(op, backend, device) for backend in _kernels(op, device)}
-    why = [f"{b}: {'no native module' if r == native.missing else r}" for b, r in reasons.items() if r]
+    others = [f"{b}: {'no native module' if r == native.missing else r}" for b, r in reasons.items() if r]
     # Where no kernel can run, the reference is not what was measured to be best.
-    basis = "" if why and chosen == "reference" else f", {_basis(op, device)}"
-    return f"{chosen}{basis}" + (f"  (not {'; '.join(why)})" if why else "")
+    return Choice(chosen, "" if others and chosen == "reference" else _basis(op, device), others)
 
 
 def _basis(op: str, device: str) -> str:

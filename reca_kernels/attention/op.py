@@ -2,14 +2,12 @@
 
 import functools
 import os
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from reca_kernels import checks, compiling
-from reca_kernels.attention.flash_functions import problems
 from reca_kernels.attention.implementations import IMPLS, unusable
 from reca_kernels.attention.order import basis, order
 from reca_kernels.attention.plan import AttentionPlan, AttentionSpan, QueryGroup, attention_plan, total
@@ -230,26 +228,19 @@ def choose(
     return forced
 
 
-def report(devices: Sequence[str]) -> list[str]:
-    """Return attention's lines of the backend report.
+def default(device: str) -> tuple[str, str, list[str]]:
+    """Return the impl for bf16 tensors with head dimension 64, what the choice is based on, and why others cannot run.
 
-    Per device: the impl for bf16 tensors with head dimension 64, and why other impls cannot run. Then the packages that
-    are installed but cannot be used.
+    The impl is "none" if the forced one cannot run.
     """
-    return [*map(_reported, devices), *(f"{OP}: {problem}; reinstall or remove it" for problem in problems())]
-
-
-def _reported(device: str) -> str:
     where = torch.device(device, 0) if device == "cuda" else torch.device(device)
     asked: tuple[Any, ...] = (where, torch.bfloat16, 64, False)
     if (forced := _forced()) != "auto":
         reason = unusable(forced, *asked) if forced in IMPLS else "there is no such impl"
-        chosen, but = ("none", f", but {reason}") if reason else (forced, "")
-        return f"{OP} on {device}: {chosen}, forced by RECA_ATTENTION={forced}{but}"
-    chosen = choose(*asked)
-    why = [f"{name}: {reason}" for name in IMPLS if (reason := unusable(name, *asked))]
-    more = ", dense for small batches" if device == "cpu" else f", {basis(where)}"
-    return f"{OP} on {device}: {chosen}{more}" + (f"  (not {'; '.join(why)})" if why else "")
+        by = f"forced by RECA_ATTENTION={forced}"
+        return ("none", f"{by}, but {reason}", []) if reason else (forced, by, [])
+    more = "dense for small batches" if device == "cpu" else basis(where)
+    return choose(*asked), more, [f"{name}: {reason}" for name in IMPLS if (reason := unusable(name, *asked))]
 
 
 def forget_ran() -> None:

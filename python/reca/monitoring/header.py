@@ -5,7 +5,6 @@ from collections.abc import Mapping
 
 import torch
 
-import reca_kernels
 from reca import distributed, units
 from reca.config.recipe import Recipe
 from reca.data import micro_batches
@@ -16,6 +15,7 @@ from reca.hardware.host_memory import total as host_memory
 from reca.models.base import Adapter
 from reca.monitoring import speed
 from reca.training import compiled_blocks
+from reca_kernels import dispatch
 
 WIDTH, INDENT = 118, " " * 11
 
@@ -94,10 +94,8 @@ def _device(device: torch.device) -> str:
 def _kernels(device: torch.device) -> str:
     """List the ops on this device by backend."""
     found: dict[str, list[str]] = {}
-    for line in reca_kernels.backend_report().splitlines():
-        op, on, rest = line.partition(f" on {device.type}: ")
-        if on:
-            found.setdefault(rest.split(",")[0].split(" ")[0], []).append(op)
+    for op, choice in dispatch.choices(device.type).items():
+        found.setdefault(choice.backend, []).append(op)
     return "; ".join(f"{backend}: {', '.join(ops)}" for backend, ops in found.items())
 
 
