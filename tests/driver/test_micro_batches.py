@@ -203,18 +203,28 @@ def test_ranks_exchange_gradients_in_the_last_pass_of_a_step(recipe, monkeypatch
 
 
 def test_a_copy_adds_nothing_even_if_its_loss_is_not_finite(recipe):
-    r, adapter = recipe(), ToyAdapter()
-    loader = open_loader(
-        r.data, "reca", adapter.views("reca"), seed=0, micro_batch=1, batch_size=1, rank=1, world_size=2
-    )
-    batch, loss = next(iter(loader)), adapter.loss
-    assert not batch.counted
-    adapter.loss = lambda *given: (term := loss(*given))._replace(sum=term.sum + float("nan"))
-    sums = backward(adapter, {"reca": [batch]}, r.objective, 0, torch.autocast("cpu", enabled=False))
-    assert sums["reca"].tolist() == [0, 0]
-    grads = [p.grad for p in adapter.parameters() if p.grad is not None]
-    assert grads and all((grad == 0).all() for grad in grads)
-    assert evaluate(adapter, [batch], 0, torch.autocast("cpu", enabled=False)) == 0
+    r, adapter, eager = recipe(), ToyAdapter(dtype=torch.float64), torch.autocast("cpu", enabled=False)
+    given = dict(seed=0, micro_batch=1, batch_size=1, world_size=2, start=1)
+    one, copied = (next(iter(open_loader(r.data, "reca", adapter.views("reca"), **given, rank=i))) for i in (0, 1))
+    assert one.counted and not copied.counted
+    forward, found = adapter.forward, []
+    broken = {True: 0.0, False: float("nan")}
+
+    def loss(batch, *rest):
+        term = forward(batch, *rest)
+        return term._replace(sum=term.sum + broken[batch.counted])
+
+    adapter.forward = loss
+    for batches in ([one], [one, copied], [copied, one]):
+        adapter.zero_grad()
+        sums = backward(adapter, {"reca": batches}, r.objective, 0, eager)["reca"].tolist()
+        grads = torch.cat([p.grad.flatten() for p in adapter.layers.parameters()])
+        found.append((sums, evaluate(adapter, batches, 0, eager), grads))
+    (sums, mean, grads), *others = found
+    assert sums[1] == 2 and mean == pytest.approx(sums[0] / 2) and grads.any()  # sample 1 counts twice
+    assert all(other[:2] == (sums, mean) and torch.equal(other[2], grads) for other in others)
+    assert backward(adapter, {"reca": [copied]}, r.objective, 0, eager)["reca"].tolist() == [0, 0]
+    assert evaluate(adapter, [copied], 0, eager) == 0
 
 
 def test_what_a_number_of_tokens_cannot_go_with(recipe):

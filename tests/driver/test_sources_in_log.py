@@ -54,6 +54,16 @@ def test_losses_by_source_add_up(tmp_path, micro_batch, monkeypatch):
     assert all(samples is None for _, samples in seen[:each])  # of a step that is not logged
 
 
+def test_a_model_without_losses_by_sample_has_none_by_source(tmp_path, monkeypatch):
+    forward = ToyAdapter.forward
+    monkeypatch.setattr(ToyAdapter, "forward", lambda *given: forward(*given)._replace(samples=None))
+    sources = [write_images(tmp_path / name, 6) for name in ("one", "two")]
+    keys = {"data.images": [{"source": str(source)} for source in sources], "train.steps": 1}
+    run_toy(load_recipe(write_recipe(tmp_path, sources[0]), keys))
+    (line,) = jsonl.read(tmp_path / "run" / "log.jsonl")
+    assert line["reca/loss"] > 0 and not any("@" in name for name in line)
+
+
 def test_one_source_has_no_losses_by_source(tmp_path):
     run_toy(load_recipe(write_recipe(tmp_path, write_images(tmp_path / "images"))))
     assert not any("@" in name for line in jsonl.read(tmp_path / "run" / "log.jsonl") for name in line)
