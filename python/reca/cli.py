@@ -105,7 +105,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 def _reject_option(options: argparse.Namespace, override: str) -> None:
     """Exit with advice if an override is an option of the command, such as `seed=1` for `--seed 1`."""
     name, equals, value = override.partition("=")
-    if not equals or "." in name:
+    if not equals or "." in name or ":" in name:  # a study's override VARIANT:KEY=VALUE is no option
         return
     from reca.config.recipe import Recipe
 

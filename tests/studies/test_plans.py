@@ -62,6 +62,31 @@ def test_a_key_of_the_pretrained_model_holds_for_pre_training_and_all_variants(t
         plan(load_study("main"), Asked(**asked, recipe="show_o_512", of_variant={"pretrained": (key,)}))
 
 
+def test_tasks_wait_for_what_they_start_from_and_for_others_in_their_folder(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text(
+        "question: a\nvariants: {a: {about: b}, same: {about: b}, other: {about: c, overrides: [optim.lr=1]},\n"
+        "  then: {about: d, after: a}, swapped: {about: e, pretrained: red_is_blue}}"
+    )
+    tasks = {task.variant: task for task in plan(load_study(str(path)), Asked("show_o", (3,), tmp_path))[0][1:]}
+    after = {name: task.after for name, task in tasks.items()}
+    first, swapped = "3/pretrained", "3/pretrained-red_is_blue"
+    assert after == {
+        "pretrained-red_is_blue": (first,), "a": (first,), "same": (first, "3/a"), "other": (first,), "then": ("3/a",),
+        "swapped": (swapped,), "before": (first,),
+    }  # fmt: skip
+    assert tasks["same"].folder == tasks["a"].folder != tasks["other"].folder
+    assert str(tasks["pretrained-red_is_blue"].folder) in " ".join(tasks["swapped"].overrides)
+
+
+def test_a_folder_of_studies_that_is_moved_holds_the_same_tasks(tmp_path):
+    def found(out):
+        tasks = plan(load_study("limits"), Asked("open_uni", (0,), out, dataset="emoji"))[0]
+        return [task.result.relative_to(out) for task in tasks]
+
+    assert found(tmp_path / "a") == found(tmp_path / "b")
+
+
 def test_datasets_share_no_variant_whatever_data_is_given(tmp_path):
     """Their pre-trained models and prompts differ, though recipe and data be the same."""
     data = ("data.images=/a", "data.conversations=/b.json", "data.captions=/c")
@@ -245,6 +270,9 @@ def test_a_modification_that_is_not_there_is_refused(pretrained, recipe, tmp_pat
         (["main", "--sampling", "steps=3"], "are for --recipe"),
         (["main", "--scale", "3"], "--scale must lie in (0, 1]"),
         (["main", "RECO:optim.lr=1"], "'RECO' is no variant of main with show_o; there are RECA"),
+        (["main", "train.seed=1"], "train.seed=1 in the overrides: a study sets train.seed itself"),
+        (["main", "RECA:run_dir=a"], "run_dir=a in the overrides: a study sets run_dir itself"),
+        (["main", "RECA:steps=3"], "variant RECA: unknown key 'steps' in the overrides"),
         (["main", "--jobs", "0"], "--jobs must be at least 1"),
         (["main", "--task", "7/RECA"], "no task 7/RECA; --task is SEED/VARIANT of seed 0 and pretrained, RECA, before"),
         (["main", "--seeds", "3,5,", "--task", "4/RECA"], "SEED/VARIANT of seeds 3, 5 and pretrained, RECA, before"),
