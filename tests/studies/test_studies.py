@@ -15,7 +15,7 @@ from reca.cli import main
 from reca.config.recipe_files import load_recipe, save_recipe
 from reca.demo import experiment
 from reca.demo.measure import measure
-from reca.studies import judge, published, report, toy, work
+from reca.studies import judge, published, report, slurm, toy, work
 from reca.studies.plan import plan
 from reca.studies.study import load_study, study_names
 from reca.studies.task import Asked, Evaluations, Task
@@ -157,6 +157,23 @@ def test_the_scores_of_a_suite_are_shares_or_points(unit, scale, high, tmp_path,
         assert found == pytest.approx((90, 90 - 24.84, min(high, 90 + 24.84)), abs=1e-2)
 
 
+def test_a_variant_is_evaluated_by_its_folder_and_what_it_starts_from_by_its_recipe(tmp_path, monkeypatch):
+    seen = []
+    row = {"value": 0.5, "interval": [0, 1], "unit": "fraction"}
+
+    def evaluate(suite, source, keys, **options):
+        seen.append((source, tuple(keys), options["seed"]))
+        return {"overall": row, "tags": {}}
+
+    monkeypatch.setattr(published.api, "evaluate", evaluate)
+    (variant, *_, before), _ = plan(
+        load_study("main"), Asked("show_o", (3,), tmp_path, "show_o_tiny", evaluations=Evaluations(("toy",)))
+    )
+    assert before.kind == "before" and variant.kind == "variant"
+    published.measured(variant), published.measured(before)
+    assert seen == [(variant.folder, (), 3), ("show_o_tiny", before.overrides, 3)]
+
+
 def test_evaluations_with_other_options_have_folders_of_their_own(tmp_path, monkeypatch):
     """So that one study can be measured again, and by two suites at once."""
     folders = []
@@ -207,6 +224,38 @@ def test_what_another_process_does_is_waited_for(study, tmp_path, monkeypatch):
         work.work(task)
 
 
+def test_a_task_is_done_once_and_tells_its_steps_meanwhile(study, tmp_path, monkeypatch):
+    (task, *_), _ = plan(load_study(study), Asked("show_o", (0,), tmp_path))
+    told = [work.steps_done(task)]
+
+    def pretrain(task, progress):
+        for step in (10, 20):
+            progress(step)
+            told.append(work.steps_done(task))
+        return [[20, 1.0]]
+
+    monkeypatch.setattr(toy, "pretrain", pretrain)
+    result = work.work(task)
+    assert told == [0, 10, 20] and 0 < result["seconds"] < 60
+    assert {key: result[key] for key in ("measures", "curve")} == {"measures": {}, "curve": [[20, 1.0]]}
+    monkeypatch.setattr(toy, "pretrain", lambda *_: 1 / 0)
+    assert work.work(task) == work.done(task) == result
+
+
+def test_steps_are_of_training_alone(tmp_path):
+    tasks, _ = plan(load_study("encoder"), Asked("show_o", (0,), tmp_path, scale=0.1))
+    steps = {task.variant: work.steps(task) for task in tasks}
+    assert steps == {
+        "pretrained": 80, "pretrained-red_is_blue": 0, "RECA": 20, "red-is-blue": 20, "other": 20, "before": 0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("count, value", [(0, None), (1, 1.0), (14, 14.0), (40, 38.5)])
+def test_the_loss_of_a_variant_is_that_of_the_last_tenth(count, value):
+    found = work._loss([(10 * i, float(i)) for i in range(1, count + 1)])
+    assert found == ({} if value is None else {"loss": {"value": value}})
+
+
 def test_a_torn_line_of_a_log_ends_no_variant(tmp_path):
     """A disk that is full for a moment tears one, and the run goes on."""
     lines = ['{"step": 1, "loss": 4.0}', '{"step": 2, "lo', '{"step": 3, "loss": 2.0, "reca/loss": 1.0}']
@@ -233,7 +282,20 @@ def test_slurm_submits_each_task_once_after_those_it_needs(study, tmp_path, monk
     assert (here / "tasks1.txt").read_text().split() == ["0/RECA", "0/SFT", "0/before"]
     assert (here / "tasks2.txt").read_text().split() == ["0/SFT-RECA"]
     assert calls[3].startswith("--dependency=afterany:3") and calls[3].endswith("--report")
-    assert "--slurm" not in (here / "task.sbatch").read_text()
+    job = (here / "task.sbatch").read_text()
+    assert "--slurm" not in job and "gpu" not in job and "OMP_NUM_THREADS=1\n" in job
+    assert "#SBATCH --cpus-per-task=1\n" in job
+
+    # Written again after the pre-training: without it.
+    tasks, _ = plan(load_study(study), Asked("show_o", (0,), tmp_path / "out", scale=0.004))
+    tasks[0].result.parent.mkdir(parents=True)
+    tasks[0].result.write_text("{}")
+    assert slurm.levels(tasks) == [["0/RECA", "0/SFT", "0/before"], ["0/SFT-RECA"]]
+    job = slurm.write(tasks, ["reca"], here, gpus=True, name="a").with_name("task.sbatch").read_text()
+    assert "#SBATCH --gpus-per-task=1\n" in job and "#SBATCH --cpus-per-task=8\n" in job
+    assert "OMP_NUM_THREADS=8\n" in job
+    assert "--array=0-2 " in (here / "submit.sh").read_text().splitlines()[5]
+    tasks[0].result.unlink()
 
     assert main([*arguments, "--task", "0/RECA"]) == exits.RECIPE
     assert "depends on 0/pretrained, which is not done" in capsys.readouterr().err
