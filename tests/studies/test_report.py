@@ -1,8 +1,13 @@
 """What the report of a study says, from results that are given."""
 
+import io
+import json
+
 import pytest
+from tqdm import tqdm
 
 from reca.demo.measure import Rate
+from reca.processes import side_by_side
 from reca.studies import report, runner
 from reca.studies.plan import plan
 from reca.studies.study import load_study
@@ -121,5 +126,62 @@ def test_a_difference_is_written_with_its_sign():
     assert report.change({"difference": None}) == ""
 
 
-def test_a_failed_task_is_said_in_one_line():
-    assert runner.line({"failed": "ValueError: no"}) == "FAILED, ValueError: no"
+@pytest.mark.parametrize(
+    "result, written",
+    [
+        ({"failed": "ValueError: no"}, "FAILED, ValueError: no"),
+        ({"measures": {}, "seconds": 61.2}, "ready (61 s)"),
+        (measured(90.0, **{"toy/tag": {"value": 7.0}}, loss={"value": 0.12345}), "seen 90, loss 0.123 (1 s)"),
+    ],
+)
+def test_a_task_is_said_in_one_line(result, written):
+    assert runner.line(result) == written
+
+
+@pytest.fixture
+def pretrained(tmp_path):
+    """A study whose pre-training is done, with its tasks."""
+    (tmp_path / "a.yaml").write_text(STUDY)
+    study, asked = load_study(str(tmp_path / "a.yaml")), Asked("show_o", (0,), tmp_path / "out")
+    tasks = plan(study, asked)[0]
+    tasks[0].result.parent.mkdir(parents=True)
+    tasks[0].result.write_text('{"measures": {}, "curve": [], "seconds": 1.0}')
+    return study, asked, tasks
+
+
+def test_what_is_done_is_neither_run_nor_waited_for(pretrained, monkeypatch):
+    study, asked, (_, variant, _) = pretrained
+    said, waits_for, counted, bars = [], {}, [], []
+
+    def bar(**given):
+        bars.append(tqdm(**given | {"disable": False, "file": io.StringIO()}))
+        return bars[0]
+
+    def run(jobs, slots, on_end, on_wait, on_start):
+        for step in (0, 60, 140, 300):  # a run that is resumed with more steps than the recipe has now
+            variant.folder.mkdir(parents=True, exist_ok=True)
+            (variant.folder / ".steps").write_text(str(step))
+            on_wait()
+            counted.append(bars[0].n)
+        for job in jobs:
+            waits_for[job.name] = job.after
+            on_end(job, measured(90))
+
+    monkeypatch.setattr(runner, "check", lambda *_, **__: None)
+    monkeypatch.setattr(runner, "COUNT_SECONDS", -1)
+    monkeypatch.setattr(runner, "tqdm", bar)
+    monkeypatch.setattr(side_by_side, "run", run)
+    found = runner.run(study, asked, [None], "reca study a", said.append)
+    assert waits_for == {"0/RECA": (), "0/before": ()}
+    assert said == ["1 of 3 tasks were already done", "0/RECA: seen 90 (1 s)", "0/before: seen 90 (1 s)"]
+    assert bars[0].total == 200 and counted == [0, 60, 140, 200]
+    assert json.loads((report.folder(study, asked) / "study.json").read_text()) == json.loads(json.dumps(found))
+
+
+def test_a_report_tells_what_has_not_run(pretrained):
+    study, asked, _ = pretrained
+    found = runner.report_of(study, asked, "reca study a --report")
+    assert {v["name"]: v["results"][0]["failed"] for v in found["variants"]} == dict.fromkeys(
+        ("before", "RECA"), "not run yet"
+    )
+    assert found["failed"] == [] and (report.folder(study, asked) / "study.html").is_file()
