@@ -41,6 +41,17 @@ def test_other_numbers_keep_their_types():
         assert (torch.zeros(2, 3) @ torch.zeros(3, 2)).dtype == torch.float32
 
 
+def test_a_mask_of_attention_stays_boolean():
+    """As a number, it would be added to the scores."""
+    keys, mask = X[None, None], torch.tensor([[True, False, True]])
+    expected = F.scaled_dot_product_attention(keys, keys, keys, mask)
+    with autocast("fp64", CPU):
+        found = F.scaled_dot_product_attention(keys, keys, keys, attn_mask=mask)
+        mixed = F.scaled_dot_product_attention(keys, keys, torch.ones(1, 1, 3, 4), mask)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(mixed, torch.ones_like(X)[None, None])
+
+
 def test_a_norm_of_transformers_keeps_all_digits():
     """It computes in fp32 whatever it is given."""
     norm = cast(Qwen2RMSNorm(4), "fp64")
