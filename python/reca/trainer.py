@@ -17,7 +17,7 @@ from reca.data.loader import Loader, open_loader
 from reca.errors import CollapseError, NotSavedError
 from reca.estimate import fit_run, out_of_memory
 from reca.hardware.host_memory import FreedMemory
-from reca.io.folders import ensure_writable
+from reca.io.folders import CHECKPOINTS, RUN, ensure_writable
 from reca.models import umm_package
 from reca.models.base import Adapter
 from reca.monitoring.diagnostics import Diagnostics, drift_tasks
@@ -66,8 +66,8 @@ class Trainer:
         self.tasks, self.model_tasks = recipe.active_tasks(), (adapter or umm_package(recipe.umm).Adapter).tasks
         with distributed.fail_together():
             if distributed.rank() == 0:
-                ensure_writable(self.run_dir, "run_dir")
-                ensure_writable(self.run_dir / "checkpoints", "folder")
+                ensure_writable(self.run_dir, "run_dir", RUN)
+                ensure_writable(self.run_dir / "checkpoints", "folder", CHECKPOINTS)
         self.folder = RunFolder(self.run_dir, recipe.train.steps)
         self.keep = checkpoint.Keep(recipe.checkpoint.keep, recipe.checkpoint.keep_every)
         self.writer = checkpoint.BackgroundWriter(self.run_dir, self.keep, self.folder.is_lost)

@@ -22,7 +22,7 @@ from reca.data.errors import DataError
 from reca.data.pixels import encode_png
 from reca.data.text import decode_text
 from reca.io import jsonl
-from reca.io.folders import ensure_writable, write_atomically
+from reca.io.folders import BEST_OF, ensure_writable, write_atomically
 from reca.models.base import Adapter
 from reca.models.common.likelihood import LogLikelihood
 
@@ -80,7 +80,7 @@ def open_folder(out: Path, choice: Choice, prompts: Sequence[str]) -> dict[int, 
     """
     with distributed.fail_together():
         if distributed.rank() == 0:
-            ensure_writable(out, "--out")
+            ensure_writable(out, "--out", BEST_OF)
     done: dict[int, dict[str, Any]] = {}
     with distributed.fail_together():
         if not (out / SETTINGS).exists():

@@ -44,6 +44,7 @@ def best_of(options: argparse.Namespace) -> None:
     from reca.commands import best_of
     from reca.data.sample import digest
     from reca.eval.targets import target
+    from reca.io.folders import BEST_OF
 
     if options.candidates < 1:
         raise ValueError(f"--candidates must be at least 1, got {options.candidates}")
@@ -51,7 +52,7 @@ def best_of(options: argparse.Namespace) -> None:
     choice = best_of.Choice(options.candidates, options.seed, options.question or best_of.QUESTION)
     ends = [options.seed, choice.seeds(len(prompts) - 1)[-1]]
     adapter = _adapter(options, "generate")
-    choice.sampling = _sampling(options, adapter.generate, ends, [*prompts, choice.question])
+    choice.sampling = _sampling(options, adapter.generate, ends, [*prompts, choice.question], BEST_OF)
     _adapter(options, "answer")
     source = target(options.recipe, options.overrides, "", options.out, options.ema)
 
@@ -123,8 +124,13 @@ def _model(options: argparse.Namespace, texts: Sequence[str] = ()) -> Any:
     return model
 
 
-def _sampling(options: argparse.Namespace, method, seeds: list[int], texts: list[str]) -> dict:
-    """Parse --sampling into keyword arguments of `method`, and check all other arguments before anything is loaded."""
+def _sampling(
+    options: argparse.Namespace, method, seeds: list[int], texts: list[str], kind: str | None = None
+) -> dict:
+    """Parse --sampling into keyword arguments of `method`, and check all other arguments before anything is loaded.
+
+    kind: that of the output folder, if it has one.
+    """
     from reca.io.folders import ensure_writable
     from reca.models.common.inference import check_pairs
     from reca.options.sampling import check_sampling_options, read_pairs
@@ -132,7 +138,7 @@ def _sampling(options: argparse.Namespace, method, seeds: list[int], texts: list
     _reject_empty(texts)
     check_pairs(seeds=seeds)
     given = check_sampling_options(method, read_pairs(options.sampling, "--sampling"))
-    ensure_writable(options.out, "--out")
+    ensure_writable(options.out, "--out", kind)
     return given
 
 

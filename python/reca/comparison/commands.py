@@ -28,8 +28,9 @@ def add(sub: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Write the page and comparison.json, and print the overall score of every suite and the notes."""
     from reca.comparison import build, triplets
+    from reca.comparison.sides import find_sides
     from reca.eval import figures
-    from reca.io.folders import ensure_writable
+    from reca.io.folders import COMPARISON, ensure_writable
     from reca.options.sampling import read_pairs
     from reca.runs.lineage import trained_source
 
@@ -41,8 +42,9 @@ def run(options: argparse.Namespace) -> None:
     named = Path(options.before if options.after == "base" else options.after)
     trained = trained_source(named)
     out = options.out or (trained[0] if trained else named) / "comparison"
+    find_sides(options.before, options.after)  # raises for names that are none, before the folder is made
+    ensure_writable(out, "--out", COMPARISON)
     found = build.compare(options.before, options.after)
-    ensure_writable(out, "--out")
     count = options.reconstructions
     if count is None:
         count = triplets.COUNT if options.images else triplets.usual_count(options.before, options.after)

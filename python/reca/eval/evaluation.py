@@ -27,6 +27,7 @@ from reca.eval.suites.base import image_hash
 from reca.eval.targets import (
     Target,
     check_prompts,
+    check_suite,
     describe,
     opponent,
     read_generation,
@@ -34,7 +35,7 @@ from reca.eval.targets import (
     write_generation,
 )
 from reca.hardware.devices import usable_device
-from reca.io.folders import ensure_writable
+from reca.io.folders import EVALUATION, ensure_writable
 from reca.models import umm_package
 from reca.options.names import option
 from reca.options.sampling import defaults
@@ -56,8 +57,8 @@ def evaluate(
 ) -> dict[str, Any] | None:
     """Run the selected steps. See `reca.evaluate`. Returns the results on rank 0, None if no step produced them."""
     suite, device = settings.suite, None if device is None else usable_device(device)
-    mine = target(source, overrides, suite.name, out, ema)
-    sides = [mine] if against is None else [mine, opponent(against, mine, overrides, suite.name)]
+    mine = target(source, overrides, suite.folder, out, ema)
+    sides = [mine] if against is None else [mine, opponent(against, mine, overrides, suite.folder)]
     if len({side.folder.resolve() for side in sides}) < len(sides):
         raise OptionError(
             f"{source} and {against} are the same model, or two that would be evaluated in the same folder, "
@@ -65,7 +66,8 @@ def evaluate(
         )
     for side in sides:
         if side.recipe is not None:
-            ensure_writable(side.folder, option("out"))
+            ensure_writable(side.folder, option("out"), EVALUATION)
+            check_suite(side.folder, suite)
     given = check(settings, sides, images, records)
     if "generate" in settings.steps:
         wanted = [s for s in sides if s.recipe is not None and (s is not mine or not (images or records))]

@@ -14,7 +14,7 @@ from reca.eval import report
 from reca.eval.errors import EvaluationError, OptionError
 from reca.eval.files import write
 from reca.eval.generate import weights_hash
-from reca.eval.suites import Item
+from reca.eval.suites import Item, Suite
 from reca.eval.suites.base import agree
 from reca.models.base import Adapter
 from reca.models.common.inference import warn_of_random_weights
@@ -78,7 +78,9 @@ class Target:
 def target(
     source: str | Path, overrides: Sequence[str] | Mapping[str, Any], suite: str, out: Path | None, ema: bool = False
 ) -> Target:
-    """Return the Target of a run, one of its checkpoints or a recipe. out: output folder; None: the default.
+    """Return the Target of a run, one of its checkpoints or a recipe.
+
+    suite: Suite.folder. out: output folder; None: the default.
 
     Raises CheckpointError for a run without checkpoints and evaluations, unless `out` is set.
     """
@@ -170,6 +172,18 @@ def read_generation(folder: Path) -> dict[str, Any]:
     return found
 
 
+def check_suite(folder: Path, suite: Suite) -> None:
+    """Raise EvaluationError if a folder has an evaluation of another suite, which results of this one would replace."""
+    for path in (folder / GENERATION, folder / report.RESULTS):
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            there = {"suite": found["suite"], "protocol": found["protocol"]}
+        except (OSError, ValueError, RecursionError, TypeError, KeyError):
+            continue  # a damaged file is reported by the step that needs it
+        if changed := _differing(there, {"suite": suite.name, "protocol": suite.protocol}):
+            raise _other_settings(folder, ", ".join(changed))
+
+
 def check_prompts(folder: Path, items: Sequence[Item]) -> None:
     """Raise EvaluationError if a folder contains images, or answers, of other prompts or sources under these ids.
 
@@ -222,6 +236,6 @@ def _differing(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = 
 
 def _other_settings(folder: Path, reason: str) -> EvaluationError:
     return EvaluationError(
-        f"{folder} contains images generated with other settings ({reason}); set another "
+        f"{folder} contains an evaluation with other settings ({reason}); set another "
         f"{option('out')}, or delete that folder"
     )

@@ -12,6 +12,17 @@ from reca import exits
 
 PART = ".part"  # suffix of a file that is being written; a killed process leaves it behind
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # first part of a path that was made of an address
+
+# Kinds of folders that a command fills, and the groups of files by each of which such a folder is known.
+RUN, EVALUATION, COMPARISON, BEST_OF = "a run", "an evaluation", "a comparison", "images that best-of kept"
+MARKS = {
+    RUN: (("recipe.yaml", "status.json"),),
+    EVALUATION: (("generation.json",), ("records.jsonl",), ("results.json", "report.txt")),
+    COMPARISON: (("comparison.json", "comparison.html"),),
+    BEST_OF: (("best_of.json",),),
+}
+CHECKPOINTS = "checkpoints"
+INSIDE = {CHECKPOINTS: RUN, "images": EVALUATION}  # subfolders whose contents are of their folder's command alone
 NO_FSYNC = {errno.EINVAL, errno.EBADF, errno.ENOTSUP}  # errors of file systems without fsync of folders
 
 
@@ -21,10 +32,12 @@ class NotWritable(ValueError):
     exit_code = exits.DATA
 
 
-def ensure_writable(folder: Path, name: str) -> Path:
+def ensure_writable(folder: Path, name: str, kind: str | None = None) -> Path:
     """Create the folder if needed, and check that it is writable. name: what the folder is, for messages.
 
-    Raises NotWritable if that fails, or if the path is not UTF-8 or is an address such as s3://bucket/folder.
+    kind: one of MARKS, or CHECKPOINTS, if the caller fills such a folder.
+    Raises NotWritable if that fails, if the folder is of another kind, or if the path is not UTF-8 or is an address
+    such as s3://bucket/folder.
     """
     scheme, *rest = folder.parts or ("",)
     if SCHEME.fullmatch(scheme):
@@ -32,6 +45,8 @@ def ensure_writable(folder: Path, name: str) -> Path:
         raise NotWritable(f"{name} {address} is an address; name a local folder, and copy it afterwards")
     if not is_utf8(folder):
         raise NotWritable(f"{name} {folder} is not UTF-8, as safetensors requires of paths; name another folder")
+    if owner := _owner(folder, kind):
+        raise NotWritable(f"{name} {folder} {owner}, with whose files others would mix; name another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -42,6 +57,23 @@ def ensure_writable(folder: Path, name: str) -> Path:
     except OSError as error:
         raise NotWritable(f"{name} {folder} cannot be written to ({error.strerror}); name another folder") from error
     return folder
+
+
+def _owner(folder: Path, kind: str | None) -> str | None:
+    """Say to what a folder belongs that is not to be filled with files of `kind`; None if it may be."""
+    for path in (Path(os.path.abspath(folder)), Path(os.path.realpath(folder))):
+        found = next((name for name in MARKS if _is_kind(path, name)), None)
+        if found not in (None, kind):
+            return f"is the folder of {found}"
+        for inner in (path, *path.parents) if kind != CHECKPOINTS else ():
+            owner = INSIDE.get(inner.name)
+            if owner and _is_kind(inner.parent, owner):
+                return f"belongs to the {inner.name} of {owner}, {inner.parent}"
+    return None
+
+
+def _is_kind(folder: Path, kind: str) -> bool:
+    return any(all(os.path.isfile(folder / name) for name in group) for group in MARKS[kind])
 
 
 def is_utf8(path: Path) -> bool:
