@@ -44,7 +44,7 @@ def test_a_folder_of_another_kind_is_refused(kind, there, tmp_path):
             if found == kind:
                 assert ensure_writable(named, "--out", kind) == named
                 continue
-            with pytest.raises(NotWritable, match=f"--out {named} is the folder of {found}, with whose files others wo"):
+            with pytest.raises(NotWritable, match=f"--out {named} is the folder of {found}, with whose files"):
                 ensure_writable(named, "--out", kind)
         assert ensure_writable(folder / "sub", "--out", kind).is_dir()  # beside its files, not among them
 

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 import reca
+from reca.config.recipe_files import load_recipe
 from reca.eval import evaluation, generate, records, report
 from reca.eval.checks import check
 from reca.eval.errors import EvaluationError
@@ -21,6 +22,7 @@ from reca.eval.records import Record
 from reca.eval.settings import open_settings
 from reca.eval.suites import Item, open_suite
 from reca.eval.targets import Target, read_generation
+from reca.eval.training import TrainingSuite
 from tests.eval.painter import Painter
 
 
@@ -71,17 +73,36 @@ def test_images_of_other_prompts_are_refused(painter, old):
     first = reca.evaluate("toy", painter, limit=42)
     if old:
         without_digests(painter / "eval/000002/toy")
-    for other in ("toy?seed=1", "toy?dataset=emoji"):
-        for steps in (("generate", "judge", "score"), ("score",)):
-            with pytest.raises(
-                EvaluationError, match=r"with other settings \(the prompts .* of \d+ items, such as 000\d\d"
-            ):
-                reca.evaluate(other, painter, limit=42, steps=steps)
+    there = {"limit": 42, "out": painter / "eval/000002/toy"}
+    for steps in (("generate", "judge", "score"), ("score",)):
+        with pytest.raises(
+            EvaluationError, match=r"with other settings \(the prompts .* of \d+ items, such as 000\d\d"
+        ):
+            reca.evaluate("toy?seed=1", painter, steps=steps, **there)
+        with pytest.raises(EvaluationError, match="protocol 'toy dataset shapes' -> 'toy dataset emoji'"):
+            reca.evaluate("toy?dataset=emoji", painter, steps=steps, **there)
     assert Painter.made == 42 and reca.evaluate("toy", painter, limit=42) == first
     for limit, count, made in ((50, 1, 50), (50, 2, 100)):  # more of the same
         found = reca.evaluate("toy", painter, limit=limit, images_per_item=count)
         assert found["counts"]["images"] == made and Painter.made >= made
     assert len(read_generation(painter / "eval/000002/toy")["items"]) >= 50
+
+
+def test_a_suite_with_options_has_a_folder_of_its_own(painter):
+    """The second of toy and toy?seed=1 could not be evaluated, or replaced the results of the first."""
+    options = {
+        "toy": "toy", "toy?dataset=shapes&seed=0": "toy", "toy?seed=1": "toy_seed1", "toy?dataset=emoji": "toy_emoji",
+        "toy?seed=2&dataset=emoji": "toy_emoji_seed2", "geneval": "geneval",
+    }  # fmt: skip
+    assert {name: open_suite(name).folder for name in options} == options
+    for name in ("toy", "toy?seed=1"):
+        reca.evaluate(name, painter, limit=5, against="base")
+    for step in ("000002", "base"):
+        done = (painter / "eval" / step).glob("*/results.json")
+        assert {json.loads(path.read_text())["counts"]["items"] for path in done} == {5}
+        assert {path.name for path in (painter / "eval" / step).iterdir()} - {"other"} == {"toy", "toy_seed1"}
+    recipe = load_recipe("show_o_tiny", ["eval.every=1", "eval.suite=toy?dataset=emoji&seed=1"])
+    assert TrainingSuite(recipe, painter)._side(3).folder == painter / "eval/training/toy_emoji_seed1/000003"
 
 
 def test_another_protocol_is_refused(painter):

@@ -124,9 +124,7 @@ def _model(options: argparse.Namespace, texts: Sequence[str] = ()) -> Any:
     return model
 
 
-def _sampling(
-    options: argparse.Namespace, method, seeds: list[int], texts: list[str], kind: str | None = None
-) -> dict:
+def _sampling(options: argparse.Namespace, method, seeds: list[int], texts: list[str], kind: str | None = None) -> dict:
     """Parse --sampling into keyword arguments of `method`, and check all other arguments before anything is loaded.
 
     kind: that of the output folder, if it has one.

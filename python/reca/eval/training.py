@@ -100,7 +100,8 @@ class TrainingSuite:
             return self._score(side, device) if distributed.rank() == 0 else None
 
     def _side(self, step: int) -> Target:
-        return Target(str(self.run_dir), self.recipe, True, self.run_dir / DURING_TRAINING / self.name / f"{step:06d}")
+        folder = self.run_dir / DURING_TRAINING / self.settings.suite.folder / f"{step:06d}"
+        return Target(str(self.run_dir), self.recipe, True, folder)
 
     def _made(self, side: Target, step: int) -> dict[str, Any]:
         """Return the contents of generation.json. Weights can be sharded over ranks, so they are not hashed."""

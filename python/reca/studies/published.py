@@ -20,7 +20,7 @@ def check(recipe: str, evaluations: Evaluations) -> None:
     for name in evaluations.suites:
         try:
             settings = open_settings(**{"suite": name, "data": None} | evaluations.of(name))
-            check_evaluation(settings, [target(recipe, (), settings.suite.name, None)], None, None)
+            check_evaluation(settings, [target(recipe, (), settings.suite.folder, None)], None, None)
         except EvaluationError as error:
             if not re.search("--(judge|data) ", str(error)):
                 raise

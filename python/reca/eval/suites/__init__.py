@@ -12,7 +12,7 @@ from reca.eval.suites.imgedit import ImgEdit
 from reca.eval.suites.mme import Mme
 from reca.eval.suites.pope import Pope
 from reca.eval.suites.t2i_compbench import T2ICompBench
-from reca.eval.suites.toy import Toy
+from reca.eval.suites.toy import DEFAULT, Toy
 from reca.eval.suites.wise import Wise, WiseLegacy
 from reca.options.names import nearest
 from reca.toy_datasets.dataset import PACKAGES
@@ -41,7 +41,7 @@ def open_suite(name: str, data: Path | None = None) -> Suite:
         return SUITES[base](data)
     try:
         given = dict(parse_qsl(query, keep_blank_values=True, strict_parsing=True))
-        dataset, seed = given.pop("dataset", "shapes"), int(given.pop("seed", 0))
+        dataset, seed = given.pop("dataset", DEFAULT), int(given.pop("seed", 0))
         if base == Toy.name and not given and seed >= 0 and dataset in PACKAGES:
             return Toy(data, dataset, seed)
     except ValueError:

@@ -117,6 +117,11 @@ class Suite:
         """Set the user's file or folder of the benchmark; None: use the shipped one."""
         self.data = data
 
+    @property
+    def folder(self) -> str:
+        """Return the name of the suite's output folder, one for each choice of its options."""
+        return self.name
+
     def data_path(self) -> Path:
         """Return the user's file or folder, or the shipped one. Raises EvaluationError if there is none."""
         if self.data is None and self.shipped is not None:

@@ -8,16 +8,24 @@ from typing import Any
 from reca.eval.suites.base import Item, Key, RowFolders, Score, Value, answered, equal_weights, mean, tag_means
 from reca.toy_datasets.dataset import JudgedPrompt, load_dataset
 
+DEFAULT = "shapes"  # the dataset of the suite without options
+
 
 class Toy(RowFolders):
     name = "toy"
     judge_kind = "toy"
 
-    def __init__(self, data: Path | None = None, dataset: str = "shapes", seed: int = 0):
+    def __init__(self, data: Path | None = None, dataset: str = DEFAULT, seed: int = 0):
         """Select a toy dataset. dataset: its name. seed: determines the pairs that are held out of its captions."""
         super().__init__(data)
         self.dataset, self.seed = load_dataset(dataset), seed
         self.protocol = self.dataset.title
+
+    @property
+    def folder(self) -> str:
+        """Return toy, toy_emoji, toy_emoji_seed1, ...: a folder has images of one dataset and seed."""
+        dataset = "" if self.dataset.name == DEFAULT else f"_{self.dataset.name}"
+        return f"{self.name}{dataset}" + (f"_seed{self.seed}" if self.seed else "")
 
     def items(self) -> list[Item]:
         return [
