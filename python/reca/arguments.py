@@ -1,7 +1,19 @@
 """Arguments that the subcommands of several folders have: types of values, and declarations."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+
+class Listed:
+    """Type of an option whose value is a list, separated by commas. read: converts the text of the value."""
+
+    def __init__(self, read: Callable[[str], Any]):
+        self.read = read
+
+    def __call__(self, text: str) -> Any:
+        return self.read(text)
 
 
 def path_text(text: str) -> str:

@@ -4,17 +4,14 @@ import argparse
 import io
 import logging
 import os
-import re
-import shlex
 import sys
 import traceback
 import warnings
-from dataclasses import fields
 from pathlib import Path
 
 from reca import __version__, exits
 from reca.arguments import as_path, path_text, takes_overrides, takes_pairs
-from reca.commands import general, inference
+from reca.commands import general, inference, usage
 from reca.options import names
 from reca.processes import library_logs
 
@@ -90,35 +87,10 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.exit(exits.USAGE)
     options, rest = parser.parse_known_args(arguments)
     more = [text for text in rest if hasattr(options, "overrides") and not text.startswith("-")]
-    if unknown := [text for text in rest if text not in more]:
-        hint = ""
-        if keys := [text.lstrip("-") for text in unknown if re.match(r"--\w+(\.\w+)+(=|$)", text)]:
-            hint = f"; recipe keys are written without dashes, as {keys[0].partition('=')[0]}=VALUE"
-        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     if more:
         options.overrides += more
-    for text in getattr(options, "overrides", []):
-        _reject_option(options, text)
+    usage.check(options, sys.argv[1:] if arguments is None else arguments, [t for t in rest if t not in more])
     return options
-
-
-def _reject_option(options: argparse.Namespace, override: str) -> None:
-    """Exit with advice if an override is an option of the command, such as `seed=1` for `--seed 1`."""
-    name, equals, value = override.partition("=")
-    if not equals or "." in name or ":" in name:  # a study's override VARIANT:KEY=VALUE is no option
-        return
-    from reca.config.recipe import Recipe
-
-    if name in (f.name for f in fields(Recipe)):
-        return
-    own = options.parser.format_help().split()
-    ways = []
-    if (option := f"--{name.replace('_', '-')}") in own:
-        ways.append(f"{option} {shlex.quote(value)}")
-    if "--sampling" in own:
-        ways.append(f"--sampling {shlex.quote(override)} for an option of the model's sampler")
-    if ways:
-        options.parser.error(f"{override} is not a recipe key: write {', or '.join(ways)}")
 
 
 def _parser() -> argparse.ArgumentParser:

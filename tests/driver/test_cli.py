@@ -195,6 +195,28 @@ def test_a_run_is_found_from_another_folder(tmp_path, monkeypatch, capsys):
         (["train", "show_o_tiny", "--train.steps=4"], "train", "keys are written without dashes, as train.steps=VALUE"),
         (["status", "run", "--json"], "status", "unrecognized arguments: --json"),
         (["get", "suite", "dpg", "--json"], "get suite", "unrecognized arguments: --json"),
+        (["eval", "toy", "run", "--steps", "generate", "judge"], "eval", "by commas: --steps generate,judge"),
+        (
+            ["eval", "--steps=generate", "judge", "toy", "run"],
+            "eval",
+            "unrecognized arguments: run; --steps takes one l",
+        ),
+        (
+            ["eval", "toy", "run", "--steps", "judge,", "score"],
+            "eval",
+            "'judge,' has an empty item; expected steps sep",
+        ),
+        (["study", "seen", "--seeds", "3,", "1", "2"], "study", "by commas: --seeds 3,1,2"),
+        (["study", "seen", "--suite", "toy", "pope"], "study", "arguments: pope; write --suite before each value"),
+        (["generate", "r", "--prompt", "a red", "ring"], "generate", "write --prompt before each value, and quotes ar"),
+        (["answer", "r", "--image", "i", "--question", "Is", "it?"], "answer", "needs quotes: --question 'Is it?'"),
+        (["data", "view", "r", "--count", "3", "4"], "data view", "unrecognized arguments: 4; --count takes one value"),
+        (["status", "run", "--field", "step", "state"], "status", "arguments: state; --field takes one value"),
+        (["train", "r", "harmon_tiny"], "train", "arguments: harmon_tiny; recipe keys are overridden as key=value"),
+        (["train", "r", "train.steps", "5"], "train", "write train.steps=VALUE, without spaces"),
+        (["train", "r", "train.frozen=[a,", "b]"], "train", "needs quotes: write 'train.frozen=[a, b]'"),
+        (["train", "r", "eval.sampling=[a=1,", "b=2,", "c=3]", "x=1"], "train", "'eval.sampling=[a=1, b=2, c=3]'"),
+        (["compare", "base", "run", "x"], "compare", "unrecognized arguments: x\n"),
     ],
 )
 def test_an_unknown_option_shows_the_usage_of_its_command(arguments, usage, said, capsys):

@@ -2,7 +2,7 @@
 
 import argparse
 
-from reca.arguments import path_text, takes_overrides, takes_pairs
+from reca.arguments import Listed, path_text, takes_overrides, takes_pairs
 from reca.eval.suites import SUITES
 from reca.options.sampling import read_pairs
 
@@ -21,6 +21,7 @@ def add(sub: argparse.ArgumentParser) -> None:
     takes_pairs(sub, "--judge-option", "option of the judge")
     sub.add_argument(
         "--steps",
+        type=Listed(_steps),
         default="generate,judge,score,report",
         metavar="STEP[,STEP...]",
         help="steps to run, of generate, judge, score and report, separated by commas (default: all)",
@@ -38,6 +39,15 @@ def add(sub: argparse.ArgumentParser) -> None:
     takes_pairs(sub, "--sampling", "sampling options of the model")
 
 
+def _steps(text: str) -> list[str]:
+    steps = [step.strip() for step in text.split(",")]
+    if not all(steps):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} has an empty item; expected steps separated by commas alone, such as judge,score"
+        )
+    return steps
+
+
 def run(options: argparse.Namespace) -> None:
     """Run the evaluation and print the report."""
     from reca import api, distributed
@@ -46,7 +56,6 @@ def run(options: argparse.Namespace) -> None:
     suite, source = (str(name).partition("?")[0] in SUITES for name in (options.suite, options.recipe))
     if source and not suite:
         raise ValueError(f"the suite stands before the model: reca eval {options.recipe} {options.suite}")
-    steps = [step.strip() for step in options.steps.split(",")]
     found = api.evaluate(
         options.suite,
         options.recipe,
@@ -54,7 +63,7 @@ def run(options: argparse.Namespace) -> None:
         against=options.against,
         judge=options.judge,
         judge_options=read_pairs(options.judge_option, "--judge-option"),
-        steps=steps,
+        steps=options.steps,
         images=options.images,
         records=options.records,
         data=options.data,
@@ -66,6 +75,6 @@ def run(options: argparse.Namespace) -> None:
         partial=options.partial,
         ema=options.ema,
     )
-    if found is not None and "report" in steps:
+    if found is not None and "report" in options.steps:
         print(report.text(found))
     distributed.shut_down()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from reca import exits
-from reca.arguments import as_path, takes_overrides, takes_pairs
+from reca.arguments import Listed, as_path, takes_overrides, takes_pairs
 from reca.models import UMMS
 from reca.options.sampling import read_pairs
 from reca.studies.study import StudyError, load_study, study_names
@@ -27,7 +27,7 @@ def add(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--recipe", help="run at real size: a recipe with published weights, data as overrides")
     sub.add_argument(
         "--seeds",
-        type=_seeds,
+        type=Listed(_seeds),
         default=(0,),
         help="number of seeds, counted from 0, or a list such as 0,1,5, where '5,' is seed 5 alone (default: seed 0)",
     )
