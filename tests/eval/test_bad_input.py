@@ -1,7 +1,9 @@
 """What others made and what goes wrong on the way: a clear error or a failed image, and nothing lost."""
 
+import contextlib
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from reca.eval.judges.endpoint import data_url
 from reca.eval.judges.local_vlm import _rgb
 from reca.eval.judges.mask2former import read_rgb
 from reca.eval.judges.toy import ToyJudge
+from reca.eval.records import Record
 from reca.eval.scoring import score
 from reca.eval.settings import Settings
 from reca.eval.suites import Item, open_suite
@@ -210,22 +213,85 @@ def test_names_that_only_look_like_numbers(tmp_path):
     assert suite.items_of_images(tmp_path) == []
 
 
+def evaluated():
+    """Results of three edits of two tags, compared with those of other images."""
+    suite, by = open_suite("imgedit"), {"name": "x", "version": "1", "dtype": None, "exact": True}
+    items = [Item(str(n), tag, "p") for n, tag in enumerate(("add", "add", "remove"))]
+    model = {"source": "r", "umm": "bagel", "trained": True, "step": 2, "ema": False, "dtype": "fp32",
+             "weights_sha256": "ab"}  # fmt: skip
+
+    def results(marks):
+        answers = [Record(item.id, 0, None, by, f"A: {mark}") for item, mark in zip(items, marks, strict=True)]
+        made = {"model": model, "sampling": {"steps": 2}, "seed": 0}
+        return report.results(suite, items, {("0", 0): "0.png"}, answers, by, made) | {"images": "images"}
+
+    return json.loads(json.dumps(report.compare(results((4, 3, 5)), results((4, 4, 1)), "folder")))
+
+
+def page_of(compared):
+    side = {"source": "r", "kind": "run", "step": 2}
+    suites = [compared | {"of": {"before": "b", "after": "a"}}]
+    found = {"before": side, "after": side, "suites": suites, "curves": [], "settings": [], "notes": []}
+    return found | {"understanding": None, "reconstructions": None}
+
+
 def test_results_that_are_none(tmp_path):
     path = tmp_path / "results.json"
-    whole = {name: None for name in report.NEEDED} | {"format": 1}
-    path.write_text(json.dumps(whole))
+    whole = evaluated()
+    path.write_text("\ufeff" + json.dumps(whole), encoding="utf-8")
     assert report.read(path) == whole
-    for content in (
-        json.dumps(whole | {"items": math.nan}),
-        "[]",
-        '{"format": 1}',
-        '{"format": 2}',
-        "[" * 100_000,
-        "{",
+    for content, reason in (
+        (json.dumps(whole | {"items": math.nan}), "NaN is not a finite number"),
+        ("[]", "another format"),
+        ('{"format": 1}', "suite is missing, or is of another type"),
+        ('{"format": 2}', "another format"),
+        ("[" * 100_000, "recursion"),
+        ("{", "Expecting property name"),
+        ("", "Expecting value"),
+        (json.dumps(whole)[:-9], "delimiter|Unterminated|Expecting"),
     ):
         path.write_text(content)
-        with pytest.raises(EvaluationError, match="results.json cannot be read"):
+        with pytest.raises(EvaluationError, match=f"results.json cannot be read: .*{reason}.*; repeat its `reca eval`"):
             report.read(path)
+    folder = tmp_path / "eval/training/toy/000002"
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text("{")
+    with pytest.raises(EvaluationError, match=f"; delete {folder} to leave this evaluation out"):  # it has no reca eval
+        report.read(folder / "results.json")
+
+
+def test_results_with_a_value_of_another_type_are_damaged(tmp_path):
+    """Whichever value it is: none gets as far as a comparison, a page or a card."""
+    path = tmp_path / "results.json"
+    whole, compared = evaluated(), {"power", "against"}
+    for damaged, place in damage(whole):
+        path.write_text(json.dumps(damaged))
+        try:
+            report.text(found := report.read(path))
+        except EvaluationError as error:
+            inside = rf"\({re.escape(place)}[\w.\[\]]* is missing, or is of another type\)"
+            assert re.search(f"{inside}|it has another format", str(error)), (place, str(error))
+            continue
+        if not compared & {place, place.split(".")[0]}:  # those of one type are compared once
+            compared.add(place)
+            with contextlib.suppress(EvaluationError):  # other suites, other prompts
+                page.render(page_of(report.compare(found | {"against": None}, whole, tmp_path)), tmp_path)
+
+
+def damage(value, place=""):
+    """Every value within `value` in turn removed or replaced by others: the whole, and the place."""
+    keys = value.keys() if isinstance(value, dict) else range(min(len(value), 1)) if isinstance(value, list) else ()
+    for key in keys:
+        inner = f"[{key}]" if isinstance(value, list) else f".{key}" if place else key
+        copy = dict(value) if isinstance(value, dict) else list(value)
+        for other in (None, "x", 3, [], {}, [[1]]):
+            copy[key] = other
+            yield json.loads(json.dumps(copy)), place + inner
+        for changed, where in damage(value[key], place + inner):
+            copy[key] = changed
+            yield json.loads(json.dumps(copy)), where
+        if isinstance(value, dict):
+            yield {name: one for name, one in value.items() if name != key}, place + inner
 
 
 # ---- images of others ----

@@ -109,7 +109,7 @@ def test_names_that_stand_for_nothing(painter, tmp_path, capsys):
     assert "was evaluated" in compare("base", str(painter))["notes"][0]
     (painter / "eval/000002/toy").mkdir(parents=True)
     (painter / "eval/000002/toy/results.json").write_text("{")
-    with pytest.raises(EvaluationError, match=r"results.json cannot be read: .* with steps=\[.score.\]"):
+    with pytest.raises(EvaluationError, match=r"results.json cannot be read: .* repeat its `reca eval`"):
         compare("base", str(painter))
 
 

@@ -105,6 +105,18 @@ def test_a_suite_with_options_has_a_folder_of_its_own(painter):
     assert TrainingSuite(recipe, painter)._side(3).folder == painter / "eval/training/toy_emoji_seed1/000003"
 
 
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "{}", "[" * 100_000, '{"a": {"b": 1}}', '{"model": {}, "items": 3}']
+)
+def test_a_damaged_list_of_what_was_generated(painter, content):
+    reca.evaluate("toy", painter, limit=5)
+    (painter / "eval/000002/toy/generation.json").write_text(content)
+    with pytest.raises(
+        EvaluationError, match="generation.json is damaged: expected .* delete .*/toy or set another out"
+    ):
+        reca.evaluate("toy", painter, limit=5)
+
+
 def test_another_protocol_is_refused(painter):
     reca.evaluate("toy", painter, limit=5)
     path = painter / "eval/000002/toy/generation.json"

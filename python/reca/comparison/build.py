@@ -11,8 +11,8 @@ from reca.comparison.sides import Side, find_sides
 from reca.comparison.weights import understanding
 from reca.eval import report
 from reca.eval.errors import EvaluationError
-from reca.eval.files import HALVES
-from reca.eval.targets import DURING_TRAINING, evaluated_steps, made_during_training
+from reca.eval.files import HALVES, is_of_training
+from reca.eval.targets import evaluated_steps, made_during_training
 from reca.io.folders import write_atomically
 from reca.runs.lineage import is_run
 
@@ -118,11 +118,8 @@ def _names(one: "Compared") -> dict[str, str]:
 
 
 def _name(model: Mapping[str, Any] | None, folder: Path) -> str:
-    parts = [str(folder)] if model is None else [model["source"]]
-    if model is not None:
-        parts += [f"step {model['step']}"] if model.get("step") is not None else []
-        parts += [report.AVERAGE] if model.get("ema") else []
-    parts += ["evaluated during training"] if folder.parts[-4:-2] == DURING_TRAINING.parts else []
+    parts = [str(folder)] if model is None else [model["source"], *report.weights(model)]
+    parts += ["evaluated during training"] if is_of_training(folder) else []
     return ", ".join(parts)
 
 

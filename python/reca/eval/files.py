@@ -11,6 +11,12 @@ from reca.io.folders import make_inside, write_atomically
 
 # Encoding error handler: lone surrogates, which a truncated reply can contain, are written as their JSON escapes.
 HALVES = "backslashreplace"
+DURING_TRAINING = Path("eval") / "training"  # in the run folder: SUITE/STEP
+
+
+def is_of_training(folder: Path) -> bool:
+    """Tell whether the folder of an evaluation is one that training has made, by its path."""
+    return folder.absolute().parts[-4:-2] == DURING_TRAINING.parts
 
 
 def write(path: Path, content: bytes | str, sync: bool = True, root: Path | None = None) -> None:

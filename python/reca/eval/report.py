@@ -6,19 +6,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from reca.errors import first_line
 from reca.eval import figures, scoring, statistics
 from reca.eval.errors import EvaluationError
+from reca.eval.files import is_of_training
 from reca.eval.records import Record
+from reca.eval.shape import RESULTS as SHAPE
+from reca.eval.shape import misfit
 from reca.eval.statistics import Interval
 from reca.eval.suites import Item, Key, Score, Suite
 from reca.eval.suites.base import agree
-from reca.options.names import option
 
 RESULTS, FORMAT = "results.json", 1
 TOP = {"fraction": 1.0, "percent": 100.0}  # upper bound of values, by unit; points have none in common
 AVERAGE = "moving average of the weights"
 SETTINGS = ("sampling", "images_per_item", "judge")  # should be equal in two evaluations
-NEEDED = {*SETTINGS, "suite", "protocol", "model", "counts", "overall", "weights", "tags", "items", "against", "power"}
 
 
 def results(
@@ -155,16 +157,27 @@ def read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise EvaluationError(f"{path} does not exist; add the step score")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict) or found.get("format") != FORMAT or not found.keys() >= NEEDED:
+        found = _parse(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        way = f"delete {path.parent} to leave this evaluation out"
+        if not is_of_training(path.parent):
+            way = f"repeat its `reca eval`, which uses its images and records again, or {way}"
         raise EvaluationError(
-            f"{path} cannot be read: expected results of format {FORMAT}; score again with {option('steps', ['score'])}"
-        )
+            f"{path} cannot be read: expected results of format {FORMAT} ({first_line(error)}); {way}"
+        ) from error
     beside = path.parent / "images"
     if found.get("images") and not Path(found["images"]).is_dir() and beside.is_dir():
         found["images"] = str(beside)  # the folder was moved, or the working directory is another one
+    return found
+
+
+def _parse(content: bytes) -> dict[str, Any]:
+    """Parse results.json. Raises ValueError with the reason if it is not one of FORMAT."""
+    found = json.loads(content, parse_constant=_no_number)
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise ValueError("it has another format")
+    if (place := misfit(found, SHAPE)) is not None:
+        raise ValueError(f"{place[1:]} is missing, or is of another type")
     return found
 
 
@@ -228,7 +241,7 @@ def text(found: Mapping[str, Any]) -> str:
 
 def _caution(model: Mapping[str, Any] | None, against: Mapping[str, Any]) -> list[str]:
     """Say in a line what besides training may have caused the change, if anything did."""
-    kinds = [side["umm"] for side in (against["model"], model) if side]
+    kinds = [side["umm"] for side in (against["model"], model) if side and "umm" in side]
     names = ", ".join(against["differs"])
     if len(set(kinds)) == 2:
         also = f" and also differ in {names}" if names else ""
@@ -258,7 +271,13 @@ def _judge(judge: Mapping[str, Any]) -> str:
 def _model(model: Mapping[str, Any] | None) -> str:
     if model is None:
         return "unknown: the images were not generated here"
-    step = f", step {model['step']}" if model.get("step") is not None else ""
-    step += f", {AVERAGE}" if model.get("ema") else ""
-    weights = f", weights {model['weights_sha256'][:12]}" if model["weights_sha256"] else ""
-    return f"{model['source']} ({model['umm']}{step}{weights})"
+    umm = [model["umm"]] if model.get("umm") else []
+    digest = [f"weights {model['weights_sha256'][:12]}"] if model.get("weights_sha256") else []
+    inside = ", ".join([*umm, *weights(model), *digest])
+    return f"{model['source']} ({inside})" if inside else model["source"]
+
+
+def weights(model: Mapping[str, Any]) -> list[str]:
+    """Say which weights of its source a model has: the step, and whether they are its moving average."""
+    step = [f"step {model['step']}"] if model.get("step") is not None else []
+    return [*step, AVERAGE] if model.get("ema") else step

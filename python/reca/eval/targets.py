@@ -10,10 +10,11 @@ import torch
 
 from reca import checkpoint
 from reca.config.recipe import Recipe
-from reca.eval import report
+from reca.eval import report, shape
 from reca.eval.errors import EvaluationError, OptionError
-from reca.eval.files import write
+from reca.eval.files import DURING_TRAINING, write
 from reca.eval.generate import weights_hash
+from reca.eval.shape import misfit
 from reca.eval.suites import Item, Suite
 from reca.eval.suites.base import agree
 from reca.models.base import Adapter
@@ -24,7 +25,6 @@ from reca.runs.lineage import load_start, load_trained, parent_checkpoint, recip
 from reca.runs.published import published_model
 
 BASE = "base"
-DURING_TRAINING = Path("eval") / "training"  # in the run folder: SUITE/STEP
 GENERATION = "generation.json"
 COMPARED = ("suite", "protocol", "sampling", "seed", "fingerprint")  # keys of generation.json
 SHORT = 40  # characters of a value that a message shows
@@ -162,12 +162,13 @@ def read_generation(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
         found = None
-    if not isinstance(found, dict):
+    if misfit(found, shape.GENERATION) is not None:
         raise EvaluationError(
-            f"{path} is damaged: expected a JSON object; delete {folder} or set another {option('out')}"
+            f"{path} is damaged: expected a JSON object with the key model, as the step generate writes it; delete "
+            f"{folder} or set another {option('out')}"
         )
     return found
 

@@ -16,9 +16,10 @@ from reca.eval import report
 from reca.eval.checks import check
 from reca.eval.errors import EvaluationError
 from reca.eval.evaluation import generation_of, judge_and_score, sampling_of, save
+from reca.eval.files import DURING_TRAINING
 from reca.eval.generate import generate_images
 from reca.eval.settings import Settings, open_settings
-from reca.eval.targets import DURING_TRAINING, Target, write_generation
+from reca.eval.targets import Target, write_generation
 from reca.io.folders import make_inside
 from reca.models.base import Adapter
 from reca.options.fields import RecipeError, format_value
