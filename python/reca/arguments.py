@@ -5,6 +5,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from reca.options.names import hint
+
+OR_RUN = "recipe name or .yaml file, a run folder, or a checkpoint's RUN/checkpoints/STEP"
+
+
+class Parser(argparse.ArgumentParser):
+    """Parser whose errors about a command, or about one of an option's choices, name the nearest one."""
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            error.message += hint(value, action.choices or ())
+            raise
+
 
 class Listed:
     """Type of an option whose value is a list, separated by commas. read: converts the text of the value."""

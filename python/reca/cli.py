@@ -10,12 +10,10 @@ import warnings
 from pathlib import Path
 
 from reca import __version__, exits
-from reca.arguments import as_path, path_text, takes_overrides, takes_pairs
+from reca.arguments import OR_RUN, Parser, as_path, path_text, takes_overrides, takes_pairs
 from reca.commands import general, inference, usage
 from reca.options import names
 from reca.processes import library_logs
-
-OR_RUN = "recipe name or .yaml file, a run folder, or a checkpoint's RUN/checkpoints/STEP"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -98,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     from reca.models import UMMS
     from reca.runs.status import FIELDS
 
-    parser = argparse.ArgumentParser(prog="reca", description="Reconstruction alignment of unified multimodal models.")
+    parser = Parser(prog="reca", description="Reconstruction alignment of unified multimodal models.")
     parser.add_argument("--version", action="version", version=f"reca {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
 

@@ -216,6 +216,9 @@ def test_a_run_is_found_from_another_folder(tmp_path, monkeypatch, capsys):
         (["train", "r", "train.steps", "5"], "train", "write train.steps=VALUE, without spaces"),
         (["train", "r", "train.frozen=[a,", "b]"], "train", "needs quotes: write 'train.frozen=[a, b]'"),
         (["train", "r", "eval.sampling=[a=1,", "b=2,", "c=3]", "x=1"], "train", "'eval.sampling=[a=1, b=2, c=3]'"),
+        (["status", "run", "--field", "stat"], "status", "'time'); did you mean state?"),
+        (["generate", "r", "--prompt", "x", "--smapling", "a=1"], "generate", "did you mean --sampling?"),
+        (["get", "sute", "dpg"], "get", "'suite'); did you mean suite?"),
         (["compare", "base", "run", "x"], "compare", "unrecognized arguments: x\n"),
     ],
 )

@@ -21,7 +21,7 @@ def test_override_is_typed(recipe):
         ("optim.schedule=cosinus", "'constant', 'cosine', 'linear'"),
         (
             "umm=bagle",
-            "umm='bagle' is not one of 'bagel', 'harmon', 'janus', 'janusflow', .* package.module",
+            "umm='bagle' is not one of 'bagel', 'harmon', 'janus', 'janusflow', .* package.module; did you mean bagel",
         ),
         ("umm=bagle.model", "umm=bagle.model cannot be imported: there is no module bagle. .*PYTHONPATH"),
         ("umm=reca.optim", "umm=reca.optim must define Config, a dataclass, and Adapter"),
@@ -34,6 +34,8 @@ def test_override_is_typed(recipe):
         ("data.workers=-1", "data.workers=-1 must be at least 0"),
         ("model.hv_blur=0", "model.hv_blur=0 must be at least 1"),
         ("train.precision=fp8", "train.precision='fp8' is not one of"),
+        ("optim.name=adam", "optim.name='adam' is not one of 'adamw', .*; did you mean adamw\\?"),
+        ("data.decoder=Pillow", "data.decoder='Pillow' is not one of .*; did you mean pillow\\?"),
         ("optim.betas=[0.9]", "optim.betas=.* two numbers"),
         ("log.profile=soon", "log.profile='soon' must be first:last"),
         ("lr=1e-4", "did you mean optim.lr\\?"),

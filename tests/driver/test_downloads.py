@@ -114,6 +114,9 @@ def test_every_published_recipe_names_its_files(recipe):
         (["weights", "show_o_tiny"], "show_o_tiny names no files of the hub"),
         (["weights", "show_o_51"], "no recipe 'show_o_51'"),
         (["data", "llava"], "'llava' is not one of midjourney-v6-llava"),
+        (["data", "llava"], "; did you mean llava-665k?"),
+        (["weights", "bagle"], "; did you mean bagel?"),
+        (["suite", "genevl2"], "; did you mean geneval2?"),
         (["data", "a/b/c"], "is not one of"),
     ],
 )

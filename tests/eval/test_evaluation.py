@@ -562,6 +562,8 @@ def test_a_run_without_checkpoints_or_evaluations_is_refused(painter):
         ({"suite": "nothing"}, "there is no suite 'nothing'; the suites are toy, geneval, "),
         ({"suite": "toy?side=3"}, "only the toy datasets have options, such as toy?dataset=emoji&seed=1"),
         ({"suite": "toy?dataset=moon"}, "the datasets are emoji, shapes"),
+        ({"suite": "toy?dataset=emojis"}, "did you mean emoji?"),
+        ({"suite": "GenEval"}, "there is no suite 'GenEval'; did you mean geneval?"),
         (
             {"suite": "geneval_long", "judge": "owlv2:x"},
             "geneval_long needs the benchmark's files: data='PATH'. Use Benchmark/geneval/",
@@ -569,6 +571,8 @@ def test_a_run_without_checkpoints_or_evaluations_is_refused(painter):
         ({"judge": "endpoint:http://x"}, "judge='endpoint' does not support toy; use one of toy"),
         ({"judge": "toy", "judge_options": {"speed": 2}}, "there is no judge option 'speed'"),
         ({"steps": ["generate", "judgement"]}, "steps 'judgement': unknown; the steps are generate, judge,"),
+        ({"steps": ["scores"]}, "; did you mean score?"),
+        ({"judge": "toys"}, "; did you mean toy?"),
         ({"steps": "generate"}, "steps='generate' must be a list; write steps=['generate']"),
         ({"images_per_item": 0}, "images_per_item must be at least 1, got 0"),
         ({"sampling": {"stepz": 1}}, "there is no sampling option 'stepz'; did you mean steps?"),

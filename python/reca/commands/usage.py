@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 from reca.arguments import Listed
+from reca.options.names import hint
 
 
 def check(options: argparse.Namespace, arguments: Sequence[str], unknown: Sequence[str]) -> None:
@@ -16,27 +17,31 @@ def check(options: argparse.Namespace, arguments: Sequence[str], unknown: Sequen
     unknown: the words that the parser does not know. Overrides are those of the options.
     """
     overrides = getattr(options, "overrides", [])
-    if split := _split_list(overrides):
-        options.parser.error(f"a value with spaces needs quotes: write {shlex.quote(split)}")
-    for text in overrides:
-        _reject_option(options, text)
+    if not unknown:
+        if split := _split_list(overrides):
+            options.parser.error(f"a value with spaces needs quotes: write {shlex.quote(split)}")
+        for text in overrides:
+            _reject_option(options, text)
     unknown = [*unknown, *(text for text in overrides if "=" not in text)]
     if unknown:
-        hint = _hint(options.parser, arguments, unknown, hasattr(options, "overrides"))
-        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint and f'; {hint}'}")
+        advice = _advice(options.parser, arguments, unknown, hasattr(options, "overrides"))
+        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}{advice and f'; {advice}'}")
 
 
-def _hint(parser: argparse.ArgumentParser, arguments: Sequence[str], unknown: Sequence[str], overrides: bool) -> str:
+def _advice(parser: argparse.ArgumentParser, arguments: Sequence[str], unknown: Sequence[str], overrides: bool) -> str:
     """Say how to write what unknown words may stand for; empty if nothing is known about that."""
     if keys := [text.lstrip("-") for text in unknown if re.match(r"--\w+(\.\w+)+(=|$)", text)]:
         return f"recipe keys are written without dashes, as {keys[0].partition('=')[0]}=VALUE"
     words = [text for text in unknown if not text.startswith("-")]
+    flags = [text.partition("=")[0] for text in unknown if text.startswith("--")]
+    if flags:
+        return hint(flags[0], [name for action in parser._actions for name in action.option_strings])[2:]
     if not words or len(words) < len(unknown):
         return ""
     if overrides and _is_key(words[0]):
         return f"write {words[0]}=VALUE, without spaces"
-    if hint := _of_option(parser, arguments, words):
-        return hint
+    if form := _of_option(parser, arguments, words):
+        return form
     return "recipe keys are overridden as key=value" if overrides else ""
 
 

@@ -2,7 +2,7 @@
 
 import argparse
 
-from reca.arguments import Listed, path_text, takes_overrides, takes_pairs
+from reca.arguments import OR_RUN, Listed, path_text, takes_overrides, takes_pairs
 from reca.eval.suites import SUITES
 from reca.options.sampling import read_pairs
 
@@ -10,7 +10,7 @@ from reca.options.sampling import read_pairs
 def add(sub: argparse.ArgumentParser) -> None:
     """Add the options of `reca eval`."""
     sub.add_argument("suite", help=f"{', '.join(SUITES)}; toy?dataset=emoji&seed=1: the toy dataset emoji, seed 1")
-    sub.add_argument("recipe", type=path_text, help="run folder, RUN/checkpoints/STEP, or recipe name or .yaml file")
+    sub.add_argument("recipe", type=path_text, help=OR_RUN)
     takes_overrides(sub)
     sub.add_argument(
         "--against", metavar="RUN|base", help="compare with: base, a run, a recipe, or an evaluation folder"

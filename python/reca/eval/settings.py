@@ -8,7 +8,7 @@ from typing import Any
 from reca.eval.suites import Item, Suite, open_suite
 from reca.eval.suites.base import check_items
 from reca.models.common.inference import check_pairs
-from reca.options.names import option
+from reca.options.names import hint, option
 
 STEPS = ("generate", "judge", "score", "report")
 
@@ -29,7 +29,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         if unknown := [step for step in self.steps if step not in STEPS]:
-            raise ValueError(f"steps {', '.join(map(repr, unknown))}: unknown; the steps are {', '.join(STEPS)}")
+            near = hint(unknown[0], STEPS)
+            raise ValueError(f"steps {', '.join(map(repr, unknown))}: unknown; the steps are {', '.join(STEPS)}{near}")
         for name in ("images_per_item", "limit"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -23,6 +23,7 @@ from reca.data.errors import DataError
 from reca.io.files import git_hash
 from reca.io.folders import ensure_writable, write_atomically
 from reca.options.fields import RecipeError
+from reca.options.names import hint
 
 API, FILES = "https://api.github.com", "https://raw.githubusercontent.com"
 FOLDER = Path("benchmarks")
@@ -45,7 +46,9 @@ def get(suite: str, to: Path | None = None, dry_run: bool = False) -> Path:
     file's hash differs. Downloaded files are kept.
     """
     if suite not in SUITES:
-        raise RecipeError(f"there are no files to download for {suite!r}; there are for {', '.join(SUITES)}")
+        raise RecipeError(
+            f"there are no files to download for {suite!r}; there are for {', '.join(SUITES)}{hint(suite, SUITES)}"
+        )
     source, folder = SUITES[suite], (to or FOLDER) / suite
     commit, files = list_files(source)
     missing = [file for file in files if not _is_here(folder / file.path, file)]

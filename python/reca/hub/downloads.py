@@ -7,13 +7,14 @@ from pathlib import Path
 
 from reca import catalog, units
 from reca.config.recipe import Recipe
-from reca.config.recipe_files import load_recipe, recipe_names
+from reca.config.recipe_files import UnknownRecipe, load_recipe, recipe_names
 from reca.data.errors import DataError
 from reca.hub.files import Listing, bring, check_access, list_files, local_folder, missing_bytes
 from reca.io.folders import ensure_writable
 from reca.models import UMMS, umm_package
 from reca.models.common.hub import cause_of, hub_name
 from reca.options.fields import HUB, RecipeError
+from reca.options.names import hint
 
 SPARE = 2**28  # bytes to leave free on the disk: for the index of the cache, and for other processes
 
@@ -43,7 +44,10 @@ def weights_of(name: str, overrides: Sequence[str] = ()) -> list[Download]:
         repository, file = hub_name(name, "the name")
         return [Download(repository, file, facts=catalog.facts_of(repository, file))]
     else:
-        recipes = [load_recipe(name, overrides)]
+        try:
+            recipes = [load_recipe(name, overrides)]
+        except UnknownRecipe as error:
+            raise RecipeError(f"{error}{hint(name, UMMS)}") from error
     wanted: dict[tuple[str, str], Download] = {}
     for recipe in recipes:
         for download in _of_recipe(recipe):
@@ -88,6 +92,7 @@ def data_of(name: str) -> list[Download]:
     if name.count("/") != 1:
         raise RecipeError(
             f"{name!r} is not one of {', '.join(catalog.DATASETS)}; give any other dataset of the hub as owner/name"
+            f"{hint(name, catalog.DATASETS)}"
         )
     return [Download(name, kind="dataset")]
 

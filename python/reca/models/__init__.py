@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 from reca.options.fields import RecipeError, format_value
+from reca.options.names import hint
 
 UMMS = tuple(sorted(path.parent.name for path in Path(__file__).parent.glob("*/config.py")))
 OUTSIDE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")  # package.module
@@ -26,7 +27,7 @@ def umm_package(name: str) -> ModuleType:
     if not OUTSIDE.fullmatch(name):
         raise RecipeError(
             f"umm={format_value(name)} is not one of {', '.join(map(repr, UMMS))}; a model of your own is named "
-            "package.module"
+            f"package.module{hint(name, UMMS)}"
         )
     try:
         package = import_module(name)

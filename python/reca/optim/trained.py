@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatch
 
 from reca.models.base import ROLES, Adapter
+from reca.options.names import hint
 
 
 def freeze(adapter: Adapter, roles: list[str] | None, frozen: Sequence[str] = ()) -> list[str]:
@@ -18,7 +19,9 @@ def freeze(adapter: Adapter, roles: list[str] | None, frozen: Sequence[str] = ()
     present = set(role_of.values())
     for role in wanted:
         if role not in ROLES:
-            raise ValueError(f"train.roles names {role!r}, which is not a role; roles are {', '.join(ROLES)}")
+            raise ValueError(
+                f"train.roles names {role!r}, which is not a role; roles are {', '.join(ROLES)}{hint(role, ROLES)}"
+            )
         if roles is not None and role not in present:
             raise ValueError(f"{adapter.name} has no parameters of role {role!r}; it has {', '.join(sorted(present))}")
     for pattern in frozen:

@@ -4,6 +4,8 @@ import math
 from dataclasses import field, fields
 from typing import Any
 
+from reca.options.names import hint
+
 LARGEST = 2**63 - 1  # upper bound of integer keys without a bound of their own
 
 # Kinds of path keys, which decide how a value is made absolute (recipe_files.absolute_paths).
@@ -64,7 +66,8 @@ def check_values(config: Any, prefix: str = "") -> None:
         choices, value, key = f.metadata.get("choices"), getattr(config, f.name), f"{prefix}{f.name}"
         for item in value if isinstance(value, list) else [value]:
             if choices and item not in choices:
-                raise RecipeError(f"{key}={format_value(item)} is not one of {', '.join(map(format_value, choices))}")
+                among = ", ".join(map(format_value, choices))
+                raise RecipeError(f"{key}={format_value(item)} is not one of {among}{hint(item, choices)}")
         if isinstance(value, list):
             if len(value) < f.metadata.get("fewest", 0):
                 raise RecipeError(f"{key}={format_value(value)} must have at least {f.metadata['fewest']} item")

@@ -8,10 +8,26 @@ from typing import Any
 Form = Callable[[str, Any], str]
 
 
-def nearest(name: str, names: Iterable[str]) -> str | None:
-    """Return the one of `names` that a misspelt name may stand for; None if none is near."""
-    near = get_close_matches(name[:200], names, 1, 0.75)
-    return near[0] if near else None
+FEWEST = 4  # letters of a part of a name that may stand for the whole
+
+
+def nearest(name: str, names: Iterable[Any]) -> str | None:
+    """Return the one of `names` that a misspelt name may stand for, or one that begins with it or contains it.
+
+    Letters may be of either case. Return None if none is near.
+    """
+    name = name[:200].lower()
+    known = {str(one).lower(): str(one) for one in names}
+    near = get_close_matches(name, known, 1, 0.75)
+    if not near and len(name) >= FEWEST:
+        near = sorted((one for one in known if name in one), key=lambda one: not one.startswith(name))
+    return known[near[0]] if near else None
+
+
+def hint(name: Any, names: Iterable[Any]) -> str:
+    """Return the end of a message about a wrong name, such as "; did you mean geneval?"; empty if none is near."""
+    near = nearest(name, names) if isinstance(name, str) else None
+    return f"; did you mean {near}?" if near else ""
 
 
 def argument(name: str, value: Any) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from reca.config.recipe_files import load_recipe
 from reca.eval.suites import SUITES
 from reca.options.fields import RecipeError
+from reca.options.names import hint
 from reca.studies import toy
 from reca.studies.study import BEFORE, LOSS, PRETRAINED, SETTINGS, Study, StudyError, Variant
 from reca.studies.task import Asked, Task, digest, short
@@ -31,7 +32,9 @@ def plan(study: Study, asked: Asked) -> tuple[list[Task], dict[str, str]]:
     known = (*variants, BEFORE, *([PRETRAINED] if asked.recipe is None else []))
     if unknown := [name for name in asked.of_variant if name not in known]:
         there = ", ".join(variants)
-        raise StudyError(f"{unknown[0]!r} is no variant of {study.name} with {asked.umm}; there are {there}")
+        raise StudyError(
+            f"{unknown[0]!r} is no variant of {study.name} with {asked.umm}; there are {there}{hint(unknown[0], known)}"
+        )
     for name, (variant, _) in variants.items():
         if variant.pretrained and (asked.recipe or variant.pretrained not in toy.MODIFICATIONS):
             there = ", ".join(toy.MODIFICATIONS)

@@ -6,6 +6,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from reca.options.names import hint
 from reca.processes import side_by_side
 from reca.processes.side_by_side import Failure, Job
 from reca.studies import report
@@ -77,7 +78,10 @@ def run_one(study: Study, asked: Asked, name: str) -> dict[str, Any]:
     if name not in by_name:
         seeds = f"seed{'s' * (len(asked.seeds) > 1)} {', '.join(map(str, asked.seeds))}"
         variants = dict.fromkeys(task.variant for task in tasks)
-        raise StudyError(f"the study has no task {name}; --task is SEED/VARIANT of {seeds} and {', '.join(variants)}")
+        raise StudyError(
+            f"the study has no task {name}; --task is SEED/VARIANT of {seeds} and {', '.join(variants)}"
+            f"{hint(name, by_name)}"
+        )
     task = by_name[name]
     if missing := [before for before in task.after if done(by_name[before]) is None]:
         raise StudyError(f"{name} depends on {missing[0]}, which is not done: run --task {missing[0]} first")

@@ -10,7 +10,7 @@ from typing import Any, Union, get_args, get_origin
 
 from reca.models import UMMS
 from reca.options.fields import RecipeError
-from reca.options.names import nearest
+from reca.options.names import hint, nearest
 from reca.options.values import Scalar, convert, read_yaml
 from reca.studies.task import Asked
 
@@ -253,4 +253,6 @@ def _check_known(study: Study, path: Path) -> None:
             named.append((f"claims[{i}].measure", tuple(claim.measure), SETTINGS))
     for key, names, known in named:
         if unknown := [name for name in names if name not in known and (known is SETTINGS or "." not in name)]:
-            raise StudyError(f"{path}: {key} names {unknown[0]!r}, which is not one of {', '.join(known)}")
+            raise StudyError(
+                f"{path}: {key} names {unknown[0]!r}, which is not one of {', '.join(known)}{hint(unknown[0], known)}"
+            )

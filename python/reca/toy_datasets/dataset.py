@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, NamedTuple
 
 from reca.options.fields import RecipeError
+from reca.options.names import hint
 from reca.toy_datasets.scene import Scene, Thing
 from reca.toy_datasets.split import Split
 
@@ -96,6 +97,7 @@ def load_dataset(name: str) -> ToyDataset:
     if name not in PACKAGES:
         raise RecipeError(
             f"there is no toy dataset {name!r}; --dataset (DATASET= of make) is one of {', '.join(PACKAGES)}"
+            f"{hint(name, PACKAGES)}"
         )
     return import_module(PACKAGES[name]).DATASET
 
@@ -107,4 +109,6 @@ def default_dataset(umm: str) -> ToyDataset:
         if umm in dataset.umms:
             return dataset
     known = sorted({name for dataset in datasets for name in dataset.umms})
-    raise RecipeError(f"there is no demo of {umm!r}; --umm (UMM= of make) is one of {', '.join(known)}")
+    raise RecipeError(
+        f"there is no demo of {umm!r}; --umm (UMM= of make) is one of {', '.join(known)}{hint(umm, known)}"
+    )

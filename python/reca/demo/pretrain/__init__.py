@@ -14,6 +14,7 @@ from reca.config.recipe import Recipe
 from reca.config.recipe_files import load_recipe
 from reca.models.base import Adapter
 from reca.options.fields import RecipeError
+from reca.options.names import hint
 from reca.toy_datasets.dataset import ToyDataset
 
 Progress = Callable[[int, float], None]  # (step, loss)
@@ -70,7 +71,7 @@ def demo_setup(umm: str, dataset: ToyDataset) -> DemoSetup:
     if umm not in dataset.umms:
         raise RecipeError(
             f"there is no demo of {umm!r} on the toy dataset {dataset.name!r}; --umm (UMM= of make) is one of "
-            f"{', '.join(dataset.umms)}, or choose another --dataset (DATASET=)"
+            f"{', '.join(dataset.umms)}, or choose another --dataset (DATASET=){hint(umm, dataset.umms)}"
         )
     return import_module(f"reca.demo.pretrain.{umm}").SETUPS[dataset.name]
 

@@ -12,7 +12,7 @@ import torch
 from reca.eval.errors import OptionError
 from reca.eval.judges.base import Judge
 from reca.eval.suites import Item, Suite
-from reca.options.names import option
+from reca.options.names import hint, option
 from reca.options.sampling import check_sampling_options
 
 # name -> (module, class, argument after the colon, description)
@@ -47,6 +47,7 @@ def check_judge(spec: str | None, options: Mapping[str, Any], suite: Suite) -> t
     if name not in JUDGES or (name != "recorded" and name not in KINDS[suite.judge_kind]):
         raise ValueError(
             f"{option('judge', name)} does not support {suite.name}; use one of {_list(suite)}.{_exact(suite)}"
+            f"{hint(name, [*KINDS[suite.judge_kind], 'recorded'])}"
         )
     wanted = JUDGES[name][2]
     if bool(argument) != bool(wanted):

@@ -14,7 +14,7 @@ from reca.eval.suites.pope import Pope
 from reca.eval.suites.t2i_compbench import T2ICompBench
 from reca.eval.suites.toy import DEFAULT, Toy
 from reca.eval.suites.wise import Wise, WiseLegacy
-from reca.options.names import nearest
+from reca.options.names import hint, nearest
 from reca.toy_datasets.dataset import PACKAGES
 
 __all__ = ["SUITES", "Item", "Key", "Score", "Suite", "Value", "open_suite"]
@@ -35,8 +35,8 @@ def open_suite(name: str, data: Path | None = None) -> Suite:
     base, _, query = name.partition("?")
     if base not in SUITES:
         near = nearest(base, SUITES)
-        hint = f"did you mean {near}? The" if near else "the"
-        raise ValueError(f"there is no suite {base!r}; {hint} suites are {', '.join(SUITES)}")
+        way = f"did you mean {near}? The" if near else "the"
+        raise ValueError(f"there is no suite {base!r}; {way} suites are {', '.join(SUITES)}")
     if not query:
         return SUITES[base](data)
     try:
@@ -48,5 +48,5 @@ def open_suite(name: str, data: Path | None = None) -> Suite:
         pass
     raise ValueError(
         f"suite {name!r}: only the toy datasets have options, such as toy?dataset=emoji&seed=1; the datasets are "
-        f"{', '.join(PACKAGES)}"
+        f"{', '.join(PACKAGES)}{hint(dict(parse_qsl(query)).get('dataset'), PACKAGES)}"
     )
