@@ -57,4 +57,4 @@ def takes_overrides(
 
 def takes_pairs(sub: argparse.ArgumentParser, name: str, words: str) -> None:
     """Declare an option with a value of the form key=value, which may be repeated."""
-    sub.add_argument(name, action="append", default=[], metavar="key=value", help=words)
+    sub.add_argument(name, action="append", default=[], metavar="key=value", help=f"{words}; may be repeated")

@@ -12,6 +12,7 @@ from pathlib import Path
 from reca import __version__, exits
 from reca.arguments import OR_RUN, Parser, as_path, path_text, takes_overrides, takes_pairs
 from reca.commands import general, inference, usage
+from reca.commands.examples import about
 from reca.options import names
 from reca.processes import library_logs
 
@@ -101,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run, help: str, **options) -> argparse.ArgumentParser:
-        sub = subparsers.add_parser(name, help=help, description=help, **options)
+        sub = subparsers.add_parser(name, **about(name, help), **options)
         sub.set_defaults(run=run, parser=sub)
         return sub
 
@@ -138,42 +139,50 @@ def _parser() -> argparse.ArgumentParser:
 
     status = command("status", general.status, "Print the status of a run.")
     status.add_argument("folder", type=as_path, help="run folder")
-    status.add_argument("--field", choices=FIELDS, help="print only this value, for scripts; the exit code is then 0")
+    status.add_argument(
+        "--field",
+        choices=FIELDS,
+        metavar="NAME",
+        help=f"print only this value, for scripts; the exit code is then 0. One of {', '.join(FIELDS)}",
+    )
 
     check = command("check", general.check, "Report parameters, FLOPs and memory of a recipe, without loading weights.")
     takes_recipe(check)
-    check.add_argument("--gpus", type=int, default=1, help="number of GPUs (default: %(default)s)")
+    check.add_argument("--gpus", type=int, metavar="N", default=1, help="number of GPUs (default: %(default)s)")
     check.add_argument(
         "--gpus-per-node",
         type=int,
+        metavar="N",
         default=8,
         help="GPUs per node; with fsdp they share one copy of the weights by default (default: %(default)s)",
     )
     check.add_argument(
         "--gpu-memory",
         type=_bytes,
-        metavar="80GiB",
-        help="memory of a GPU: also report what fits and how many GPUs are needed; takes minutes",
+        metavar="SIZE",
+        help="memory of a GPU, such as 80GiB: also report what fits and how many GPUs are needed; takes minutes",
     )
 
     generate = command("generate", inference.generate, "Generate images from text.")
     takes_recipe(generate, or_run=True)
     takes_ema(generate)
-    generate.add_argument("--prompt", action="append", required=True, help="text prompt; may be repeated")
+    generate.add_argument(
+        "--prompt", action="append", metavar="TEXT", required=True, help="text prompt; may be repeated"
+    )
     _takes_sampling(generate)
 
     edit = command("edit", inference.edit, "Edit an image following an instruction.")
     takes_recipe(edit, or_run=True)
     takes_ema(edit)
-    edit.add_argument("--image", type=as_path, required=True, help="image file to edit")
-    edit.add_argument("--instruction", required=True, help="what to change in the image")
+    edit.add_argument("--image", type=as_path, metavar="FILE", required=True, help="image file to edit")
+    edit.add_argument("--instruction", metavar="TEXT", required=True, help="what to change in the image")
     _takes_sampling(edit)
 
     answer = command("answer", inference.answer, "Answer a question about an image.")
     takes_recipe(answer, or_run=True)
     takes_ema(answer)
-    answer.add_argument("--image", type=as_path, required=True, help="image file to ask about")
-    answer.add_argument("--question", required=True, help="question about the image")
+    answer.add_argument("--image", type=as_path, metavar="FILE", required=True, help="image file to ask about")
+    answer.add_argument("--question", metavar="TEXT", required=True, help="question about the image")
 
     best = command(
         "best-of",
@@ -184,9 +193,11 @@ def _parser() -> argparse.ArgumentParser:
     best.add_argument("prompts", type=as_path, help="text file with one prompt per line")
     takes_overrides(best)
     takes_ema(best)
-    best.add_argument("--candidates", type=int, default=4, help="images per prompt (default: %(default)s)")
+    best.add_argument("--candidates", type=int, metavar="N", default=4, help="images per prompt (default: %(default)s)")
     best.add_argument(
-        "--question", help="question to which the prompt is scored as the answer (default: 'Describe this image.')"
+        "--question",
+        metavar="TEXT",
+        help="question to which the prompt is scored as the answer (default: 'Describe this image.')",
     )
     _takes_sampling(best, folder_required=True)
     best.set_defaults(kept="the prompts done so far are kept")
@@ -194,7 +205,7 @@ def _parser() -> argparse.ArgumentParser:
     export = command("export", inference.export, "Export weights in the format of the model's public inference code.")
     takes_recipe(export, or_run=True)
     takes_ema(export)
-    export.add_argument("--out", type=as_path, required=True, help="output folder")
+    export.add_argument("--out", type=as_path, metavar="DIR", required=True, help="output folder")
     export.add_argument("--card", action="store_true", help="write a model card (README.md) next to the weights")
     export.add_argument("--push", metavar="OWNER/NAME", help="upload the export, with a card, to the Hugging Face Hub")
     export.add_argument("--public", action="store_true", help="make the repository public; a new one is private")
@@ -220,24 +231,35 @@ def _parser() -> argparse.ArgumentParser:
     takes_ema(serve)
     serve.add_argument("--against", metavar="RUN|base", help="second model: base, a run or a recipe")
     serve.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine only)"
+        "--host",
+        metavar="ADDRESS",
+        default="127.0.0.1",
+        help="address to listen on (default: %(default)s, this machine only)",
     )
-    serve.add_argument("--port", type=int, default=7860, help="port to listen on (default: %(default)s)")
+    serve.add_argument("--port", type=int, metavar="N", default=7860, help="port to listen on (default: %(default)s)")
 
     demo = command(
         "demo", general.demo, "Run the demo on a CPU: pre-train a tiny model, post-train it in several ways, compare."
     )
-    demo.add_argument("--umm", default="show_o", help=f"model: {', '.join(UMMS)} (default: %(default)s)")
-    demo.add_argument("--dataset", help="toy dataset: emoji or shapes (default: emoji, if the model has a demo on it)")
-    demo.add_argument("--seeds", type=int, default=1, help="number of seeds, from 0 (default: %(default)s)")
+    demo.add_argument(
+        "--umm", metavar="MODEL", default="show_o", help=f"model: {', '.join(UMMS)} (default: %(default)s)"
+    )
+    demo.add_argument(
+        "--dataset", metavar="NAME", help="toy dataset: emoji or shapes (default: emoji, if the model has a demo on it)"
+    )
+    demo.add_argument(
+        "--seeds", type=int, metavar="N", default=1, help="number of seeds, from 0 (default: %(default)s)"
+    )
     demo.add_argument(
         "--out",
         type=as_path,
+        metavar="DIR",
         help="output folder (default: demo_out for show_o on emoji, otherwise demo_out/DATASET/UMM)",
     )
     demo.add_argument(
         "--scale",
         type=float,
+        metavar="SHARE",
         default=1.0,
         help="fraction of steps and prompts; below 1 only for a quick test (default: %(default)s)",
     )
@@ -250,21 +272,28 @@ def _parser() -> argparse.ArgumentParser:
     study_commands.add(study)
     study.set_defaults(kept="finished tasks and saved checkpoints are kept")
 
-    get = subparsers.add_parser("get", help="Get published weights, datasets, or the files of an evaluation suite.")
+    files = "Get published weights, datasets, or the files of an evaluation suite."
+    get = subparsers.add_parser("get", **about("get", files))
     what = get.add_subparsers(required=True, metavar="WHAT")
-    weights = what.add_parser("weights", help="the published files that a recipe, or all recipes of a model, need")
+    weights = what.add_parser(
+        "weights", **about("get weights", "Get the published files that a recipe, or all recipes of a model, need.")
+    )
     weights.add_argument("name", type=path_text, help="a recipe, a model (all its recipes), or a hub id: owner/name")
     takes_overrides(weights)
-    data = what.add_parser("data", help="a dataset that the releases train on")
+    data = what.add_parser("data", **about("get data", "Get a dataset that the releases train on."))
     data.add_argument("name", help=f"{', '.join(DATASETS)}, or a hub id: owner/name")
     kept = "the files fetched so far are kept"
     for sub, run in ((weights, general.get_weights), (data, general.get_data)):
-        sub.add_argument("--to", type=as_path, help="destination folder (default: the Hugging Face cache)")
+        sub.add_argument(
+            "--to", type=as_path, metavar="DIR", help="destination folder (default: the Hugging Face cache)"
+        )
         sub.add_argument("--dry-run", action="store_true", help="only print the list")
         sub.set_defaults(run=run, parser=sub, kept=kept)
-    suite = what.add_parser("suite", help="the files of an evaluation suite, from its repository on GitHub")
+    suite = what.add_parser(
+        "suite", **about("get suite", "Get the files of an evaluation suite, from its repository on GitHub.")
+    )
     suite.add_argument("name", help=", ".join(SUITES))
-    suite.add_argument("--to", type=as_path, help="destination folder (default: ./benchmarks)")
+    suite.add_argument("--to", type=as_path, metavar="DIR", help="destination folder (default: ./benchmarks)")
     suite.add_argument("--dry-run", action="store_true", help="only print the list")
     suite.set_defaults(run=general.get_suite, parser=suite, kept=kept)
 
@@ -285,7 +314,7 @@ def _add_data(subparsers) -> None:
     """Add `reca data check` and `reca data view`."""
     from reca.data.tasks import TASKS
 
-    data = subparsers.add_parser("data", help="Inspect training data.", description="Inspect training data.")
+    data = subparsers.add_parser("data", **about("data", "Inspect training data."))
     inside = data.add_subparsers(required=True, metavar="COMMAND")
     for name, run, text in (
         (
@@ -295,7 +324,7 @@ def _add_data(subparsers) -> None:
         ),
         ("view", general.data_view, "Write an HTML page of samples as a model gets them: both views, and texts."),
     ):
-        sub = inside.add_parser(name, help=text, description=text)
+        sub = inside.add_parser(name, **about(f"data {name}", text))
         sub.set_defaults(run=run, parser=sub)
         sub.add_argument("spec", type=path_text, help="data in any form of data.images, or a recipe")
         takes_overrides(sub, "recipe keys, such as data.columns.caption")
@@ -303,10 +332,16 @@ def _add_data(subparsers) -> None:
             "--task", choices=TASKS, help="task of the data (default: reca, or all active tasks of a recipe)"
         )
         if name == "view":
-            sub.add_argument("--recipe", help="recipe whose views are shown (default: show_o_512)")
-            sub.add_argument("--count", type=int, default=48, help="samples to show (default: %(default)s)")
+            sub.add_argument("--recipe", metavar="RECIPE", help="recipe whose views are shown (default: show_o_512)")
             sub.add_argument(
-                "--out", type=as_path, default=Path("data_view"), help="output folder (default: %(default)s)"
+                "--count", type=int, metavar="N", default=48, help="samples to show (default: %(default)s)"
+            )
+            sub.add_argument(
+                "--out",
+                type=as_path,
+                metavar="DIR",
+                default=Path("data_view"),
+                help="output folder (default: %(default)s)",
             )
 
 
@@ -323,13 +358,14 @@ def _takes_sampling(sub: argparse.ArgumentParser, folder_required: bool = False)
     sub.add_argument(
         "--seed",
         type=int,
+        metavar="N",
         default=0,
         help="seed of the first image, incremented for each further one (default: %(default)s)",
     )
-    takes_pairs(sub, "--sampling", "sampling options of the model")
+    takes_pairs(sub, "--sampling", "sampling option of the model")
     folder = {"required": True} if folder_required else {"default": Path(".")}
     text = "folder for the PNG files" + ("" if folder_required else " (default: the working directory)")
-    sub.add_argument("--out", type=as_path, help=text, **folder)
+    sub.add_argument("--out", type=as_path, metavar="DIR", help=text, **folder)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,13 @@ def add(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("before", help="folder of a run, checkpoint or evaluation; or base: what AFTER started from")
     sub.add_argument("after", help="the same; base: what BEFORE started from")
     sub.add_argument("--out", type=as_path, metavar="DIR", help="output folder (default: RUN/comparison)")
-    sub.add_argument("--pairs", type=int, default=60, help="image pairs to show per suite (default: %(default)s)")
+    sub.add_argument(
+        "--pairs", type=int, metavar="N", default=60, help="image pairs to show per suite (default: %(default)s)"
+    )
     sub.add_argument(
         "--reconstructions",
         type=int,
+        metavar="N",
         help="number of images that both models reconstruct (default: 8, or 0 for large models without a GPU)",
     )
     sub.add_argument(
@@ -22,7 +25,7 @@ def add(sub: argparse.ArgumentParser) -> None:
         metavar="SPEC",
         help="images to reconstruct, in any form of data.images (default: the run's held-out or training images)",
     )
-    takes_pairs(sub, "--sampling", "sampling options of the reconstructions")
+    takes_pairs(sub, "--sampling", "sampling option of the reconstructions")
 
 
 def run(options: argparse.Namespace) -> None:

@@ -16,7 +16,10 @@ def add(sub: argparse.ArgumentParser) -> None:
         "--against", metavar="RUN|base", help="compare with: base, a run, a recipe, or an evaluation folder"
     )
     sub.add_argument(
-        "--judge", metavar="NAME[:ARGUMENT]", help="judge of the images; the error about a missing one lists them"
+        "--judge",
+        metavar="NAME[:ARGUMENT]",
+        help="judge of the images: mask2former:FILE, grounding_dino:MODEL, owlv2:MODEL, endpoint:URL, local:MODEL or "
+        "recorded:FILE (default: that of a toy dataset; others need one)",
     )
     takes_pairs(sub, "--judge-option", "option of the judge")
     sub.add_argument(
@@ -30,13 +33,21 @@ def add(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--records", type=path_text, metavar="FILE", help="existing records or a result file")
     sub.add_argument("--data", type=path_text, metavar="PATH", help="files of a benchmark that are not shipped")
     sub.add_argument("--out", type=path_text, metavar="DIR", help="output folder (default: RUN/eval/STEP/SUITE)")
-    sub.add_argument("--images-per-item", type=int, help="images per prompt (default: that of the benchmark)")
-    sub.add_argument("--limit", type=int, help="number of items, spread evenly over the suite (default: all)")
+    sub.add_argument(
+        "--images-per-item", type=int, metavar="N", help="images per prompt (default: that of the benchmark)"
+    )
+    sub.add_argument(
+        "--limit", type=int, metavar="N", help="number of items, spread evenly over the suite (default: all)"
+    )
     sub.add_argument("--partial", action="store_true", help="score the available images although some are missing")
     sub.add_argument(
-        "--seed", type=int, default=0, help="base seed, from which every image's seed is derived (default: %(default)s)"
+        "--seed",
+        type=int,
+        metavar="N",
+        default=0,
+        help="base seed, from which every image's seed is derived (default: %(default)s)",
     )
-    takes_pairs(sub, "--sampling", "sampling options of the model")
+    takes_pairs(sub, "--sampling", "sampling option of the model")
 
 
 def _steps(text: str) -> list[str]:

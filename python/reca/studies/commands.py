@@ -22,32 +22,56 @@ def add(sub: argparse.ArgumentParser) -> None:
     sub.allow_abbrev = False  # SLURM scripts repeat the command line without --slurm and --report
     sub.add_argument("name", help=f"{', '.join(study_names())}, or a .yaml file in their format; list describes them")
     takes_overrides(sub, "recipe keys to override, in all variants or in one", "[VARIANT:]key=value")
-    sub.add_argument("--umm", default="show_o", choices=UMMS, help="model for a toy dataset (default: show_o)")
-    sub.add_argument("--dataset", default="shapes", help="toy dataset (default: shapes)")
-    sub.add_argument("--recipe", help="run at real size: a recipe with published weights, data as overrides")
+    sub.add_argument(
+        "--umm",
+        default="show_o",
+        choices=UMMS,
+        metavar="MODEL",
+        help=f"model for a toy dataset: {', '.join(UMMS)} (default: show_o)",
+    )
+    sub.add_argument("--dataset", metavar="NAME", default="shapes", help="toy dataset (default: shapes)")
+    sub.add_argument(
+        "--recipe", metavar="RECIPE", help="run at real size: a recipe with published weights, data as overrides"
+    )
     sub.add_argument(
         "--seeds",
         type=Listed(_seeds),
+        metavar="N|LIST",
         default=(0,),
         help="number of seeds, counted from 0, or a list such as 0,1,5, where '5,' is seed 5 alone (default: seed 0)",
     )
     sub.add_argument(
-        "--out", type=as_path, default=Path("studies"), help="folder of all studies, which share common variants"
+        "--out",
+        type=as_path,
+        metavar="DIR",
+        default=Path("studies"),
+        help="folder of all studies, which share common variants (default: %(default)s)",
     )
-    sub.add_argument("--suite", action="append", default=[], help="with --recipe: evaluation suite; may be repeated")
+    sub.add_argument(
+        "--suite", metavar="SUITE", action="append", default=[], help="with --recipe: evaluation suite; may be repeated"
+    )
     for name, metavar, text in (
-        ("--data", "SUITE=PATH", "files of a suite that are not shipped"),
-        ("--judge", "SUITE=NAME[:ARGUMENT]", "judge of a suite; see reca eval"),
+        ("--data", "SUITE=PATH", "files of a suite that are not shipped; may be repeated"),
+        ("--judge", "SUITE=NAME[:ARGUMENT]", "judge of a suite, see reca eval; may be repeated"),
     ):
         sub.add_argument(name, action="append", default=[], metavar=metavar, help=text)
     takes_pairs(sub, "--judge-option", "option of all judges")
-    takes_pairs(sub, "--sampling", "sampling options")
-    sub.add_argument("--limit", type=int, help="number of items of a suite (default: all)")
-    sub.add_argument("--images-per-prompt", type=int, default=1, help="images per prompt of a toy dataset (default: 1)")
-    sub.add_argument("--jobs", type=int, help="variants to run in parallel (default: number of GPUs, or else cores)")
+    takes_pairs(sub, "--sampling", "sampling option of the model")
+    sub.add_argument("--limit", type=int, metavar="N", help="number of items of a suite (default: all)")
+    sub.add_argument(
+        "--images-per-prompt",
+        type=int,
+        metavar="N",
+        default=1,
+        help="images per prompt of a toy dataset (default: 1)",
+    )
+    sub.add_argument(
+        "--jobs", type=int, metavar="N", help="variants to run in parallel (default: number of GPUs, or else cores)"
+    )
     sub.add_argument(
         "--scale",
         type=float,
+        metavar="SHARE",
         default=1.0,
         help="fraction of a toy dataset's steps and prompts; below 1 only for a quick test (default: 1.0)",
     )
