@@ -29,6 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
         exits.finish_output(exits.DONE)
         raise
     try:
+        if sys.flags.optimize > 1:
+            raise ValueError("transformers reads docstrings, which -OO and PYTHONOPTIMIZE=2 remove: use -O, or neither")
         with names.written_as(names.flag):
             code = options.run(options) or exits.DONE
     except (Exception, SystemExit, KeyboardInterrupt) as error:

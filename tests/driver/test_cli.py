@@ -288,6 +288,17 @@ def test_a_reader_that_ends_does_not_end_the_command(monkeypatch, tmp_path):
     assert (tmp_path / "later").exists()
 
 
+def test_python_without_docstrings_is_one_sentence():
+    """Transformers ended with "No `Args` or `Parameters` section is found in the docstring of ..."."""
+    command = [sys.executable, "-OO", "-m", "reca", "check", "show_o_tiny"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert (
+        done.stderr
+        == "reca: transformers reads docstrings, which -OO and PYTHONOPTIMIZE=2 remove: use -O, or neither\n"
+    )
+
+
 def test_what_nobody_foresaw_keeps_its_traceback(monkeypatch, capsys):
     monkeypatch.setattr("reca.commands.doctor.report", lambda: 1 / 0)
     assert main(["doctor"]) == 1
