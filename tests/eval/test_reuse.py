@@ -23,6 +23,7 @@ from reca.eval.settings import open_settings
 from reca.eval.suites import Item, open_suite
 from reca.eval.targets import Target, read_generation
 from reca.eval.training import TrainingSuite
+from reca.io.folders import NotWritable
 from tests.eval.painter import Painter
 
 
@@ -86,6 +87,21 @@ def test_images_of_other_prompts_are_refused(painter, old):
         found = reca.evaluate("toy", painter, limit=limit, images_per_item=count)
         assert found["counts"]["images"] == made and Painter.made >= made
     assert len(read_generation(painter / "eval/000002/toy")["items"]) >= 50
+
+
+def test_a_base_whose_folder_cannot_be_written_is_evaluated_alone(painter, tmp_path):
+    """As in a run that is only readable: out is that of the run's evaluation, not of its base's."""
+    (painter / "eval/base").touch()
+    given = {"limit": 5, "out": tmp_path / "out"}
+    with pytest.raises(NotWritable, match="other model's folder .*: evaluate .*/run/recipe.yaml alone with out, then "):
+        reca.evaluate("toy", painter, against="base", **given)
+    reca.evaluate("toy", painter / "recipe.yaml", limit=5, out=tmp_path / "base")
+    found = reca.evaluate("toy", painter, against=tmp_path / "base", **given)
+    assert found["against"]["overall"]["value"] < 1
+    with pytest.raises(
+        NotWritable, match=f"out {painter}/eval/base/toy cannot be written to .Not a directory.; name ano"
+    ):
+        reca.evaluate("toy", painter, limit=5, out=painter / "eval/base/toy")
 
 
 def test_a_suite_with_options_has_a_folder_of_its_own(painter):

@@ -35,7 +35,7 @@ from reca.eval.targets import (
     write_generation,
 )
 from reca.hardware.devices import usable_device
-from reca.io.folders import EVALUATION, ensure_writable
+from reca.io.folders import EVALUATION, NotWritable, ensure_writable
 from reca.models import umm_package
 from reca.options.names import option
 from reca.options.sampling import defaults
@@ -66,7 +66,7 @@ def evaluate(
         )
     for side in sides:
         if side.recipe is not None:
-            ensure_writable(side.folder, option("out"), EVALUATION)
+            _open_folder(side, option("out") if side is mine else "the other model's folder")
             check_suite(side.folder, suite)
     given = check(settings, sides, images, records)
     if "generate" in settings.steps:
@@ -90,6 +90,19 @@ def evaluate(
         found[0] = report.compare(found[0], found[1], sides[1].folder)
     save(settings, mine.folder, found[0])
     return found[0]
+
+
+def _open_folder(side: Target, name: str) -> None:
+    """Create a side's folder. Raises NotWritable, with the way to keep the evaluation elsewhere, if that fails."""
+    try:
+        ensure_writable(side.folder, name, EVALUATION)
+    except NotWritable as error:
+        if name == option("out"):
+            raise
+        alone = side.run / "recipe.yaml" if side.run else side.source
+        raise NotWritable(
+            f"{error}: evaluate {alone} alone with {option('out')}, then set {option('against')} to its folder"
+        ) from error
 
 
 def _generate_on_all_ranks(settings: Settings, sides: Sequence[Target], device: torch.device | None) -> torch.device:
