@@ -244,7 +244,11 @@ def contents(run):
     return {str(path.relative_to(run)): path.read_bytes() for path in files}
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"state": 3}'])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "null", '{"state": 3}', "[" * 100_000, json.dumps({name: [1] for name in status.FIELDS})],
+    ids=lambda text: text[:12],
+)
 def test_a_status_that_is_none_is_written_anew(text, recipe):
     run = run_toy(recipe("train.steps=1")).run_dir
     (run / "status.json").write_text(text)

@@ -166,7 +166,7 @@ class RunFolder:
         status.time = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         begins, self.begun = state == "running" and not self.begun, True
         if not begins:
-            with contextlib.suppress(OSError, ValueError, AttributeError):
+            with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
                 if json.loads((self.path / STATUS_FILE).read_text()).get("state") != "running":
                     return
         if distributed.rank() == 0 or state == "failed":

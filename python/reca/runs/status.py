@@ -67,14 +67,17 @@ class Status:
         path = run_dir / FILE
         try:
             found = json.loads(path.read_text())
-            return cls(**{f.name: found[f.name] for f in fields(cls)})
+            status = cls(**{f.name: found[f.name] for f in fields(cls)})
+            if not isinstance(status.checkpoint, str | None):
+                raise TypeError(f"checkpoint is {status.checkpoint!r}")
+            return status
         except (FileNotFoundError, NotADirectoryError) as error:
             run = next((folder for folder in run_dir.absolute().parents if (folder / FILE).is_file()), None)
             inside = f"is inside the run folder {run}: pass that folder"
             raise ValueError(f"{run_dir} {inside if run else f'is not a run folder: it has no {FILE}'}") from error
         except OSError as error:
             raise ValueError(f"{path} cannot be read ({error.strerror}); check its permissions and its disk") from error
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f"{path} cannot be read: expected a JSON object with {', '.join(FIELDS)}; the next start replaces it"
             ) from error
