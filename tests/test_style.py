@@ -133,7 +133,7 @@ FOUNDATION = {
     f"reca.{name}"
     for name in (
         *("catalog", "data.micro_batches", "errors", "exits", "io.files", "io.folders", "io.html", "io.image_grid"),
-        *("options.fields", "options.sampling", "options.values", "precision", "rng", "units"),
+        *("options.fields", "options.names", "options.sampling", "options.values", "precision", "rng", "units"),
     )
 }
 
