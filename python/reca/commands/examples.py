@@ -1,5 +1,7 @@
 """The description of each command, with an example."""
 
+from typing import Any
+
 EXAMPLES = {
     "train": "reca train show_o_512 data.images=photos run_dir=runs/photos",
     "status": "reca status runs/photos --field step",
@@ -26,7 +28,7 @@ EXAMPLES = {
 }
 
 
-def about(command: str, text: str) -> dict[str, str]:
+def about(command: str, text: str) -> dict[str, Any]:
     """Return the keywords of a command's parser that describe it in the list of commands and in its own help."""
     example = {"epilog": f"example: {EXAMPLES[command]}"} if command in EXAMPLES else {}
     return {"help": text, "description": text, **example}
