@@ -772,6 +772,10 @@ def test_the_trial_tells_right_from_wrong(monkeypatch):
 
     monkeypatch.setitem(IMPLS, "sdpa", fails)
     assert op.trial(torch.device("cpu")) == "sdpa FAILS: RuntimeError: no kernel image is available"
+    monkeypatch.setenv("RECA_ATTENTION", "dense")
+    assert op.trial(torch.device("cpu")).startswith("dense ran forward and backward and agrees with dense")
+    monkeypatch.setenv("RECA_ATTENTION", "fa3")
+    assert "impl 'fa3' was asked for, but the tensors are on cpu" in op.trial(torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
