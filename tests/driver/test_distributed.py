@@ -23,6 +23,7 @@ from reca.eval.errors import EvaluationError
 from reca.eval.training import TrainingSuite
 from reca.models import UMMS, umm_package
 from reca.options.fields import RecipeError
+from reca.trainer import Trainer
 from reca.training.parallelize import shard
 from tests.driver.toy import ToyAdapter, weights, write_images, write_recipe
 
@@ -312,6 +313,18 @@ def test_collectives_may_take_less_time_after_the_first_step(alone):
     assert [minutes(alone, group) for group in (None, shards, other)] == [5, 5, before]
     distributed.shut_down()
     distributed.set_timeout(5, alone)  # without a group, nothing
+
+
+@pytest.mark.parametrize(("start", "steps", "limit"), [(9, 4, 4), (3, 4, 3)])
+def test_a_run_gives_its_first_step_more_time(start, steps, limit, alone, recipe):
+    """It compiles. Also the first step of a run that goes on does."""
+    keys = f"parallel.timeout_minutes={start}", f"parallel.step_timeout_minutes={steps}"
+    for end, expected in ((2, [start, limit]), (5, [start, limit, limit])):
+        trainer = Trainer(recipe(f"train.steps={end}", *keys), ToyAdapter())
+        seen, loss = [], trainer.adapter.loss
+        trainer.adapter.loss = lambda *given, loss=loss, seen=seen: seen.append(minutes(alone)) or loss(*given)
+        trainer.run()
+        assert seen[:: len(seen) // len(expected)] == expected
 
 
 def test_a_process_joins_a_second_group_after_the_first(alone):

@@ -52,6 +52,18 @@ def test_it_comes_before_the_first_step_every_so_many_and_after_the_last(recipe,
     assert [e.step for e in events.Scalars("holdout/loss")] == [0, 4, 6]
 
 
+def test_where_memory_may_end_the_run_a_step_is_saved_before_its_evaluation(recipe, monkeypatch):
+    """Once: the checkpoint that is due is that one."""
+    monkeypatch.setattr("reca.inference.shares_weights", lambda _: True)
+    trainer, done = Trainer(recipe("eval.every=2", "checkpoint.every=3", PROMPTS), ToyAdapter()), []
+    save, evaluate = trainer.save, trainer.evaluations.run
+    trainer.save = lambda *given: done.append(("save", trainer.step)) or save(*given)
+    trainer.evaluations.run = lambda step: done.append(("evaluate", step)) or evaluate(step)
+    trainer.run()
+    evaluated = [("evaluate", step) for step in (0, 2, 4, 6)]
+    assert done == [*evaluated[:2], ("save", 3), evaluated[2], ("save", 6), evaluated[3]]
+
+
 def test_a_run_that_goes_on_keeps_what_it_compares_with(recipe):
     keys = ["eval.every=2", "eval.holdout=4"]
     whole = run_toy(recipe(*keys, "train.steps=4"))

@@ -108,6 +108,33 @@ def test_one_process_that_hangs(recipe, caplog):
     assert "in slow" in (trainer.run_dir / "hang/rank_0.txt").read_text()
 
 
+def test_the_report_names_the_part_of_a_step_that_hangs(recipe, monkeypatch, caplog):
+    trainer = Trainer(recipe("log.hang_seconds=0.15", "train.steps=2"), ToyAdapter())
+    for owner, name in ((trainer, "next_batches"), (trainer.diagnostics, "measure"), (trainer.writer, "collect")):
+        original = getattr(owner, name)
+
+        def slow(*given, original=original):
+            time.sleep(0.4 if trainer.step == 1 else 0)
+            return original(*given)
+
+        monkeypatch.setattr(owner, name, slow)
+    trainer.run()
+    said = re.findall(r"rank 0 has been in (.*? of step \d)", caplog.text)
+    for phase in ("measuring and sampling of step 1", "saving of step 1", "loading of batches of step 2"):
+        assert phase in said
+
+
+@pytest.mark.parametrize(
+    ("asked", "start", "steps", "limit"), [(300, 30, 4, 120), (300, 3, 4, 90), (50, 30, 4, 50), (0, 30, 4, 0)]
+)
+def test_a_hang_is_reported_before_a_collective_times_out(asked, start, steps, limit, recipe, monkeypatch):
+    limits, enter = [], HangWatch.__enter__
+    monkeypatch.setattr(HangWatch, "__enter__", lambda watch: limits.append(watch.limit) or enter(watch))
+    timeouts = f"parallel.timeout_minutes={start}", f"parallel.step_timeout_minutes={steps}"
+    run_toy(recipe("train.steps=1", f"log.hang_seconds={asked}", *timeouts))
+    assert limits == [limit]
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_loader_that_hangs_while_it_closes(fails, recipe, caplog):
     """It waits for its threads and writes features to a disk, also after an error."""

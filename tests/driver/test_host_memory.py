@@ -7,6 +7,10 @@ import textwrap
 
 import pytest
 
+from reca.hardware.host_memory import FreedMemory
+from reca.trainer import Trainer
+from tests.driver.toy import ToyAdapter
+
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
 
 START = """
@@ -68,3 +72,12 @@ def test_kept_memory_does_not_grow_without_end():
     if run(GROWTH.replace("freed.after_step(step)", ""), "keep") <= 600:
         pytest.skip("memory that is kept does not grow here, with nothing done about it")
     assert run(GROWTH, "keep") < 400
+
+
+def test_a_run_on_a_cpu_keeps_freed_memory_and_returns_it_now_and_then(recipe, monkeypatch):
+    trainer, returned = Trainer(recipe("train.steps=6"), ToyAdapter()), []
+    assert trainer.freed.kept
+    monkeypatch.setattr(FreedMemory, "TRIM_EVERY", 2)
+    monkeypatch.setattr(FreedMemory, "give_back", lambda _: returned.append(trainer.step))
+    trainer.run()
+    assert returned == [2, 4, 6]
