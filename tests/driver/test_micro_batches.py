@@ -234,7 +234,9 @@ def test_what_a_number_of_tokens_cannot_go_with(recipe):
         recipe("train.micro_batch=auto", "objective.reca.max_tokens=9")
     fused = recipe("optim.fused_backward=true", "optim.max_grad_norm=null", "objective.reca.max_tokens=9")
     with pytest.raises(RecipeError, match="number depends on the samples' lengths"):
-        check_passes(fused, 1)
+        check_passes(fused, 7)
+    check_passes(fused, 8)  # one sample to a rank
+    check_passes(recipe("objective.reca.max_tokens=9"), 7)
 
 
 def test_condition_other_needs_another_sample(recipe):

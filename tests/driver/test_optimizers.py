@@ -17,7 +17,7 @@ from reca.checkpoint import contents
 from reca.config.recipe import OptimConfig
 from reca.config.recipe_files import load_recipe
 from reca.estimate import memory
-from reca.optim import adamw, check_apex, make_optimizer, moments, state_bytes
+from reca.optim import FusedBackward, adamw, check_apex, make_optimizer, moments, state_bytes
 from reca.options.fields import RecipeError
 from reca.trainer import Trainer
 from reca.training.parallelize import shard
@@ -396,6 +396,21 @@ def test_steps_in_the_backward_pass_are_the_same(recipe, tmp_path):
         for name in ("plain", "fused")
     ]
     assert norms[0] == pytest.approx(norms[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_of_steps_in_the_backward_pass_is_that_of_all_gradients_of_a_step(dtype):
+    """In fp32: bf16 would round the norm of each by up to 0.4 %."""
+    model = Parameters(dtype)
+    fused = FusedBackward(make_optimizer(model, OptimConfig(fused_backward=True, max_grad_norm=None)))
+    for seed in (1, 2):
+        generator, exact = torch.Generator().manual_seed(seed), 0.0
+        for parameter in model.parameters():
+            gradient = torch.randn(parameter.shape, generator=generator).to(dtype)
+            (parameter * gradient).sum().backward()
+            exact += float(gradient.double().square().sum())
+        assert fused.finish_step() == pytest.approx(exact**0.5, rel=1e-5)
+    assert fused.finish_step() == 0
 
 
 @pytest.mark.parametrize("config", [[], ["optim.name=adamw_8bit"], ["optim.moments=bf16"]])
