@@ -351,6 +351,12 @@ def test_files_are_of_about_one_size(recipe, monkeypatch, tmp_path):
     )
 
 
+def test_a_file_is_larger_than_the_limit_only_with_a_single_tensor(monkeypatch):
+    monkeypatch.setattr(contents, "FILE_BYTES", 100)
+    whole = {f"p{i}": torch.zeros(size, dtype=torch.uint8) for i, size in enumerate([160, 40, 60, 4, 100])}
+    assert contents.split_into_files(whole) == {"p0": 1, "p1": 2, "p2": 2, "p3": 3, "p4": 4}
+
+
 def test_keep_every_keeps_for_ever(recipe, caplog):
     trainer = run_toy(recipe("checkpoint.every=1", "checkpoint.keep=1", "checkpoint.keep_every=3", "train.steps=8"))
     assert names(trainer.run_dir) == ["000003", "000006", "000008"]
