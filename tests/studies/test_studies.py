@@ -226,17 +226,17 @@ def test_what_another_process_does_is_waited_for(study, tmp_path, monkeypatch):
 
 def test_a_task_is_done_once_and_tells_its_steps_meanwhile(study, tmp_path, monkeypatch):
     (task, *_), _ = plan(load_study(study), Asked("show_o", (0,), tmp_path))
-    told = [work.steps_done(task)]
+    counts = [work.steps_done(task)]
 
     def pretrain(task, progress):
         for step in (10, 20):
             progress(step)
-            told.append(work.steps_done(task))
+            counts.append(work.steps_done(task))
         return [[20, 1.0]]
 
     monkeypatch.setattr(toy, "pretrain", pretrain)
     result = work.work(task)
-    assert told == [0, 10, 20] and 0 < result["seconds"] < 60
+    assert counts == [0, 10, 20] and 0 < result["seconds"] < 60
     assert {key: result[key] for key in ("measures", "curve")} == {"measures": {}, "curve": [[20, 1.0]]}
     monkeypatch.setattr(toy, "pretrain", lambda *_: 1 / 0)
     assert work.work(task) == work.done(task) == result

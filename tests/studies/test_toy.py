@@ -42,14 +42,14 @@ def test_measures_are_percentages_beside_images_of_held_out_pairs(tmp_path, monk
 
 
 def test_the_curve_of_pre_training_is_every_tenth_step(tmp_path, monkeypatch):
-    (task, *_), told = plan(load_study("main"), Asked("show_o", (0,), tmp_path))[0], []
+    (task, *_), reported = plan(load_study("main"), Asked("show_o", (0,), tmp_path))[0], []
 
     def pretrain(recipe, seed, folder, scale, progress):
         for step in range(1, 26):
             progress(step, 1 / step)
 
     monkeypatch.setattr(toy, "_setup", lambda _: SimpleNamespace(pretrain=pretrain))
-    assert toy.pretrain(task, told.append) == [(10, 0.1), (20, 0.05)] and told == [10, 20]
+    assert toy.pretrain(task, reported.append) == [(10, 0.1), (20, 0.05)] and reported == [10, 20]
 
 
 @pytest.mark.parametrize("umm", ["show_o", "bagel"])  # exported weights, and a run

@@ -1,4 +1,4 @@
-"""The structure of results.json, by which a damaged file is told from a whole one."""
+"""The structure of results.json, which damaged files do not have."""
 
 from collections.abc import Mapping
 from types import UnionType

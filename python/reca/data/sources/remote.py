@@ -35,7 +35,7 @@ class RemotePath:
 
     def __init__(self, fs: Any, path: str):
         self.fs, self.path = fs, path
-        self.facts: dict[str, Any] = {}  # what the server has told of the file, once it has been asked
+        self.facts: dict[str, Any] = {}  # what the server reported about the file when it was first asked
 
     def __str__(self) -> str:
         return self.fs.unstrip_protocol(self.path)
@@ -78,7 +78,7 @@ class RemotePath:
         return None
 
     def info(self) -> dict[str, Any]:
-        """Return what the server tells of the file when it is asked first."""
+        """Return what the server reported about the file when it was first asked."""
         self.facts = self.facts or self.ask(self.fs.info, self.path)
         return self.facts
 
