@@ -244,6 +244,7 @@ def outcome(name: str) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
         record("read", ())
         for steps in (2, 3):
             quick = {} if recipe.umm == "janus" else {"steps": steps}
+            quick |= {"diffusion_steps": 4} if recipe.umm == "harmon" else {}
             record(f"generated {steps}", enumerate(model.generate(["a red circle", "a circle"], [0, 1], **quick)))
             if "reconstruct" in model.abilities:
                 record(f"reconstructed {steps}", enumerate(reconstruct(model, batch, **quick)))
