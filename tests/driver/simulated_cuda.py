@@ -35,6 +35,7 @@ from reca.monitoring.reconstructions import image_batch, reconstruct
 from reca.optim import adamw
 from reca.trainer import Trainer
 from reca_kernels import dispatch
+from tests.models import contract
 
 ROOT = Path(__file__).parents[2]
 DEVICE = torch.device("cuda", 0)
@@ -243,8 +244,7 @@ def outcome(name: str) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
         batch = image_batch(recipe, model, 2)
         record("read", ())
         for steps in (2, 3):
-            quick = {} if recipe.umm == "janus" else {"steps": steps}
-            quick |= {"diffusion_steps": 4} if recipe.umm == "harmon" else {}
+            quick = contract.quick(recipe.umm, steps) | ({"diffusion_steps": 4} if recipe.umm == "harmon" else {})
             record(f"generated {steps}", enumerate(model.generate(["a red circle", "a circle"], [0, 1], **quick)))
             if "reconstruct" in model.abilities:
                 record(f"reconstructed {steps}", enumerate(reconstruct(model, batch, **quick)))

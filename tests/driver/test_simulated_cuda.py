@@ -8,9 +8,10 @@ import sys
 import pytest
 import torch
 
+from reca.models import UMMS
 from tests.driver.simulated_cuda import ROOT, build
 
-RECIPES = ("show_o_tiny", "harmon_tiny", "open_uni_tiny", "bagel_tiny", "janus_tiny", "janusflow_tiny")
+RECIPES = tuple(f"{umm}_tiny" for umm in UMMS)
 # The norm of the gradients decides whether the step is made, and the losses are read with it.
 OF_A_STEP = ["aten._local_scalar_dense.default in python/reca/optim/gradients.py", "tolist in python/reca/objective.py"]
 
