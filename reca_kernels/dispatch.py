@@ -25,6 +25,7 @@ from reca_kernels import compiling, native
 # Backend -> its file in an op's folder.
 FILES = {"reference": "reference.py", "cpu": "native.py", "cuda": "native.py", "triton": "triton.py"}
 BACKENDS = tuple(FILES)
+RUNS_ON = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}  # type of device; the reference runs on any
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 PACKAGE = Path(__file__).parent
@@ -90,7 +91,10 @@ _used: str | None = None
 
 @contextmanager
 def use(backend: str) -> Iterator[None]:
-    """Run every op on `backend` inside this context, in all threads. Overrides RECA_BACKEND and the table."""
+    """Run every op on `backend` inside this context, in all threads. Overrides RECA_BACKEND and the table.
+
+    As with RECA_BACKEND, ops on a type of device that the backend is not for are chosen by the table, see `choose`.
+    """
     global _used
     before, _used = _used, backend
     try:
@@ -110,13 +114,14 @@ def choose(
     """Return the backend that runs `op` on tensors like `tensor`.
 
     `backend`, else `use`, else the environment variable RECA_BACKEND forces a backend. Without one, or with "auto", the
-    table decides. `dtype` and `numel` replace those of the tensor in that decision.
+    table decides. `dtype` and `numel` replace those of the tensor in that decision. On a machine with a GPU, `use` and
+    RECA_BACKEND force nothing on the type of device that their backend is not for.
 
     Raises:
         ValueError: The name of the backend is unknown.
         RuntimeError: The forced backend cannot run.
     """
-    forced = backend or _forced()
+    forced = backend or _forced(tensor.device.type)
     # One compiled graph serves many sizes, so where sizes are symbolic the choice is that for a large tensor.
     numel = None if torch.compiler.is_compiling() else tensor.numel() if numel is None else numel
     if type(numel) is not int:
@@ -124,8 +129,17 @@ def choose(
     return _choose(op, tensor.device, dtype or tensor.dtype, numel, forced)
 
 
-def _forced() -> str:
-    return _used or os.environ.get("RECA_BACKEND") or "auto"
+def _forced(device: str) -> str:
+    """Return the backend that `use` or RECA_BACKEND force on a type of device, or "auto".
+
+    A backend of the other type of device forces nothing, if there is such a device: a run on a GPU draws masks on the
+    CPU, too.
+    """
+    forced = _used or os.environ.get("RECA_BACKEND") or "auto"
+    own = RUNS_ON.get(forced, device)
+    if own == device or (forced == "triton" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return forced
+    return "auto" if own == "cpu" or torch.cuda.is_available() else forced
 
 
 @compiling.assume_constant_result  # a compiled graph keeps the choice made when it was traced
@@ -254,7 +268,7 @@ def choices(device: str) -> dict[str, Choice]:
 
 
 def _default(op: str, device: str) -> Choice:
-    if (forced := _forced()) != "auto":
+    if (forced := _forced(device)) != "auto":
         by = f"forced by {'reca_kernels.dispatch.use' if _used else f'RECA_BACKEND={forced}'}"
         reason = unusable(op, forced, device) if forced in BACKENDS else "there is no such backend"
         return Choice("none", f"{by}, but {reason}", []) if reason else Choice(forced, by, [])

@@ -88,6 +88,7 @@ def test_report_shows_what_is_forced(monkeypatch):
     """The run's log takes its line of kernels from the report."""
     monkeypatch.setenv("RECA_BACKEND", "reference")
     monkeypatch.setenv("RECA_ATTENTION", "dense")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     report = backend_report().splitlines()
     assert "philox on cpu: reference, forced by RECA_BACKEND=reference" in report
     assert "attention on cpu: dense, forced by RECA_ATTENTION=dense" in report
@@ -102,6 +103,24 @@ def test_report_shows_what_is_forced(monkeypatch):
         assert "philox on cpu: reference, forced by reca_kernels.dispatch.use" in backend_report()
     assert "philox on cpu: none, forced by RECA_BACKEND=rust, but there is no such backend" in backend_report()
     assert "attention on cpu: sdpa, " in backend_report()
+
+
+@pytest.mark.parametrize("forced", ["cuda", "triton"])
+def test_a_forced_backend_is_for_its_type_of_device(monkeypatch, forced):
+    """A run on a GPU draws masks on the CPU, where no backend of a GPU runs."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("RECA_BACKEND", forced)
+    usual = "cpu" if native.module else "reference"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert dispatch.choose("philox", torch.zeros(9)) == usual
+    assert dispatch._forced("cuda") == forced
+    with dispatch.use("cpu"):
+        assert dispatch._forced("cuda") == "auto" and dispatch._forced("cpu") == "cpu"
+    with pytest.raises(RuntimeError, match=f"backend '{forced}' was asked for"):
+        dispatch.choose("philox", torch.zeros(9), forced)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match=f"backend '{forced}' was asked for"):
+        dispatch.choose("philox", torch.zeros(9))
 
 
 def test_ops_are_the_folders_with_a_kernel():
