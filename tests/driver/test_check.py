@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import os
 import subprocess
 import sys
 
@@ -17,7 +18,7 @@ from reca.data import dali
 from reca.data.batch import Batch
 from reca.data.errors import DataError
 from reca.data.views import View, Views
-from reca.estimate import check, counts
+from reca.estimate import check, counts, memory
 from reca.estimate.held import held, host_moments, part
 from reca.estimate.meta_model import build_meta
 from reca.models import umm_package
@@ -138,6 +139,16 @@ def test_flops_are_those_of_a_real_step(name):
     freeze(adapter, recipe.train.roles, recipe.train.frozen)
     assert counts.flops(adapter, contextlib.nullcontext(), 4) == without_memory
     assert 0 < without_memory.forward < without_memory.backward
+
+
+def test_a_forced_attention_of_gpus_does_not_end_a_count(monkeypatch):
+    """Fake tensors stand for those of a GPU, but they are on a CPU, where no FlashAttention runs."""
+    recipe = load_recipe("show_o_tiny")
+    monkeypatch.delenv("RECA_ATTENTION", raising=False)
+    expected = counts.flops(*build_meta(recipe), 2), memory.predict(recipe).total
+    monkeypatch.setenv("RECA_ATTENTION", "fa3")
+    assert (counts.flops(*build_meta(recipe), 2), memory.predict(recipe).total) == expected
+    assert os.environ["RECA_ATTENTION"] == "fa3"
 
 
 def test_flops_of_a_transformer_by_hand():

@@ -1,7 +1,6 @@
 """Memory that torch's allocator would hand out in a training step, counted by running the step on fake tensors."""
 
 import functools
-import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -19,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from reca.models.common.on_cpu import as_gpu
-from reca.processes.environment import environment
 from reca_kernels.masked_linear_cross_entropy.plan import CPU, Machine, plan
 
 OTHER = "other"
@@ -249,6 +247,5 @@ def _attention(
 @contextmanager
 def on_gpu() -> Iterator[None]:
     """Emulate a GPU with fake CPU tensors."""
-    # sdpa by default: the other implementations reject CPU tensors or are for small inputs.
-    with environment(RECA_ATTENTION=os.environ.get("RECA_ATTENTION", "sdpa")), OnGPU(), as_gpu():
+    with OnGPU(), as_gpu("sdpa"):  # auto may choose dense, which is for small inputs
         yield

@@ -1,10 +1,13 @@
 """Tell whether a model runs on a CPU, where skipping work can be faster although on a GPU it is not."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from contextvars import ContextVar
 
 from torch import Tensor
+
+from reca.processes.environment import environment
 
 _AS_GPU = ContextVar("_AS_GPU", default=False)
 
@@ -15,10 +18,15 @@ def on_cpu(x: Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def as_gpu() -> Iterator[None]:
-    """Treat CPU tensors as GPU tensors, to count a GPU's FLOPs and memory with fake tensors."""
+def as_gpu(attention: str = "auto") -> Iterator[None]:
+    """Treat CPU tensors as GPU tensors, to count a GPU's FLOPs and memory with fake tensors.
+
+    attention: the impl of attention, if RECA_ATTENTION forces none or one that rejects CPU tensors.
+    """
+    forced = os.environ.get("RECA_ATTENTION")
     token = _AS_GPU.set(True)
     try:
-        yield
+        with environment(RECA_ATTENTION=forced if forced in ("sdpa", "dense") else attention):
+            yield
     finally:
         _AS_GPU.reset(token)
