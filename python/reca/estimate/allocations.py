@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from reca.estimate.meta_model import attention
 from reca.models.common.on_cpu import as_gpu
 from reca_kernels.masked_linear_cross_entropy.plan import CPU, Machine, plan
 
@@ -247,5 +248,5 @@ def _attention(
 @contextmanager
 def on_gpu() -> Iterator[None]:
     """Emulate a GPU with fake CPU tensors."""
-    with OnGPU(), as_gpu("sdpa"):  # auto may choose dense, which is for small inputs
+    with attention("sdpa"), OnGPU(), as_gpu():  # "auto" may choose dense, which is for small inputs
         yield

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from reca.data.batch import Batch
-from reca.estimate.meta_model import empty_views
+from reca.estimate.meta_model import attention, empty_views
 from reca.models.base import ROLES, Adapter
 from reca.models.common.on_cpu import as_gpu
 from reca.rng import CounterRNG
@@ -73,7 +73,7 @@ def batch_flops(adapter: Adapter, batch: Batch, rng: CounterRNG) -> Flops:
     rng: the task's generator in the run; it draws the masks, and the number of masked tokens determines a head's work.
     """
     counter = FlopCounterMode(display=False, custom_mapping=CONVOLUTIONS)
-    with dispatch.use("reference"), as_gpu(), sdpa_kernel(SDPBackend.MATH), counter:
+    with dispatch.use("reference"), attention("auto"), as_gpu(), sdpa_kernel(SDPBackend.MATH), counter:
         made = adapter.encode(batch) if batch.features is None else batch.features
         features = {key: _indices(value) for key, value in made.items()}
         encoded = counter.get_total_flops()

@@ -1,6 +1,8 @@
 """A recipe's model on fake tensors: shapes, dtypes, roles and layers as in training, without weights or memory."""
 
-from collections.abc import Sequence
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from reca.data.views import Views
 from reca.models import umm_package
 from reca.models.base import Adapter
 from reca.options.fields import RecipeError
+from reca.processes.environment import environment
 from reca.training.lora import choose_trained
 
 
@@ -31,6 +34,14 @@ def build_meta(recipe: Recipe, tokenizer: Any = None) -> tuple[Adapter, FakeTens
             if p is not None and not isinstance(p, FakeTensor):
                 module._parameters[name] = nn.Parameter(fake.from_tensor(p.detach()), requires_grad=p.requires_grad)
     return adapter, fake
+
+
+@contextlib.contextmanager
+def attention(usual: str) -> Iterator[None]:
+    """Compute attention on fake CPU tensors by `usual`, unless RECA_ATTENTION forces an impl that takes CPU tensors."""
+    forced = os.environ.get("RECA_ATTENTION")
+    with environment(RECA_ATTENTION=forced if forced in ("sdpa", "dense") else usual):
+        yield
 
 
 def check_templates(recipe: Recipe, tokenizer: Any, templates: Sequence[str]) -> None:

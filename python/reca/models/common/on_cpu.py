@@ -1,13 +1,10 @@
 """Tell whether a model runs on a CPU, where skipping work can be faster although on a GPU it is not."""
 
 import contextlib
-import os
 from collections.abc import Iterator
 from contextvars import ContextVar
 
 from torch import Tensor
-
-from reca.processes.environment import environment
 
 _AS_GPU = ContextVar("_AS_GPU", default=False)
 
@@ -18,15 +15,10 @@ def on_cpu(x: Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def as_gpu(attention: str = "auto") -> Iterator[None]:
-    """Treat CPU tensors as GPU tensors, to count a GPU's FLOPs and memory with fake tensors.
-
-    attention: the impl of attention, if RECA_ATTENTION forces none or one that rejects CPU tensors.
-    """
-    forced = os.environ.get("RECA_ATTENTION")
+def as_gpu() -> Iterator[None]:
+    """Treat CPU tensors as GPU tensors, to count a GPU's FLOPs and memory with fake tensors."""
     token = _AS_GPU.set(True)
     try:
-        with environment(RECA_ATTENTION=forced if forced in ("sdpa", "dense") else attention):
-            yield
+        yield
     finally:
         _AS_GPU.reset(token)
