@@ -54,6 +54,6 @@ def test_examples_are_of_commands():
 
 
 def test_the_help_of_eval_lists_the_judges():
-    told = next(action.help for action in COMMANDS["eval"]._actions if "--judge" in action.option_strings)
+    described = next(action.help for action in COMMANDS["eval"]._actions if "--judge" in action.option_strings)
     listed = {f"{name}:{argument}" for name, (_, _, argument, _) in JUDGES.items() if argument}
-    assert set(re.findall(r"\w+:[A-Z]+", told)) == listed
+    assert set(re.findall(r"\w+:[A-Z]+", described)) == listed

@@ -439,7 +439,7 @@ def test_models_below_the_home_folder(tmp_path, clip, monkeypatch):
 
 
 def test_colours_are_told_by_the_features_of_transformers_own_clip(clip, monkeypatch):
-    """Two objects of a picture that is not square, one with a mask: pixels, features and the mean of three prompts."""
+    """Two objects in an image that is not square, one with a mask: pixels, features and the mean of three prompts."""
     from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
     from reca.eval.judges import colors
