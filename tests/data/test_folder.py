@@ -1,5 +1,6 @@
 """Which files below a folder are images, in which order, and what is said of the others."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -79,6 +80,21 @@ def test_folders_that_cannot_be_read_are_said(tmp_path, monkeypatch):
     assert len(source) == 1 and "1 folders that cannot be read (the first: locked, Permission denied)" in str(
         source.skipped
     )
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.EIO])
+def test_a_folder_is_not_left_out_if_the_machine_fails(tmp_path, monkeypatch, code):
+    """Its images would be missing in the data of a run, and on one rank only."""
+    root, scandir = fill(tmp_path, {"a.png": image_bytes(), "sub/b.png": image_bytes()}), os.scandir
+
+    def fail(path):
+        if str(path).endswith("sub"):
+            raise OSError(code, os.strerror(code))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", fail)
+    with pytest.raises(DataError, match=f"data folder {root}/sub cannot be read: {os.strerror(code)}"):
+        open_source(str(root), "reca")
 
 
 def test_a_folder_without_images_says_what_it_holds(tmp_path):

@@ -154,8 +154,8 @@ def _list_files(root: Path, skipped: Skipped, pool: ThreadPoolExecutor) -> dict[
                 continue
             seen.add(place)
         except OSError as error:
-            if not folder:
-                raise DataError(f"data folder {root} cannot be read: {error.strerror}") from error
+            if not folder or not isinstance(error, PermissionError | FileNotFoundError):
+                raise DataError(f"data folder {root / folder} cannot be read: {error.strerror}") from error
             skipped.add("folders that cannot be read", f"{folder}, {error.strerror}")
             continue
         for entry, (is_folder, is_file) in zip(entries, read_many(_entry_type, entries), strict=True):
