@@ -224,6 +224,22 @@ def test_a_table_is_not_damaged_if_the_machine_cannot_open_it(tmp_path, monkeypa
         source[0]
 
 
+def test_nor_is_its_footer(tmp_path, monkeypatch):
+    """It is read again with the first row of each file."""
+    pytest.importorskip("pyarrow")
+    from tests.data.test_parquet import midjourney
+
+    stream = loader(midjourney(tmp_path / "a.parquet", 0, 8))
+
+    def fail(path, *arguments):
+        raise OSError(24, "Too many open files", str(path))
+
+    monkeypatch.setattr(type(tmp_path), "open", fail)
+    with pytest.raises(DataError, match=r"sample a.parquet:\d \(data.images\): OSError: .*Too many open files"):
+        take(stream, 1)
+    assert not stream.bad
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("error", [RuntimeError("strange"), MemoryError(), OSError(24, "Too many open files")])
 def test_any_other_exception_names_the_sample(root, workers, error, monkeypatch):

@@ -115,7 +115,7 @@ class Parquet:
         return number, index - int(self.starts[number])
 
     def _metadata(self, file: int) -> Any:
-        metadata, footer = read_footer(self.paths[file])
+        metadata, footer = _footer(self.paths[file])
         if footer != self.footers[file]:
             raise DataError(f"{self.paths[file]} has other rows than when the run began")
         return metadata
@@ -188,25 +188,30 @@ def form_of(kind: Any) -> str:
 def read_footer(path: AnyPath) -> tuple[Any, str]:
     """Return the metadata of a parquet file, and a digest of its size and footer, which locates all columns.
 
-    Raises DataError if the file is not parquet or is truncated.
+    Raises DataError if the file cannot be read, is not parquet or is truncated.
     """
-    from pyarrow.parquet import read_metadata
-
     try:
-        with path.open("rb") as file:
-            head = file.read(HEAD)
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - 8))
-            tail = file.read(8)
-            if head[:4] != MAGIC or tail[4:] != MAGIC or size < 12:
-                cause = placeholder(head) or packed(head)
-                cut = "is cut off: it has no footer; fetch it again" if head[:4] == MAGIC else "is not a parquet file"
-                raise DataError(f"{path} {cause or cut}")
-            length = int.from_bytes(tail[:4], "little")
-            file.seek(max(0, size - 8 - length))
-            footer = file.read(length)
+        return _footer(path)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {reason_of(error, path)}") from error
+
+
+def _footer(path: AnyPath) -> tuple[Any, str]:
+    """Return what `read_footer` returns. Raises OSError if the file cannot be read."""
+    from pyarrow.parquet import read_metadata
+
+    with path.open("rb") as file:
+        head = file.read(HEAD)
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 8))
+        tail = file.read(8)
+        if head[:4] != MAGIC or tail[4:] != MAGIC or size < 12:
+            cause = placeholder(head) or packed(head)
+            cut = "is cut off: it has no footer; fetch it again" if head[:4] == MAGIC else "is not a parquet file"
+            raise DataError(f"{path} {cause or cut}")
+        length = int.from_bytes(tail[:4], "little")
+        file.seek(max(0, size - 8 - length))
+        footer = file.read(length)
     try:
         metadata = read_metadata(io.BytesIO(MAGIC + footer + tail))
         return metadata, hashlib.sha256(b"%d " % size + footer).hexdigest()
