@@ -14,7 +14,7 @@ from reca.cli import main
 from reca.data.audit import audit, report
 from reca.data.config import DataConfig
 from reca.data.contact_sheet import contact_sheet
-from reca.data.errors import LeftOut
+from reca.data.errors import DataError, LeftOut
 from reca.data.loader import open_loader
 from reca.data.sources.factory import open_source
 from reca.data.views import View, Views
@@ -57,6 +57,18 @@ def test_a_file_that_vanishes_is_bad_and_a_row_without_an_image_is_no_sample(roo
     monkeypatch.setattr(type(source), "__getitem__", leave_out)
     found = audit(source)
     assert (found.samples, found.left_out.counts) == (0, {"rows without an image": 5}) and not found.bad
+
+
+@pytest.mark.parametrize("error", [OSError(24, "Too many open files"), MemoryError(), RuntimeError("strange")])
+def test_a_fault_of_the_machine_or_of_a_source_is_not_one_of_the_sample(root, monkeypatch, error):
+    source = open_source(str(root), "reca")
+
+    def fail(self, index):
+        raise error
+
+    monkeypatch.setattr(type(source), "__getitem__", fail)
+    with pytest.raises(DataError, match=f"sample a.png: {type(error).__name__}"):
+        audit(source)
 
 
 def test_captions_and_conversations_are_counted(root, tmp_path):

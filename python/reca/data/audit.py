@@ -14,7 +14,7 @@ from reca.data.errors import BadSample, LeftOut
 from reca.data.outage import outlast
 from reca.data.pixels import open_rgb
 from reca.data.read_ahead import read_ahead
-from reca.data.sample import Source
+from reca.data.sample import Source, checked_sample, sample_errors
 from reca.data.sources.skipped import Skipped
 from reca.data.tasks import Scored, Turn
 from reca.data.text import one_line
@@ -83,19 +83,18 @@ class Audit:
 
 
 def inspect_sample(source: Source, closed: threading.Event, index: int) -> Inspection:
-    """Read and decode one sample. closed: ends the waiting for remote storage."""
+    """Read and decode one sample. closed: ends the waiting for remote storage. Raises DataError."""
     key = source.key(index)
     try:
-        sample = outlast(lambda: source[index], closed)
-        image = open_rgb(sample.image)
-        if isinstance(sample.text, Scored) and sample.text.target is not None:
-            open_rgb(sample.text.target)
+        with sample_errors(source, index):
+            sample = checked_sample(outlast(lambda: source[index], closed))
+            image = open_rgb(sample.image)
+            if isinstance(sample.text, Scored) and sample.text.target is not None:
+                open_rgb(sample.text.target)
     except LeftOut as error:
         return Inspection(key, left_out=str(error))
     except BadSample as error:
         return Inspection(key, bad=str(error))
-    except OSError as error:
-        return Inspection(key, bad=f"{type(error).__name__}: {error}")
     digest = int.from_bytes(hashlib.sha256(sample.image).digest()[:8], "little")
     return Inspection(key, None, None, len(sample.image), *image.size, digest, sample.text)
 

@@ -1,6 +1,5 @@
 """Infinite stream of one task's micro-batches, from any start position, on any number of ranks."""
 
-import errno
 import functools
 import itertools
 import threading
@@ -24,7 +23,7 @@ from reca.data.meter import Meter
 from reca.data.micro_batches import MicroBatch, passes_by_tokens, split_batch
 from reca.data.order import Mixed, make_order
 from reca.data.outage import outlast
-from reca.data.sample import Sample, Source
+from reca.data.sample import Sample, Source, checked_sample, sample_errors
 from reca.data.sources.factory import DATA_KEYS, open_sources
 from reca.data.sources.mixture import Mixture
 from reca.data.tasks import Scored
@@ -36,7 +35,6 @@ from reca.rng import CounterRNG, RandomStream
 
 ATTEMPTS = 100
 Prepare = Callable[[Batch, CounterRNG], Any]  # Adapter.prepare
-OF_THE_MACHINE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # not caused by the file that is read
 
 
 def open_loader(
@@ -306,14 +304,8 @@ class Loader:
 
         alone: decode it here; otherwise a batched decoder may leave that to `_decoded`.
         """
-        try:
-            sample = outlast(lambda: self.source[index], self.closed)
-            if not isinstance(sample, Sample) or not isinstance(sample.image, bytes):
-                kind = type(sample.image if isinstance(sample, Sample) else sample).__name__
-                raise TypeError(
-                    "a source returns reca.data.sample.Sample(key, image, text), with the bytes of an image file; got "
-                    + (f"an image of type {kind}" if isinstance(sample, Sample) else kind)
-                )
+        with sample_errors(self.source, index, f" (data.{DATA_KEYS[self.task]})"):
+            sample = checked_sample(outlast(lambda: self.source[index], self.closed))
             other = sample.text.target if isinstance(sample.text, Scored) else None
             address = content(sample.image + (other or b"")) if self.cache else ""
             if self.cache and cached and (features := self.cache.get(address)):
@@ -325,14 +317,6 @@ class Loader:
             if target is not None and gen is not None and target.shape != gen.shape:
                 raise BadSample(f"image and target differ in shape: {[*gen.shape[1:]]} and {[*target.shape[1:]]}")
             return Row(sample, gen, und, address=address, target=target)
-        except (BadSample, DataError):
-            raise
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            if isinstance(error, OSError) and error.errno not in OF_THE_MACHINE:
-                raise BadSample(reason) from error
-            key = one_line(self.source.key(index))
-            raise DataError(f"sample {key} (data.{DATA_KEYS[self.task]}): {reason}") from error
 
     def _completed(self, positions: Sequence[int], rows: list[Row]) -> list[Row]:
         """Return rows that either all have views or all have the same features."""

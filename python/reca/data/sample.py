@@ -1,12 +1,13 @@
 """Samples, and the interface of their sources."""
 
+import contextlib
 import hashlib
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
-from reca.data.errors import BadSample
-from reca.data.text import decode_text
+from reca.data.errors import BadSample, DataError, of_the_machine
+from reca.data.text import decode_text, one_line
 
 IMAGE_SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .mpo .png .apng .webp .bmp .gif .tif .tiff .avif".split())
 # Image formats that are not supported. Such files are counted and reported, so that none is skipped silently.
@@ -44,6 +45,33 @@ class Source(Protocol):
     def identity(self) -> str:
         """Return a hash of all samples in order, which does not depend on the location of the data."""
         ...
+
+
+@contextlib.contextmanager
+def sample_errors(source: Source, index: int, where: str = "") -> Iterator[None]:
+    """Convert the errors of reading a sample: to BadSample if its files cause them, else to DataError with its key.
+
+    where: appended to the key.
+    """
+    try:
+        yield
+    except (BadSample, DataError):
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        if isinstance(error, OSError) and not of_the_machine(error):
+            raise BadSample(reason) from error
+        raise DataError(f"sample {one_line(source.key(index))}{where}: {reason}") from error
+
+
+def checked_sample(found: Any) -> Sample:
+    """Return what a source has returned. Raises TypeError if it is not a Sample with the bytes of an image."""
+    if isinstance(found, Sample) and isinstance(found.image, bytes):
+        return found
+    kind = f"an image of type {type(found.image).__name__}" if isinstance(found, Sample) else type(found).__name__
+    raise TypeError(
+        f"a source returns reca.data.sample.Sample(key, image, text), with the bytes of an image file; got {kind}"
+    )
 
 
 def digest(parts: Iterable[Any]) -> str:
