@@ -71,6 +71,22 @@ def test_a_fault_of_the_machine_or_of_a_source_is_not_one_of_the_sample(root, mo
         audit(source)
 
 
+def test_rows_about_a_bad_image_are_not_usable(root, tmp_path):
+    """Each image is listed once."""
+    rows = [row("human", f"Q{n}", "gpt", "A", image=name) for n in range(3) for name in ("a.png", "e.png")]
+    text = report(audit(open_source(str(conversations(tmp_path, *rows)), "i2t", str(root)), about=True))
+    assert "6 samples, 3 of them usable" in text and "bad samples (1)" in text
+
+
+def test_reasons_are_listed_up_to_a_number(tmp_path):
+    """Files that have vanished have one each."""
+    source = open_source(str(fill(tmp_path, {f"{n:02}.png": b"" for n in range(30)})), "reca")
+    for n in range(30):
+        (tmp_path / f"{n:02}.png").unlink()
+    text = report(audit(source))
+    assert "bad samples (30)" in text and len(text.splitlines()) < 30 and text.count("… and 20 more") == 2
+
+
 def test_captions_and_conversations_are_counted(root, tmp_path):
     found = audit(open_source(str(root), "t2i"))
     assert sorted(found.captions) == [1, 1, 3] and found.bad["d.png"] == "the caption is empty"

@@ -21,7 +21,7 @@ from reca.data.text import one_line
 
 SIDES = (128, 256, 512, 768, 1024, 2048)  # edges of the histogram of short sides, in pixels
 RATIOS = (1.1, 1.5, 2.0, 4.0)  # edges of the histogram of long side over short side
-SHOWN = 10  # most bad samples and most duplicates that are listed
+SHOWN = 10  # most bad samples, reasons and duplicates that are listed
 
 
 class Inspection(NamedTuple):
@@ -112,15 +112,15 @@ def audit(source: Source, about: bool = False, workers: int = 4, progress: Any =
 
 def report(found: Audit, skipped: Skipped | None = None) -> str:
     """Return an audit as text. skipped: files and rows that the source skipped when it was opened."""
-    good = found.samples - len(found.bad)
+    good = found.sides.total()
     lines = [f"{found.samples} samples, {good} of them usable, {units.size(found.bytes)} of images"]
     for what in (skipped, found.left_out):
         if what:
             counted = (f"  {n:>9} {reason} (the first: {what.first[reason]})" for reason, n in what.counts.items())
             lines += ["", "left out", *counted]
     if found.bad:
-        reasons = Counter(found.bad.values())
-        lines += ["", f"bad samples ({len(found.bad)})", *(f"  {n:>9} {reason}" for reason, n in reasons.most_common())]
+        reasons = Counter(found.bad.values()).most_common()
+        lines += ["", f"bad samples ({len(found.bad)})", *_some([f"{n:>9} {reason}" for reason, n in reasons])]
         lines += _some([f"{key}: {reason}" for key, reason in found.bad.items()])
     if good:
         lines += ["", "short side in pixels", *_histogram(found.sides, SIDES, good)]
