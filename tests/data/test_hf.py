@@ -75,10 +75,10 @@ def test_identity_is_of_the_length_of_every_cell(tmp_path, talks):
 
 
 def test_splits_are_chosen(tmp_path):
-    datasets.DatasetDict({"train": rows(4), "test": rows(2)}).save_to_disk(tmp_path / "two")
-    with pytest.raises(DataError, match=r"has the splits train, test: name one of them, such as .*/two/train"):
-        opened(tmp_path / "two")
-    assert len(opened(tmp_path / "two" / "train")) == 4
+    datasets.DatasetDict({"train": rows(4), "test": rows(2)}).save_to_disk(tmp_path / "{two}")
+    with pytest.raises(DataError, match=r"has the splits train, test: name one of them, such as .*/{two}/train"):
+        opened(tmp_path / "{two}")
+    assert len(opened(tmp_path / "{two}" / "train")) == 4
     datasets.DatasetDict({"train": rows(4)}).save_to_disk(tmp_path / "one")
     assert len(opened(tmp_path / "one")) == 4
 
@@ -91,7 +91,7 @@ def test_a_name_is_loaded_with_its_split(tmp_path):
     rows(2).to_parquet(folder / "test-00000-of-00001.parquet")
     source = opened(f"hf:{folder}?split=train")
     assert len(source) == 4 and source[2].image == image_bytes((2, 0, 0)) and source.key(2) == "train:2"
-    with pytest.raises(DataError, match=r"has the splits .*: name one, such as hf:.*\?split="):
+    with pytest.raises(DataError, match=r"has the splits .*: name one of them, such as hf:.*\?split="):
         opened(f"hf:{folder}")
     with pytest.raises(DataError, match="cannot be loaded by datasets"):
         opened("hf:nobody/nothing?split=train")

@@ -99,7 +99,7 @@ def open_saved(folder: Path, task: str, columns: ColumnsConfig, image_root: str 
     except Exception as error:  # of many types, if files are missing or damaged
         raise DataError(f"{folder} cannot be opened by datasets: {type(error).__name__}: {error}") from error
     if isinstance(found, datasets.DatasetDict):
-        found = _one(found, f"{folder} has the splits {{splits}}: name one of them, such as {folder}/{{first}}")
+        found = _one(found, str(folder), f"{folder}/")
     return HuggingFace(found, task, columns, str(folder), Path(image_root or folder))
 
 
@@ -115,7 +115,7 @@ def open_hub(text: str, task: str, columns: ColumnsConfig, image_root: str | Non
     except Exception as error:  # from the network, the hub or files
         raise DataError(f"{text} cannot be loaded by datasets: {type(error).__name__}: {error}") from error
     if isinstance(found, datasets.DatasetDict):
-        found = _one(found, f"{text} has the splits {{splits}}: name one, such as {PREFIX}{hub.path}?split={{first}}")
+        found = _one(found, text, f"{PREFIX}{hub.path}?split=")
     return HuggingFace(found, task, columns, text, Path(image_root or "/"))
 
 
@@ -136,9 +136,11 @@ def _parse(text: str) -> Hub:
     return Hub(path, options)
 
 
-def _one(splits: Any, message: str) -> Any:
+def _one(splits: Any, where: str, start: str) -> Any:
+    """Return the only split. Raises DataError if there are others. start: of the name of a split, for the message."""
     if len(splits) != 1:
-        raise DataError(message.format(splits=", ".join(splits), first=next(iter(splits), "train")))
+        first = next(iter(splits), "train")
+        raise DataError(f"{where} has the splits {', '.join(splits)}: name one of them, such as {start}{first}")
     return next(iter(splits.values()))
 
 
