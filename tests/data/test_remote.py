@@ -59,6 +59,16 @@ def test_a_folder_is_what_it_is_here(memory, tmp_path):
         open_source("memory://data", "t2i")
 
 
+def test_an_image_is_not_a_folder(memory):
+    """Its name would be appended to itself."""
+    memory.pipe("/data/a.png", image_bytes())
+    for end in ("", "/"):
+        with pytest.raises(DataError, match=r"memory://.*data/a.png is a single file; name its folder"):
+            open_source(f"memory://data/a.png{end}", "reca")
+    memory.pipe("/data/b.png/c.png", image_bytes())
+    assert open_source("memory://data/b.png", "reca").key(0) == "c.png"
+
+
 def test_tars_are_what_they_are_here(memory, tmp_path):
     for n in range(3):
         tar(tmp_path / f"{n}.tar", (f"{n}.png", image_bytes((n, 0, 0))), (f"{n}.txt", b"text %d" % n))

@@ -22,11 +22,14 @@ class RemoteFolder(ImageFolder):
             raise DataError(f"data folder {root} cannot be listed: {reason_of(error, root)}") from error
         if not found:
             raise DataError(f"data folder {root} does not exist, or is empty")
-        start = root.path.rstrip("/") + "/"
+        whole = root.path.rstrip("/")
+        if whole in found and _suffix(whole) in IMAGE_SUFFIXES:
+            raise DataError(f"{root} is a single file; name its folder")
+        start = f"{whole}/"
         self.sizes = {name.removeprefix(start): info.get("size") for name, info in found.items()}
         files, skipped = defaultdict(list), Skipped()
         for name in self.sizes:
-            suffix = posixpath.splitext(name)[1].lower()
+            suffix = _suffix(name)
             if not any(map(hidden, name.split("/"))):
                 files[suffix].append(name)
             elif suffix in IMAGE_SUFFIXES:
@@ -40,3 +43,7 @@ class RemoteFolder(ImageFolder):
 
     def total_size(self, names: Sequence[str]) -> int:
         return sum(self.sizes[name] or 0 for name in names)
+
+
+def _suffix(name: str) -> str:
+    return posixpath.splitext(name)[1].lower()
