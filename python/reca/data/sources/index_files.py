@@ -97,13 +97,12 @@ class IndexFile:
         """Return a unique temporary path to write the index to."""
         return self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex}.part")
 
-    def keep(self, part: Path) -> bool:
-        """Move a written index into place. Delete it and return False if the data file has changed meanwhile."""
-        if self.now() != self.stamp:
+    def keep(self, part: Path) -> None:
+        """Move a written index into place. Delete it if the data file has changed meanwhile."""
+        if self.now() == self.stamp:
+            part.replace(self.path)
+        else:
             part.unlink(missing_ok=True)
-            return False
-        part.replace(self.path)
-        return True
 
     def cannot_keep(self, error: OSError) -> None:
         """Warn that the index has to be rebuilt at every start."""

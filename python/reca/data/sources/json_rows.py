@@ -62,7 +62,7 @@ def holds_lines(path: AnyPath) -> bool:
     return PurePosixPath(path.name).suffix.lower() in LINES
 
 
-def load_rows(path: AnyPath, form: Form) -> list[Any]:
+def load_rows(path: Path, form: Form) -> list[Any]:
     """Read a whole file. Raises DataError if it is not JSON or not a list."""
     try:
         data = path.read_bytes()
