@@ -22,7 +22,7 @@ class Files:
         self.refused, self.away, self.asked = refused, set(), []
 
     def unstrip_protocol(self, path):
-        return f"host://{path}" if "/" in path else f"host://bucket/{path}"
+        return path if "://" in path else f"host://{path}" if "/" in path else f"host://bucket/{path}"
 
     def cat_file(self, path, start=None, end=None):
         self._ask(path)
@@ -36,7 +36,7 @@ class Files:
         self.asked.append(path)
         if path in self.gone:
             raise FileNotFoundError(path)
-        if path.partition("/")[0] in self.away:
+        if any(f"{host}/" in path for host in self.away):
             raise RuntimeError("connection reset")
         if path == "b.png" and self.refused:
             if self.refused == "timeout":
@@ -104,7 +104,7 @@ def test_a_host_that_is_away_is_an_outage_though_others_answer():
 def test_a_host_that_is_away_is_none_of_thousands():
     """Some images of a table of URLs are always gone. If no host answers, the network is at fault."""
     files = Files()
-    paths = [RemotePath(files, f"{host}/a.png") for host in range(9)]
+    paths = [RemotePath(files, f"https://{host}/a.png") for host in range(9)]
     assert all(path.read_range(0, 9) for path in paths)
     files.away, last = {"8"}, paths[-1]
     with pytest.raises(OSError, match="connection reset"):
@@ -113,13 +113,15 @@ def test_a_host_that_is_away_is_none_of_thousands():
     files.asked.clear()
     with pytest.raises(Outage):
         last.read_range(0, 9)
-    assert files.asked == ["8/a.png"] * 3 + [f"{host}/a.png" for host in (8, 7, 6, 5)]
+    assert files.asked == ["https://8/a.png"] * 3 + [f"https://{host}/a.png" for host in (8, 7, 6, 5)]
     assert len(remote._answered[files]) == remote.HOSTS + 1
 
 
-def test_a_host_that_is_away_is_an_outage_if_few_are_needed():
+@pytest.mark.parametrize(("scheme", "count"), [("https://", remote.HOSTS), ("", 9)])
+def test_a_host_that_is_away_is_an_outage_if_few_are_needed(scheme, count):
+    """And a bucket is, however many there are."""
     files = Files()
-    paths = [RemotePath(files, f"{host}/a.png") for host in range(remote.HOSTS)]
+    paths = [RemotePath(files, f"{scheme}{host}/a.png") for host in range(count)]
     assert all(path.read_range(0, 9) for path in paths)
     files.away = {"0"}
     with pytest.raises(Outage):

@@ -20,7 +20,7 @@ from reca.data.sample import checked_size
 
 ATTEMPTS = 3  # per request
 PAUSE = 0.5  # seconds before the second attempt; doubles with each further one
-HOSTS = 4  # hosts or buckets that data may have without being a table of URLs, of which some are always gone
+HOSTS = 4  # web hosts that data may have without being a table of URLs, of which some are always gone
 REQUESTS = 16  # files that are asked about at a time when sources are opened
 BLOCK = 2**20  # bytes per read of a file that is read sequentially
 LONGEST = 300  # characters of an error: those of HTTP parsers quote what they received
@@ -51,7 +51,7 @@ class RemotePath:
 
     def __truediv__(self, name: str) -> "RemotePath":
         """Return the file of that name, with URL syntax in the name escaped."""
-        return self.listed(quote(name) if lists_by_links(self.path) else name)
+        return self.listed(quote(name) if self.is_web else name)
 
     def listed(self, name: str) -> "RemotePath":
         """Return the file of a name listed by the file system. A web server lists names that are already escaped."""
@@ -64,6 +64,10 @@ class RemotePath:
     @property
     def parent(self) -> "RemotePath":
         return RemotePath(self.fs, posixpath.dirname(self.path))
+
+    @property
+    def is_web(self) -> bool:
+        return lists_by_links(self.path)
 
     def exists(self) -> bool:
         return self._type() is not None
@@ -114,9 +118,6 @@ class RemotePath:
         self.answered(data)
         return data[:size]
 
-    def read_bytes(self) -> bytes:
-        return self.ask(self.fs.cat_file, self.path)
-
     def ask(self, function: Any, *arguments: Any, **options: Any) -> Any:
         """Call a function of the file system, with retries if the network fails.
 
@@ -161,7 +162,7 @@ class RemotePath:
             hosts = _answered.setdefault(self.fs, {})
             last = hosts.pop(self.host, None)
             hosts[self.host] = read or last
-            if len(hosts) > HOSTS + 1:
+            if self.is_web and len(hosts) > HOSTS + 1:
                 del hosts[next(iter(hosts))]
 
 
@@ -174,12 +175,12 @@ _answered: dict[Any, dict[str, RemotePath | None]] = {}
 def _still_answers(failed: RemotePath, error: OSError) -> bool | None:
     """Return whether the storage of a file answers other requests; None if it has answered none so far.
 
-    A byte is asked for of the file that was read last: at its host, or at any of many hosts.
+    A byte is asked for of the file that was read last: at its host or bucket, or at any of many web hosts.
     A host of which nothing has been read yet only answers if it has refused the file.
     """
     with _lock:
         known = _answered.get(failed.fs, {}).copy()
-    if failed.host in known and len(known) <= HOSTS:
+    if failed.host in known and not (failed.is_web and len(known) > HOSTS):
         last = known[failed.host]
         if last is None:
             return isinstance(error, PermissionError)
