@@ -88,8 +88,10 @@ def test_tars_and_parquet_over_http(serve, tmp_path):
         midjourney(tmp_path / "www" / "train-0.parquet", 0, 10)
         assert open_source(f"{address}/train-{{0..0}}.parquet", "reca")[7].image == image_bytes((7, 0, 0))
     assert len(open_source(f"{address}/*.tar", "reca")) == 12  # of a server that lists its files
-    conversations(tmp_path / "www" / "talk", row("human", "Q", "gpt", "A"))
-    assert open_source(f"{address}/talk/rows.json", "i2t")[0].text == [("Q", "A")]
+    talk = conversations(tmp_path / "www" / "talk", row("human", "Q", "gpt", "A"))
+    talk.with_suffix(".jsonl").write_text(json.dumps(row("human", "Q", "gpt", "A")) + "\n")
+    for name in ("rows.json", "rows.json?download=true", "rows.jsonl?download=true"):  # the hub's links end so
+        assert open_source(f"{address}/talk/{name}", "i2t")[0].text == [("Q", "A")]
     handler.list_directory = lambda self, path: self.send_error(404)
     with pytest.raises(DataError, match=r"no tar file matches .*page of links .* has none there. Write a r"):
         open_source(f"{address}/*.tar", "reca")

@@ -109,14 +109,13 @@ def _open_folder(path: Path, task: str, image_root: str | None, columns: Columns
 
 def _open_address(text: str, task: str, image_root: str | None, columns: ColumnsConfig) -> Source:
     """Open tars, parquet files, conversations or a folder at a URL."""
-    name = text.rpartition("/")[2]
+    name, root = text.rpartition("/")[2], remote_path(text)
     if PARQUET.search(name):
         return Parquet(expand(text, "parquet"), task, columns, image_root)
-    if task == "i2t" and JSON.search(name):
-        return Conversations(remote_path(text), image_root)
+    if task == "i2t" and JSON.search(root.name):
+        return Conversations(root, image_root)
     if task != "i2t" and TAR.search(name):
         return Tars(expand(text), task)
-    root = remote_path(text)
     try:
         if task != "i2t":
             return RemoteFolder(root, task)

@@ -59,7 +59,7 @@ class RemotePath:
 
     @property
     def name(self) -> str:
-        return posixpath.basename(self.path)
+        return posixpath.basename(self.path.partition("?")[0] if self.is_web else self.path)
 
     @property
     def parent(self) -> "RemotePath":
