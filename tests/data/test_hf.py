@@ -74,6 +74,16 @@ def test_identity_is_of_the_length_of_every_cell(tmp_path, talks):
         assert other_size == size and other != first
 
 
+def test_names_in_cells_start_from_image_root(tmp_path):
+    fsspec = pytest.importorskip("fsspec")
+    fill(tmp_path / "photos", {"a.png": image_bytes()})
+    fsspec.filesystem("memory").pipe("/photos/a.png", image_bytes())
+    datasets.Dataset.from_dict({"image": ["a.png"]}).save_to_disk(tmp_path / "saved")
+    for root in (f"{tmp_path}/photos", f"file://{tmp_path}/photos", "memory://photos"):
+        assert open_source(str(tmp_path / "saved"), "reca", root)[0].image == image_bytes()
+    fsspec.filesystem("memory").rm("/photos", recursive=True)
+
+
 def test_splits_are_chosen(tmp_path):
     datasets.DatasetDict({"train": rows(4), "test": rows(2)}).save_to_disk(tmp_path / "{two}")
     with pytest.raises(DataError, match=r"has the splits train, test: name one of them, such as .*/{two}/train"):

@@ -14,6 +14,7 @@ from reca.data.sample import Sample, digest
 from reca.data.sources.columns import choose, make_sample
 from reca.data.sources.folder import total_size
 from reca.data.sources.parquet import form_of
+from reca.data.sources.remote import AnyPath, to_path
 
 PREFIX = "hf:"
 OPTIONS = ("split", "name", "revision")
@@ -32,7 +33,7 @@ class HuggingFace:
     A sample's key is SPLIT:ROW, with rows counted from 0.
     """
 
-    def __init__(self, dataset: Any, task: str, columns: ColumnsConfig, where: str, root: Path):
+    def __init__(self, dataset: Any, task: str, columns: ColumnsConfig, where: str, root: AnyPath):
         self.task, self.root, self.split = task, root, str(dataset.split or "row")
         self.files = [file["filename"] for file in dataset.cache_files]
         forms = {field.name: form_of(field.type) for field in dataset.features.arrow_schema}
@@ -100,7 +101,7 @@ def open_saved(folder: Path, task: str, columns: ColumnsConfig, image_root: str 
         raise DataError(f"{folder} cannot be opened by datasets: {type(error).__name__}: {error}") from error
     if isinstance(found, datasets.DatasetDict):
         found = _one(found, str(folder), f"{folder}/")
-    return HuggingFace(found, task, columns, str(folder), Path(image_root or folder))
+    return HuggingFace(found, task, columns, str(folder), to_path(image_root or str(folder)))
 
 
 def open_hub(text: str, task: str, columns: ColumnsConfig, image_root: str | None) -> HuggingFace:
@@ -116,7 +117,7 @@ def open_hub(text: str, task: str, columns: ColumnsConfig, image_root: str | Non
         raise DataError(f"{text} cannot be loaded by datasets: {type(error).__name__}: {error}") from error
     if isinstance(found, datasets.DatasetDict):
         found = _one(found, text, f"{PREFIX}{hub.path}?split=")
-    return HuggingFace(found, task, columns, text, Path(image_root or "/"))
+    return HuggingFace(found, task, columns, text, to_path(image_root or "/"))
 
 
 def _parse(text: str) -> Hub:
