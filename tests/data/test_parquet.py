@@ -98,6 +98,15 @@ def test_names_in_cells_start_from_image_root(tmp_path):
         source[1]
 
 
+@pytest.mark.parametrize("start", ["iVBORw0KGgo", "/9j/", "data:image/png;base64,"])
+def test_an_image_in_base64_is_not_quoted(tmp_path, start):
+    """Its megabytes would be a line of the log, as the name of a missing file."""
+    source = opened(table(tmp_path / "t.parquet", {"image": [start + "A" * 10_000]}))
+    with pytest.raises(BadSample, match="neither a path nor a URL: store the bytes of its file .base64 is") as error:
+        source[0]
+    assert len(str(error.value)) < 200
+
+
 def test_names_in_cells_stay_below_the_root(tmp_path):
     """As those of rows in JSON do."""
     fill(tmp_path, {"photos/a.png": image_bytes(), "b.png": image_bytes(), "photos-old/c.png": image_bytes()})

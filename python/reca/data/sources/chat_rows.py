@@ -10,6 +10,7 @@ from reca.data.tasks import Turn
 from reca.data.text import encodable
 
 IMAGE = "<image>"
+LONGEST_NAME = 4096  # characters of an image's path or URL; images in base64 have more
 ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
 
 
@@ -38,6 +39,8 @@ def image_name(item: Any, root: str) -> str:
         raise BadRow("have more than one image")
     if not isinstance(image, str) or "\0" in image or not encodable(image):
         raise BadRow("have an image name that is not text")
+    if len(image) > LONGEST_NAME:
+        raise BadRow(f"have an image name of more than {LONGEST_NAME} characters (base64 is not read)")
     if "://" in image:
         raise BadRow("have an image at a URL (write its name, and the URL before it as data.image_root)")
     name = name_below(root, image)

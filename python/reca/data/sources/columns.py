@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from reca.data.config import ColumnsConfig
 from reca.data.errors import BadSample, DataError, LeftOut
 from reca.data.sample import MAX_CAPTION_BYTES, MAX_IMAGE_BYTES, Sample, checked_size, decode_caption
-from reca.data.sources.chat_rows import BadRow, absolute, name_below, turns
+from reca.data.sources.chat_rows import LONGEST_NAME, BadRow, absolute, name_below, turns
 from reca.data.sources.remote import AnyPath, is_address, lists_by_links, local_name, read_whole, to_path
 from reca.data.sources.skipped import Skipped
 
@@ -125,6 +125,11 @@ def image_bytes(cell: Any, root: AnyPath) -> bytes:
 
 def _path_of(cell: str, root: AnyPath) -> AnyPath:
     """Return the path that a cell names: a URL, or a file below the root. Raises BadSample."""
+    if len(cell) > LONGEST_NAME:
+        raise BadSample(
+            f"the image is a text of more than {LONGEST_NAME} characters, neither a path nor a URL: store the bytes of "
+            "its file (base64 is not read)"
+        )
     if "::" in cell and is_address(cell) and not lists_by_links(cell):
         raise BadSample(f"the image {cell!r} is a chain of file systems, which may end in a local file: name one file")
     if is_address(cell):

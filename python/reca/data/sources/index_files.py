@@ -24,7 +24,7 @@ from reca.data.sources.skipped import log_once
 
 LARGE = 2**24  # bytes; files of at least this size, together, get an index file
 SETTLED = 2.0  # seconds; a file that changed more recently could change again with the same time stamp
-VERSION = 4  # of all index formats; increment when the content of an index changes
+VERSION = 5  # of all index formats; increment when the content of an index changes
 
 
 def cache_folder() -> Path:
