@@ -70,7 +70,7 @@ def test_the_system_prompt_of_a_row(tmp_path, system, turns, expected):
         (GOOD | {"image": ["a.png", 1][1:]}, "have an image name that is not text"),
         (GOOD | {"image": "a\0.png"}, "have an image name that is not text"),
         (GOOD | {"image": "\ud800.png"}, "have an image name that is not text"),
-        (GOOD | {"image": "/9j/" * 2000}, "have an image name of more than 4096 characters (base64"),
+        (GOOD | {"image": "/9j/" * 2000}, "have an image name of more than 4096 characters"),
         (GOOD | {"image": "s3://bucket/a.png"}, "have an image at a URL"),
         (GOOD | {"image": "/etc/a.png"}, "have an image outside data.image_root"),
         (GOOD | {"image": "../a.png"}, "have an image outside data.image_root"),
