@@ -40,7 +40,8 @@ class ImageFolder:
     def __init__(self, root: AnyPath, task: str, files: Mapping[str, Sequence[str]], skipped: Skipped):
         """files: suffix -> names of all files that are not hidden. Raises NoImages."""
         self.task, self.skipped = task, skipped
-        self.names = sorted((n for s in IMAGE_SUFFIXES for n in files.get(s, ())), key=lambda name: name.split("/"))
+        names = (name for suffix in IMAGE_SUFFIXES for name in files.get(suffix, ()))
+        self.names = sorted(names, key=lambda name: name.replace("/", "\0"))  # by parts: no character is below NUL
         if not self.names:
             message = f"{root} has no images ({', '.join(sorted(IMAGE_SUFFIXES))}){holds(files)}"
             raise NoImages(message, files)
