@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import posixpath
 import unicodedata
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
@@ -85,6 +86,11 @@ def digest(parts: Iterable[Any]) -> str:
 def hidden(name: str) -> bool:
     """Return whether a file or folder of this name (without its parents) is hidden or made by the system."""
     return name.startswith(".") or name in HIDDEN
+
+
+def suffix_of(name: str) -> str:
+    """Return the suffix of a file name with its dot, in lower case."""
+    return posixpath.splitext(name)[1].lower()
 
 
 def checked_size(size: int, limit: int, what: str) -> int:

@@ -17,6 +17,7 @@ from reca.data.sample import (
     decode_caption,
     digest,
     hidden,
+    suffix_of,
 )
 from reca.data.sources.remote import AnyPath, read_whole
 from reca.data.sources.skipped import Skipped
@@ -111,7 +112,7 @@ def _no_folder(path: Path) -> str:
         return f"{path} {cause}"
     if head.startswith(b"PAR1"):
         return f"{path} is a parquet file with another suffix; rename it to {path.stem}.parquet"
-    if _suffix(path.name) in IMAGE_SUFFIXES:
+    if suffix_of(path.name) in IMAGE_SUFFIXES:
         return f"{path} is a single file; name its folder"
     return f"{path} is a file of an unsupported format; {takes}"
 
@@ -122,10 +123,6 @@ def total_size(paths) -> int:
         return sum(os.stat(path).st_size for path in paths)
     except (OSError, ValueError):
         return -1
-
-
-def _suffix(name: str) -> str:
-    return os.path.splitext(name)[1].lower()
 
 
 def _stem(name: str) -> str:
@@ -161,7 +158,7 @@ def _list_files(root: Path, skipped: Skipped, pool: ThreadPoolExecutor) -> dict[
             continue
         for entry, (is_folder, is_file) in zip(entries, read_many(_entry_type, entries), strict=True):
             name = f"{folder}/{entry.name}" if folder else entry.name
-            suffix = _suffix(name)
+            suffix = suffix_of(name)
             if hidden(entry.name):
                 if is_folder or suffix in IMAGE_SUFFIXES:
                     skipped.add("hidden files and folders", name)

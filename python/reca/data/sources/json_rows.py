@@ -2,10 +2,11 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Set
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from reca.data.errors import DataError
+from reca.data.sample import suffix_of
 from reca.data.sources import records
 from reca.data.sources.index_files import IndexFile
 from reca.data.sources.json_stream import parse_lines, read_items
@@ -59,7 +60,7 @@ def key_of(record: bytes) -> str:
 
 
 def holds_lines(path: AnyPath) -> bool:
-    return PurePosixPath(path.name).suffix.lower() in LINES
+    return suffix_of(path.name) in LINES
 
 
 def load_rows(path: Path, form: Form) -> list[Any]:

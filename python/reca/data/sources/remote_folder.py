@@ -1,11 +1,10 @@
 """Images below a folder at a URL, such as s3://bucket/photos."""
 
-import posixpath
 from collections import defaultdict
 from collections.abc import Sequence
 
 from reca.data.errors import DataError
-from reca.data.sample import IMAGE_SUFFIXES, checked_size, hidden
+from reca.data.sample import IMAGE_SUFFIXES, checked_size, hidden, suffix_of
 from reca.data.sources.folder import ImageFolder
 from reca.data.sources.remote import RemotePath, read_range, read_whole, reason_of
 from reca.data.sources.skipped import Skipped
@@ -23,13 +22,13 @@ class RemoteFolder(ImageFolder):
         if not found:
             raise DataError(f"data folder {root} does not exist, or is empty")
         whole = root.path.rstrip("/")
-        if whole in found and _suffix(whole) in IMAGE_SUFFIXES:
+        if whole in found and suffix_of(whole) in IMAGE_SUFFIXES:
             raise DataError(f"{root} is a single file; name its folder")
         start = f"{whole}/"
         self.sizes = {name.removeprefix(start): info.get("size") for name, info in found.items()}
         files, skipped = defaultdict(list), Skipped()
         for name in self.sizes:
-            suffix = _suffix(name)
+            suffix = suffix_of(name)
             if not any(map(hidden, name.split("/"))):
                 files[suffix].append(name)
             elif suffix in IMAGE_SUFFIXES:
@@ -44,7 +43,3 @@ class RemoteFolder(ImageFolder):
 
     def total_size(self, names: Sequence[str]) -> int:
         return sum(self.sizes[name] or 0 for name in names)
-
-
-def _suffix(name: str) -> str:
-    return posixpath.splitext(name)[1].lower()

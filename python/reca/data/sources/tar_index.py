@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from reca.data.errors import DataError, Outage
-from reca.data.sample import IMAGE_SUFFIXES, hidden
+from reca.data.sample import IMAGE_SUFFIXES, hidden, suffix_of
 from reca.data.sources import index_files
 from reca.data.sources.remote import AnyPath, reason_of
 from reca.data.sources.skipped import Skipped
@@ -79,7 +79,7 @@ def read_index(path: AnyPath, skipped: Skipped) -> list[Member]:
         name = _clean(info.name)
         if info.isdir():
             continue
-        image = posixpath.splitext(name)[1].lower() in IMAGE_SUFFIXES
+        image = suffix_of(name) in IMAGE_SUFFIXES
         if any(hidden(part) for part in name.split("/") if part not in (".", "..")):
             if image:
                 skipped.add("hidden files", f"{path}: {name}")
