@@ -445,9 +445,12 @@ def test_file_systems_that_other_code_shares_keep_their_settings(memory, monkeyp
     assert "walk" in vars(one) and not {"walk", "_walk", "retries"} & set(vars(fsspec.filesystem("memory")))
 
 
-@pytest.mark.parametrize("given", [None, {"read_timeout": 7}, {"retries": {"max_attempts": 9}}])
-def test_attempts_of_botocore_are_few_unless_the_user_sets_them(given):
-    """Its five of 15 s each would make one read of a silent network last as long as the patience with an outage."""
+@pytest.mark.parametrize("given", [None, {"max_pool_connections": 7}, {"retries": {"max_attempts": 9}}])
+def test_attempts_of_botocore_are_few_and_connections_many_unless_the_user_sets_them(given):
+    """Its five of 15 s each would make one read of a silent network last as long as the patience with an outage.
+
+    With its ten connections, 64 threads read no faster than ten.
+    """
 
     class Bucket(fsspec.AbstractFileSystem):
         protocol = "bucket"
@@ -459,4 +462,5 @@ def test_attempts_of_botocore_are_few_unless_the_user_sets_them(given):
     shared = Bucket(config_kwargs=given)
     own = remote._own(shared)
     assert own is not shared and shared.config_kwargs == (given or {})
-    assert own.config_kwargs == {"retries": {"total_max_attempts": 2}} | (given or {})
+    ours = {"retries": {"total_max_attempts": 2}, "max_pool_connections": 100}
+    assert own.config_kwargs == ours | (given or {})

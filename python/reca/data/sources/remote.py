@@ -22,6 +22,7 @@ ATTEMPTS = 3  # per request
 PAUSE = 0.5  # seconds before the second attempt; doubles with each further one
 HOSTS = 4  # web hosts that data may have without being a table of URLs, of which some are always gone
 REQUESTS = 16  # files that are asked about at a time when sources are opened
+CONNECTIONS = 100  # of one process to S3; as many as to web servers
 BLOCK = 2**20  # bytes per read of a file that is read sequentially
 LONGEST = 300  # characters of an error: those of HTTP parsers quote what they received
 LOCAL = ("file://", "local://")  # how addresses of local files begin
@@ -187,14 +188,10 @@ def _still_answers(failed: RemotePath, error: OSError) -> bool | None:
         known = {failed.host: last}
     files = [path for path in reversed(known.values()) if path][:HOSTS]
     for path in files:
-        try:
-            with _as_oserror(path):
+        with contextlib.suppress(OSError):
+            with contextlib.suppress(FileNotFoundError), _as_oserror(path):
                 path.fs.cat_file(path.path, start=0, end=1)
-        except FileNotFoundError:
             return True
-        except OSError:
-            continue
-        return True
     return False if files else None
 
 
@@ -267,11 +264,13 @@ def _own(shared: Any) -> Any:
     """Return a file system like one that fsspec shares with other code, with settings of its own.
 
     Its searches raise the error of a folder that cannot be listed, which to fsspec would be empty. It makes a request
-    once, or twice where botocore does: repetitions are up to `ask`, and would multiply.
+    once, or twice where botocore does: repetitions are up to `ask`, and would multiply. botocore's own limit of ten
+    connections would be one of data.workers.
     """
     options = dict(shared.storage_options)
     if hasattr(shared, "config_kwargs"):  # s3fs
-        options["config_kwargs"] = {"retries": {"total_max_attempts": 2}} | (options.get("config_kwargs") or {})
+        own = {"retries": {"total_max_attempts": 2}, "max_pool_connections": CONNECTIONS}
+        options["config_kwargs"] = own | (options.get("config_kwargs") or {})
     fs = type(shared)(*shared.storage_args, **options, skip_instance_cache=True)
     for name in ("walk", "_walk"):
         if (walk := getattr(fs, name, None)) is not None:
