@@ -117,6 +117,18 @@ def test_a_server_that_sends_whole_files_only(serve, tmp_path, name):
         open_source(f"{address}/{name}", "reca")
 
 
+def test_the_images_of_a_table_are_not_read_when_it_is_opened(serve, tmp_path):
+    pytest.importorskip("pyarrow")
+    from tests.data.test_parquet import table
+
+    address, handler = serve
+    (tmp_path / "www").mkdir()
+    table(tmp_path / "www" / "t.parquet", {"image": [bytes(range(256)) * 2**13] * 2})
+    copied, copyfile = [], handler.copyfile
+    handler.copyfile = lambda self, file, out: copied.append(self.left) or copyfile(self, file, out)
+    assert len(open_source(f"{address}/t.parquet", "reca")) == 2 and sum(copied) < 10_000
+
+
 def test_a_part_that_was_not_asked_for_is_an_error(serve, tmp_path):
     address, handler = serve
     tar(tmp_path / "www" / "a.tar", ("0.png", image_bytes()), ("1.png", image_bytes((9, 9, 9))))

@@ -200,7 +200,7 @@ def _footer(path: AnyPath) -> tuple[Any, str]:
     """Return what `read_footer` returns. Raises OSError if the file cannot be read."""
     from pyarrow.parquet import read_metadata
 
-    with path.open("rb") as file:
+    with path.open("rb", HEAD) as file:  # without reading ahead a megabyte of the first row group
         head = file.read(HEAD)
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 8))
