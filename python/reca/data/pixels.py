@@ -65,12 +65,9 @@ def _with_or_without_metadata(read: Callable[[bytes], T], data: bytes) -> T:
         return read(data)
     except BadImage:
         bare = without_metadata(data)
-        if bare is None or len(bare) == len(data):
-            raise
-        try:
-            return read(bare)
-        except BadImage:
-            pass
+        if bare is not None and len(bare) < len(data):
+            with contextlib.suppress(BadImage):
+                return read(bare)
         raise
 
 
