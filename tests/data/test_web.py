@@ -129,6 +129,18 @@ def test_the_images_of_a_table_are_not_read_when_it_is_opened(serve, tmp_path):
     assert len(open_source(f"{address}/t.parquet", "reca")) == 2 and sum(copied) < 10_000
 
 
+@pytest.mark.parametrize("name", ["", "talk/rows.json", "a.tar"])
+def test_no_file_may_be_compressed_on_its_way(serve, tmp_path, name):
+    """Its parts could not be asked for: some servers send all of it then, and others parts of what is compressed."""
+    address, handler = serve
+    tar(tmp_path / "www" / "a.tar", ("a.png", image_bytes()))
+    conversations(tmp_path / "www" / "talk", row("human", "Q", "gpt", "A"))
+    accepted, send_head = [], handler.send_head
+    handler.send_head = lambda self: accepted.append(self.headers["Accept-Encoding"]) or send_head(self)
+    assert open_source(f"{address}/{name}", "i2t" if "json" in name else "reca")[0].image
+    assert set(accepted) == {"identity"}
+
+
 def test_a_part_that_was_not_asked_for_is_an_error(serve, tmp_path):
     address, handler = serve
     tar(tmp_path / "www" / "a.tar", ("0.png", image_bytes()), ("1.png", image_bytes((9, 9, 9))))

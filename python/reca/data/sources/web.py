@@ -39,7 +39,8 @@ def web_files() -> WebFiles:
     """
     timeout, checks = ClientTimeout(total=None, sock_connect=STALLED, sock_read=STALLED), TraceConfig()
     checks.on_request_end.append(_check_range)
-    return WebFiles(client_kwargs={"timeout": timeout, "trace_configs": [checks]})
+    headers = {"Accept-Encoding": "identity"}  # of a file that the server compresses, no part can be read
+    return WebFiles(client_kwargs={"timeout": timeout, "trace_configs": [checks], "headers": headers})
 
 
 async def _check_range(_session: Any, _context: Any, request: TraceRequestEndParams) -> None:
