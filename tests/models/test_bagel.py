@@ -421,10 +421,10 @@ def test_a_prompt_requires_a_gradient_for_its_own_parameters_only():
     model = Adapter.load(config())
     lora.choose_trained(model, load_recipe("bagel_tiny", ["lora.rank=2", "train.roles=[gen_lm, und_lm]"]))
     model.requires_grad_(False)
-    assert not model.prompt_requires_grad(None)
+    assert not model.prompt_requires_grad()
     for name, role in model.roles().items():
         parameter = model.get_parameter(name).requires_grad_(True)
-        assert model.prompt_requires_grad(None) == (role in ("und_encoder", "bridge", "und_lm", "embed")), name
+        assert model.prompt_requires_grad() == (role in ("und_encoder", "bridge", "und_lm", "embed")), name
         parameter.requires_grad_(False)
 
 

@@ -247,7 +247,7 @@ class Network(nn.Module):
         t: Tensor | None,
     ) -> tuple[dict[str, Tensor], KVCache]:
         """Run one pass. Returns the hidden states per expert, and the cache after the pass."""
-        learn = torch.is_grad_enabled() and self.prompt_requires_grad(h_v)
+        learn = torch.is_grad_enabled() and self.prompt_requires_grad()
         rows, table = {}, self.language_model.model.embed_tokens.weight
         with torch.set_grad_enabled(learn):
             adds = [(self.vit_pos_embed.pos_embed, layout.vit_positions)] if h_v else []
@@ -272,10 +272,8 @@ class Network(nn.Module):
             return self.language_model.model.embed_tokens.weight.new_empty(0, self.config.language.hidden_size)
         return self.connector(torch.cat([tokens.flatten(0, 1) for tokens in h_v]))
 
-    def prompt_requires_grad(self, h_v: Sequence[Tensor] | None) -> bool:
-        """Tell whether the prompt needs a gradient. With RECA it does not."""
-        if h_v and any(tokens.requires_grad for tokens in h_v):
-            return True
+    def prompt_requires_grad(self) -> bool:
+        """Tell whether understanding rows, those of the noisy image's pass too, need a gradient. In RECA they do not."""
         return any_trained(self.vit_model, self.connector, self.language_model, skipped=GEN)
 
     @staticmethod
