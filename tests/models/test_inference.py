@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from reca.models.common import inference
 from reca.models.common.images import check_side, to_unit
 from reca.models.common.inference import check_pairs, warn_of_cut, warn_of_unknown_words
 from reca.models.common.tiny_tokenizer import word_tokenizer
@@ -29,7 +30,8 @@ def test_lists_of_one_length_and_seeds_with_an_address():
             check_pairs(seeds=[0, seed])
 
 
-def test_warnings_of_what_is_not_read(caplog):
+def test_warnings_of_what_is_not_read(caplog, monkeypatch):
+    monkeypatch.setattr(inference, "_WARNED", set())
     tokenizer = word_tokenizer(["a", "red", "circle"], [])
     with caplog.at_level(logging.WARNING, "reca"):
         warn_of_unknown_words(tokenizer, ["a red circle"])
@@ -37,9 +39,10 @@ def test_warnings_of_what_is_not_read(caplog):
         assert not caplog.records
         warn_of_unknown_words(tokenizer, ["a red zebra", "a zebra quux"])
         warn_of_cut([1, 3], 2)
+        warn_of_cut([4], 2)
     assert [record.getMessage() for record in caplog.records] == [
         "words outside this model's vocabulary are read as <unk>: zebra, quux",
-        "a prompt has 3 tokens, but this model reads at most 2: its end is truncated",
+        "a prompt has 3 tokens, but this model reads at most 2: its end is truncated; this is reported once",
     ]
 
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from reca.models.common import inference
 from reca.models.show_o import prompt, sampling
 from tests.models.contract import shared
 
@@ -40,8 +41,9 @@ def test_the_codes_that_are_masked_follow_the_cosine(steps, monkeypatch):
     assert torch.stack(seen).tolist() == [[count] * 2 for count in wanted]
 
 
-def test_a_prompt_that_is_truncated_still_ends(caplog):
+def test_a_prompt_that_is_truncated_still_ends(caplog, monkeypatch):
     """And is named from the first token on that is not read."""
+    monkeypatch.setattr(inference, "_WARNED", set())
     model = shared("show_o")
     v, most = model.vocabulary, model.config.max_prompt_tokens
     assert prompt.add_bos_eos([7, 8, 9], v, 5) == [v.bos, 7, 8, 9, v.eos]

@@ -273,7 +273,7 @@ class Network(nn.Module):
         return self.connector(torch.cat([tokens.flatten(0, 1) for tokens in h_v]))
 
     def prompt_requires_grad(self) -> bool:
-        """Tell whether understanding rows, those of the noisy image's pass too, need a gradient. In RECA they do not."""
+        """Tell whether understanding rows need a gradient, in the pass of the noisy image too. In RECA they do not."""
         return any_trained(self.vit_model, self.connector, self.language_model, skipped=GEN)
 
     @staticmethod

@@ -19,6 +19,7 @@ M = TypeVar("M", bound=Callable)
 
 TEXTS = frozenset({"prompts", "instructions", "questions", "answers"})
 SEEDS = 2**56  # seeds are below it, so that the counter of a sample's noise fits
+_WARNED: set[int] = set()  # limits that `warn_of_cut` has warned of
 
 
 def options_of(function: Callable) -> Callable[[M], M]:
@@ -83,10 +84,15 @@ def check_multiple(factor: int, height: int, width: int) -> None:
 
 
 def warn_of_cut(lengths: Iterable[int], most: int) -> None:
-    """Warn if a prompt has more tokens than the model's limit `most`."""
+    """Warn if a prompt has more tokens than the model's limit `most`, once per process: prompts come in batches."""
     longest = max(lengths, default=0)
-    if longest > most:
-        log.warning("a prompt has %d tokens, but this model reads at most %d: its end is truncated", longest, most)
+    if longest > most and most not in _WARNED:
+        _WARNED.add(most)
+        log.warning(
+            "a prompt has %d tokens, but this model reads at most %d: its end is truncated; this is reported once",
+            longest,
+            most,
+        )
 
 
 def truncated(prompts: Sequence[list[int]], most: int, end: int = 0) -> list[list[int]]:
