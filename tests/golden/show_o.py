@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from reca.data.batch import Batch
+from reca.models.base import LossTerm
 from reca.models.common.exporting import export_to
 from reca.models.common.tiny_tokenizer import word_tokenizer
 from reca.models.show_o import Adapter, prompt
 from reca.models.show_o.conditioner import ClipConditioner
+from reca.models.show_o.loss import Prepared, compute_loss
 from reca.models.show_o.weights import FILES
 from reca.rng import CounterRNG, RandomStream
 from reca_kernels.attention.reference import allowed as allowed_keys
@@ -41,6 +43,16 @@ def predicted(model: Adapter, batch: Batch, rng: CounterRNG) -> prompt.Layout:
     """The sequences of a batch with its images, as the loss sees them."""
     prepared = model.prepare(batch, rng)
     return prompt.apply_mask(prepared.layout, batch.features["codes"], prepared.masked, model.vocabulary)
+
+
+def mean(term: LossTerm) -> Tensor:
+    return term.sum / term.weight
+
+
+def mean_loss(model: Adapter, layout: prompt.Layout, h_v: Tensor | None = None) -> Tensor:
+    """The loss of the labels in a layout."""
+    weight = float((layout.labels != -100).sum())
+    return mean(compute_loss(model, Prepared("i2t", 0, weight, layout), {"h_v": h_v}))
 
 
 class Recorded(CounterRNG):

@@ -12,7 +12,6 @@ from reca.data.batch import Batch
 from reca.models.common.patch_codebook import PatchCodebook, PatchSizes
 from reca.models.show_o import Adapter, prompt
 from reca.models.show_o.config import ClipSizes, PhiSizes, ShowOConfig
-from reca.models.show_o.loss import cross_entropy
 from reca.models.show_o.prompt import image_rows
 from tests.golden.show_o import (
     LOGITS,
@@ -21,6 +20,8 @@ from tests.golden.show_o import (
     close_rows,
     gradient_norms,
     kept,
+    mean,
+    mean_loss,
     predicted,
     same_features,
     same_ids,
@@ -92,10 +93,6 @@ def words(rows: torch.Tensor) -> list[str]:
 
 def seen_by_clip(pixels, model):
     return F.interpolate(pixels, [model.config.clip.image_size] * 2, mode="bilinear")
-
-
-def mean(term):
-    return term.sum / term.weight
 
 
 def same_loss(ours, wanted) -> None:
@@ -196,7 +193,7 @@ def test_joint_losses_and_gradients(golden, model):
     layout = i2t_layout(golden, model)
     losses = {
         "t2i": mean(model(*t2i_case(golden))),
-        "i2t": cross_entropy(model, model.hidden(layout, features), layout.labels) / (layout.labels != -100).sum(),
+        "i2t": mean_loss(model, layout, features),
         "recon": mean(model(*clip_case(golden, model))),
     }
     for name, loss in losses.items():

@@ -10,7 +10,6 @@ from reca.data.batch import Batch
 from reca.models.show_o import Adapter, prompt, sampling
 from reca.models.show_o.conditioner import CodeConditioner
 from reca.models.show_o.config import ClipSizes, MagvitSizes, PhiSizes, ShowOConfig
-from reca.models.show_o.loss import cross_entropy
 from reca.models.show_o.masking import cosine, sample_mask
 from reca.models.show_o.prompt import image_rows
 from reca_kernels import IGNORE_INDEX, AttentionSpan, TextSegment
@@ -21,6 +20,8 @@ from tests.golden.show_o import (
     close_rows,
     ids,
     kept,
+    mean,
+    mean_loss,
     predicted,
     recorded,
     same_features,
@@ -337,14 +338,6 @@ def test_reca_logits(golden, model, case):
 
 
 # losses, gradients, an update
-
-
-def mean(term):
-    return term.sum / term.weight
-
-
-def mean_loss(model, layout, h_v=None):
-    return cross_entropy(model, model.hidden(layout, h_v), layout.labels) / (layout.labels != -100).sum()
 
 
 def same_loss(ours, wanted) -> None:

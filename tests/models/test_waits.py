@@ -19,7 +19,7 @@ from reca.data.tasks import Scored, ScoredBox
 from reca.data.transforms import make_view
 from reca.models import UMMS, umm_package
 from reca.models.bagel import config as bagel
-from reca.models.common import by_sample, scored_flow
+from reca.models.common import scored_flow
 from reca.models.harmon import config as harmon
 from reca.models.janus import config as janus
 from reca.models.janusflow import config as janusflow
@@ -272,6 +272,6 @@ def without_kernels(monkeypatch, umm, given):
         "diffusion_add_noise": diffuse,
         "diffusion_loss": diffusion,
     }
-    for module in (*modules_of(umm), by_sample, scored_flow):
+    for module in (*modules_of(umm), scored_flow):
         for name in stands.keys() & vars(module).keys():
             monkeypatch.setattr(module, name, stands[name])

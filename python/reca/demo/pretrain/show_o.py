@@ -24,11 +24,11 @@ from reca.demo.pretrain.optimize import CAPTION_BATCH, draw_batch, first_images,
 from reca.models.common.pooled_features import PooledProjector
 from reca.models.show_o import Adapter, prompt
 from reca.models.show_o.conditioner import conditioner
-from reca.models.show_o.loss import cross_entropy, i2t_samples, t2i_samples
+from reca.models.show_o.loss import i2t_samples, t2i_samples
 from reca.models.show_o.masking import sample_mask
 from reca.toy_datasets.captions import QUESTIONS, TEMPLATES, caption
 from reca.toy_datasets.dataset import ToyDataset, load_dataset
-from reca_kernels import IGNORE_INDEX
+from reca_kernels import IGNORE_INDEX, masked_linear_cross_entropy
 
 STEPS = {"shapes": 800, "jitter": 800}
 STEPS |= {"emoji": 500, "emoji-shared": 500, "emoji-shared-few": 500, "emoji-places": 1200, "emoji-varied": 2000}
@@ -95,11 +95,17 @@ class _Task(CodebookTask):
 
     def cross_entropies(self, layout: prompt.Layout, first: int, h_v: Tensor | None = None) -> list[Tensor]:
         """Compute the mean cross-entropy over labelled rows, for the `first` samples and for the others."""
-        read = layout.labels != IGNORE_INDEX
+        head, read = self.model.showo.lm_head, layout.labels != IGNORE_INDEX
         counts = [int(read[:first].sum()), int(read[first:].sum())]
         hidden = self.model.hidden(layout, h_v, read=read, read_rows=sum(counts))
         parts = zip(hidden.tensor_split([first]), layout.labels.tensor_split([first]), counts, strict=True)
-        return [cross_entropy(self.model, rows, labels, count) / count for rows, labels, count in parts]
+        return [
+            masked_linear_cross_entropy(
+                rows.flatten(0, 1), head.weight, labels.flatten(), head.bias, reduction="sum", max_labelled=count
+            )
+            / count
+            for rows, labels, count in parts
+        ]
 
 
 def with_words(layout: prompt.Layout, words: Tensor, behind: int = 0) -> prompt.Layout:  # int64 [B, n]

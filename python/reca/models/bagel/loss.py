@@ -20,8 +20,9 @@ from reca.models.base import LossTerm
 from reca.models.common import by_sample
 from reca.models.common.inference import check_template
 from reca.models.common.scored_flow import scored_flow_loss, token_rewards
+from reca.models.common.token_loss import count_labels, token_loss
 from reca.rng import CounterRNG, RandomStream
-from reca_kernels import flow_matching_add_noise, flow_matching_loss, masked_linear_cross_entropy
+from reca_kernels import flow_matching_add_noise, flow_matching_loss
 from reca_kernels.host import on_device
 
 Size = tuple[int, int]  # height and width of an image in tokens
@@ -77,7 +78,7 @@ def prepare(net: Network, batch: Batch, rng: CounterRNG) -> Prepared:
     layout = net.layout(items)
     made = batch.task, rng.seed
     if batch.task == "i2t":
-        return Prepared(*made, float(layout.labelled), batch.host_ids, items, layout, None)
+        return Prepared(*made, count_labels(layout.labels), batch.host_ids, items, layout, None)
     image = net.layout(wanted, layout.next_positions)
     tokens = float(sum(height * width for height, width in sizes))
     rewards = None
@@ -116,29 +117,21 @@ def compute_loss(net: Network, prepared: Prepared, features: dict[str, Any], rng
     """Compute the sum of the velocity's MSE over image tokens, or of the cross-entropy over labels."""
     given, prepared = _prompt(net, prepared, features)
     if prepared.image is None:
-        total, samples = answer_loss(net, given, prepared.prompt, prepared.by_sample)
-    else:
-        layouts, scored = (prepared.prompt, prepared.image), (prepared.rewards, features.get("target"))
-        total, samples = flow_loss(
-            net, given, *layouts, features["moments"], prepared.sample_ids, rng, *scored, prepared.by_sample
-        )
+        return reply_loss(net, prepared, given)
+    layouts, scored = (prepared.prompt, prepared.image), (prepared.rewards, features.get("target"))
+    total, samples = flow_loss(
+        net, given, *layouts, features["moments"], prepared.sample_ids, rng, *scored, prepared.by_sample
+    )
     return LossTerm.of(total, prepared, samples)
 
 
-def answer_loss(net: Network, given: Prompt, layout: Layout, per_sample: bool) -> tuple[Tensor, Tensor | None]:
-    """Compute the sum of the next-token cross-entropy of answers, and with `per_sample` that of each sample.
-
-    Logits are computed for labelled rows only.
-    """
+def reply_loss(net: Network, prepared: Prepared, given: Prompt) -> LossTerm:
+    """Compute the sum of the next-token cross-entropy of answers; logits are computed for labelled rows only."""
+    layout = prepared.prompt
     hidden, _ = net.prefill(given, layout=layout)
-    labels, head, samples = on_device(layout.labels, hidden.device), net.language_model.lm_head, None
-    total = masked_linear_cross_entropy(hidden, head.weight, labels, reduction="sum", max_labelled=layout.labelled)
-    if per_sample:
-        rows = [split.und for split in layout.splits]
-        owners = torch.repeat_interleave(torch.tensor([split.sample for split in layout.splits]), torch.tensor(rows))
-        owners = on_device(owners, hidden.device)
-        samples = by_sample.cross_entropy(hidden, head, labels, owners, len(given.items), layout.labelled)
-    return total, samples
+    rows = torch.tensor([split.und for split in layout.splits])
+    owners = torch.tensor([split.sample for split in layout.splits]).repeat_interleave(rows)
+    return token_loss(hidden, net.language_model.lm_head, layout.labels, prepared, owners)
 
 
 def flow_loss(
@@ -210,7 +203,7 @@ def _prompt(net: Network, prepared: Prepared, features: dict[str, Any]) -> tuple
     sizes = [(x.shape[1] // patch, x.shape[2] // patch) if clean else tuple(x.shape[:2]) for x in h_v]
     if sizes != [tuple(items[0]) for items in prepared.items]:
         items = [[type(first)(*size), *text] for size, (first, *text) in zip(sizes, prepared.items, strict=True)]
-        prepared = replace(prepared, items=items, prompt=net.layout(items))
+        prepared = replace(prepared, items=items, prompt=net.layout(items).to(net.device))
     return given_images(net, prepared.items, h_v), prepared
 
 

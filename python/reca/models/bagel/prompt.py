@@ -106,7 +106,6 @@ class Layout:
     positions         rotary positions per expert, int64 [U] and [G]
     splits            the splits of the pass, in order
     next_positions    rotary position of each sample after the pass
-    labelled          number of labels
     """
 
     src: Tensor
@@ -117,7 +116,6 @@ class Layout:
     positions: dict[str, Tensor]
     splits: list[Split]
     next_positions: list[int]
-    labelled: int
 
     def to(self, device: torch.device) -> "Layout":
         moved: dict[str, Any] = {
@@ -175,8 +173,7 @@ def layout(
         ends.append(position)
     plan = concat_plan(segments)
     rotary = {UND: _cat(und_at), GEN: _cat(gen_at)}
-    labelled = int((plan.labels != IGNORE_INDEX).sum())
-    return Layout(plan.src, _cat(vit_at), plan.labels, _cat(latent_at), _cat(image_ids), rotary, splits, ends, labelled)
+    return Layout(plan.src, _cat(vit_at), plan.labels, _cat(latent_at), _cat(image_ids), rotary, splits, ends)
 
 
 def image_tokens(items: Sequence[Item]) -> int:

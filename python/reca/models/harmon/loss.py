@@ -13,12 +13,12 @@ from reca.models import base
 from reca.models.base import LossTerm
 from reca.models.common import by_sample
 from reca.models.common.chat import Prompt
+from reca.models.common.token_loss import count_labels, token_loss
 from reca.models.harmon import modules, prompt
 from reca.models.harmon.masking import Masking, masked_counts
 from reca.models.harmon.modules import Network
-from reca.models.token_loss import token_loss
 from reca.rng import CounterRNG, RandomStream
-from reca_kernels import IGNORE_INDEX, diffusion_add_noise, diffusion_loss, diffusion_schedule
+from reca_kernels import diffusion_add_noise, diffusion_loss, diffusion_schedule
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def _prepare_replies(net: Network, batch: Batch, rng: CounterRNG) -> Prepared:
     grid = _grid(net, batch, "und", "h_v")
     prompts = [net.conversation(tuple(turns)) for turns in batch.text]
     layout = prompt.layout(prompts, net.config.mar.buffers, grid[0] * grid[1])
-    weight = float(int((layout.labels != IGNORE_INDEX).sum()))
+    weight = count_labels(layout.labels)
     return Prepared(batch.task, rng.seed, weight, rng.fold_in(int(batch.host_ids[0])).seed, layout)
 
 

@@ -8,12 +8,12 @@ from torch import Tensor
 from reca.data.batch import Batch
 from reca.models import base
 from reca.models.base import LossTerm
+from reca.models.common.token_loss import count_labels, token_loss
 from reca.models.janus import prompt
 from reca.models.janus.modules import Network, SharedLlama
 from reca.models.janus.prompt import Layout, Segment
-from reca.models.token_loss import token_loss
 from reca.rng import CounterRNG, RandomStream
-from reca_kernels import IGNORE_INDEX, TextSegment, VisualSegment
+from reca_kernels import TextSegment, VisualSegment
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def prepare(net: Network, batch: Batch, rng: CounterRNG) -> Prepared:
 def replies(net: SharedLlama, batch: Batch) -> tuple[float, Layout]:
     """Lay out the conversations of a batch. Return the number of labelled tokens, too."""
     layout = prompt.layout([net.conversation(turns) for turns in batch.text], net.vocabulary)
-    return float((layout.labels != IGNORE_INDEX).sum()), layout
+    return count_labels(layout.labels), layout
 
 
 def image_prompts(net: SharedLlama, batch: Batch, rng: CounterRNG) -> tuple[list[list[Segment]], list[bool]]:

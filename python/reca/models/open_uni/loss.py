@@ -14,9 +14,9 @@ from reca.models.common import by_sample
 from reca.models.common.chat import Prompt
 from reca.models.common.inference import check_template
 from reca.models.common.scored_flow import scored_flow_loss, token_rewards
+from reca.models.common.token_loss import count_labels, token_loss
 from reca.models.open_uni import modules, prompt
 from reca.models.open_uni.modules import Network
-from reca.models.token_loss import token_loss
 from reca.rng import CounterRNG, RandomStream
 from reca_kernels import attention_plan, flow_matching_add_noise, flow_matching_loss
 
@@ -52,7 +52,7 @@ def prepare(net: Network, batch: Batch, rng: CounterRNG) -> Prepared:
         most = prompt.MAX_LENGTH - hv_tokens
         prompts = [prompt.conversation(net.tokenizer, turns, most) for turns in batch.text]
         layout = prompt.layout(prompts, hv_tokens, "right")
-        return Prepared(*made, float(layout.labelled), batch.host_ids, layout)
+        return Prepared(*made, count_labels(layout.labels), batch.host_ids, layout)
     side = "left" if batch.task == "reca" else "right"
     layout = prompt.layout(sample_prompts(net, batch, rng), hv_tokens, side, net.config.queries)
     rewards = None

@@ -14,7 +14,7 @@ from reca.models.common import chat
 from reca.models.common.chat import END, START, Prompt, caption_request, chat_turn, reply_start
 from reca.models.common.planned import padded
 from reca.models.common.text import control, encode
-from reca_kernels import IGNORE_INDEX, AttentionSpan, concat_plan
+from reca_kernels import AttentionSpan, concat_plan
 from reca_kernels.host import on_device
 
 IMAGE, END_OF_IMAGE, CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
@@ -77,11 +77,6 @@ class Layout(NamedTuple):
     def to(self, device: torch.device) -> "Layout":
         src, labels, positions = (on_device(x, device) for x in (self.src, self.labels, self.positions))
         return self._replace(src=src, labels=labels, positions=positions)
-
-    @property
-    def labelled(self) -> int:
-        """Return the number of labels. On a GPU this would synchronise, so call it on the host."""
-        return int((self.labels != IGNORE_INDEX).sum())
 
     def spans(self) -> list[tuple[AttentionSpan, ...]]:
         """Return the attention spans of each sample's prompt."""

@@ -10,14 +10,14 @@ from reca.data.batch import Batch
 from reca.data.tasks import Turn
 from reca.models import base
 from reca.models.base import LossTerm
+from reca.models.common.token_loss import count_labels, token_loss
 from reca.models.show_o import prompt
 from reca.models.show_o.conditioner import Conditioner, conditioner
 from reca.models.show_o.masking import sample_mask
 from reca.models.show_o.modules import Network
 from reca.models.show_o.prompt import Layout
-from reca.models.token_loss import token_loss
 from reca.rng import CounterRNG, RandomStream
-from reca_kernels import IGNORE_INDEX, masked_linear_cross_entropy
+from reca_kernels import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ def prepare(net: Network, batch: Batch, rng: CounterRNG) -> Prepared:
     """Lay out the sequences of a batch and draw the masks of its images."""
     make = {"reca": _reca_samples, "t2i": t2i_samples, "i2t": i2t_samples}[batch.task]
     layout, masked = prompt.layout(make(net, batch, rng), net.vocabulary), None
-    labelled = int((layout.labels != IGNORE_INDEX).sum())
+    labelled = count_labels(layout.labels)
     if batch.task != "i2t":
         masked = sample_mask(rng, batch.host_ids, net.image_tokens)
         labelled += int(masked.sum())
-    return Prepared(batch.task, rng.seed, float(labelled), layout, masked)
+    return Prepared(batch.task, rng.seed, labelled, layout, masked)
 
 
 def compute_loss(net: Network, prepared: Prepared, features: dict[str, Any]) -> LossTerm:
@@ -60,17 +60,6 @@ def compute_loss(net: Network, prepared: Prepared, features: dict[str, Any]) -> 
     read = layout.labels != IGNORE_INDEX
     hidden = net.hidden(layout, h_v, prompt_requires_grad, read=read, read_rows=int(prepared.weight))
     return token_loss(hidden, net.showo.lm_head, layout.labels, prepared)
-
-
-def cross_entropy(net: Network, hidden: Tensor, labels: Tensor, labelled: int | None = None) -> Tensor:
-    """Compute the sum of the cross-entropy over labelled rows.
-
-    hidden: [B, L, H]; labels: [B, L]; labelled: number of labelled rows, if known on the host.
-    """
-    head = net.showo.lm_head
-    return masked_linear_cross_entropy(
-        hidden.flatten(0, 1), head.weight, labels.flatten(), head.bias, reduction="sum", max_labelled=labelled
-    )
 
 
 def _reca_samples(net: Network, batch: Batch, rng: CounterRNG) -> list[prompt.Sample]:
