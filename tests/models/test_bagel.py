@@ -27,6 +27,7 @@ from reca.models.bagel.transformer import GEN, UND, KVCache, PackedPass, rotary_
 from reca.models.base import ROLES
 from reca.models.common.ldm_autoencoder import to_ldm
 from reca.models.common.patch_codec import PatchSizes
+from reca.models.common.tiny_tokenizer import word_tokenizer
 from reca.optim import freeze, make_optimizer
 from reca.rng import CounterRNG, RandomStream
 from reca.runs.lineage import load_trained
@@ -809,16 +810,19 @@ def test_folders_that_do_not_fit(folder, tmp_path):
         Adapter.load(config(overlay="somewhere.safetensors"))
 
 
-def test_tokenizers_that_do_not_fit():
-    with pytest.raises(ValueError, match="tokens, but model.language.vocab_size=96"):
+def test_tokenizers_that_do_not_fit(tmp_path):
+    with pytest.raises(ValueError, match="ids up to 104, but model.language.vocab_size=96"):
         Adapter.load(config(words=[f"word{i}" for i in range(100)]))
-
-    class Other(PublishedTokenizer):
-        def get_vocab(self):
-            return {"<|im_start|>": 0}
-
+    word_tokenizer(WORDS, [prompt.BEGIN]).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"lacks <\|im_end\|>, <\|vision_start\|>"):
-        Adapter(config(), Other())
+        Adapter.load(config(tokenizer=str(tmp_path)))
+    word_tokenizer(WORDS, prompt.SPECIAL_TOKENS).save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"]["vocab"]["square"] = 101  # fewer tokens than the table has rows, one of them beyond
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="ids up to 101, but model.language.vocab_size=96"):
+        Adapter.load(config(tokenizer=str(tmp_path)))
 
 
 def test_every_parameter_has_a_role(plain):

@@ -18,7 +18,7 @@ from reca.models.common.exporting import export_to
 from reca.models.common.hub import TOKENIZER, beside, fetch, fetch_tokenizer
 from reca.models.common.kl_codec import KlCodec
 from reca.models.common.ldm_autoencoder import to_diffusers, to_ldm
-from reca.models.common.text import read_tokenizer
+from reca.models.common.text import check_tokenizer, read_tokenizer
 from reca.models.common.tiny_tokenizer import word_tokenizer
 from reca.models.common.weight_files import (
     INDEX,
@@ -119,7 +119,7 @@ def kept_dtype(config: BagelConfig, name: str) -> torch.dtype:
 def load_tokenizer(config: BagelConfig, local: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer of the recipe or of the weights, or build a word tokenizer for a random model.
 
-    Raises ValueError if there is none, or if it has more tokens than the embedding table.
+    Raises ValueError if there is none, or if it lacks control tokens or has ids beyond the embedding table.
     """
     source = fetch_tokenizer(config, DOWNLOADS, local)
     if source is None:
@@ -131,11 +131,7 @@ def load_tokenizer(config: BagelConfig, local: bool = False) -> PreTrainedTokeni
             f"{source.absolute()} contains no tokenizer ({', '.join(TOKENIZER_FILES)}); set model.tokenizer, such as "
             "model.tokenizer=ByteDance-Seed/BAGEL-7B-MoT"
         )
-    if len(tokenizer) > config.language.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, but model.language.vocab_size={config.language.vocab_size}; "
-            "raise it, or set model.tokenizer to that of the weights"
-        )
+    check_tokenizer(tokenizer, prompt.SPECIAL_TOKENS, config.language.vocab_size, "BAGEL")
     return tokenizer
 
 

@@ -70,7 +70,10 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[str], r
     if missing := [token for token in tokens if token not in known]:
         raise ValueError(f"the tokenizer lacks {', '.join(missing)}; {model} needs {', '.join(tokens)}")
     if (largest := max(known.values())) >= rows:
-        raise ValueError(f"the tokenizer has ids up to {largest}, but model.language.vocab_size={rows}")
+        raise ValueError(
+            f"the tokenizer has ids up to {largest}, but model.language.vocab_size={rows}; raise it, or set "
+            "model.tokenizer to that of the weights"
+        )
 
 
 class Remembered:
