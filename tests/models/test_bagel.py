@@ -792,7 +792,7 @@ def test_folders_that_do_not_fit(folder, tmp_path):
     for source, words in (
         (
             spoiled("llm_config.json", '{"rope_theta": 1e4}'),
-            "llm_config.json has rope_theta 10000.0, but the recipe has model.l",
+            r"llm_config.json does not fit the recipe: rope_theta is 10000.0, .* 1000000.0 \(model.lang",
         ),
         (spoiled("ema.safetensors"), "contains none of ema.safetensors"),
         (spoiled("model.safetensors", ""), "ema.safetensors and model.safetensors; name the file"),

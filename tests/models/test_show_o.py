@@ -412,7 +412,7 @@ def test_wrong_folders(folder, tmp_path):
 def test_tokenizer_of_a_wrong_length(folder, tmp_path):
     tokenizer = word_tokenizer([*WORDS, "more"], [prompt.END_OF_TEXT])
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"llm_vocab_size is \d+, but model\.tokenizer makes it \d+"):
+    with pytest.raises(ValueError, match=r"llm_vocab_size is \d+, but the recipe makes it \d+ \(model\.tokenizer\)"):
         Adapter.load(replace(tiny(), weights=str(folder), tokenizer=str(tmp_path)))
 
 
@@ -439,9 +439,9 @@ def test_end_of_text_may_be_the_unknown_token(tmp_path):
 @pytest.mark.parametrize(
     "given, said",
     [
-        ({"understanding": "vq"}, "w_clip_vit is True, but model.understanding makes it False"),
-        ({"image_size": 24}, "num_vq_tokens is 25, but model.image_size"),
-        ({"patches": replace(tiny().patches, entries=100)}, "codebook_size is 145, but model.codec"),
+        ({"understanding": "vq"}, r"w_clip_vit is True, but the recipe makes it False \(model.understanding\)"),
+        ({"image_size": 24}, r"num_vq_tokens is 25, .* \(model.image_size"),
+        ({"patches": replace(tiny().patches, entries=100)}, r"codebook_size is 145, .* \(model.codec"),
     ],
 )
 def test_recipe_that_does_not_fit_the_checkpoint(folder, given, said):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from reca.io.files import lost_links, read_json
+from reca.io.files import lost_links
 from reca.models.bagel import prompt
 from reca.models.bagel.config import BagelConfig
 from reca.models.bagel.modules import Network, PositionTable, role
@@ -18,6 +18,7 @@ from reca.models.common.exporting import export_to
 from reca.models.common.hub import TOKENIZER, beside, fetch, fetch_tokenizer
 from reca.models.common.kl_codec import KlCodec
 from reca.models.common.ldm_autoencoder import to_diffusers, to_ldm
+from reca.models.common.published_json import check_json
 from reca.models.common.text import check_tokenizer, read_tokenizer
 from reca.models.common.tiny_tokenizer import word_tokenizer
 from reca.models.common.weight_files import (
@@ -154,17 +155,9 @@ def read(source: Path) -> dict[str, Tensor]:
 
 def check_sizes(folder: Path, config: BagelConfig) -> None:
     """Raise ValueError if llm_config.json or vit_config.json of the weights contradicts the recipe."""
-    wrong = []
     for file, section in (("llm_config.json", "language"), ("vit_config.json", "vision")):
-        if not (folder / file).is_file():
-            continue
-        found, sizes = read_json(folder / file), getattr(config, section)
-        for key in sizes.__dataclass_fields__:
-            if key in found and found[key] != getattr(sizes, key):
-                own = f"model.{section}.{key}={getattr(sizes, key)}"
-                wrong.append(f"{file} has {key} {found[key]}, but the recipe has {own}")
-    if wrong:
-        raise ValueError(f"{folder} does not fit the recipe: {'; '.join(wrong)}")
+        sizes = vars(getattr(config, section)).items()
+        check_json(folder / file, [(key, value, f"model.{section}.{key}") for key, value in sizes])
 
 
 def published_configs(config: BagelConfig, bos: int, eos: int) -> dict[str, dict]:

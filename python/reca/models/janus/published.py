@@ -1,6 +1,5 @@
 """JSON files of the two published layouts, from which public code reads sizes, preprocessing and tokens."""
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,46 +8,30 @@ from transformers import JanusConfig as NativeConfig
 from transformers.models.janus.configuration_janus import JanusVisionConfig, JanusVQVAEConfig
 
 from reca.io.files import read_json
+from reca.models.common.published_json import check_json
 from reca.models.janus.config import JanusConfig, LlamaSizes, VisionSizes
 from reca.models.janus.prompt import IMAGE, Vocabulary
 
 PREPROCESSOR = "preprocessor_config.json"
 HALF = [0.5, 0.5, 0.5]  # mean and standard deviation of pixels in [0, 1]
+LANGUAGE = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
+            "vocab_size", "rms_norm_eps")  # fmt: skip
 
 
 def check_config(folder: Path, config: JanusConfig) -> None:
     """Raise ValueError if the config.json of a published folder contradicts the recipe."""
-    if not (path := folder / "config.json").is_file():
-        return
-    native = read_json(path).get("model_type") == "janus"
+    path = folder / "config.json"
+    native = path.is_file() and read_json(path).get("model_type") == "janus"
     rows = [(transformers if native else theirs, value, key) for theirs, transformers, value, key in described(config)]
-    compare(path, [(place, value, key) for place, value, key in rows if place is not None])
-
-
-def compare(path: Path, rows: Sequence[tuple[str, Any, str]]) -> None:
-    """Raise ValueError if a JSON file contradicts the recipe. Keys that the file lacks are not checked.
-
-    rows: (dotted path in the file, the recipe's value, its recipe key).
-    """
-    found, wrong = read_json(path), []
-    for place, value, key in rows:
-        given: Any = found
-        for part in place.split("."):
-            given = given.get(part) if isinstance(given, Mapping) else None
-        if given is not None and given != value:
-            wrong.append(f"{place} is {given}, but the recipe has {key}={value}")
-    if wrong:
-        raise ValueError(f"{path} does not fit the recipe: {'; '.join(wrong)}")
+    check_json(path, [(place, value, key) for place, value, key in rows if place is not None])
 
 
 def described(config: JanusConfig) -> list[tuple[str | None, str | None, Any, str]]:
     """Return the sizes as (path in DeepSeek's config.json, in transformers', value, recipe key); None: not in it."""
     language, vision, vq = config.language, config.vision, config.vq
-    keys = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
-            "vocab_size", "rms_norm_eps")  # fmt: skip
     rows: list[tuple[str | None, str | None, Any, str]] = [
         (f"language_config.{key}", f"text_config.{key}", getattr(language, key), f"model.language.{key}")
-        for key in keys
+        for key in LANGUAGE
     ]
     for key in ("hidden_size", "num_attention_heads", "num_hidden_layers", "patch_size"):
         rows.append((None, f"vision_config.{key}", getattr(vision, key), f"model.vision.{key}"))
@@ -77,10 +60,6 @@ def entries(config: JanusConfig) -> tuple[int, str]:
 def deepseek_files(config: JanusConfig) -> dict[str, dict]:
     """Return the JSON files that the package `janus` reads besides weights and tokenizer."""
     language, width = config.language, config.language.hidden_size
-
-    def part(kind: str, cls: str, **params: Any) -> dict:
-        return {"cls": cls, "model_type": kind, "params": params}
-
     mlp = {"depth": 2, "n_embed": width, "projector_type": "mlp_gelu"}
     codes, _ = entries(config)
     return {
@@ -104,6 +83,11 @@ def deepseek_files(config: JanusConfig) -> dict[str, dict]:
         },
         **processor_files(config.vision),
     }
+
+
+def part(kind: str, cls: str, **params: Any) -> dict[str, Any]:
+    """Return the section of a module in DeepSeek's config.json. cls: its class there."""
+    return {"cls": cls, "model_type": kind, "params": params}
 
 
 def tower(vision: VisionSizes) -> dict[str, Any]:

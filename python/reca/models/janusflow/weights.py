@@ -18,9 +18,10 @@ from reca.models.common.exporting import export_to
 from reca.models.common.hub import TOKENIZER, beside, fetch
 from reca.models.common.kl_codec import KlCodec
 from reca.models.common.ldm_autoencoder import renew_attention
+from reca.models.common.published_json import check_json
 from reca.models.common.weight_files import assign_state_dict, cast_parameters, init_on_meta, init_random, read_tensors
 from reca.models.janus import weights as janus
-from reca.models.janus.published import HALF, PREPROCESSOR, compare, language_file, processor_files, tower
+from reca.models.janus.published import HALF, LANGUAGE, PREPROCESSOR, language_file, part, processor_files, tower
 from reca.models.janus.weights import DTYPES, TokenizerNeeds
 from reca.models.janusflow import prompt
 from reca.models.janusflow.config import JanusFlowConfig
@@ -83,9 +84,9 @@ def read_codec(config: JanusFlowConfig, source: Path) -> dict[str, Tensor]:
             f"{folder.absolute()} contains no {CODEC}; set model.codec_weights, such as "
             "model.codec_weights=stabilityai/sdxl-vae"
         )
-    if config.codec == "sdxl" and (folder / "config.json").is_file():
+    if config.codec == "sdxl":
         rows = vars(config.autoencoder).items()
-        compare(folder / "config.json", [(key, value, f"model.autoencoder.{key}") for key, value in rows])
+        check_json(folder / "config.json", [(key, value, f"model.autoencoder.{key}") for key, value in rows])
     return read_tensors(folder / CODEC)
 
 
@@ -114,9 +115,8 @@ def check_files(folder: Path, config: JanusFlowConfig) -> None:
     Different preprocessing of pixels is only logged, since the published preprocessor_config.json was not available.
     """
     path, preprocessor = folder / "config.json", folder / PREPROCESSOR
+    check_json(path, described(config))
     found = read_json(path) if path.is_file() else {}
-    if found:
-        compare(path, described(config))
     tower_says = (found.get("vision_und_enc_config") or {}).get("params") or {}
     warn_of_pixels(path, tower_says, {"pixel_mean": HALF, "pixel_std": HALF})
     if preprocessor.is_file():
@@ -140,9 +140,7 @@ def described(config: JanusFlowConfig) -> list[tuple[str, Any, str]]:
     """Return the sizes as tuples (path in config.json, value, recipe key)."""
     language, sizes, channels = config.language, config.generation, latent_channels(config)
     encoder, decoder = "vision_gen_enc_config.params", "vision_gen_dec_config.params"
-    keys = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
-            "vocab_size", "rms_norm_eps")  # fmt: skip
-    rows = [(f"language_config.{key}", getattr(language, key), f"model.language.{key}") for key in keys]
+    rows = [(f"language_config.{key}", getattr(language, key), f"model.language.{key}") for key in LANGUAGE]
     for place, name, blocks in (
         (encoder, "input_channels", "encoder_blocks"),
         (decoder, "out_channels", "decoder_blocks"),
@@ -170,10 +168,6 @@ def published_files(config: JanusFlowConfig) -> dict[str, dict]:
     language, sizes, (channels, _) = config.language, config.generation, latent_channels(config)
     both = {"block_out_channels": [sizes.width], "hidden_size": language.hidden_size, "norm_eps": sizes.norm_eps,
             "use_bias": True, "use_mid_block": True}  # fmt: skip
-
-    def part(kind: str, cls: str, **params: Any) -> dict:
-        return {"cls": cls, "model_type": kind, "params": params}
-
     return {
         "config.json": {
             "model_type": "multi_modality",

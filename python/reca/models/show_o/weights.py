@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from reca.io.files import lost_links, read_json
+from reca.io.files import lost_links
 from reca.models.common.exporting import export_to
 from reca.models.common.hub import TOKENIZER, beside, fetch, fetch_tokenizer
 from reca.models.common.pooled_features import assign_weights
+from reca.models.common.published_json import check_json
 from reca.models.common.text import read_tokenizer
 from reca.models.common.tiny_tokenizer import UNKNOWN, word_tokenizer
 from reca.models.common.weight_files import assign_state_dict, cast_parameters, init_on_meta, init_random, read_tensors
@@ -48,7 +49,8 @@ def load(cls: type[N], config: ShowOConfig) -> N:
     else:
         with init_on_meta():
             net = cls(config, tokenizer)
-        check(read_config(folder), described(net), str(folder))
+        for inner in (folder, folder / TRAINER):
+            check_json(inner / "config.json", described(net))
         assign_state_dict(published_parts(net), read(folder), str(folder), DTYPES[config.dtype])
     if source := _part_source(config.codec_weights, folder, "codec"):
         assign_state_dict(net.codec, read(source), str(source), torch.float32)
@@ -75,7 +77,7 @@ def export(net: Network, folder: Path) -> list[str]:
     config = {
         "_class_name": "Showo",
         "_diffusers_version": "0.30.1",
-        **{key: value for key, (value, _) in described(net).items()},
+        **{key: value for key, value, _ in described(net)},
         "llm_model_path": "microsoft/phi-1_5",
         "load_from_showo": True,
     }
@@ -109,17 +111,17 @@ def published_parts(net: Network) -> nn.ModuleDict:
     return nn.ModuleDict({name: getattr(net, name) for name in names})
 
 
-def described(net: Network) -> dict[str, tuple]:
-    """Return the entries of Show-o's config.json: key -> (value, recipe keys that determine it)."""
+def described(net: Network) -> list[tuple[str, Any, str]]:
+    """Return the entries of Show-o's config.json: key, value, recipe keys that determine it."""
     v = net.vocabulary
-    return {
-        "codebook_size": (v.codes, "model.codec with its sizes"),
-        "llm_vocab_size": (v.offset - len(prompt.SPECIAL_TOKENS), "model.tokenizer"),
-        "mask_token_id": (v.mask, "model.tokenizer with the codebook"),
-        "num_vq_tokens": (net.image_tokens, "model.image_size with the codec's sizes"),
-        "vocab_size": (v.size, "model.tokenizer with the codebook"),
-        "w_clip_vit": (net.uses_clip, "model.understanding"),
-    }
+    return [
+        ("codebook_size", v.codes, "model.codec with its sizes"),
+        ("llm_vocab_size", v.offset - len(prompt.SPECIAL_TOKENS), "model.tokenizer"),
+        ("mask_token_id", v.mask, "model.tokenizer with the codebook"),
+        ("num_vq_tokens", net.image_tokens, "model.image_size with the codec's sizes"),
+        ("vocab_size", v.size, "model.tokenizer with the codebook"),
+        ("w_clip_vit", net.uses_clip, "model.understanding"),
+    ]
 
 
 def load_tokenizer(config: ShowOConfig, local: bool = False) -> PreTrainedTokenizerBase:
@@ -180,45 +182,14 @@ def read(folder: Path) -> dict[str, Tensor]:
                      f"{lost_links(folder)}")  # fmt: skip
 
 
-def read_config(folder: Path) -> dict:
-    """Read the config.json of a Show-o folder; {} if there is none."""
-    for path in (folder / "config.json", folder / TRAINER / "config.json"):
-        if path.is_file():
-            return read_json(path)
-    return {}
-
-
-def check(found: dict, wanted: dict, where: str) -> None:
-    """Raise ValueError if config.json contradicts the recipe.
-
-    wanted: config.json key -> (value, recipe keys that determine it).
-    """
-    wrong = [
-        f"{key} is {found[key]}, but {source} makes it {value}"
-        for key, (value, source) in wanted.items()
-        if key in found and found[key] != value
-    ]
-    if wrong:
-        raise ValueError(f"{where}/config.json does not fit the recipe: {'; '.join(wrong)}")
-
-
-def split(state: dict[str, Tensor], *prefixes: str) -> list[dict[str, Tensor]]:
-    """Group tensors by name prefix, with the prefix removed. The last group has the tensors without any prefix."""
-    parts: list[dict[str, Tensor]] = [{} for _ in (*prefixes, None)]
-    for name, tensor in state.items():
-        at = next((i for i, prefix in enumerate(prefixes) if name.startswith(prefix)), len(prefixes))
-        parts[at][name.removeprefix(prefixes[at]) if at < len(prefixes) else name] = tensor
-    return parts
-
-
 def clip_tower(state: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
     """Select the first `layers` layers of CLIP's vision tower, with the names of transformers 5.
 
     Accepts files of transformers 4 (prefix `vision_model.`) and 5, with or without the text tower.
     """
-    inner, rest = split(state, "vision_model.")
-    kept = {}
-    for name, tensor in (inner or rest).items():
+    prefix, kept = "vision_model.", {}
+    inner = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    for name, tensor in (inner or state).items():
         layer = name.removeprefix("encoder.layers.").split(".")[0] if name.startswith("encoder.layers.") else "0"
         if int(layer) < layers and not name.startswith("post_layernorm.") and name != "embeddings.position_ids":
             kept[name] = tensor
