@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from reca.data.batch import Batch
-from reca.models.common.patch_codebook import PatchCodebook, PatchSizes
+from reca.models.common.patch_codebook import CodebookSizes, PatchCodebook
 from reca.models.show_o import Adapter, prompt
 from reca.models.show_o.config import ClipSizes, PhiSizes, ShowOConfig
 from reca.models.show_o.prompt import image_rows
@@ -46,7 +46,7 @@ def recipe(config: dict, folder) -> ShowOConfig:
         phi=PhiSizes(**{name: phi[name] for name in PhiSizes.__dataclass_fields__ if name in phi}),
         clip=ClipSizes(**{name: clip[name] for name in ClipSizes.__dataclass_fields__}),
         codec="patches",  # the codes are given
-        patches=PatchSizes(config["resolution"] // grid, config["codebook_size"]),
+        patches=CodebookSizes(config["resolution"] // grid, config["codebook_size"]),
         parity=True,
         image_size=config["resolution"],
         max_text_tokens=config["max_seq_length"],

@@ -2,7 +2,8 @@
 
 import torch
 
-from reca.models.common.vector_codebook import VectorCodebook, VectorCodebookSizes
+from reca.models.open_uni.config import VectorCodebookSizes
+from reca.models.open_uni.modules import VectorCodebook
 
 
 def test_patches_of_the_codebook_come_back_from_near_vectors():

@@ -12,7 +12,7 @@ from reca.data.sources.factory import open_source
 from reca.demo.pretrain import demo_setup
 from reca.demo.pretrain.codebook import fit_codebook
 from reca.demo.pretrain.language import WORDS as FACT_WORDS
-from reca.models.common.patch_codebook import PatchCodebook, PatchSizes
+from reca.models.common.patch_codebook import CodebookSizes, PatchCodebook
 from reca.toy_datasets.captions import caption
 from reca.toy_datasets.dataset import Prompt
 from reca.toy_datasets.emoji import DATASET, WORDS, artwork, judge, places, shared, shared_few, varied
@@ -50,7 +50,7 @@ def test_the_nearest_image_is_that_of_the_least_squares(images):
 
 def test_images_are_recognised_after_the_codec(images):
     sizes = load_recipe("show_o_emoji_tiny").model.patches
-    codec = PatchCodebook(PatchSizes(sizes.size, sizes.entries))
+    codec = PatchCodebook(CodebookSizes(sizes.size, sizes.entries))
     fit_codebook(codec, images, rounds=0)  # the patches that are far apart; rounds of k-means come nearer still
     decoded = codec.decode(codec.encode(images.float() / 127.5 - 1))
     decoded = ((decoded + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
@@ -183,7 +183,7 @@ def test_codes_are_shared_by_emoji():
     images = torch.stack([split.image(i) for i in range(len(split))])
     overrides = demo_setup("show_o", shared.DATASET).overrides
     sizes = load_recipe("show_o_emoji_tiny", overrides).model.patches
-    codec = PatchCodebook(PatchSizes(sizes.size, sizes.entries))
+    codec = PatchCodebook(CodebookSizes(sizes.size, sizes.entries))
     fit_codebook(codec, images)
     codes = codec.encode(images.float() / 127.5 - 1)
     decoded = ((codec.decode(codes) + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)

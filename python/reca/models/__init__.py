@@ -1,4 +1,15 @@
-"""The unified multimodal models. Each folder has the same files: config, model, prompt, loss, sampling, weights."""
+"""The unified multimodal models. Each folder has the same files:
+
+    config    recipe keys
+    model     the Adapter: what the driver asks
+    prompt    sequences of tokens
+    modules   the network
+    loss      preparation on the host, and the losses
+    sampling  generate, reconstruct, edit, answer
+    weights   load and export published files
+
+`common` has what two models share or more.
+"""
 
 import re
 from dataclasses import is_dataclass

@@ -12,7 +12,7 @@ from reca.precision import fp32_products
 
 
 @dataclass
-class PatchSizes:
+class CodebookSizes:
     """Recipe keys of a PatchCodebook."""
 
     size: int = count(4, "size in pixels of a patch")
@@ -27,7 +27,7 @@ class PatchCodebook(nn.Module):
 
     codebook: Tensor
 
-    def __init__(self, sizes: PatchSizes):
+    def __init__(self, sizes: CodebookSizes):
         super().__init__()
         self.factor, self.entries = sizes.size, sizes.entries
         self.register_buffer("codebook", torch.rand(sizes.entries, 3 * sizes.size**2) * 2 - 1)

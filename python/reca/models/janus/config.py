@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Optional
 
-from reca.models.common.patch_codebook import PatchSizes
+from reca.models.common.patch_codebook import CodebookSizes
 from reca.options.fields import HUB, config_field, count, pixels, share
 
 SYSTEM_PROMPT = (
@@ -77,6 +77,6 @@ class JanusConfig:
     vision: VisionSizes = config_field(VisionSizes, "")
     codec: str = config_field("vq", "image tokenizer: vq, or patches (a codebook of pixel patches)", ("vq", "patches"))
     vq: VqSizes = config_field(VqSizes, "")
-    patches: PatchSizes = config_field(PatchSizes, "")
+    patches: CodebookSizes = config_field(CodebookSizes, "")
     head_width: Optional[int] = count(None, "hidden width of the code head; null: the language model's")
     seed: int = config_field(0, "seed of a random initialisation", least=0)

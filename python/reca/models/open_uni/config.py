@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Optional
 
+from reca.models.common.patch_codebook import CodebookSizes
 from reca.models.common.patch_codec import PatchSizes
 from reca.models.common.pooled_features import PUBLISHED, EfficientNetSizes
 from reca.models.common.qwen2 import Qwen2Sizes
-from reca.models.common.vector_codebook import VectorCodebookSizes
 from reca.options.fields import HUB, RecipeError, config_field, count, pixels, share
 
 
@@ -79,6 +79,11 @@ class AutoencoderSizes:
     def channels(self) -> int:
         """Return the number of channels of a latent, under the name that other codecs' sizes have, too."""
         return self.latent_channels
+
+
+@dataclass
+class VectorCodebookSizes(CodebookSizes):
+    channels: int = count(16, "channels of a latent")
 
 
 @dataclass

@@ -16,6 +16,7 @@ from reca.models.base import in_fp32
 from reca.models.common.efficientnet import EfficientNetLite0
 from reca.models.common.images import check_side, per_channel
 from reca.models.common.kv_cache import with_cache
+from reca.models.common.patch_codebook import PatchCodebook
 from reca.models.common.patch_codec import PatchCodec, PatchSizes
 from reca.models.common.planned import PLANNED, cached
 from reca.models.common.pooled_features import PooledProjector, pooled
@@ -23,9 +24,9 @@ from reca.models.common.qwen2 import qwen2_config
 from reca.models.common.siglip import siglip_encoder
 from reca.models.common.text import control
 from reca.models.common.trained import any_trained
-from reca.models.common.vector_codebook import VectorCodebook, VectorCodebookSizes
-from reca.models.open_uni.config import AutoencoderSizes, OpenUniConfig
+from reca.models.open_uni.config import AutoencoderSizes, OpenUniConfig, VectorCodebookSizes
 from reca.models.open_uni.prompt import CONTEXT, Layout
+from reca.precision import fp32_products
 from reca_kernels import AttentionSpan, attention_plan, template_concat
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -112,6 +113,35 @@ def dc_ae(sizes: AutoencoderSizes) -> AutoencoderDC:
         decoder_act_fns="silu",
         scaling_factor=sizes.scaling_factor,
     )
+
+
+class VectorCodebook(PatchCodebook):
+    """A codebook of pixel patches with a vector per entry: the codec of the emoji dataset.
+
+    A patch is encoded as the vector of its nearest entry. A latent is decoded to the entry of its nearest vector.
+
+    vectors  fp32 [entries, channels], drawn from a normal distribution, so similar vectors do not mean similar patches
+    """
+
+    vectors: Tensor
+
+    def __init__(self, sizes: VectorCodebookSizes):
+        super().__init__(sizes)
+        self.register_buffer("vectors", torch.randn(sizes.entries, sizes.channels))
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:  # [B, 3, H, W] in [-1, 1]
+        """Encode pixels to latents, [B, channels, H / p, W / p]."""
+        return self.vectors[super().encode(pixels)].transpose(1, 2).unflatten(2, (pixels.shape[2] // self.factor, -1))
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:  # type: ignore[override]  # [B, channels, h, w]
+        """Decode latents to pixels, [B, 3, h p, w p] in [-1, 1]."""
+        rows = latents.float().permute(0, 2, 3, 1).flatten(0, 2)
+        with fp32_products():
+            codes = torch.cdist(rows, self.vectors).argmin(-1)
+        height, width = latents.shape[2:]
+        return super().decode(codes.view(-1, height * width), (height, width))
 
 
 # model.codec -> builder of the image autoencoder from its sizes, and the recipe section of these sizes. All sizes have

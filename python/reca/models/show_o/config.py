@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Optional
 
-from reca.models.common.patch_codebook import PatchSizes
+from reca.models.common.patch_codebook import CodebookSizes
 from reca.models.common.pooled_features import PUBLISHED, EfficientNetSizes
 from reca.options.fields import HUB, config_field, count, pixels, share
 
@@ -114,5 +114,5 @@ class ShowOConfig:
         "magvitv2", "image tokenizer: magvitv2, or patches (a codebook of pixel patches)", ("magvitv2", "patches")
     )
     magvit: MagvitSizes = config_field(MagvitSizes, "")
-    patches: PatchSizes = config_field(PatchSizes, "")
+    patches: CodebookSizes = config_field(CodebookSizes, "")
     seed: int = config_field(0, "seed of a random initialisation", least=0)
