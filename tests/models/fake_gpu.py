@@ -117,7 +117,7 @@ class Waits(TorchDispatchMode):
 def modules_of(umm: str) -> list[ModuleType]:
     """The loaded modules of a model, and those whose losses it shares."""
     packages = {"janusflow": ("janus", "janusflow")}.get(umm, (umm,))
-    packages = (*packages, "common.token_loss")
+    packages = (*packages, "token_loss")
     return [m for name, m in sys.modules.items() if f"{name}.".startswith(tuple(f"reca.models.{p}." for p in packages))]
 
 

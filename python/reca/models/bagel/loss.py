@@ -20,7 +20,7 @@ from reca.models.base import LossTerm
 from reca.models.common import by_sample
 from reca.models.common.inference import check_template
 from reca.models.common.scored_flow import scored_flow_loss, token_rewards
-from reca.models.common.token_loss import count_labels, token_loss
+from reca.models.token_loss import count_labels, token_loss
 from reca.rng import CounterRNG, RandomStream
 from reca_kernels import flow_matching_add_noise, flow_matching_loss
 from reca_kernels.host import on_device

@@ -13,10 +13,10 @@ from reca.models import base
 from reca.models.base import LossTerm
 from reca.models.common import by_sample
 from reca.models.common.chat import Prompt
-from reca.models.common.token_loss import count_labels, token_loss
 from reca.models.harmon import modules, prompt
 from reca.models.harmon.masking import Masking, masked_counts
 from reca.models.harmon.modules import Network
+from reca.models.token_loss import count_labels, token_loss
 from reca.rng import CounterRNG, RandomStream
 from reca_kernels import diffusion_add_noise, diffusion_loss, diffusion_schedule
 

@@ -8,10 +8,10 @@ from torch import Tensor
 from reca.data.batch import Batch
 from reca.models import base
 from reca.models.base import LossTerm
-from reca.models.common.token_loss import count_labels, token_loss
 from reca.models.janus import prompt
 from reca.models.janus.modules import Network, SharedLlama
 from reca.models.janus.prompt import Layout, Segment
+from reca.models.token_loss import count_labels, token_loss
 from reca.rng import CounterRNG, RandomStream
 from reca_kernels import TextSegment, VisualSegment
 

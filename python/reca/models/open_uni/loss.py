@@ -14,9 +14,9 @@ from reca.models.common import by_sample
 from reca.models.common.chat import Prompt
 from reca.models.common.inference import check_template
 from reca.models.common.scored_flow import scored_flow_loss, token_rewards
-from reca.models.common.token_loss import count_labels, token_loss
 from reca.models.open_uni import modules, prompt
 from reca.models.open_uni.modules import Network
+from reca.models.token_loss import count_labels, token_loss
 from reca.rng import CounterRNG, RandomStream
 from reca_kernels import attention_plan, flow_matching_add_noise, flow_matching_loss
 

@@ -10,12 +10,12 @@ from reca.data.batch import Batch
 from reca.data.tasks import Turn
 from reca.models import base
 from reca.models.base import LossTerm
-from reca.models.common.token_loss import count_labels, token_loss
 from reca.models.show_o import prompt
 from reca.models.show_o.conditioner import Conditioner, conditioner
 from reca.models.show_o.masking import sample_mask
 from reca.models.show_o.modules import Network
 from reca.models.show_o.prompt import Layout
+from reca.models.token_loss import count_labels, token_loss
 from reca.rng import CounterRNG, RandomStream
 from reca_kernels import IGNORE_INDEX
 
