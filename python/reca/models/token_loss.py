@@ -1,4 +1,4 @@
-"""Cross-entropy of predicted tokens: those of replies, and the codes of an image. It is above common/, as it needs base.py."""
+"""Cross-entropy of predicted tokens: those of replies, and the codes of an image."""
 
 from typing import Any
 
