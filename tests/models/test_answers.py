@@ -22,9 +22,9 @@ def test_decoding_stops_when_every_sequence_has_ended():
     """Sequences end at different steps, and one that has ended goes on until the last has."""
     script = torch.tensor([[3, 1, 4, 4, 4], [5, 5, 5, 1, 4]])  # 1 is the end
     steps = iter(F.one_hot(script.T, 6).float())
-    assert torch.equal(greedy_tokens(lambda _: next(steps), 2, 5, eos=1), script[:, :4])
+    assert torch.equal(greedy_tokens(lambda _: next(steps), 5, eos=1), script[:, :4])
     steps = iter(F.one_hot(script.T, 6).float())
-    assert torch.equal(greedy_tokens(lambda _: next(steps), 2, 5, eos=None), script)
+    assert torch.equal(greedy_tokens(lambda _: next(steps), 3, eos=1), script[:, :3])
 
 
 @pytest.mark.parametrize("umm", UMMS)

@@ -20,8 +20,7 @@ def forced(monkeypatch, name, answer):
     """Make greedy decoding say `answer` and then end. The list is filled with the log-probabilities, in fp64."""
     said = []
 
-    def decode(next_logits, batch, max_new_tokens, eos):
-        assert batch == 1
+    def decode(next_logits, max_new_tokens, eos):
         tokens, last = [*answer, eos], None
         for token in tokens:
             logits = next_logits(last)

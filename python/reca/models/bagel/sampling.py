@@ -295,4 +295,4 @@ def greedy(
             on_step(logits)
         return logits
 
-    return greedy_tokens(next_logits, len(cache), max_new_tokens, net.vocabulary.eos)
+    return greedy_tokens(next_logits, max_new_tokens, net.vocabulary.eos)

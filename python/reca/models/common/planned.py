@@ -162,7 +162,7 @@ def greedy(
     def next_logits(tokens: Tensor | None) -> Tensor:
         return head(advance(None if tokens is None else model.embed_tokens(tokens[:, None])))
 
-    return greedy_tokens(next_logits, len(embeddings), max_new_tokens, end)
+    return greedy_tokens(next_logits, max_new_tokens, end)
 
 
 def padded(lengths: Sequence[int], width: int, side: str = "left") -> list[tuple[AttentionSpan, ...]]:
