@@ -497,6 +497,8 @@ def test_what_is_no_image(plain):
                 plain.edit([image], ["a red square"], [0], steps=3)
     with pytest.raises(TypeError, match="reconstruct: expected a reca.data.batch.Batch, got list; .*image_batch"):
         plain.reconstruct([of_pil], [0])
+    with pytest.raises(ValueError, match="reconstruct: expected a batch of the task reca, got t2i"):
+        plain.reconstruct(batch(plain, "t2i", [0]), [0])
     if "i2t" in plain.tasks:  # the first image None was taken for the one already encoded
         with pytest.raises(TypeError, match="got NoneType"):
             plain.log_likelihood([None], ["a"], ["b"])

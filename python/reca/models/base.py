@@ -133,6 +133,10 @@ def _checked(method: Callable) -> Callable:
                     f"reconstruct: expected a reca.data.batch.Batch, got {type(batch).__name__}; "
                     "reca.monitoring.reconstructions.image_batch(RECIPE, MODEL, COUNT) reads one from data.images"
                 )
+            if batch.task != "reca":
+                raise ValueError(
+                    f"reconstruct: expected a batch of the task reca, got {batch.task}; pass images with templates"
+                )
             lists["images"] = batch.text
         check_pairs(**lists)
         if "seeds" in lists:
