@@ -92,6 +92,8 @@ def test_a_model_without_weights_has_the_parameters_of_one_with_them(name, dtype
     forms = [{n: (p.shape, p.dtype) for n, p in net.named_parameters()} for net in (made, predicted)]
     assert forms[0] == forms[1] and len(forms[0]) > 20
     assert (torch.bfloat16 in {kept for _, kept in forms[0].values()}) == (dtype == "bf16")
+    half = [n for net in (made, predicted) for n, b in net.named_buffers() if b.dtype == torch.bfloat16]
+    assert not half  # rotary frequencies in bf16 would rotate distant positions by wrong angles
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

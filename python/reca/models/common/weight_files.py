@@ -374,7 +374,10 @@ def assign_state_dict(
 
 
 def cast_parameters(module: M, dtype_of: Callable[[str], torch.dtype]) -> M:
-    """Cast parameters to types by their names; Module.to cannot, of tensors without memory. Returns the module."""
+    """Cast parameters to types by their names. Returns the module.
+
+    Module.to would also cast buffers, such as rotary frequencies, and cannot cast tensors without memory.
+    """
     for name, parameter in module.named_parameters():
         parameter.data = parameter.data.to(dtype_of(name))
     return module

@@ -79,9 +79,7 @@ def load(cls: type[N], config: JanusConfig) -> N:
     if source is None:
         with init_random(config.seed):
             net = cls(config, tokenizer)
-        for name in TRAINED:
-            getattr(net, name.rstrip(".")).to(DTYPES[config.dtype])
-        return net
+        return cast_parameters(net, lambda name: kept_dtype(config, name))
     with init_on_meta():
         net = cls(config, tokenizer)
     check_config(beside(source), config)

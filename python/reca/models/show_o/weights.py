@@ -45,7 +45,7 @@ def load(cls: type[N], config: ShowOConfig) -> N:
     if folder is None:
         with init_random(config.seed):
             net = cls(config, tokenizer)
-        net.showo.to(DTYPES[config.dtype])
+        cast_parameters(net.showo, lambda _: DTYPES[config.dtype])
     else:
         with init_on_meta():
             net = cls(config, tokenizer)
