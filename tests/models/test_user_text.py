@@ -14,7 +14,7 @@ from reca.data.tasks import Scored, Turn
 from reca.models import UMMS, umm_package
 from reca.models.common import text as texts
 from reca.models.common.chat import reply_start, truncated
-from reca.models.common.text import Remembered, control, encode
+from reca.models.common.text import control, encode
 from reca.models.common.tiny_tokenizer import word_tokenizer
 from reca.models.harmon import prompt as harmon_prompt
 from reca.models.open_uni import prompt as open_uni_prompt
@@ -215,10 +215,11 @@ def test_h_v_stands_where_the_plan_says():
         assert (layout.src[0] < 0).nonzero()[:, 0].tolist() == list(range(row.slot, row.slot + 4))
 
 
-def test_remembered_texts():
-    calls = []
-    function = Remembered(lambda text: calls.append(text) or [len(text)], most=2)
-    assert function("aa") == function("aa") == [2] and calls == ["aa"]
-    assert copy.deepcopy(function)("aa") == [2] and calls == ["aa", "aa"]
-    kept = Remembered(len)
-    assert kept("abc") == 3 and pickle.loads(pickle.dumps(kept))("abcd") == 4
+def test_a_text_is_tokenised_once(monkeypatch):
+    """And its ids belong to the caller."""
+    tokenizer, calls, own = word_tokenizer(["a", "red"], []), [], texts._Plain.encode
+    monkeypatch.setattr(texts._Plain, "encode", lambda self, said: calls.append(said) or own(self, said))
+    ids = encode(tokenizer, "a red")
+    ids.append(7)
+    assert encode(tokenizer, "a red") == [1, 2] and calls == ["a red"]
+    assert encode(copy.deepcopy(tokenizer), "a red") == [1, 2] and calls == ["a red"] * 2

@@ -8,10 +8,9 @@ by id (`control`), so that a user's text cannot end a turn or insert an image.
 import json
 import re
 import weakref
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -20,6 +19,7 @@ from reca.data.text import encodable
 from reca.errors import first_line
 from reca.io.files import damage
 
+KNOWN = 1 << 12  # texts, such as templates, whose ids are kept per tokenizer
 _PLAIN: "weakref.WeakKeyDictionary[PreTrainedTokenizerBase, _Plain]" = weakref.WeakKeyDictionary()
 
 
@@ -37,7 +37,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     plain = _PLAIN.get(tokenizer)
     if plain is None or plain.size != size:
         plain = _PLAIN[tokenizer] = _Plain(tokenizer)
-    return plain.encode(text)
+    return [*plain.known(text)]
 
 
 def control(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
@@ -76,20 +76,6 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[str], r
         )
 
 
-class Remembered:
-    """An LRU cache of a function's results that can be copied and pickled; the copy starts empty."""
-
-    def __init__(self, function: Callable, most: int = 1 << 14):
-        self.function, self.most = function, most
-        self.results = lru_cache(maxsize=most)(function)
-
-    def __call__(self, *arguments: Hashable) -> Any:
-        return self.results(*arguments)
-
-    def __reduce__(self):
-        return Remembered, (self.function, self.most)
-
-
 class _Plain:
     """A copy of a tokenizer's backend that matches no added tokens except runs of whitespace, which are text (Phi)."""
 
@@ -106,6 +92,7 @@ class _Plain:
         unknown = tokenizer.unk_token  # not a control token here: unknown words map to it
         controls = (t for t in made["added_tokens"] if t["special"] and t["content"] != unknown)
         self.controls = {token["id"]: token["content"] for token in controls}
+        self.known = lru_cache(maxsize=KNOWN)(lambda text: self.encode(text))
 
     def encode(self, text: str) -> list[int]:
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids

@@ -100,7 +100,7 @@ def prepare_images(
 
 def _prepare_replies(net: Network, batch: Batch, rng: CounterRNG) -> Prepared:
     grid = _grid(net, batch, "und", "h_v")
-    prompts = [net.conversation(tuple(turns)) for turns in batch.text]
+    prompts = [prompt.conversation(net.tokenizer, turns) for turns in batch.text]
     layout = prompt.layout(prompts, net.config.mar.buffers, grid[0] * grid[1])
     weight = count_labels(layout.labels)
     return Prepared(batch.task, rng.seed, weight, rng.fold_in(int(batch.host_ids[0])).seed, layout)

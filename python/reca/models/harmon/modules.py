@@ -1,6 +1,5 @@
 """Harmon's modules under published names: MAR's encoder, decoder and diffusion head, and the whole network."""
 
-import functools
 import math
 
 import torch
@@ -14,7 +13,6 @@ from reca.models.common.images import check_side
 from reca.models.common.patch_codec import PatchCodec
 from reca.models.common.planned import CAUSAL
 from reca.models.common.qwen2 import Qwen2Sizes, qwen2_config
-from reca.models.common.text import Remembered
 from reca.models.common.vit_blocks import Block
 from reca.models.harmon import prompt
 from reca.models.harmon.config import AutoencoderSizes, HarmonConfig, MarSizes
@@ -278,7 +276,6 @@ class Network(nn.Module):
         self.proj_out = projector(width, mar, width)
         self.codec = codec(config)
         check_sizes(config, self.factor)
-        self.conversation = Remembered(functools.partial(prompt.conversation, tokenizer))
 
     @property
     def device(self) -> torch.device:

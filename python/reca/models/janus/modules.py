@@ -1,6 +1,5 @@
 """Janus-Pro's modules under DeepSeek's names: SigLIP, the image tokenizer, and the whole network."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,11 +18,11 @@ from reca.models.common.images import check_side, to_unit
 from reca.models.common.inference import check_template
 from reca.models.common.patch_codebook import PatchCodebook, square
 from reca.models.common.planned import PLANNED
-from reca.models.common.text import Remembered, encode
+from reca.models.common.text import encode
 from reca.models.common.vit_blocks import Block, Mlp
 from reca.models.janus import prompt
 from reca.models.janus.config import JanusConfig, LlamaSizes, VisionSizes, VqSizes
-from reca.models.janus.prompt import Layout, Segment, Tokens, Vocabulary
+from reca.models.janus.prompt import Layout, Segment, Vocabulary
 from reca.precision import fp32_products
 from reca_kernels import TextSegment, template_concat
 
@@ -257,7 +256,7 @@ class SharedLlama(nn.Module):
     """Shared code of the Janus models: one causal Llama on text, h_v and the tokens of an image to generate."""
 
     config: Any
-    tokens: Tokens
+    tokenizer: PreTrainedTokenizerBase
     vocabulary: Vocabulary
     language_model: LlamaForCausalLM
     image_tokens: Any  # tokens of an image to generate
@@ -283,6 +282,10 @@ class SharedLlama(nn.Module):
         return Views(gen=gen, und=None if same else View(size, fit="center_crop", blur=blur))
 
     # text -> prompts
+
+    def tokens(self, text: str) -> list[int]:
+        """Tokenise a text, without control tokens."""
+        return encode(self.tokenizer, text)
 
     @property
     def longest_prompt(self) -> int:
@@ -372,7 +375,6 @@ class Network(SharedLlama):
         self.gen_aligner = Aligner(channels, width)
         self.gen_head = CodeHead(width, config.head_width or width, entries)
         self.language_model = llama(config.language)
-        self.tokens = Remembered(functools.partial(encode, tokenizer))
 
     @property
     def image_tokens(self) -> int:

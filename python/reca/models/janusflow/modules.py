@@ -1,6 +1,5 @@
 """JanusFlow's modules under DeepSeek's names: generation encoder and decoder, and the whole network."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +14,6 @@ from reca.data.tasks import Turn
 from reca.models.base import in_fp32
 from reca.models.common.images import check_side
 from reca.models.common.kl_codec import KlCodec, PatchMoments
-from reca.models.common.text import Remembered, encode
 from reca.models.janus.modules import SharedLlama, VisionModel, llama
 from reca.models.janusflow import prompt
 from reca.models.janusflow.config import GenerationSizes, JanusFlowConfig
@@ -130,7 +128,6 @@ class Network(SharedLlama):
     def __init__(self, config: JanusFlowConfig, tokenizer: PreTrainedTokenizerBase):
         super().__init__()
         self.config, self.tokenizer, width, sizes = config, tokenizer, config.language.hidden_size, config.generation
-        self.tokens = Remembered(functools.partial(encode, tokenizer))
         self.vocabulary = prompt.vocabulary(tokenizer, self.tokens)
         self.codec = codec(config)
         check_sizes(config, self.codec.factor)

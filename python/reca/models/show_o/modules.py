@@ -4,7 +4,6 @@ A codec has `factor`, pixels per code in height and width; `entries`, the size o
 codes`; and `decode(codes) -> pixels`. Codes are row-major.
 """
 
-import functools
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from reca.models.common.on_cpu import on_cpu
 from reca.models.common.patch_codebook import PatchCodebook, square
 from reca.models.common.planned import PLANNED, CachedPrompts
 from reca.models.common.pooled_features import PooledProjector, projector
-from reca.models.common.text import Remembered, encode
+from reca.models.common.text import encode
 from reca.models.show_o.config import ClipSizes, MagvitSizes, PhiSizes, ShowOConfig
 from reca.models.show_o.prompt import Layout, Vocabulary, image_rows, put_image
 from reca_kernels import template_concat
@@ -253,11 +252,14 @@ class Network(nn.Module):
         if self.uses_efficientnet:
             self.efficientnet = EfficientNetLite0()
             self.mm_projector = PooledProjector(config.efficientnet, config.phi.hidden_size)
-        self.tokens = Remembered(functools.partial(encode, tokenizer))
 
     @property
     def device(self) -> torch.device:
         return self.showo.lm_head.weight.device
+
+    def tokens(self, text: str) -> list[int]:
+        """Tokenise a text, without control tokens."""
+        return encode(self.tokenizer, text)
 
     @property
     def hv_source(self) -> str:
