@@ -1,5 +1,6 @@
 """`reca get` against a stand-in of the hub: the list, the files, and every way in which it can fail."""
 
+import errno
 import fcntl
 import os
 import shutil
@@ -281,6 +282,15 @@ def test_a_part_that_another_process_is_fetching_is_left_to_it(hub, tmp_path, ca
         assert "one.pth.incomplete is being fetched by another process" in capsys.readouterr().err
         assert part.read_bytes() == LARGE[:100] and hub.sent == 0
     assert get(*arguments) == 0 and hub.sent == len(LARGE) - 100
+
+
+def test_a_file_system_without_locks_is_no_other_process(hub, tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")  # as of Lustre without -o flock
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert get("weights", "owner/parts/deep/one.pth", "--to", str(tmp_path)) == 0
+    assert (tmp_path / "parts/deep/one.pth").read_bytes() == LARGE
 
 
 def test_a_large_file_without_a_sha256_is_left_to_the_library(hub, tmp_path, monkeypatch):
