@@ -3,6 +3,8 @@
 import errno
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from reca.eval.settings import open_settings
 from reca.eval.suites import open_suite
 from reca.eval.suites.geneval import GenEval
 from reca.models import UMMS
+from reca.runs import folder_lock
 from tests.eval.painter import Painter
 
 LIMIT = 42
@@ -233,6 +236,28 @@ def test_a_half_written_record(painter):
     assert good == whole  # the last one was judged again, on a line of its own
     path.write_text("nonsense\n" + "\n".join(good[3:]) + "\n[1, 2]\n")
     assert reca.evaluate("toy", painter, limit=LIMIT) == first
+
+
+def test_a_second_evaluation_waits_for_the_judge_of_the_first(painter, monkeypatch, caplog):
+    folder = painter / "eval/000002/toy"
+    first = reca.evaluate("toy", painter, limit=LIMIT)
+    (folder / "records.jsonl").rename(folder / "judged.jsonl")
+    other = """if True:
+        import pathlib, sys, time
+        from reca.runs.folder_lock import alone
+        folder = pathlib.Path(sys.argv[1])
+        with alone(folder / ".lock", "it"):
+            print("judges", flush=True)
+            time.sleep(1)
+            (folder / "judged.jsonl").rename(folder / "records.jsonl")
+    """
+    monkeypatch.setattr(folder_lock, "POLL", 0.05)
+    monkeypatch.setattr(ToyJudge, "judge", lambda *_: 1 / 0)
+    with subprocess.Popen([sys.executable, "-c", other, folder], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "judges\n"
+        assert reca.evaluate("toy", painter, limit=LIMIT) == first
+    (told,) = [r.getMessage() for r in caplog.records if "in use" in r.getMessage()]
+    assert told.startswith(f"{folder} is in use by process {process.pid} on ")
 
 
 def test_a_full_disk_loses_nothing(painter, monkeypatch):

@@ -208,6 +208,7 @@ def test_what_another_process_does_is_waited_for(study, tmp_path, monkeypatch):
         from pathlib import Path
         from reca.runs.folder_lock import alone
         lock, result = map(Path, sys.argv[1:])
+        lock.parent.mkdir()
         with alone(lock, "it"):
             print("begun", flush=True)
             time.sleep(3)  # longer than a killed process is waited for

@@ -1,5 +1,6 @@
 """The four steps of an evaluation, for a model and for the one it is compared with."""
 
+import contextlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -39,6 +40,7 @@ from reca.io.folders import EVALUATION, NotWritable, ensure_writable
 from reca.models import umm_package
 from reca.options.names import option
 from reca.options.sampling import defaults
+from reca.runs import folder_lock
 
 log = logging.getLogger("reca")
 RULE = {"name": "rule", "version": "1", "dtype": None, "exact": True}
@@ -75,10 +77,11 @@ def evaluate(
     if not distributed.is_main_process():
         return None
     judge_device = usable_device(device)
-    found = [
-        judge_and_score(settings, side, images if side is mine else None, given if side is mine else None, judge_device)
-        for side in sides
-    ]
+    found = []
+    for side in sides:
+        own = (images, given) if side is mine else (None, None)
+        with _one_judge(settings, side):
+            found.append(judge_and_score(settings, side, *own, judge_device))
     if "report" not in settings.steps:  # which alone prints anything
         for side in sides:
             log.info("%s: the results of %s are in %s", suite.name, ", ".join(settings.steps), side.folder)
@@ -103,6 +106,13 @@ def _open_folder(side: Target, name: str) -> None:
         raise NotWritable(
             f"{error}: evaluate {alone} alone with {option('out')}, then set {option('against')} to its folder"
         ) from error
+
+
+def _one_judge(settings: Settings, side: Target) -> contextlib.AbstractContextManager:
+    """Return a context that waits for another process that judges this side, so that no image is judged by both."""
+    if "judge" not in settings.steps or side.recipe is None:
+        return contextlib.nullcontext()
+    return folder_lock.alone(side.folder / folder_lock.FILE, str(side.folder))
 
 
 def _generate_on_all_ranks(settings: Settings, sides: Sequence[Target], device: torch.device | None) -> torch.device:

@@ -20,6 +20,7 @@ log = logging.getLogger("reca")
 FILE = ".lock"
 HELD_BY_OTHERS = (errno.EACCES, errno.EAGAIN)  # errors of locking while another process holds the lock
 TIMEOUT = 2.0  # seconds within which the lock of a killed process is released
+POLL = 0.5  # seconds between attempts of `alone`
 LEASE = 120.0  # seconds within which a server releases the locks of a dead machine: NFSv4's lease is 90
 
 # Holders of lock files in this process, by `key`. A process's locks do not conflict with each other, and closing any
@@ -57,24 +58,29 @@ def acquire(handle: int, start: int, length: int) -> bool:
     Waits up to LEASE seconds if the owner is not a live process of this machine: its machine may have died.
     """
     began, warned = time.monotonic(), False
-    while True:
-        try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB, length, start)
-            return True
-        except OSError as error:
-            if error.errno not in HELD_BY_OTHERS:
-                log.warning("the run folder cannot be locked (%s): do not start a second run in it", error.strerror)
-                return True
-            waited = time.monotonic() - began
-            if waited > (TIMEOUT if _is_alive_here(owner(handle)) else LEASE):
-                return False
-            if waited > TIMEOUT and not warned:
-                warned = True
-                log.warning(
-                    "the run folder is in use by %s: waiting up to %.0f s, in case its machine has died and the file "
-                    "system has yet to release its lock", owner(handle) or "another process", LEASE,
-                )  # fmt: skip
-            time.sleep(0.05)
+    while not _try(handle, start, length):
+        waited = time.monotonic() - began
+        if waited > (TIMEOUT if _is_alive_here(owner(handle)) else LEASE):
+            return False
+        if waited > TIMEOUT and not warned:
+            warned = True
+            log.warning(
+                "the run folder is in use by %s: waiting up to %.0f s, in case its machine has died and the file "
+                "system has yet to release its lock", owner(handle) or "another process", LEASE,
+            )  # fmt: skip
+        time.sleep(0.05)
+    return True
+
+
+def _try(handle: int, start: int = 0, length: int = 0) -> bool:
+    """Lock a range of bytes unless another process holds it. A file system without locks is a warning."""
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB, length, start)
+    except OSError as error:
+        if error.errno in HELD_BY_OTHERS:
+            return False
+        log.warning("the folder cannot be locked (%s): do not start a second process on it", error.strerror)
+    return True
 
 
 def write_owner(handle: int) -> None:
@@ -108,15 +114,13 @@ def is_alive(process: int) -> bool:
 
 @contextlib.contextmanager
 def alone(path: Path, what: str) -> Iterator[None]:
-    """Hold a lock file, for work of one process at a time. Wait while another process holds it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Hold a lock file, for work of one process at a time. Wait, however long, while another process holds it."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        waits = False
-        while not acquire(handle, 0, 0):
-            if not waits:
-                log.warning("%s is in use by another process: waiting for it to end", what)
-            waits = True
+        if not _try(handle):
+            log.warning("%s is in use by %s: waiting for it to end", what, owner(handle) or "another process")
+            while not _try(handle):
+                time.sleep(POLL)
         write_owner(handle)
         yield
     finally:

@@ -26,6 +26,7 @@ def work(task: Task) -> dict[str, Any]:
 
     Studies share variants: if another process is running a task in the same folder, wait for it to end.
     """
+    task.folder.parent.mkdir(parents=True, exist_ok=True)
     with folder_lock.alone(task.folder.with_name(f".{task.folder.name}.lock"), task.name):
         return done(task) or _work(task)
 
