@@ -7,13 +7,14 @@ import contextlib
 import gc
 import itertools
 import re
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from reca import objective, units
+from reca import exits, objective, units
 from reca.config.recipe_files import load_recipe, recipe_names
 from reca.estimate import held, memory
 from reca.estimate.meta_model import build_meta
@@ -194,6 +195,12 @@ def test_another_process_predicts_the_same_and_raises_the_same():
     recipe.objective.reca.weight, recipe.objective.t2i.weight, recipe.umm = 0.0, 1.0, "no_such"
     with pytest.raises(ValueError, match="no_such"):
         own_process.call(memory.predict, recipe)
+
+
+def test_a_process_that_is_killed_has_an_error_that_says_so():
+    with pytest.raises(own_process.Killed, match="memory") as error:
+        own_process.call(signal.raise_signal, signal.SIGKILL)
+    assert exits.expected(error.value) == exits.RECIPE
 
 
 @pytest.mark.parametrize("umm", UMMS)
