@@ -265,6 +265,18 @@ def test_a_torn_line_of_a_log_ends_no_variant(tmp_path):
     assert experiment._curve(tmp_path) == [(1, 4.0), (3, 2.0)]
 
 
+def test_a_step_that_is_not_finite_is_no_point_of_a_curve(tmp_path):
+    """It is skipped, and its losses are null in the log."""
+    lines = [
+        {"step": 1, "loss": 4.0, "reca/loss": 3.0},
+        {"step": 2, "loss": None, "reca/loss": 2.0, "i2t/loss": None},
+        {"step": 3, "loss": None, "reca/loss": None},
+    ]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert work._curve(tmp_path) == [(1, 3.0), (2, 2.0)]
+    assert experiment._curve(tmp_path) == [(1, 4.0)]
+
+
 def test_slurm_submits_each_task_once_after_those_it_needs(study, tmp_path, monkeypatch, capsys):
     arguments = ["study", study, "--out", str(tmp_path / "out"), *SCALE]
     monkeypatch.setattr("sys.argv", ["reca", *arguments, "--slurm"])
