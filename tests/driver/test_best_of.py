@@ -180,6 +180,13 @@ def test_a_question_that_leaves_no_room_for_the_prompt_is_named(tmp_path, monkey
     assert "per token -inf" in best_of.report([old], tmp_path)[0]
 
 
+@pytest.mark.parametrize("content", ["", "{", "[", "[]", "[1]", '"text"', "3", "[" * 10**5])
+def test_damaged_settings_are_refused(content, tmp_path):
+    (tmp_path / "best_of.json").write_text(content)
+    with pytest.raises(ValueError, match="best_of.json cannot be read|made with other settings"):
+        best_of.open_folder(tmp_path, best_of.Choice(2), PROMPTS)
+
+
 def test_other_settings_and_prompts_are_refused(tmp_path):
     best_of.choose(Model, PROMPTS, best_of.Choice(2), tmp_path)
     with pytest.raises(

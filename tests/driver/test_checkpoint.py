@@ -56,6 +56,7 @@ DAMAGE = {
     "counters cut": lambda folder: (folder / "state.json").write_text("{"),
     "empty list": lambda folder: (folder / "COMPLETE").write_text(""),
     "list of something else": lambda folder: (folder / "COMPLETE").write_text("[1, 2]"),
+    "list nested too deeply": lambda folder: (folder / "COMPLETE").write_text("[" * 10**5),
     "list is a folder": lambda folder: ((folder / "COMPLETE").unlink(), (folder / "COMPLETE").mkdir()),
 }
 
@@ -392,6 +393,13 @@ def test_contents_that_cannot_be_parsed_are_damage(function, recipe, monkeypatch
     monkeypatch.setattr(reading.HuggingFaceStorageReader, function, fail_with(SafetensorError("header too large")))
     with pytest.raises(CheckpointError, match="000002 is damaged .*header too large.* remove it"):
         checkpoint.load_weights(checkpoint.find_valid(trainer.run_dir), ToyAdapter())
+
+
+def test_counters_that_are_nested_too_deeply_are_damage(tmp_path):
+    (tmp_path / "COMPLETE").write_text("{}")
+    (tmp_path / "state.json").write_text("[" * 10**5)
+    with pytest.raises(CheckpointError, match="is damaged .*nested too deeply"):
+        checkpoint.read_state(tmp_path)
 
 
 @pytest.mark.parametrize("gone", ["state.json", "COMPLETE", "weights", "."])

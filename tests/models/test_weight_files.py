@@ -308,6 +308,7 @@ def test_shards_that_are_not_there(tmp_path):
         (b"", "is empty"),
         (b"version https://git-lfs.github.com/spec/v1\n", "LFS"),
         (b"{", "not JSON"),
+        (b"[" * 10**5, "nested too deeply"),
         (b"[1]", "a JSON list"),
         (b"{}", "no weight_map"),
         (b'{"weight_map": {}}', "no weight_map"),
@@ -321,6 +322,12 @@ def test_indices_that_are_none(tmp_path, content, words):
     path = tmp_path / "model.safetensors.index.json"
     path.write_bytes(content)
     refused(path, words)
+
+
+def test_a_header_that_is_nested_too_deeply(tmp_path):
+    header = b'{"a": ' + b"[" * 10**5
+    (tmp_path / "m.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    refused(tmp_path / "m.safetensors", "damaged safetensors header")
 
 
 def test_an_index_and_shards_that_differ(tmp_path):

@@ -17,7 +17,7 @@ from reca.demo import experiment
 from reca.demo.measure import measure
 from reca.studies import judge, published, report, slurm, toy, work
 from reca.studies.plan import plan
-from reca.studies.study import load_study, study_names
+from reca.studies.study import StudyError, load_study, study_names
 from reca.studies.task import Asked, Evaluations, Task
 from reca.toy_datasets.dataset import load_dataset
 from tests.studies.conftest import SCALE, STUDY
@@ -241,6 +241,15 @@ def test_a_task_is_done_once_and_tells_its_steps_meanwhile(study, tmp_path, monk
     assert {key: result[key] for key in ("measures", "curve")} == {"measures": {}, "curve": [[20, 1.0]]}
     monkeypatch.setattr(toy, "pretrain", lambda *_: 1 / 0)
     assert work.work(task) == work.done(task) == result
+
+
+@pytest.mark.parametrize("content", ["", "{", "[" * 10**5])
+def test_a_damaged_result_is_named(content, study, tmp_path):
+    (task, *_), _ = plan(load_study(study), Asked("show_o", (0,), tmp_path))
+    task.result.parent.mkdir(parents=True)
+    task.result.write_text(content)
+    with pytest.raises(StudyError, match=f"{task.result.name} is not JSON .* remove it to run 0/pretrained"):
+        work.done(task)
 
 
 def test_steps_are_of_training_alone(tmp_path):

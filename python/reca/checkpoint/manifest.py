@@ -1,12 +1,11 @@
 """Manifests: sizes and checksums of a folder's files. Written last, a manifest marks the folder as complete."""
 
-import json
 import stat
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from reca.io.files import sha256
+from reca.io.files import parse_json, sha256
 
 THREADS = 8  # hashlib releases the GIL
 
@@ -25,7 +24,7 @@ def files(folder: Path) -> list[str]:
 
 def read(path: Path) -> dict[str, dict]:
     """Read the entries of a manifest. Raises ValueError if it is invalid, OSError if it cannot be read."""
-    listed = json.loads(path.read_bytes())
+    listed = parse_json(path.read_bytes())
     if not isinstance(listed, dict) or not all(_is_entry(entry) for entry in listed.values()):
         raise ValueError(f"{path} is not a manifest")
     return listed

@@ -5,7 +5,6 @@ that differ from their checksums. Other errors, of the process group, the disk o
 """
 
 import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from reca.checkpoint.errors import CheckpointError, first_reason
 from reca.checkpoint.listing import MARKER, compare, find_damage, latest_valid
 from reca.config.recipe import LoraConfig
 from reca.errors import PeerFailed
+from reca.io.files import parse_json
 from reca.io.folders import is_utf8
 from reca.models.base import Adapter
 from reca.training import lora
@@ -81,7 +81,7 @@ def digest(folder: Path) -> str:
 
 def read_state(folder: Path) -> dict:
     """Read the counters of a checkpoint. Raises CheckpointError if they are damaged."""
-    return _reading(folder, lambda: json.loads((folder / "state.json").read_text()))
+    return _reading(folder, lambda: parse_json((folder / "state.json").read_bytes()))
 
 
 def load_weights(folder: Path, adapter: Adapter, ema: bool = False) -> frozenset[str]:

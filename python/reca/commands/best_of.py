@@ -22,6 +22,7 @@ from reca.data.errors import DataError
 from reca.data.pixels import encode_png
 from reca.data.text import decode_text
 from reca.io import jsonl
+from reca.io.files import parse_json
 from reca.io.folders import BEST_OF, ensure_writable, write_atomically
 from reca.models.base import Adapter
 from reca.models.common.likelihood import LogLikelihood
@@ -110,8 +111,8 @@ def record_settings(out: Path, choice: Choice) -> None:
 def _reject_other_settings(out: Path, choice: Choice) -> None:
     wanted = choice.settings()
     try:
-        found = json.loads((out / SETTINGS).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        found = dict(parse_json((out / SETTINGS).read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{out / SETTINGS} cannot be read ({error}); remove it, or give another --out") from error
     changed = sorted(name for name in wanted if found.get(name) != wanted[name])
     if changed:

@@ -19,6 +19,7 @@ from reca.eval.errors import EvaluationError
 from reca.eval.files import write
 from reca.eval.targets import Target
 from reca.hardware.devices import usable_device
+from reca.io.files import parse_json
 from reca.io.folders import ensure_writable
 from reca.models import umm_package
 from reca.monitoring.reconstructions import images_to_show, named_images, reconstruct
@@ -91,7 +92,7 @@ def draw(
 def _made(place: Path, wanted: Any) -> list[dict[str, Any]] | None:
     """Return the rows of existing reconstructions; None if they are of other inputs or an image is missing."""
     try:
-        found = json.loads((place / MADE).read_text(encoding="utf-8"))
+        found = parse_json((place / MADE).read_bytes())
         paths = [place.parent / row[name] for row in found["made"] for name in ("input", "before", "after")]
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -14,6 +14,7 @@ from reca.config.recipe import Recipe
 from reca.config.recipe_files import by_key
 from reca.estimate import memory
 from reca.estimate.fit import CAST_ONCE, CHECKPOINTING, asked_by, choose, describe, value_of, with_keys
+from reca.io.files import parse_json
 from reca.io.folders import write_atomically
 from reca.options.fields import RecipeError
 from reca.processes import own_process
@@ -109,7 +110,7 @@ def recorded(recipe: Recipe) -> Recipe:
 def _read(file: Path) -> dict[str, Any] | None:
     """Read the record of a choice; None if there is none, or the file contains something else."""
     try:
-        before = json.loads(file.read_bytes())
+        before = parse_json(file.read_bytes())
         return before if before["keys"].keys() <= before["asked"].keys() else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None

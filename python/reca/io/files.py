@@ -125,11 +125,19 @@ def lost_links(folder: Path) -> str:
     return f"; the targets of its links are missing ({', '.join(lost[:3])}): copy it with `cp -rL`" if lost else ""
 
 
+def parse_json(data: bytes | str) -> Any:
+    """Parse JSON. Raises ValueError, also for JSON that is nested too deeply to be parsed."""
+    try:
+        return json.loads(data)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file. Raises ValueError with file, size and cause if there is none."""
     try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
+        content = parse_json(path.read_bytes())
+    except ValueError as error:
         cause = damage(path) or f"({size_of(path)}) is not JSON ({error}); {AGAIN}"
         raise ValueError(f"{path} {cause}") from error
     if not isinstance(content, dict):

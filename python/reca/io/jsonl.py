@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from reca.io.files import parse_json
 from reca.io.folders import write_atomically
 
 log = logging.getLogger("reca")
@@ -60,8 +61,8 @@ def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     """Return the raw bytes and the parsed value of every line that is a JSON object."""
     found = []
     for line in path.read_bytes().splitlines() if path.is_file() else ():
-        with contextlib.suppress(ValueError, RecursionError):
-            value = json.loads(line)
+        with contextlib.suppress(ValueError):
+            value = parse_json(line)
             if isinstance(value, dict):
                 found.append((line, value))
     return found

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from reca import checkpoint, distributed, exits
 from reca.errors import PeerFailed, lost_rank
+from reca.io.files import parse_json
 from reca.io.folders import PART, write_atomically
 from reca.runs import folder_lock
 from reca.runs.status import FILE as STATUS_FILE
@@ -166,8 +167,8 @@ class RunFolder:
         status.time = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         begins, self.begun = state == "running" and not self.begun, True
         if not begins:
-            with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
-                if json.loads((self.path / STATUS_FILE).read_text()).get("state") != "running":
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                if parse_json((self.path / STATUS_FILE).read_text()).get("state") != "running":
                     return
         if distributed.rank() == 0 or state == "failed":
             reason = _write(self.path / STATUS_FILE, json.dumps(asdict(status), indent=1) + "\n")

@@ -3,12 +3,12 @@
 {"state": "interrupted", "step": 125, "steps": 200, "checkpoint": "checkpoints/000125", "exit_code": 75, ...}
 """
 
-import json
 import socket
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from reca import exits
+from reca.io.files import parse_json
 from reca.runs.folder_lock import is_alive, is_locked
 
 FILE = "status.json"
@@ -66,7 +66,7 @@ class Status:
         """Read the status file as written, even if its process has died since. Raises ValueError as `read`."""
         path = run_dir / FILE
         try:
-            found = json.loads(path.read_text())
+            found = parse_json(path.read_text())
             status = cls(**{f.name: found[f.name] for f in fields(cls)})
             if not isinstance(status.checkpoint, str | None):
                 raise TypeError(f"checkpoint is {status.checkpoint!r}")
@@ -77,7 +77,7 @@ class Status:
             raise ValueError(f"{run_dir} {inside if run else f'is not a run folder: it has no {FILE}'}") from error
         except OSError as error:
             raise ValueError(f"{path} cannot be read ({error.strerror}); check its permissions and its disk") from error
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(
                 f"{path} cannot be read: expected a JSON object with {', '.join(FIELDS)}; the next start replaces it"
             ) from error

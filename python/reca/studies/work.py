@@ -8,12 +8,13 @@ from typing import Any
 
 from reca.config.recipe_files import load_recipe
 from reca.io import jsonl
+from reca.io.files import parse_json
 from reca.io.folders import write_atomically
 from reca.runs import folder_lock
 from reca.runs.finished import finished_steps
 from reca.runs.lineage import load_trained, recipe_of
 from reca.studies import published, toy
-from reca.studies.study import BEFORE, LOSS, PRETRAINED
+from reca.studies.study import BEFORE, LOSS, PRETRAINED, StudyError
 from reca.studies.task import Task
 from reca.trainer import Trainer
 
@@ -49,8 +50,13 @@ def _work(task: Task) -> dict[str, Any]:
 
 
 def done(task: Task) -> dict[str, Any] | None:
-    """Load the result of a task; None if it is not done."""
-    return json.loads(task.result.read_text(encoding="utf-8")) if task.result.is_file() else None
+    """Load the result of a task; None if it is not done. Raises StudyError if the file is damaged."""
+    if not task.result.is_file():
+        return None
+    try:
+        return parse_json(task.result.read_bytes())
+    except ValueError as error:
+        raise StudyError(f"{task.result} is not JSON ({error}): remove it to run {task.name} again") from error
 
 
 def steps(task: Task) -> int:

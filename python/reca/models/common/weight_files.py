@@ -1,7 +1,6 @@
 """Read weight files, initialise modules at random or on the meta device, and assign state dicts."""
 
 import contextlib
-import json
 import logging
 import re
 import warnings
@@ -15,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from reca.errors import first_line
-from reca.io.files import AGAIN, HEAD, damage, is_safetensors, lost_links, pickle_damage, read_json, size_of
+from reca.io.files import AGAIN, HEAD, damage, is_safetensors, lost_links, parse_json, pickle_damage, read_json, size_of
 from reca.models.common import deferred_weights
 
 log = logging.getLogger("reca")
@@ -114,7 +113,7 @@ def _check_header(path: Path, length: int) -> None:
         file.seek(8)
         header = file.read(length) if length <= size - 8 else b""
     try:
-        entries = [entry for name, entry in json.loads(header).items() if name != "__metadata__"] if header else []
+        entries = [entry for name, entry in parse_json(header).items() if name != "__metadata__"] if header else []
         wanted = 8 + length + max((int(entry["data_offsets"][1]) for entry in entries), default=0) if header else None
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{_named(path)} has a damaged safetensors header; {AGAIN}") from error
