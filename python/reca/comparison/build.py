@@ -11,7 +11,7 @@ from reca.comparison.sides import Side, find_sides
 from reca.comparison.weights import understanding
 from reca.eval import report
 from reca.eval.errors import EvaluationError
-from reca.eval.files import HALVES, is_of_training
+from reca.eval.files import encoded, is_of_training
 from reca.eval.targets import evaluated_steps, made_during_training
 from reca.io.folders import write_atomically
 from reca.runs.lineage import is_run
@@ -168,7 +168,7 @@ def write(found: dict[str, Any], out: Path, pairs: int = page.PAIRS) -> Path:
     pairs: maximum number of image pairs per suite on the page, split between gains and losses.
     """
     out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / "comparison.json", json.dumps(found, indent=1, ensure_ascii=False).encode("utf-8", HALVES))
+    write_atomically(out / "comparison.json", encoded(json.dumps(found, indent=1, ensure_ascii=False)))
     path = out / PAGE
-    write_atomically(path, page.render(found, out, pairs).encode("utf-8", HALVES))
+    write_atomically(path, encoded(page.render(found, out, pairs)))
     return path

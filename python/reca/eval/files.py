@@ -9,9 +9,12 @@ from reca.data.text import decode_text
 from reca.eval.errors import EvaluationError
 from reca.io.folders import make_inside, write_atomically
 
-# Encoding error handler: lone surrogates, which a truncated reply can contain, are written as their JSON escapes.
-HALVES = "backslashreplace"
 DURING_TRAINING = Path("eval") / "training"  # in the run folder: SUITE/STEP
+
+
+def encoded(text: str) -> bytes:
+    """Encode text as UTF-8. Lone surrogates, which a truncated reply can contain, are written as their JSON escapes."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 def is_of_training(folder: Path) -> bool:
@@ -26,7 +29,7 @@ def write(path: Path, content: bytes | str, sync: bool = True, root: Path | None
     """
     try:
         make_inside(root or path.parent, path.parent)
-        write_atomically(path, content.encode("utf-8", HALVES) if isinstance(content, str) else content, sync)
+        write_atomically(path, encoded(content) if isinstance(content, str) else content, sync)
     except OSError as error:
         raise EvaluationError(
             f"{path} cannot be written ({error.strerror or error}). Finished outputs are kept: free disk space, "

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from reca.eval.errors import EvaluationError
-from reca.eval.files import HALVES
+from reca.eval.files import encoded
 from reca.eval.suites import Item, Key, Suite
 from reca.eval.suites.base import agree
 from reca.options.names import option
@@ -102,7 +102,7 @@ class Appender:
 
     def append(self, line: str) -> None:
         """Write a line. If that fails, restore the file to its previous length and raise EvaluationError."""
-        data, before = line.encode("utf-8", HALVES) + b"\n", os.fstat(self.handle).st_size
+        data, before = encoded(line) + b"\n", os.fstat(self.handle).st_size
         try:
             written, reason = os.write(self.handle, data), "the disk is full"
         except OSError as error:
