@@ -297,6 +297,14 @@ def test_a_full_disk_loses_nothing(painter, monkeypatch):
     assert len(lines(folder / "records.jsonl")) == LIMIT
 
 
+def test_space_is_not_the_cause_where_a_folder_has_the_name_of_a_file(painter):
+    (painter / "eval/000002/toy/report.txt").mkdir(parents=True)
+    with pytest.raises(
+        EvaluationError, match=r"report.txt cannot be written \(Is a directory\).* kept: remove the cause"
+    ):
+        reca.evaluate("toy", painter, limit=1)
+
+
 def test_a_disk_that_is_full_at_any_file(painter, monkeypatch):
     """Images, what made them, results and report of both sides: the message names the file, the next call goes on."""
     real, left, named = files.write_atomically, 0, set()

@@ -1,5 +1,6 @@
 """Files of an evaluation and of benchmarks. Errors name the file and what was expected."""
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -31,9 +32,10 @@ def write(path: Path, content: bytes | str, sync: bool = True, root: Path | None
         make_inside(root or path.parent, path.parent)
         write_atomically(path, encoded(content) if isinstance(content, str) else content, sync)
     except OSError as error:
+        way = "free disk space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "remove the cause"
         raise EvaluationError(
-            f"{path} cannot be written ({error.strerror or error}). Finished outputs are kept: free disk space, "
-            "then run the same command again to resume"
+            f"{path} cannot be written ({error.strerror or error}). Finished outputs are kept: {way}, then run the "
+            "same command again to resume"
         ) from error
 
 
