@@ -22,11 +22,11 @@ from reca.hardware.devices import usable_device
 from reca.hardware.host_memory import total as host_memory
 from reca.models import umm_package
 from reca.models.base import Adapter
-from reca.monitoring.validation import open_run_sources
 from reca.optim import check_apex, check_passes
 from reca.options.fields import RecipeError
 from reca.runs import lineage
 from reca.runs.published import published_files
+from reca.runs.sources import open_run_sources
 from reca.training import compiled_blocks, float8
 from reca.training.lora import choose_trained
 

@@ -12,8 +12,9 @@ from reca.data.order import make_order
 from reca.data.sources.factory import open_source
 from reca.data.sources.mixture import Mixture, Subset
 from reca.models import UMMS
-from reca.monitoring.validation import HELD_OUT, HeldOut, open_run_sources
+from reca.monitoring.validation import HeldOut
 from reca.options.fields import RecipeError
+from reca.runs.sources import HELD_OUT, open_run_sources
 from reca.trainer import Trainer
 from tests.driver.toy import ToyAdapter, run_toy, weights, write_images
 from tests.models.contract import shared

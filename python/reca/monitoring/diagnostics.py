@@ -16,7 +16,7 @@ from reca.data.loader import Loader, open_loader
 from reca.models.base import Adapter
 from reca.monitoring.log import due
 from reca.monitoring.reconstructions import image_batch, reconstruct
-from reca.monitoring.validation import HELD_OUT
+from reca.runs.sources import HELD_OUT
 
 FIXED_SAMPLES = 8  # whose loss measures drift
 

@@ -17,7 +17,8 @@ from reca.models.base import Adapter
 from reca.models.common.inference import eval_mode
 from reca.monitoring.alarms import GAP, LOSS, Alarms, spread
 from reca.monitoring.log import due
-from reca.monitoring.validation import HELD_OUT, HeldOut
+from reca.monitoring.validation import HeldOut
+from reca.runs.sources import HELD_OUT
 
 
 class Evaluation(NamedTuple):

@@ -26,7 +26,8 @@ from reca.data.sample import Source
 from reca.io.folders import make_inside
 from reca.io.image_grid import make_grid, to_pil
 from reca.models.base import Adapter
-from reca.monitoring.validation import HELD_OUT, data_of, open_run_sources, seed
+from reca.monitoring.validation import data_of, seed
+from reca.runs.sources import HELD_OUT, open_run_sources
 
 log = logging.getLogger("reca")
 

@@ -1,4 +1,4 @@
-"""Held-out images and their reconstruction loss with fixed noise, masks and templates.
+"""Reconstruction loss of the held-out images with fixed noise, masks and templates.
 
 The loss depends on the weights only: images, their order, their split into micro-batches and all random numbers are
 fixed by the `eval` keys. The same weights give bit-identical losses at any step, and on any number of ranks the same
@@ -16,37 +16,13 @@ from reca import distributed, objective
 from reca.config.recipe import Recipe
 from reca.data.batch import Batch
 from reca.data.config import DataConfig
-from reca.data.held_out import hold_out, take
 from reca.data.loader import Loader, Stream
 from reca.data.micro_batches import split_batch
 from reca.data.sample import Source
-from reca.data.sources.factory import open_source, open_sources
 from reca.models.base import Adapter
-from reca.options.fields import RecipeError
 from reca.rng import CounterRNG
 
-HELD_OUT = "held-out"  # key of the held-out images in the sources of a run, next to the tasks
 PURPOSE = 0x5EED  # separates random numbers of held-out images from those of training
-
-
-def open_run_sources(recipe: Recipe, tasks: Iterable[str]) -> dict[str, Source]:
-    """Open the training data of a run by task, and its held-out images, if any, under HELD_OUT.
-
-    Raises DataError, and RecipeError if eval.holdout_from is set without eval.holdout.
-    """
-    config, data = recipe.eval, recipe.data
-    if config.holdout_from is not None and not config.holdout:
-        raise RecipeError("eval.holdout_from is set but eval.holdout is 0: set it to the number of images")
-    split = config.holdout and config.holdout_from is None
-    wanted = dict.fromkeys([*tasks, *(["reca"] if split else [])])
-    sources = open_sources(data, wanted, recipe.train.seed)
-    if split:
-        sources, aside = hold_out(sources, config.holdout, config.seed)
-        sources[HELD_OUT] = aside
-    elif config.holdout_from is not None:
-        given = open_source(config.holdout_from, "reca", data.image_root, data.columns)
-        sources[HELD_OUT] = take(given, config.holdout, config.seed)
-    return sources
 
 
 class Gap(NamedTuple):

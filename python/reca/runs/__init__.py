@@ -1,1 +1,1 @@
-"""The run folder: lineage, lock and status."""
+"""Runs: their folder, lock and status, their data, and what they start from."""

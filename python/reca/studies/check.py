@@ -12,11 +12,11 @@ from reca.data.errors import DataError
 from reca.estimate.fit import asked_by
 from reca.estimate.meta_model import build_meta
 from reca.models.base import Adapter
-from reca.monitoring.validation import open_run_sources
 from reca.optim import check_passes
 from reca.options.fields import RecipeError
 from reca.preflight import check_files, check_recipe
 from reca.runs.lineage import check_parent
+from reca.runs.sources import open_run_sources
 from reca.studies.study import BEFORE, PRETRAINED
 from reca.studies.task import Task
 from reca.training.lora import target_names
