@@ -1,5 +1,6 @@
 """Where weights come from, and what is said when they are not there."""
 
+import errno
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -48,7 +49,10 @@ HUB_ERRORS = {
     "is disabled (HF_HUB_OFFLINE)": errors.OfflineModeIsEnabled("offline"),
     "has no such file in this repository": errors.EntryNotFoundError("404"),
     "could not be downloaded from: the disk of its cache is full (HF_HOME moves the cache)": OSError(
-        28, "No space left on device"
+        errno.EDQUOT, "Disk quota exceeded", "/cache/hub"
+    ),
+    "could not be downloaded from: /cache/hub: Permission denied (HF_HOME moves the cache)": PermissionError(
+        errno.EACCES, "Permission denied", "/cache/hub"
     ),
     "cannot be reached (RuntimeError)": RuntimeError("of a library below"),
 }

@@ -1,6 +1,7 @@
 """Locate published files: a local path, or the Hugging Face hub."""
 
 import contextlib
+import errno
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -118,8 +119,10 @@ def cause_of(error: Exception) -> str:
             return "has no such file in this repository"
         if isinstance(one, errors.OfflineModeIsEnabled):
             return "is disabled (HF_HUB_OFFLINE)"
-        if isinstance(one, OSError) and one.errno == 28:
+        if isinstance(one, OSError) and one.errno in (errno.ENOSPC, errno.EDQUOT):
             return "could not be downloaded from: the disk of its cache is full (HF_HOME moves the cache)"
+        if isinstance(one, OSError) and one.filename is not None:
+            return f"could not be downloaded from: {one.filename}: {one.strerror} (HF_HOME moves the cache)"
         if (response := getattr(one, "response", None)) is not None:
             return f"answered with status {response.status_code}; try again later"
     return f"cannot be reached ({type(chain[-1]).__name__})"
