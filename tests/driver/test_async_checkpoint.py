@@ -112,6 +112,37 @@ def test_a_checkpoint_waits_for_the_one_before(recipe, monkeypatch, caplog):
     assert "training waited 0 s for the checkpoint before that of step 2" in caplog.text
 
 
+def test_the_newest_complete_checkpoint_is_returned_at_the_start_of_the_next(recipe, monkeypatch, caplog):
+    trainer = Trainer(recipe(), ToyAdapter())
+    writer = background.BackgroundWriter(trainer.run_dir, Keep(0), lambda: False)
+    monkeypatch.setattr(background, "LONG_WAIT", 60.0)
+
+    def start(step):
+        written = writer.start(checkpoint.snapshot({"step": step}, trainer.adapter, trainer.optimizer))
+        return written and written.name
+
+    assert (start(1), start(2), start(3)) == (None, "000001", "000002") and "training waited" not in caplog.text
+    writer.fits = False
+    assert (start(4), start(5)) == ("000004", "000005")
+    writer.fits = True
+    assert start(6) is None
+    writer.fits = False
+    monkeypatch.setattr(background, "write", lambda *_: None)
+    assert (start(7), start(8)) == ("000006", None)
+
+
+def test_a_partial_checkpoint_is_written_anew(recipe):
+    """That a failed write could not remove."""
+    trainer = Trainer(recipe(), ToyAdapter())
+    left = trainer.run_dir / "checkpoints/000004.partial/weights/of_another_size.safetensors"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"cut")
+    taken = checkpoint.snapshot({"step": 4}, trainer.adapter, trainer.optimizer)
+    written = checkpoint.write(trainer.run_dir, taken, Keep(1))
+    assert names(trainer.run_dir) == ["000004"] and not checkpoint.find_damage(written)
+    assert left.name not in {path.name for path in written.rglob("*")}
+
+
 def test_what_cannot_be_written_is_said_and_training_goes_on(recipe, monkeypatch, caplog):
     """Of whatever kind the error is."""
     for error in (OSError(28, "No space left on device"), RuntimeError("of a library"), TypeError("of our own")):
