@@ -72,10 +72,10 @@ def run(
             print(f"{' '.join(own)}  not measured: {type(error).__name__}: {first_line(error)}", flush=True)
             failed += 1
             continue
-        print(show(measured, case.best), flush=True)
         rows = [row for row in rows if _case(row) != own] + measured
         if path:  # after every case, so that an interrupted run keeps its results
             write(path, sorted(rows, key=lambda row: (CEILING, *OPS).index(row.op)))
+        print(show(measured, case.best), flush=True)
     written = [path, plot(path)] if path else []
     print("wrote " + " and ".join(map(str, filter(None, written))) if path else "--quick: nothing was written")
     if failed:

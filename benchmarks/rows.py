@@ -98,11 +98,14 @@ def rounded(x: float) -> float:
 
 
 def write(path: Path, rows: list[AnyRow], kind: type[AnyRow] = Row) -> None:
+    """Write a result file as a whole: a run that is interrupted here leaves the rows that the file had."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    made = path.with_name(f"{path.stem}_unfinished")
+    with made.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns(kind))
         writer.writeheader()
         writer.writerows(map(asdict, rows))
+    made.replace(path)
 
 
 def files(folder: Path) -> list[Path]:

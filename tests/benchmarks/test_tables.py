@@ -12,7 +12,7 @@ from benchmarks import dispatch as tables
 from benchmarks import docs
 from benchmarks.__main__ import OPS
 from benchmarks.plot import plot
-from benchmarks.rows import BACKWARD, BOTH, FORWARD, RESULTS, Row, write
+from benchmarks.rows import BACKWARD, BOTH, FORWARD, RESULTS, Row, files, read, write
 from reca_kernels import backend_report, dispatch
 from reca_kernels.attention import order
 
@@ -125,6 +125,14 @@ def test_the_definition_takes_all_sizes_or_none(tmp_path, large, expected):
         timed("ours: cuda", 1.0, 1_000_000),  # where only the kernel was timed
     ]
     assert [r["backend"] for r in made(tmp_path, rows)["flow_matching", "cuda", "bfloat16"]["rules"]] == expected
+
+
+def test_rows_are_kept_when_writing_them_again_is_interrupted(tmp_path):
+    path, rows = tmp_path / "cpu.csv", [timed("eager", 1.0, 1)]
+    write(path, rows)
+    with pytest.raises(TypeError):
+        write(path, [None, *rows])
+    assert read(path) == rows and files(tmp_path) == [path]
 
 
 def test_what_did_not_run_decides_nothing(tmp_path):
