@@ -6,8 +6,8 @@ not stop the others; the exit status is then 1. No network is needed. The output
 (default $OUT, else build/gpu_run); its last lines are shown. Result files are copied there after every step, so an
 interrupted call loses only its current step.
 
---call N runs one of 8 groups of steps within ten minutes, for GPUs with a time limit: a step gets at most the time that
-earlier ones left. The groups are in order of importance: 1 correctness, 2 speed of the ops with the largest share of a
+--call N runs one of 8 groups of steps within ten minutes, or --seconds S, for GPUs with a time limit: a step gets at most
+the time that earlier ones left. The groups are in order of importance: 1 correctness, 2 speed of the ops with the largest share of a
 step, 3 whole training steps. If the CUDA kernels are not built yet, a call builds them first. The first tests are those
 of one op with CUDA_LAUNCH_BLOCKING: after an invalid memory access all later tests of the process fail, and without
 blocking the wrong kernel is reported.
@@ -62,9 +62,13 @@ class Done(NamedTuple):
 
 
 def _tests(*options: str, processes: int = 1) -> list[str]:
-    """Return a command for GPU tests. Each process has its own context, so a failed kernel affects only its tests."""
+    """Return a command for GPU tests. Each process has its own context, so a failed kernel affects only its tests.
+
+    The log names every test as it ends, in case the process is killed before its summary.
+    """
     split = ["-n", str(processes), "--dist", "worksteal"] if processes > 1 and importlib.util.find_spec("xdist") else []
-    return [PYTHON, "-m", "pytest", "-q", "-ra", "-m", "gpu", *split, *options]
+    told = ["-v", "-ra", "--durations=10", "--continue-on-collection-errors"]
+    return [PYTHON, "-m", "pytest", *told, "-m", "gpu", *split, *options]
 
 
 def _benchmark(op: str, seconds: int) -> Step:
@@ -82,7 +86,7 @@ KERNEL_TESTS = ("tests/kernels", "tests/benchmarks")
 DRIVER_TESTS = ("tests/models", "tests/data", "tests/driver/test_memory.py")  # need the driver's dependencies
 # KiB of cuBLAS workspace: the default is larger than a whole tiny model, and these tests compare peak memory.
 SMALL_WORKSPACES = {"CUBLAS_WORKSPACE_CONFIG": ":16:8", "CUBLASLT_WORKSPACE_SIZE": "128"}
-REPORT = "import subprocess, reca_kernels; print(reca_kernels.backend_report()); subprocess.run('nvidia-smi')"
+REPORT = "import subprocess; from reca.commands import doctor; print(doctor.report()); subprocess.run('nvidia-smi')"
 # Sanitizer tests start a process each, and tests with more than 2^31 elements need most of the memory.
 LARGE, SANITIZED = "more_than_2_31", "sanitizer"
 # ON: without a compiler, CMake or nvcc the build fails, instead of making a module without CUDA.
@@ -90,7 +94,7 @@ BUILD = Step("build", 180, [PYTHON, "setup.py", "build_ext", "--inplace"], {"REC
 CALLS = [
     [
         BUILD,
-        Step("report", 30, [PYTHON, "-c", REPORT]),
+        Step("report", 45, [PYTHON, "-c", REPORT]),
         Step(
             "first",
             120,
@@ -224,6 +228,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--call", type=int, metavar="N", help=f"run one of {len(CALLS)} groups of steps, in up to ten minutes"
     )
+    parser.add_argument("--seconds", type=float, metavar="S", help=f"time limit of --call (default: {CALL_SECONDS})")
     parser.add_argument(
         "--out",
         type=Path,
@@ -236,6 +241,8 @@ def main(arguments: list[str]) -> int:
         parser.error(f"unknown steps {', '.join(sorted(unknown))}; expected some of {', '.join(names)}")
     if options.call is not None and (options.steps or not 1 <= options.call <= len(CALLS)):
         parser.error(f"--call must be 1 to {len(CALLS)}, and cannot be combined with names of steps")
+    if options.seconds is not None and (options.call is None or options.seconds <= 0):
+        parser.error(f"--seconds must be above 0, and is the time limit of --call, got {options.seconds:g}")
     chosen = [s for s in STEPS if not options.steps or s.name in options.steps]
     if options.call:
         chosen = CALLS[options.call - 1]
@@ -243,7 +250,7 @@ def main(arguments: list[str]) -> int:
             chosen = [BUILD, *chosen]
     if not importlib.util.find_spec("xdist"):
         print("pytest-xdist is not installed: the tests run in one process and may exceed their time limit")
-    done = run(chosen, options.out, CALL_SECONDS if options.call else math.inf)
+    done = run(chosen, options.out, (options.seconds or CALL_SECONDS) if options.call else math.inf)
     print(summary())
     print(verdicts.table("cuda"))
     print(table(done))

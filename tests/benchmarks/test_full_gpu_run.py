@@ -83,6 +83,16 @@ def test_out_of_time_pytest_still_says_what_it_has(monkeypatch, tmp_path):
         time.sleep(0.05)
 
 
+def test_a_file_that_cannot_be_imported_stops_no_other(tmp_path):
+    """On a machine without a package; and the log names every test as it ends."""
+    (tmp_path / "test_broken.py").write_text("import a_package_that_nobody_has")
+    (tmp_path / "test_whole.py").write_text("import pytest\n@pytest.mark.gpu\ndef test_it(): pass")
+    command = [*full_gpu_run._tests(str(tmp_path)), "-p", "no:cacheprovider", "--rootdir", str(tmp_path)]
+    (done,) = full_gpu_run.run([Step("test", 60, command)], tmp_path / "out")
+    log = (tmp_path / "out" / "test.log").read_text()
+    assert done.rc == 1 and "1 passed" in log and "1 error" in log and "test_whole.py::test_it PASSED" in log
+
+
 def test_what_ignores_the_interrupt_is_killed(tmp_path):
     code = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
     (done,) = full_gpu_run.run([python("deaf", code, seconds=4)], tmp_path)
@@ -231,8 +241,11 @@ def test_chosen_steps_their_files_and_the_exit_status(monkeypatch, tmp_path, cap
         assert full_gpu_run.main(["--call", "1"]) == 0
         assert full_gpu_run.main(["--call", "2"]) == 1
         assert (tmp_path / "given" / "build.log").exists() == built
+    assert full_gpu_run.main(["--call", "1", "--seconds", "5"]) == 1
+    assert "==== good: not started, 5 s are left" in capfd.readouterr().out
     for wrong, told in (
         (["build_it"], "unknown steps build_it; expected some of good, bad"),
+        (["--seconds", "5"], "--seconds must be above 0, and is the time limit of --call, got 5"),
         (["--call", "3"], "--call must be 1 to 2"),
         (["--call", "1", "good"], "cannot be combined with names of steps"),
     ):
