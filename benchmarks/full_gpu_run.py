@@ -6,11 +6,11 @@ not stop the others; the exit status is then 1. No network is needed. The output
 (default $OUT, else build/gpu_run); its last lines are shown. Result files are copied there after every step, so an
 interrupted call loses only its current step.
 
---call N runs one of 8 groups of steps within ten minutes, or --seconds S, for GPUs with a time limit: a step gets at most
-the time that earlier ones left. The groups are in order of importance: 1 correctness, 2 speed of the ops with the largest share of a
-step, 3 whole training steps. If the CUDA kernels are not built yet, a call builds them first. The first tests are those
-of one op with CUDA_LAUNCH_BLOCKING: after an invalid memory access all later tests of the process fail, and without
-blocking the wrong kernel is reported.
+--call N runs one of 8 groups of steps within ten minutes, or --seconds S, for GPUs with a time limit: a step gets at
+most the time that earlier ones left. The groups are in order of importance: 1 correctness, 2 speed of the ops with the
+largest share of a step, 3 whole training steps. If the CUDA kernels are not built yet, a call builds them first. The
+first tests are those of one op with CUDA_LAUNCH_BLOCKING: after an invalid memory access all later tests of the process
+fail, and without blocking the wrong kernel is reported.
 """
 
 import argparse
