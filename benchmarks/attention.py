@@ -69,25 +69,12 @@ def _case(device: Device, name: str, s: dict, dtype: torch.dtype) -> Case:
     fast = compiled(masked)
 
     def exact(x):
-        """Compute head by head with activation checkpointing: the fp64 scores of all heads do not fit into memory."""
-        group = heads // kv_heads
-        lines = [
-            torch.cat(
-                [
-                    checkpoint(
-                        lambda q, k, v: reference.attention(q, k, v, one),
-                        x.q[b : b + 1, :, h * group : (h + 1) * group],
-                        x.k[b : b + 1, :, h : h + 1],
-                        x.v[b : b + 1, :, h : h + 1],
-                        use_reentrant=False,
-                    )
-                    for h in range(kv_heads)
-                ],
-                dim=2,
-            )
+        """Compute sample by sample with activation checkpointing: the fp64 scores of all do not fit into memory."""
+        samples = (
+            checkpoint(reference.attention, *(y[b : b + 1] for y in (x.q, x.k, x.v)), one, use_reentrant=False)
             for b in range(batch)
-        ]
-        return (torch.cat(lines),)
+        )
+        return (torch.cat([*samples]),)
 
     rows = batch * length * channels * dtype.itemsize
     products = plan.pairs * heads * channels  # multiply-adds of one matmul, with two FLOPs each
