@@ -1,9 +1,18 @@
-"""Calls on a GPU as graphs and streams make them."""
+"""Calls on a GPU as graphs and streams make them, and under compute-sanitizer."""
 
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+
+ROOT = Path(__file__).parents[2]
+needs_sanitizer = pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="no compute-sanitizer in PATH")
 
 
 def capture(run: Callable[[], Any], warm_up: Callable[[], Any] | None = None) -> tuple[torch.cuda.CUDAGraph, Any]:
@@ -31,3 +40,20 @@ def on_streams(runs: Sequence[Callable[[], Any]]) -> list[Any]:
                 got.append(run())
     torch.cuda.synchronize()
     return got
+
+
+def sanitize(tool: str, *arguments: str) -> None:
+    """Run Python under a tool of compute-sanitizer, which must find nothing.
+
+    Calls of the CUDA API that fail are no findings: torch and its libraries ask for what may not be there, and a launch
+    of ours that fails raises an exception.
+    """
+    command = ["compute-sanitizer", "--tool", tool, "--report-api-errors", "no", "--error-exitcode", "9"]
+    path = [str(ROOT), str(ROOT / "python"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path),
+        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",  # so that every tensor ends where its memory does
+    }
+    done = subprocess.run([*command, sys.executable, *arguments], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

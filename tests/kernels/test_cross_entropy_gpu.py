@@ -3,12 +3,6 @@
 Their numbers are tested in test_masked_cross_entropy.py and test_masked_linear_cross_entropy.py, on GPUs too.
 """
 
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -16,9 +10,8 @@ from reca_kernels import masked_cross_entropy, masked_linear_cross_entropy
 from reca_kernels.masked_cross_entropy import reference
 from tests.kernels.backends import targets
 from tests.kernels.cross_entropy import IGNORED, close, exact, logits_of, problem
-from tests.kernels.on_gpu import capture
+from tests.kernels.on_gpu import capture, needs_sanitizer, sanitize
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.gpu
 BACKENDS = pytest.mark.parametrize(
     "backend",
@@ -202,13 +195,8 @@ torch.cuda.synchronize()
 """
 
 
-@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="no compute-sanitizer in PATH")
+@needs_sanitizer
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
 @BACKENDS
-def test_sanitizer(backend, tool, monkeypatch):
-    monkeypatch.setenv("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")  # so that every tensor ends where its memory does
-    path = [str(ROOT), str(ROOT / "python"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
-    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", sys.executable, "-c"]
-    done = subprocess.run([*command, f"BACKEND = {backend!r}\n{SANITIZED}"], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+def test_sanitizer(backend, tool):
+    sanitize(tool, "-c", f"BACKEND = {backend!r}\n{SANITIZED}")

@@ -1,9 +1,5 @@
 """Flow matching against fp64, at every layout, dtype and reduction; edge cases; system behaviour."""
 
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +11,7 @@ from reca_kernels.flow_matching import reference
 from reca_kernels.philox import reference as philox
 from tests.kernels import cubin
 from tests.kernels.backends import targets
-from tests.kernels.on_gpu import capture, on_streams
+from tests.kernels.on_gpu import capture, needs_sanitizer, on_streams, sanitize
 
 EVERYWHERE = pytest.mark.parametrize(("backend", "device"), targets("flow_matching"))
 KERNELS = pytest.mark.parametrize(("backend", "device"), targets("flow_matching", reference=False))
@@ -541,16 +537,13 @@ def test_compiled_by_inductor(layout, backend):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="no compute-sanitizer in PATH")
+@needs_sanitizer
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_compute_sanitizer(tool):
     """Flow matching and diffusion loss on small shapes, in every type, aligned and not."""
-    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q"]
     files = [str(Path(__file__).with_name(f"test_{op}.py")) for op in ("flow_matching", "diffusion_loss", "philox")]
     chosen = "(test_same_bits_on_every_backend or test_memory_that_is_not_aligned or test_given_noise) and cuda-cuda"
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    done = subprocess.run([*command, *files, "-k", chosen], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    sanitize(tool, "-m", "pytest", "-q", *files, "-k", chosen)
 
 
 # ---- what Triton made ----

@@ -1,10 +1,6 @@
 """template_concat against its definition and fp64; edge cases; system behaviour; what Triton compiled; concat_plan."""
 
 import math
-import os
-import shutil
-import subprocess
-import sys
 from functools import partial
 
 import pytest
@@ -14,7 +10,7 @@ from reca_kernels import TextSegment, VisualSegment, concat_plan, native, templa
 from reca_kernels.template_concat import reference, row_gradients
 from tests.kernels import cubin
 from tests.kernels.backends import targets
-from tests.kernels.on_gpu import capture, on_streams
+from tests.kernels.on_gpu import capture, needs_sanitizer, on_streams, sanitize
 from tests.kernels.rounding import same_numbers, ties
 
 OP = "template_concat"
@@ -446,14 +442,11 @@ def test_two_streams(backend):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="no compute-sanitizer in PATH")
+@needs_sanitizer
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_compute_sanitizer(tool):
-    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q"]
     chosen = "(test_order_of_sums or test_dtypes_may_differ or test_rows_that_do_not_begin) and cuda-cuda"
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    done = subprocess.run([*command, __file__, "-k", chosen], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    sanitize(tool, "-m", "pytest", "-q", __file__, "-k", chosen)
 
 
 # ---- the plan ----
