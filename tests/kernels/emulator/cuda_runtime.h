@@ -4,7 +4,7 @@
 // A launch runs at once, block after block. The threads of a block are coroutines; one gives way at a barrier, a shuffle
 // or when it ends. They take turns in ascending order in even blocks and in descending order in odd ones, so that a
 // missing barrier shows. Barriers that some threads of a block or warp never reach are an error. What this cannot show:
-// data races inside a warp between two barriers, and what nvcc makes of the code.
+// data races inside a warp between two barriers, and what nvcc makes of the code. It holds only what the kernels use.
 #pragma once
 
 #include <setjmp.h>
@@ -27,11 +27,9 @@
 #define __host__
 #define __device__
 #define __global__
-#define __constant__
 #define __shared__ static  // blocks run one after another
 #define __grid_constant__
 #define __forceinline__ inline
-#define __noinline__
 #define __launch_bounds__(...)
 
 struct alignas(8) uint2 {
@@ -40,16 +38,8 @@ struct alignas(8) uint2 {
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
-struct alignas(8) float2 {
-  float x, y;
-};
-struct alignas(16) float4 {
-  float x, y, z, w;
-};
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
-inline float2 make_float2(float x, float y) { return {x, y}; }
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 struct dim3 {
   unsigned x, y, z;
@@ -218,21 +208,9 @@ inline float off_by_2_ulp(float y) {
 // ---- functions of CUDA C++ ----
 
 inline void __syncthreads() { emulator::wait(emulator::block_barrier, emulator::running); }
-inline void __syncwarp(unsigned = 0xffffffff) {
-  emulator::wait(emulator::my_warp().barrier, emulator::my_warp().running);
-}
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int lanes) {
   return emulator::exchange(mask, value, int(threadIdx.x % warpSize) ^ lanes);
-}
-template <typename T>
-T __shfl_sync(unsigned mask, T value, int lane) {
-  return emulator::exchange(mask, value, lane);
-}
-template <typename T>
-T __shfl_down_sync(unsigned mask, T value, unsigned lanes) {
-  const unsigned from = threadIdx.x % warpSize + lanes;
-  return emulator::exchange(mask, value, int(from < warpSize ? from : threadIdx.x % warpSize));
 }
 inline unsigned __ballot_sync(unsigned mask, bool vote) {
   unsigned votes = 0;
@@ -240,15 +218,6 @@ inline unsigned __ballot_sync(unsigned mask, bool vote) {
   return votes;
 }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
-template <typename T>
-T __ldg(const T* p) {
-  return *p;
-}
-inline void __threadfence() {}
-template <typename T>
-T atomicAdd(T* p, T x) {
-  return std::exchange(*p, *p + x);
-}
 template <typename T>
 T atomicMax(T* p, T x) {
   return std::exchange(*p, *p < x ? x : *p);
@@ -264,31 +233,12 @@ inline unsigned __float_as_uint(float x) {
   std::memcpy(&u, &x, 4);
   return u;
 }
-inline int __float_as_int(float x) { return int(__float_as_uint(x)); }
-inline float __int_as_float(int x) { return __uint_as_float(unsigned(x)); }
 inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned(uint64_t(a) * b >> 32); }
-inline uint64_t __umul64hi(uint64_t a, uint64_t b) { return uint64_t((unsigned __int128)a * b >> 64); }
 
 // Compiled with -ffp-contract=off, so these are rounded on their own.
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
-inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
-inline float __fsqrt_rn(float x) { return std::sqrt(x); }
-inline float __fdividef(float a, float b) { return a / b; }
-// As far off as a GPU may be: x times log2(e) is rounded, then ex2.approx errs by up to 2^-22, here up or down by x's bits.
-inline float __expf(float x) {
-  const double exact = std::exp2(double(x * 1.44269504f));
-  const unsigned hash = __float_as_uint(x) * 2654435761u;
-  return x == 0 ? 1.0f : float(exact * (1 + (hash >> 31 ? 0x1p-22 : -0x1p-22)));
-}
-inline float __logf(float x) { return std::log(x); }
-inline int min(int a, int b) { return a < b ? a : b; }
-inline int max(int a, int b) { return a > b ? a : b; }
-using std::exp, std::exp2, std::expm1, std::fabs, std::log, std::log1p, std::tanh;
-inline float expf(float x) { return std::exp(x); }
-inline float fmaxf(float a, float b) { return std::fmax(a, b); }
-inline float fminf(float a, float b) { return std::fmin(a, b); }
 
 // ---- the runtime ----
 
@@ -324,7 +274,6 @@ inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, i
   if (bytes + emulator::static_shared > cudaDevAttrMaxSharedMemoryPerBlockOptin) return cudaErrorInvalidValue;
   return emulator::most_shared[kernel] = bytes, cudaSuccess;
 }
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... args) {
