@@ -65,6 +65,7 @@ def forward(
     over chunks.
     """
     width, (classes, _), dtype = hidden.shape[1], weight.shape, hidden.dtype
+    hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
     dx_dtype, dw_dtype, db_dtype = grad_dtypes
     wants_gradient = any(grad_dtypes)
     rows, row_labels, losses, scale = kernels.compact_labelled_rows(labels, options, max_labelled)

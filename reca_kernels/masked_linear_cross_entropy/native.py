@@ -43,8 +43,6 @@ def gather_scatter_rows(source: Tensor, source_rows: Tensor | None, out: Tensor,
         elif out_rows is not None:
             out.index_copy_(0, out_rows, source.to(out.dtype))
         return
-    if source.stride(1) != 1:
-        source = source.contiguous()
     native.kernels().gather_scatter_rows(
         native.DTYPES[source.dtype],
         source.data_ptr(),
