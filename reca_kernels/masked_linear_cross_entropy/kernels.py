@@ -29,8 +29,8 @@ class Kernels(Protocol):
     ) -> None:
         """Write out[out_rows[i]] = source[source_rows[i]], in the dtype of out.
 
-        Source row -1 reads zeros; out row -1 is skipped. One of the two is None and stands for i. Rows of source and out
-        are contiguous.
+        Rows of source and out are contiguous. Source row -1 reads zeros; out row -1 is skipped. One of the two is None
+        and stands for i.
         """
 
     def adds_bias(self, logits: Tensor) -> bool:
