@@ -3,8 +3,8 @@
 Builds, runs the GPU tests and the benchmarks of every op, regenerates the dispatch tables and the documentation, times
 whole training steps of the models, and finally prints summary tables with targets. A step that fails or times out does
 not stop the others; the exit status is then 1. No network is needed. The output of a step goes to FOLDER/STEP.log
-(default $OUT, else build/gpu_run); its last lines are shown. Result files are copied there after every step, so an
-interrupted call loses only its current step.
+(default $OUT, else build/gpu_run); its last lines are shown. Result files are copied there after every step, and when
+SIGINT or SIGTERM ends the run.
 
 --call N runs one of 8 groups of steps within ten minutes, or --seconds S, for GPUs with a time limit: a step gets at
 most the time that earlier ones left. The groups are in order of importance: 1 correctness, 2 speed of the ops with the
@@ -161,9 +161,11 @@ def run(steps: list[Step], out: Path, seconds: float = math.inf) -> list[Done]:
             continue
         step = replace(step, seconds=min(step.seconds, left))
         print(f"==== {step.name}, up to {step.seconds:.0f} s: {' '.join(step.command)}", flush=True)
-        rc = _run(step, log)
+        try:
+            rc = _run(step, log)
+        finally:
+            _copy_results(out, start)
         done.append(Done(step.name, rc, time.monotonic() - began))
-        _copy_results(out, start)
         print("\n".join(log.read_text(errors="replace").splitlines()[-SHOWN:]))
         print(f"==== {step.name}: rc {rc} after {done[-1].seconds:.0f} s, {log}", flush=True)
     return done
@@ -188,11 +190,10 @@ def _run(step: Step, log: Path) -> int:
                 step.command,
                 cwd=ROOT,
                 env=environment,
+                stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,
-                # Shells start background jobs with SIGINT ignored, but SIGINT is needed to end a step.
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+                preexec_fn=_own_group,
             )
         except OSError as error:
             output.write(f"{error}\n")
@@ -202,14 +203,25 @@ def _run(step: Step, log: Path) -> int:
             return process.wait(step.seconds - grace)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGINT)  # only to the main process, which stops its workers
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(grace)
-        _kill(process)
-        return 124
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(grace)
+            return 124
+        finally:
+            _kill(process)
+
+
+def _own_group() -> None:
+    """Make the calling process, a step's, the leader of a process group, and let SIGINT end it.
+
+    Not of a session: what ends a lent machine's command by its session would leave the step running on the GPU. Shells
+    start background jobs with SIGINT ignored.
+    """
+    os.setpgrp()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _kill(process: subprocess.Popen) -> None:
-    """Kill the command's process group: children may outlive the command."""
+    """Kill the command's process group: children may outlive the command, and it may outlive this process."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -250,6 +262,7 @@ def main(arguments: list[str]) -> int:
             chosen = [BUILD, *chosen]
     if not importlib.util.find_spec("xdist"):
         print("pytest-xdist is not installed: the tests run in one process and may exceed their time limit")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the step, and copies its results
     done = run(chosen, options.out, (options.seconds or CALL_SECONDS) if options.call else math.inf)
     print(summary())
     print(verdicts.table("cuda"))

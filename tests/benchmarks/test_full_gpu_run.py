@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -119,6 +120,37 @@ def test_results_are_kept_from_a_call_that_is_cut_off(monkeypatch, tmp_path):
     )
     log = (tmp_path / "out" / "two.log").read_text()
     assert [step.rc for step in done] == [0, 0] and log == "['nvidia.csv', 'step_nvidia.csv']\n"
+
+
+def test_a_run_that_is_terminated_copies_its_results_and_ends_its_step(monkeypatch, tmp_path):
+    results, begun = tmp_path / "results", tmp_path / "begun"
+    results.mkdir()
+    code = f"""
+        import os, time
+        open({str(results / "gpu.csv")!r}, "w").write("rows")
+        open({str(begun)!r}, "w").write(f"{{os.getpid()}} {{os.getsid(0)}} {{os.getpgid(0)}}\\n")
+        time.sleep(60)
+        """
+    monkeypatch.setattr(full_gpu_run, "RESULTS", results)
+    monkeypatch.setattr(full_gpu_run, "STEPS", [python("long", code, 60)])
+    before, wait = signal.signal(signal.SIGTERM, signal.SIG_IGN), subprocess.Popen.wait
+
+    def terminated(process, seconds=None):
+        monkeypatch.setattr(subprocess.Popen, "wait", wait)
+        while not begun.exists() or not begun.read_text().endswith("\n"):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", terminated)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            full_gpu_run.main(["--out", str(tmp_path / "out")])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == 143 and (tmp_path / "out" / "gpu.csv").read_text() == "rows"
+    process, session, group = map(int, begun.read_text().split())
+    assert session == os.getsid(0) and group == process and not Path(f"/proc/{process}").exists()
 
 
 def test_a_call_ends_in_its_time(monkeypatch, tmp_path, capfd):
