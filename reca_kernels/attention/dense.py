@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from reca_kernels import compiling
 from reca_kernels.attention.gather import Spread, put, take
 from reca_kernels.attention.plan import AttentionPlan, AttentionSpan
 from reca_kernels.attention.reference import allowed
+from reca_kernels.attention.sdpa import fused
 from reca_kernels.host import on_device, outside_of_modes
 from reca_kernels.memory import transformed
 
@@ -21,14 +21,11 @@ SHORT = 256  # dense masks of samples with at most this many rows are cached
 
 def dense(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, deterministic: bool) -> Tensor:
     sees, fully_masked, queries, keys = _dense_mask(plan)
-    grouped = bool(q.shape[-2] != k.shape[-2])
     q_lines, k_lines, v_lines = (
         _padded(x, len(sizes), max(sizes), places)
         for x, sizes, places in ((q, plan.query_sizes, queries), *((x, plan.key_sizes, keys) for x in (k, v)))
     )
-    out = F.scaled_dot_product_attention(
-        q_lines, k_lines, v_lines, attn_mask=sees, scale=scale, enable_gqa=grouped
-    ).transpose(1, 2)
+    out = fused(q_lines, k_lines, v_lines, sees, scale).transpose(1, 2)
     if fully_masked is not None:
         out = out.masked_fill(fully_masked, 0)
     return out if q.ndim == 4 else take(out.flatten(0, 1), queries)

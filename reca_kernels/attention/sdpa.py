@@ -63,26 +63,23 @@ def _sample(
         sees = None
         if group.causal and before:
             sees = torch.ones(queries.shape[2], keys.shape[2], dtype=torch.bool, device=q.device).tril(before)
-        grouped = bool(q.shape[1] != k.shape[1])
-        if grouped and q.is_cuda and (sees is not None or q.dtype not in HALVES):
-            # Flash supports neither masks nor fp32, the efficient kernel no grouped heads, and `math` materialises
-            # all scores.
-            keys, values = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (keys, values))
-            grouped = False
         # cuDNN refuses a single key.
         with sdpa_kernel(WITHOUT_PLANS) if keys.shape[2] == 1 else contextlib.nullcontext():
-            out = F.scaled_dot_product_attention(
-                queries,
-                keys,
-                values,
-                attn_mask=sees,
-                is_causal=group.causal and not before,
-                scale=scale,
-                enable_gqa=grouped,
-            )
+            out = fused(queries, keys, values, sees, scale, is_causal=group.causal and not before)
         for i, part in zip(own, out.split([pieces[i].length for i in own], dim=2), strict=True):
             outs[i] = part
     return _gathered(outs)
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor, sees: Tensor | None, scale: float, *, is_causal: bool = False) -> Tensor:
+    """Return the attention of [B, H, L, d], by a kernel that does not materialise the scores if torch has one."""
+    grouped = bool(q.shape[1] != k.shape[1])
+    if grouped and q.is_cuda and (sees is not None or q.dtype not in HALVES):
+        # Flash supports neither masks nor fp32, the efficient kernel no grouped heads, and `math` materialises all
+        # scores.
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        grouped = False
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=sees, is_causal=is_causal, scale=scale, enable_gqa=grouped)
 
 
 def _gathered(parts: list[Tensor]) -> Tensor:

@@ -591,12 +591,16 @@ def test_key_heads_are_repeated_where_no_fused_kernel_groups_them(monkeypatch, d
 
     plan = attention_plan([[Span(4, cached=True), Span(6)], [Span(5, cached=True), Span(3, "full"), Span(2)]])
     q, k, v = (torch.randn(n, heads, 8).to(dtype) for n, heads in ((11, 4), (20, 2), (20, 2)))
-    wanted = IMPLS["sdpa"](q, k, v, plan, 0.5, False)
-    monkeypatch.setattr(F, "scaled_dot_product_attention", sdpa)
-    got = IMPLS["sdpa"](*(x.as_subclass(OnGPU) for x in (q, k, v)), plan, 0.5, False)
-    torch.testing.assert_close(got.as_subclass(torch.Tensor), wanted)
     grouped = (2, True, False) if dtype == torch.bfloat16 else (4, False, False)
-    assert sorted(asked) == sorted([(4, False, True), (4, False, True), grouped])
+    masked = (4, False, True)
+    for impl, calls in (("sdpa", [masked, masked, grouped]), ("dense", [masked])):
+        wanted = IMPLS[impl](q, k, v, plan, 0.5, False)
+        asked.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(F, "scaled_dot_product_attention", sdpa)
+            got = IMPLS[impl](*(x.as_subclass(OnGPU) for x in (q, k, v)), plan, 0.5, False)
+        torch.testing.assert_close(got.as_subclass(torch.Tensor), wanted)
+        assert sorted(asked) == sorted(calls)
 
 
 def test_plan_on_another_device():
