@@ -64,7 +64,9 @@ def _case(device: Device, name: str, s: dict, dtype: torch.dtype) -> Case:
 
     def masked(q, k, v, mask):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=heads != kv_heads).transpose(1, 2)
+        if heads != kv_heads:  # in memory, as BAGEL's trainer does: with a mask torch's fused kernels group no heads
+            k, v = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
 
     fast = compiled(masked)
 
