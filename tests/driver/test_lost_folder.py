@@ -94,6 +94,16 @@ def test_another_run_at_the_old_path_is_left_alone(recipe, how, monkeypatch):
 
 
 @pytest.mark.parametrize("how", ["moved", "removed"])
+def test_a_folder_that_was_found_lost_stays_lost(recipe, how):
+    """A checkpoint whose writing begins only then would lie in the other run's folder."""
+    folder = Trainer(recipe(), ToyAdapter()).folder
+    replace(folder.run_dir, how)
+    with pytest.raises(OSError, match=f"was {how} during the run"):
+        folder.reject_lost()
+    assert folder.is_lost()
+
+
+@pytest.mark.parametrize("how", ["moved", "removed"])
 def test_a_checkpoint_is_not_written_to_another_run(recipe, how, caplog):
     trainer = Trainer(recipe(), ToyAdapter())
     taken = checkpoint.snapshot({"step": 4}, trainer.adapter, trainer.optimizer, None)

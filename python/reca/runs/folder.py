@@ -39,7 +39,8 @@ class RunFolder:
     """
 
     def __init__(self, run_dir: Path, steps: int):
-        self.path, self.write_failed, self.busy, self.begun = run_dir, False, False, False
+        self.run_dir = self.path = run_dir  # as given, and where it is as far as is known
+        self.write_failed, self.busy, self.begun = False, False, False
         self.lock: int | None = _lock(run_dir)
         self.key = folder_lock.key(self.lock)
         folder_lock.holders[self.key] = self
@@ -93,14 +94,17 @@ class RunFolder:
 
         A lock file that was removed alone, and a file system that does not answer, are no evidence of that.
         """
+        return not self._is_at(self.run_dir)
+
+    def _is_at(self, path: Path) -> bool:
         if self.lock is None:
-            return False
+            return True
         try:
-            return folder_lock.key(self.path / folder_lock.FILE) != folder_lock.key(self.lock)
+            return folder_lock.key(path / folder_lock.FILE) == folder_lock.key(self.lock)
         except FileNotFoundError:
-            return not self.path.is_dir() or self._has_lock_file()
+            return path.is_dir() and not self._has_lock_file()
         except OSError:
-            return False
+            return True
 
     def reject_lost(self) -> None:
         """Raise OSError on rank 0 if the folder is lost, and PeerFailed on the others. All ranks must call it.
@@ -112,7 +116,7 @@ class RunFolder:
                 raise self._loss()
 
     def _loss(self) -> OSError:
-        old = self.path
+        old = self.run_dir
         if not self._has_lock_file():
             return OSError(f"the run folder {old} was removed during the run, with its checkpoints and logs")
         place = "where it was moved to"
@@ -160,7 +164,7 @@ class RunFolder:
         The first final state is kept: later writes are ignored, and until `accept` also those over a finished run.
         Nothing is written to the folder of another run at this one's path.
         """
-        if self.held or self.is_lost():
+        if self.held or not self._is_at(self.path):
             return
         status = self.status
         status.state, status.exit_code, status.reason = state, exit_code, reason
