@@ -182,14 +182,14 @@ def test_damaged_and_strange_tars(tmp_path):
 
 
 def test_a_negative_size_ends_the_reading(tmp_path):
-    """tarfile of Python 3.11 goes back by it and reads the same header for ever."""
+    """tarfile of Python 3.11 goes back by it and reads the same header for ever; that of 3.14 refuses it."""
     info = tarfile.TarInfo("a.jpg")
     header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
     header[124:136] = b"\xff" * 11 + b"\x00"  # -256 in base 256
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
     (tmp_path / "s.tar").write_bytes(bytes(512) * 0 + bytes(header) + bytes(2048))
-    with pytest.raises(DataError, match=r"s\.tar is damaged at byte 0"):
+    with pytest.raises(DataError, match=r"s\.tar is (damaged at byte 0|not an uncompressed tar: invalid offset)"):
         opened(tmp_path / "s.tar")
 
 

@@ -49,7 +49,7 @@ def test_every_rank_writes_its_stacks_and_collectives(two_ranks):
     folder = two_ranks / "run/hang"
     assert "in all_reduce" in (folder / "rank_0.txt").read_text()
     asleep = (folder / "rank_1.txt").read_text()
-    assert "rank 1, step 3: training for" in asleep and "in overslept" in asleep and "hang watch" not in asleep
+    assert "rank 1, step 3: training for" in asleep and "in overslept" in asleep
     for rank in range(2):
         recorded = pickle.loads((folder / f"collectives_{rank}").read_bytes())
         assert any("all_reduce" in entry["profiling_name"] for entry in recorded["entries"])

@@ -139,7 +139,11 @@ def _walk(path: AnyPath, file, size: int) -> Iterator[tuple[tarfile.TarInfo, int
 
 
 def _check_end(path: AnyPath, file, size: int, place: int, last: str) -> None:
-    """Raise DataError unless the archive ends with a block of zeros, followed by nothing but zeros."""
+    """Raise DataError unless the archive ends with a block of zeros, followed by nothing but zeros.
+
+    The header of a long name, of several blocks, that the file cuts off is an end to tarfile of Python 3.14.
+    """
+    ended = file.tell() >= size > place + tarfile.BLOCKSIZE
     file.seek(place)
     block = file.read(tarfile.BLOCKSIZE)
     if len(block) < tarfile.BLOCKSIZE:
@@ -147,7 +151,7 @@ def _check_end(path: AnyPath, file, size: int, place: int, last: str) -> None:
             f"{path} is cut off at byte {size}, after {last}: it has no end-of-archive block. Fetch or pack it again"
         )
     if block.strip(b"\0"):
-        raise DataError(_damage(path, size, place, last, "a bad header"))
+        raise DataError(_damage(path, size, place, last, "a bad header", ended))
     if size - place > MAX_PADDING:
         raise DataError(
             f"{path} ends at byte {place}, after {last}, but the file has {size} bytes, like an interrupted download "
