@@ -91,8 +91,13 @@ def exit_process(code: int) -> None:
 
 
 def end_now(code: int) -> None:
-    """End the process without interpreter shutdown, during which torch aborts if a thread still computes."""
+    """End the process without interpreter shutdown, during which torch aborts if a thread still computes.
+
+    Semaphores of multiprocessing, such as that of tqdm from Python 3.14 on, are released: else a warning names them.
+    """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):  # a full disk
             stream.flush()
+    if util := sys.modules.get("multiprocessing.util"):
+        util._run_finalizers(0)
     os._exit(code)

@@ -1,6 +1,8 @@
 """All commands end with the same code for the same kind of error: docs/failure.md defines them."""
 
 import shlex
+import subprocess
+import sys
 
 import pytest
 
@@ -81,3 +83,15 @@ def test_outputs_are_not_written_to_a_folder_named_like_an_address(command, tmp_
     assert main(shlex.split(command)) == 4
     printed = capsys.readouterr().err
     assert "s3://bucket/out" in printed and "is an address" in printed and not (tmp_path / "s3:").exists()
+
+
+def test_an_end_without_shutdown_leaks_no_semaphore():
+    """tqdm makes such a lock from Python 3.14 on."""
+    code = """
+import multiprocessing
+from reca import exits
+lock = multiprocessing.get_context("forkserver").RLock()
+exits.end_now(3)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)  # until the tracker has ended
+    assert (done.returncode, done.stderr) == (3, "")
