@@ -338,13 +338,20 @@ def test_command(capsys):
 
 
 def test_bagel_at_full_size_takes_little_memory():
-    peak = "import torch; from reca.monitoring.speed import peak_memory; print(peak_memory(torch.device('cpu')))"
-    code = f"from reca.cli import main; main(['check', 'bagel_7b', 'train.activation_checkpointing=false']); {peak}"
+    """torch alone takes 0.35 GiB, or 0.85 if built for CUDA."""
+    code = """
+import torch
+from reca.cli import main
+from reca.monitoring.speed import peak_memory
+before = peak_memory(torch.device("cpu"))
+main(["check", "bagel_7b", "train.activation_checkpointing=false"])
+print(peak_memory(torch.device("cpu")) - before)
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     *report, memory = done.stdout.splitlines()
     assert any("6,539,861,056" in line for line in report)
-    assert int(memory) < 2**30
+    assert int(memory) < 2**29
 
 
 @pytest.mark.parametrize(
