@@ -19,7 +19,7 @@ from reca.data.views import View, Views
 from tests.data.files import conversations, fill, image_bytes, row, tar
 
 pytest.importorskip("aiohttp")
-pytest.importorskip("fsspec")
+fsspec = pytest.importorskip("fsspec")
 
 
 class Server(http.server.SimpleHTTPRequestHandler):
@@ -59,6 +59,7 @@ class Server(http.server.SimpleHTTPRequestHandler):
 def serve(tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "PAUSE", 0.0)
     monkeypatch.setattr(remote, "_answered", {})
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     web.web_files.cache_clear()
     handler = type("Handler", (Server,), {})
     server = http.server.ThreadingHTTPServer(
@@ -139,6 +140,24 @@ def test_no_file_may_be_compressed_on_its_way(serve, tmp_path, name):
     handler.send_head = lambda self: accepted.append(self.headers["Accept-Encoding"]) or send_head(self)
     assert open_source(f"{address}/{name}", "i2t" if "json" in name else "reca")[0].image
     assert set(accepted) == {"identity"}
+
+
+def test_a_proxy_is_that_of_the_environment(serve, tmp_path, monkeypatch):
+    address, _ = serve
+    monkeypatch.setenv("HTTP_PROXY", address)
+    tar(tmp_path / "www" / "http:" / "elsewhere.test" / "a.tar", ("a.png", image_bytes()))
+    assert open_source("http://elsewhere.test/a.tar", "reca")[0].image == image_bytes()
+
+
+def test_the_settings_of_fsspec_for_web_servers_hold(serve, tmp_path, monkeypatch):
+    address, handler = serve
+    monkeypatch.setitem(fsspec.config.conf, "https", {"client_kwargs": {"headers": {"Authorization": "Bearer 7"}}})
+    tar(tmp_path / "www" / "a.tar", ("a.png", image_bytes()))
+    asked, send_head = [], handler.send_head
+    handler.send_head = lambda self: asked.append(self.headers) or send_head(self)
+    assert open_source(f"{address}/a.tar", "reca")[0].image
+    assert {(one["Authorization"], one["Accept-Encoding"]) for one in asked} == {("Bearer 7", "identity")}
+    assert web.web_files().client_kwargs["timeout"].sock_read == web.STALLED
 
 
 def test_a_part_that_was_not_asked_for_is_an_error(serve, tmp_path):

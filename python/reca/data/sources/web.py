@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 from aiohttp import ClientTimeout, TraceConfig, TraceRequestEndParams
+from fsspec.config import conf
 from fsspec.implementations.http import HTTPFileSystem
 
 MISSING = (404, 410)  # HTTP status codes of a missing file
@@ -35,12 +36,17 @@ class WebFiles(HTTPFileSystem):
 def web_files() -> WebFiles:
     """Return the file system of all servers, which keeps their connections.
 
-    A request may take any time, such as one for a row group, as long as data arrive.
+    A request may take any time, such as one for a row group, as long as data arrive. Proxies and passwords are found in
+    the environment and ~/.netrc, as by other programs; client_kwargs of fsspec's own settings override all of these.
     """
     timeout, checks = ClientTimeout(total=None, sock_connect=STALLED, sock_read=STALLED), TraceConfig()
     checks.on_request_end.append(_check_range)
-    headers = {"Accept-Encoding": "identity"}  # of a file that the server compresses, no part can be read
-    return WebFiles(client_kwargs={"timeout": timeout, "trace_configs": [checks], "headers": headers})
+    given: dict[str, Any] = {}
+    for protocol in WebFiles.protocol:
+        given |= conf.get(protocol, {}).get("client_kwargs", {})
+    # Of a file that the server compresses, no part could be read.
+    own = {"timeout": timeout, "trace_configs": [checks], "trust_env": True, "headers": {"Accept-Encoding": "identity"}}
+    return WebFiles(client_kwargs=own | given | {"headers": own["headers"] | given.get("headers", {})})
 
 
 async def _check_range(_session: Any, _context: Any, request: TraceRequestEndParams) -> None:
