@@ -1,10 +1,6 @@
 """Data errors: fatal ones and bad samples."""
 
-import errno
-
 from reca import exits
-
-OF_THE_MACHINE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
 
 class DataError(ValueError):
@@ -35,8 +31,3 @@ class Outage(Exception):
 
 class LeftOut(BadSample):
     """A row that is not a sample, such as one without an image. Another takes its place; it is not recorded as bad."""
-
-
-def of_the_machine(error: Exception) -> bool:
-    """Return whether the machine lacks memory or open files, so that an error tells nothing about the file."""
-    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in OF_THE_MACHINE)

@@ -1,13 +1,14 @@
 """Samples, and the interface of their sources."""
 
 import contextlib
+import errno
 import hashlib
 import posixpath
 import unicodedata
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
-from reca.data.errors import BadSample, DataError, of_the_machine
+from reca.data.errors import BadSample, DataError
 from reca.data.text import decode_text, one_line
 
 IMAGE_SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .mpo .png .apng .webp .bmp .gif .tif .tiff .avif".split())
@@ -19,6 +20,7 @@ OTHER_IMAGE_SUFFIXES = frozenset(
 HIDDEN = frozenset({"__MACOSX", "@eaDir", "$RECYCLE.BIN"})  # system folders: copies, thumbnails, the recycle bin
 MAX_IMAGE_BYTES = 2**28
 MAX_CAPTION_BYTES = 2**20
+OF_THE_MACHINE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # not caused by the file that is read
 INVISIBLE = frozenset({"Cc", "Cf", "Zs", "Zl", "Zp"})  # Unicode categories: control, format, separators
 
 
@@ -60,7 +62,7 @@ def sample_errors(source: Source, index: int, where: str = "") -> Iterator[None]
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-        if isinstance(error, OSError) and not of_the_machine(error):
+        if isinstance(error, OSError) and error.errno not in OF_THE_MACHINE:
             raise BadSample(reason) from error
         raise DataError(f"sample {one_line(source.key(index))}{where}: {reason}") from error
 
