@@ -69,6 +69,20 @@ def test_an_image_is_not_a_folder(memory):
     assert open_source("memory://data/b.png", "reca").key(0) == "c.png"
 
 
+def test_the_listing_of_a_folder_of_tables_is_kept(memory, tmp_path, monkeypatch):
+    """Each opening of a file takes its size from there: another request otherwise, for every row group."""
+    pytest.importorskip("pyarrow")
+    from tests.data.test_parquet import midjourney
+
+    midjourney(tmp_path / "a.parquet", 0, 1)
+    put(memory, tmp_path)
+    calls, find = [], type(memory).find
+    monkeypatch.setattr(type(memory), "find", lambda *args, **options: calls.append("find") or find(*args, **options))
+    monkeypatch.setattr(type(memory), "invalidate_cache", lambda fs, path=None: calls.append("drop"))
+    open_source("memory://data", "reca")
+    assert calls == ["drop", "find"]
+
+
 def test_tars_are_what_they_are_here(memory, tmp_path):
     for n in range(3):
         tar(tmp_path / f"{n}.tar", (f"{n}.png", image_bytes((n, 0, 0))), (f"{n}.txt", b"text %d" % n))

@@ -33,8 +33,8 @@ class RemoteFolder(ImageFolder):
                 files[suffix].append(name)
             elif suffix in IMAGE_SUFFIXES:
                 skipped.add("hidden files and folders", name)
-        root.fs.invalidate_cache()  # s3fs keeps 1.2 kB per file
         super().__init__(root, task, files, skipped)
+        root.fs.invalidate_cache()  # s3fs keeps 1.2 kB per file
 
     def read(self, name: str, limit: int, what: str) -> bytes:
         if (size := self.sizes[name]) is not None:
