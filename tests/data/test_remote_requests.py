@@ -88,6 +88,14 @@ def test_what_is_forbidden_is_asked_for_once(status, kind, requests):
     assert type(error.value) is kind and files.asked == ["a.png", *["b.png"] * requests, "a.png", *again]
 
 
+def test_what_is_gone_is_asked_for_once():
+    """Many images of a table of URLs are. A server says so by 410, or as of any missing file by 404."""
+    files = Files(410)
+    with pytest.raises(FileNotFoundError, match="host://bucket/b.png: RuntimeError: refused"):
+        RemotePath(files, "b.png").read_range(0, 9)
+    assert files.asked == ["b.png"] and not RemotePath(files, "b.png").exists()
+
+
 def test_a_host_that_is_away_is_an_outage_though_others_answer():
     """Its samples would be counted as bad. A host that has never answered may as well be misspelt."""
     files = Files()

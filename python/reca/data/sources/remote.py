@@ -26,6 +26,7 @@ CONNECTIONS = 100  # of one process to S3; as many as to web servers
 BLOCK = 2**20  # bytes per read of a file that is read sequentially
 LONGEST = 300  # characters of an error: those of HTTP parsers quote what they received
 LOCAL = ("file://", "local://")  # how addresses of local files begin
+STATUS: dict[Any, type[OSError]] = {401: PermissionError, 403: PermissionError, 410: FileNotFoundError}  # of HTTP
 NO_RANGES = "the server does not support partial requests (HTTP Range)"
 # Metadata that identify a version of a file.
 CHANGES = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created", "md5Hash", "blob_id")
@@ -208,7 +209,7 @@ def _as_oserror(path: RemotePath) -> Iterator[None]:
             raise TimeoutError(f"{path}: the server stopped answering ({reason})") from error
         if isinstance(error, OSError):
             raise
-        kind = PermissionError if getattr(error, "status", None) in (401, 403) else OSError
+        kind = STATUS.get(getattr(error, "status", None), OSError)
         raise kind(f"{path}: {reason}") from error
 
 
