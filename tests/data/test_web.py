@@ -1,12 +1,14 @@
 """Data at a web server, which runs on this machine. Nothing leaves it."""
 
+import contextlib
 import errno
 import http.server
 import itertools
 import json
 import re
+import socket
 import threading
-from contextlib import nullcontext
+import time
 
 import pytest
 
@@ -189,6 +191,21 @@ def test_a_request_ends_when_nothing_more_arrives_and_not_before(serve, tmp_path
     ended.set()
 
 
+def test_a_connection_is_waited_for_less_than_data(serve, monkeypatch):
+    """Some hosts of a table of URLs answer nothing, not even that they are not there."""
+    monkeypatch.setattr(web, "CONNECTING", 0.2)
+    with socket.socket() as silent, contextlib.ExitStack() as held:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(0)
+        with pytest.raises(TimeoutError):  # when no more connections wait to be accepted
+            for _ in range(100):
+                held.enter_context(socket.create_connection(silent.getsockname(), 0.2))
+        began = time.monotonic()
+        with pytest.raises(TimeoutError, match="a.png: the server stopped answering"):
+            remote.remote_path(f"http://127.0.0.1:{silent.getsockname()[1]}/a.png").read_range(0, 9)
+    assert time.monotonic() - began < web.STALLED / 2
+
+
 def test_files_whose_requests_fail_are_read_on(serve, tmp_path, monkeypatch):
     """Headers of a tar, and footer and row groups of a table: of requests for a part every other one fails."""
     pytest.importorskip("pyarrow")
@@ -328,5 +345,5 @@ def test_a_folder_below_a_folder_is_not_lost_with_its_connection(serve, tmp_path
 
     monkeypatch.setattr(HTTPFileSystem, "_ls_real", reset)
     for least in (3, 9):
-        with pytest.raises(Outage, match="reset by peer") if least > 3 else nullcontext():
+        with pytest.raises(Outage, match="reset by peer") if least > 3 else contextlib.nullcontext():
             assert len(open_source(address, "reca")) == 2

@@ -11,7 +11,8 @@ from fsspec.config import conf
 from fsspec.implementations.http import HTTPFileSystem
 
 MISSING = (404, 410)  # HTTP status codes of a missing file
-STALLED = 30.0  # seconds without a byte after which a request has failed
+CONNECTING = 10.0  # seconds without a connection after which a request has failed
+STALLED = 30.0  # seconds without a byte, likewise
 
 
 class WebFiles(HTTPFileSystem):
@@ -41,7 +42,7 @@ def web_files() -> WebFiles:
     A request may take any time, such as one for a row group, as long as data arrive. Proxies and passwords are found in
     the environment and ~/.netrc, as by other programs; client_kwargs of fsspec's own settings override all of these.
     """
-    timeout, checks = ClientTimeout(total=None, sock_connect=STALLED, sock_read=STALLED), TraceConfig()
+    timeout, checks = ClientTimeout(total=None, sock_connect=CONNECTING, sock_read=STALLED), TraceConfig()
     checks.on_request_end.append(_check_range)
     given: dict[str, Any] = {}
     for protocol in WebFiles.protocol:
