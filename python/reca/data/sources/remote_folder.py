@@ -34,7 +34,8 @@ class RemoteFolder(ImageFolder):
             elif suffix in IMAGE_SUFFIXES:
                 skipped.add("hidden files and folders", name)
         super().__init__(root, task, files, skipped)
-        root.fs.invalidate_cache()  # s3fs keeps 1.2 kB per file
+        if root.fs.async_impl:  # others, such as that of hf://, take a file's size from the listing for each read
+            root.fs.invalidate_cache()  # s3fs keeps 1.2 kB per file
 
     def read(self, name: str, limit: int, what: str) -> bytes:
         if (size := self.sizes[name]) is not None:
