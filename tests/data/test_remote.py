@@ -13,6 +13,7 @@ from reca.data.errors import BadSample, DataError, Outage
 from reca.data.loader import open_loader
 from reca.data.sources import columns, index_files, json_rows, remote, tar_index
 from reca.data.sources.factory import open_source
+from reca.data.sources.file_systems import own_file_system
 from reca.data.sources.remote import RemotePath
 from reca.data.views import View, Views
 from tests.data.files import conversations, fill, image_bytes, row, said, tar
@@ -457,7 +458,7 @@ def test_files_are_opened_side_by_side(memory, tmp_path, monkeypatch, kind):
 def test_file_systems_that_other_code_shares_keep_their_settings(memory, monkeypatch):
     """Ours repeats no request: the attempts of both would multiply."""
     monkeypatch.setattr(type(memory), "retries", 5, raising=False)
-    remote._own.cache_clear()
+    own_file_system.cache_clear()
     one, two = (remote.remote_path(f"memory://data/{name}").fs for name in "ab")
     assert one is two and one.retries == 1 and memory.retries == 5
     assert "walk" in vars(one) and not {"walk", "_walk", "retries"} & set(vars(fsspec.filesystem("memory")))
@@ -478,7 +479,7 @@ def test_attempts_of_botocore_are_few_and_connections_many_unless_the_user_sets_
             self.config_kwargs = config_kwargs or {}
 
     shared = Bucket(config_kwargs=given)
-    own = remote._own(shared)
+    own = own_file_system(shared)
     assert own is not shared and shared.config_kwargs == (given or {})
     ours = {"retries": {"total_max_attempts": 2}, "max_pool_connections": 100}
     assert own.config_kwargs == ours | (given or {})

@@ -1,7 +1,6 @@
 """Remote files: s3://, gs://, http(s):// and other URLs that fsspec reads."""
 
 import contextlib
-import functools
 import glob
 import io
 import os
@@ -17,12 +16,12 @@ from urllib.parse import quote, urlsplit
 
 from reca.data.errors import DataError, Outage
 from reca.data.sample import checked_size
+from reca.data.sources.file_systems import own_file_system
 
 ATTEMPTS = 3  # per request
 PAUSE = 0.5  # seconds before the second attempt; doubles with each further one
 HOSTS = 4  # web hosts that data may have without being a table of URLs, of which some are always gone
 REQUESTS = 16  # files that are asked about at a time when sources are opened
-CONNECTIONS = 100  # of one process to S3; as many as to web servers
 BLOCK = 2**20  # bytes per read of a file that is read sequentially
 LONGEST = 300  # characters of an error: those of HTTP parsers quote what they received
 LOCAL = ("file://", "local://")  # how addresses of local files begin
@@ -254,37 +253,11 @@ def remote_path(text: str) -> RemotePath:
 
             return RemotePath(web_files(), text)
         fs, path = fsspec.core.url_to_fs(text)
-        return RemotePath(_own(fs), path)
+        return RemotePath(own_file_system(fs), path)
     except ImportError as error:
         raise DataError(f"{text} needs a package that is not installed: {error}: pip install 'reca[remote]'") from None
     except Exception as error:  # an unknown protocol, missing credentials and more
         raise DataError(f"{text} cannot be opened: {type(error).__name__}: {error}") from error
-
-
-@functools.lru_cache(maxsize=64)
-def _own(shared: Any) -> Any:
-    """Return a file system like one that fsspec shares with other code, with settings of its own.
-
-    Its searches raise the error of a folder that cannot be listed, which to fsspec would be empty. It makes a request
-    once, or twice where botocore does: repetitions are up to `ask`, and would multiply. botocore's own limit of ten
-    connections would be one of data.workers.
-    """
-    options = dict(shared.storage_options)
-    if hasattr(shared, "config_kwargs"):  # s3fs
-        own = {"retries": {"total_max_attempts": 2}, "max_pool_connections": CONNECTIONS}
-        options["config_kwargs"] = own | (options.get("config_kwargs") or {})
-    fs = type(shared)(*shared.storage_args, **options, skip_instance_cache=True)
-    for name in ("walk", "_walk"):
-        if (walk := getattr(fs, name, None)) is not None:
-            setattr(fs, name, functools.partial(walk, on_error=_unless_missing))
-    if hasattr(fs, "retries"):  # s3fs
-        fs.retries = 1
-    return fs
-
-
-def _unless_missing(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError):
-        raise error
 
 
 def read_range(path: AnyPath, offset: int, size: int) -> bytes:
