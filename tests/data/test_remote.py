@@ -19,6 +19,7 @@ from reca.data.views import View, Views
 from tests.data.files import conversations, fill, image_bytes, row, said, tar
 
 fsspec = pytest.importorskip("fsspec")
+AbstractBufferedFile = pytest.importorskip("fsspec.spec").AbstractBufferedFile
 
 
 @pytest.fixture
@@ -483,3 +484,25 @@ def test_attempts_of_botocore_are_few_and_connections_many_unless_the_user_sets_
     assert own is not shared and shared.config_kwargs == (given or {})
     ours = {"retries": {"total_max_attempts": 2}, "max_pool_connections": 100}
     assert own.config_kwargs == ours | (given or {})
+
+
+def test_the_hub_is_not_asked_for_more_than_a_range():
+    """Its file system would read five megabytes ahead of each member of a tar."""
+    fetched = []
+
+    class File(AbstractBufferedFile):
+        def _fetch_range(self, start, end):
+            fetched.append(end - start)
+            return bytes(end - start)
+
+    class Hub(fsspec.AbstractFileSystem):
+        protocol, block_size = "hub", None
+
+        def info(self, path, **options):
+            return {"name": path, "size": 10**8, "type": "file"}
+
+        def _open(self, path, mode="rb", block_size=None, **options):
+            return File(self, path, mode, block_size or self.block_size, **options)
+
+    assert len(RemotePath(own_file_system(Hub()), "a.tar").read_range(1000, 100)) == 100
+    assert 100 <= sum(fetched) < 200 and Hub().block_size is None

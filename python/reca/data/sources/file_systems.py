@@ -24,6 +24,8 @@ def own_file_system(shared: Any) -> Any:
             setattr(fs, name, functools.partial(walk, on_error=_unless_missing))
     if hasattr(fs, "retries"):  # s3fs
         fs.retries = 1
+    if hasattr(fs, "block_size"):  # hf://, which reads 5 MiB more than a range: 0 would be a stream
+        fs.block_size = 1
     return fs
 
 
