@@ -99,9 +99,9 @@ class RemotePath:
         tags = [f"{name}={found[name]}" for name in CHANGES if found.get(name)]
         return found.get("size") or 0, tags or None
 
-    def open(self, mode: str = "rb", buffering: int = BLOCK) -> BinaryIO:
-        """Open the file. buffering: bytes that are read ahead."""
-        file = self.ask(self.fs.open, self.path, mode, block_size=buffering)
+    def open(self, mode: str = "rb", buffering: int | None = None) -> BinaryIO:
+        """Open the file. buffering: bytes that are read ahead; None: BLOCK."""
+        file = self.ask(self.fs.open, self.path, mode, block_size=buffering or BLOCK)
         try:
             file.seek(0, io.SEEK_END)
             file.seek(0)
