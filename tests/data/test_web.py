@@ -162,6 +162,16 @@ def test_the_settings_of_fsspec_for_web_servers_hold(serve, tmp_path, monkeypatc
     assert web.web_files().client_kwargs["timeout"].sock_read == web.STALLED
 
 
+def test_the_headers_of_a_tar_are_read_once(serve, tmp_path, monkeypatch):
+    """Each is checked a second time, a few bytes before it was read: fsspec's usual cache of web files drops them."""
+    monkeypatch.setattr(remote, "BLOCK", 10_000)
+    address, handler = serve
+    path = tar(tmp_path / "www" / "a.tar", *((f"{n}.png", bytes(1000)) for n in range(50)))
+    copied, copyfile = [], handler.copyfile
+    handler.copyfile = lambda self, file, out: copied.append(self.left) or copyfile(self, file, out)
+    assert len(open_source(f"{address}/a.tar", "reca")) == 50 and sum(copied) < 1.1 * path.stat().st_size
+
+
 def test_a_part_that_was_not_asked_for_is_an_error(serve, tmp_path):
     address, handler = serve
     tar(tmp_path / "www" / "a.tar", ("0.png", image_bytes()), ("1.png", image_bytes((9, 9, 9))))

@@ -52,7 +52,7 @@ def web_files() -> WebFiles:
     # Of a file that the server compresses, no part could be read.
     headers = {"Accept-Encoding": "identity"}
     own = {"timeout": timeout, "trace_configs": [checks], "trust_env": trusts, "headers": headers}
-    return WebFiles(client_kwargs=own | given | {"headers": headers | given.get("headers", {})})
+    return WebFiles(cache_type="readahead", client_kwargs=own | given | {"headers": headers | given.get("headers", {})})
 
 
 async def _check_range(_session: Any, _context: Any, request: TraceRequestEndParams) -> None:
