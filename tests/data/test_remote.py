@@ -486,6 +486,26 @@ def test_attempts_of_botocore_are_few_and_connections_many_unless_the_user_sets_
     assert own.config_kwargs == ours | (given or {})
 
 
+@pytest.mark.parametrize(("name", "found"), [("HTTPS_PROXY", True), ("https_proxy", True), ("NO_PROXY", False)])
+def test_google_is_reached_by_the_proxy_of_the_environment(monkeypatch, name, found):
+    """Every other request for its data is: those for tokens, and of other storage."""
+
+    class Google(fsspec.AbstractFileSystem):
+        protocol = "google"
+
+        def __init__(self, session_kwargs=None, **options):
+            super().__init__(**options)
+            self.session_kwargs = session_kwargs or {}
+
+    for one in ("http", "https", "no", "all"):
+        monkeypatch.delenv(f"{one}_proxy", raising=False)
+        monkeypatch.delenv(f"{one.upper()}_PROXY", raising=False)
+    monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for given in ({}, {"timeout": 7}, {"trust_env": "as it is"}):
+        own_file_system.cache_clear()
+        assert own_file_system(Google(session_kwargs=given)).session_kwargs == {"trust_env": found} | given
+
+
 def test_the_hub_is_not_asked_for_more_than_a_range():
     """Its file system would read five megabytes ahead of each member of a tar."""
     fetched = []

@@ -2,8 +2,17 @@
 
 import functools
 from typing import Any
+from urllib.request import getproxies
 
 CONNECTIONS = 100  # of one process to S3; as many as to web servers
+
+
+def has_proxy() -> bool:
+    """Return whether the environment names a proxy, so that aiohttp should look for it.
+
+    It does so again for every request, which takes half a millisecond. Then it also uses the passwords of ~/.netrc.
+    """
+    return not getproxies().keys() <= {"no"}
 
 
 @functools.lru_cache(maxsize=64)
@@ -18,6 +27,8 @@ def own_file_system(shared: Any) -> Any:
     if hasattr(shared, "config_kwargs"):  # s3fs
         own = {"retries": {"total_max_attempts": 2}, "max_pool_connections": CONNECTIONS}
         options["config_kwargs"] = own | (options.get("config_kwargs") or {})
+    if hasattr(shared, "session_kwargs"):  # gcsfs
+        options["session_kwargs"] = {"trust_env": has_proxy()} | (options.get("session_kwargs") or {})
     fs = type(shared)(*shared.storage_args, **options, skip_instance_cache=True)
     for name in ("walk", "_walk"):
         if (walk := getattr(fs, name, None)) is not None:

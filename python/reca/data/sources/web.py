@@ -1,14 +1,14 @@
 """fsspec's HTTP file system, without its habit of reporting server errors as missing files."""
 
 import functools
-import os
 import re
 from typing import Any
-from urllib.request import getproxies
 
 from aiohttp import ClientTimeout, TraceConfig, TraceRequestEndParams
 from fsspec.config import conf
 from fsspec.implementations.http import HTTPFileSystem
+
+from reca.data.sources.file_systems import has_proxy
 
 MISSING = (404, 410)  # HTTP status codes of a missing file
 CONNECTING = 10.0  # seconds without a connection after which a request has failed
@@ -39,19 +39,17 @@ class WebFiles(HTTPFileSystem):
 def web_files() -> WebFiles:
     """Return the file system of all servers, which keeps their connections.
 
-    A request may take any time, such as one for a row group, as long as data arrive. Proxies and passwords are found in
-    the environment and ~/.netrc, as by other programs; client_kwargs of fsspec's own settings override all of these.
+    A request may take any time, such as one for a row group, as long as data arrive. client_kwargs of fsspec's own
+    settings override ours.
     """
     timeout, checks = ClientTimeout(total=None, sock_connect=CONNECTING, sock_read=STALLED), TraceConfig()
     checks.on_request_end.append(_check_range)
     given: dict[str, Any] = {}
     for protocol in WebFiles.protocol:
         given |= conf.get(protocol, {}).get("client_kwargs", {})
-    # To look into an environment that has neither would take half a millisecond per request.
-    trusts = bool(getproxies()) or os.path.exists(os.environ.get("NETRC") or os.path.expanduser("~/.netrc"))
     # Of a file that the server compresses, no part could be read.
     headers = {"Accept-Encoding": "identity"}
-    own = {"timeout": timeout, "trace_configs": [checks], "trust_env": trusts, "headers": headers}
+    own = {"timeout": timeout, "trace_configs": [checks], "trust_env": has_proxy(), "headers": headers}
     return WebFiles(cache_type="readahead", client_kwargs=own | given | {"headers": headers | given.get("headers", {})})
 
 
