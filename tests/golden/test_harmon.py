@@ -152,7 +152,7 @@ def test_answer_loss_and_every_stage_of_it(golden, model, monkeypatch):
     for number, row in enumerate(prompts(golden, "i2t")):
         kept = data["i2t.attention_mask"][number].bool() & (data["i2t.input_ids"][number] != -200)
         given.append(row._replace(labels=data["i2t.labels"][number][kept].tolist()))
-    monkeypatch.setattr(model, "conversation", lambda turns: given[turns[0]])
+    monkeypatch.setattr(prompt, "conversation", lambda _, turns: given[turns[0]])
     spy = Spy(monkeypatch, model)
     model.zero_grad()
     features = {"h_v": data["vae.latents"][: len(given)]}
