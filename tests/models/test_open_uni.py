@@ -318,10 +318,11 @@ def test_a_blur_reaches_h_v_and_not_the_target():
     assert blurred.views("t2i").und is None and plain.views("reca").und is None
 
 
-def test_a_random_model_exports_and_loads(model, tmp_path):
+def test_a_random_model_exports_and_loads(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
     model.export(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["frozen.safetensors", "open_uni.pth"]
-    for source in (tmp_path, tmp_path / "open_uni.pth"):
+    for source in (tmp_path, tmp_path / "open_uni.pth", f"~/{tmp_path.name}"):
         again = Adapter.load(config(weights=str(source), seed=7))
         assert again.state_dict().keys() == model.state_dict().keys()
         for name, tensor in model.state_dict().items():

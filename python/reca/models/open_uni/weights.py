@@ -93,7 +93,7 @@ def _exported(cls: type[N], config: OpenUniConfig, frozen: Path) -> N:
     """Build the model of an export, of which `frozen` is a file."""
     with init_on_meta():
         net = cls(config, load_tokenizer(config))
-    trained, _ = overlay([Path(source) for source in (config.weights, config.overlay) if source])
+    trained, _ = overlay(own_files(config))
     assign_state_dict(net, read_tensors(frozen) | trained, str(frozen.parent), torch.float32)
     return net
 
@@ -121,8 +121,7 @@ def _published(cls: type[N], config: OpenUniConfig) -> N:
     mllm = mllm_native(read_tensors(folder))
     net.transformer = _diffusers_part(SanaTransformer2DModel, config.dit, "dit", "transformer")
     net.codec = _diffusers_part(AutoencoderDC, config.codec_weights, "codec_weights", "vae")
-    sources = [fetch(s, key=f"model.{key}") for key in ("weights", "overlay") if (s := getattr(config, key))]
-    state, report = overlay(sources)
+    state, report = overlay(own_files(config))
     for line in report:
         log.info("OpenUni: %s", line)
     changed = mllm_native({name: tensor for name, tensor in state.items() if name.startswith(MLLM)})
@@ -130,6 +129,11 @@ def _published(cls: type[N], config: OpenUniConfig) -> N:
     assign_state_dict(net.mllm, mllm | {name: tensor.to(kept) for name, tensor in changed.items()}, str(folder))
     assign_published(net, state, config.weights)
     return net
+
+
+def own_files(config: OpenUniConfig) -> list[Path]:
+    """Return the local paths of weights and overlay."""
+    return [fetch(s, key=f"model.{key}") for key in ("weights", "overlay") if (s := getattr(config, key))]
 
 
 def build_meta(cls: type[N], config: OpenUniConfig, tokenizer: PreTrainedTokenizerBase | None) -> N:
