@@ -292,6 +292,8 @@ def test_files_that_do_not_fit(model, change, words):
 
 
 def test_parts_come_together_or_not_at_all():
+    with pytest.raises(ValueError, match="model.overlay needs model.weights, which is null"):
+        Adapter.load(config(overlay="reca.pth"))  # without the check, a random model
     with pytest.raises(ValueError, match="model.mllm is null but other parts are given"):
         Adapter.load(config(weights="somewhere.pth"))
 

@@ -80,6 +80,8 @@ def load(cls: type[N], config: OpenUniConfig, device: torch.device | str = "cpu"
 
     Raises ValueError for files that do not fit the recipe, listing missing, unexpected and misshapen tensors.
     """
+    if config.overlay and not config.weights:
+        raise ValueError("model.overlay needs model.weights, which is null; set it")
     keys = ("weights", "mllm", "dit", "codec_weights")
     absent = [key for key in keys if getattr(config, key) is None]
     if absent == ["mllm", "dit", "codec_weights"] and (frozen := frozen_beside(config.weights)):
