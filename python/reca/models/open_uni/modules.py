@@ -8,17 +8,16 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderDC, SanaTransformer2DModel
 from torch import Tensor, nn
-from transformers import DynamicCache, InternVLConfig, InternVLForConditionalGeneration, PreTrainedTokenizerBase
+from transformers import InternVLConfig, InternVLForConditionalGeneration, PreTrainedTokenizerBase
 from transformers.models.internvl.configuration_internvl import InternVLVisionConfig
 from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
 from reca.models.base import in_fp32
 from reca.models.common.efficientnet import EfficientNetLite0
 from reca.models.common.images import check_side, per_channel
-from reca.models.common.kv_cache import with_cache
 from reca.models.common.patch_codebook import PatchCodebook
 from reca.models.common.patch_codec import PatchCodec, PatchSizes
-from reca.models.common.planned import PLANNED, cached
+from reca.models.common.planned import PLANNED, CachedPrompts
 from reca.models.common.pooled_features import PooledProjector, pooled
 from reca.models.common.qwen2 import qwen2_config
 from reca.models.common.siglip import siglip_encoder
@@ -27,7 +26,7 @@ from reca.models.common.trained import any_trained
 from reca.models.open_uni.config import AutoencoderSizes, OpenUniConfig, VectorCodebookSizes
 from reca.models.open_uni.prompt import CONTEXT, Layout
 from reca.precision import fp32_products
-from reca_kernels import AttentionSpan, attention_plan, template_concat
+from reca_kernels import template_concat
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGE_TOKEN_SHUFFLE = 2  # pixel shuffle: 2 x 2 patches become one token of h_v
@@ -246,24 +245,12 @@ class Network(nn.Module):
         The queries come last under a causal mask, so no prompt token depends on a parameter that RECA trains: the
         prompt runs once without a gradient to fill the KV cache, and only the queries have one. This is exact.
         """
-        n, queries = layout.src.shape[1], AttentionSpan(self.config.queries)
-        prefill = attention_plan(layout.spans(), device=self.device)
-        behind = attention_plan([(*spans, queries) for spans in cached(layout.spans())], device=self.device)
-        cache, model = DynamicCache(config=self.mllm.config.text_config), self.mllm.model.language_model
+        at, behind = layout.positions.tensor_split([layout.src.shape[1]], dim=1)
         with torch.set_grad_enabled(self.prompt_requires_grad()):
-            model(
-                inputs_embeds=self.embed(layout.src, h_v),
-                position_ids=layout.positions[:, :n],
-                plan=prefill,
-                **with_cache(model, cache),
-            )
+            embeddings = self.embed(layout.src, h_v)
+            prompts = CachedPrompts(self.mllm.model.language_model, embeddings, at, layout.spans())
         rows, cast = self.meta_queries.expand(len(layout.src), -1, -1), torch.is_autocast_enabled(self.device.type)
-        hidden = model(
-            inputs_embeds=rows if cast else rows.to(self.text_dtype()),
-            position_ids=layout.positions[:, n:],
-            plan=behind,
-            **with_cache(model, cache),
-        ).last_hidden_state
+        hidden = prompts(rows if cast else rows.to(self.text_dtype()), positions=behind)
         hidden = hidden if cast else hidden.to(rows.dtype)
         return self.projector(self.connector(inputs_embeds=hidden).last_hidden_state)
 
