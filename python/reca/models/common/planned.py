@@ -95,7 +95,7 @@ class CachedPrompts:
         samples: Sequence[Sequence[AttentionSpan]],
     ):
         self.model = model
-        self.prompts = cached(samples)
+        self.prompts = [tuple(span._replace(cached=True) for span in sample) for sample in samples]
         self.following = positions.amax(dim=1, keepdim=True) + 1
         self.cached = with_cache(model, prompt_cache(model))
         plan = attention_plan(samples, device=embeddings.device)
@@ -169,11 +169,6 @@ def padded(lengths: Sequence[int], width: int, side: str = "left") -> list[tuple
     """Return the spans of causal samples of these lengths, padded on one side to `width`."""
     pairs = [(AttentionSpan(width - length, "pad"), AttentionSpan(length)) for length in lengths]
     return [tuple(span for span in pair[:: 1 if side == "left" else -1] if span.length) for pair in pairs]
-
-
-def cached(samples: Sequence[Sequence[AttentionSpan]]) -> list[tuple[AttentionSpan, ...]]:
-    """Return the same spans as those of rows in a KV cache."""
-    return [tuple(span._replace(cached=True) for span in sample) for sample in samples]
 
 
 def unpadded(samples: Sequence[Sequence[AttentionSpan]], device: torch.device) -> Tensor | None:
