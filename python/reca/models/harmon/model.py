@@ -13,7 +13,7 @@ from typing_extensions import Self
 from reca.data.batch import Batch
 from reca.data.views import View, Views
 from reca.models.base import Adapter, LossTerm
-from reca.models.common.images import fit_to_view, to_unit
+from reca.models.common.images import to_unit
 from reca.models.common.inference import options_of
 from reca.models.harmon import modules, prompt, sampling, weights
 from reca.models.harmon.config import HarmonConfig
@@ -117,7 +117,7 @@ class Harmon(Network, Adapter):
     def answer(self, images: list[Tensor], questions: list[str], max_new_tokens: int = 100) -> list[str]:
         view = self.views("i2t").und
         assert view is not None
-        return sampling.answer(self, [fit_to_view(image, view) for image in images], questions, max_new_tokens)
+        return sampling.answer(self, view, images, questions, max_new_tokens)
 
     def export(self, folder: Path) -> list[str]:
         """Write harmon.pth, which Harmon's code loads like harmon_1.5b.pth.

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reca.data.views import View
 from reca.models.common.chat import END, Prompt, reply_start, truncated
 from reca.models.common.greedy import decode_replies
-from reca.models.common.images import to_uint8, to_unit
+from reca.models.common.images import fit_to_view, to_uint8, to_unit
 from reca.models.common.inference import check_multiple
 from reca.models.common.planned import CachedPrompts, greedy
 from reca.models.common.text import control
@@ -201,14 +202,15 @@ def denoise(
 
 @torch.no_grad()
 def answer(
-    net: Network, images: Sequence[Tensor], questions: Sequence[str], max_new_tokens: int, batch: int = 32
+    net: Network, view: View, images: list[Tensor], questions: list[str], max_new_tokens: int, batch: int = 32
 ) -> list[str]:
-    """Answer questions about images, uint8 [3, S, S] each, by greedy decoding, `batch` at a time."""
+    """Answer questions about images by greedy decoding, `batch` at a time."""
     asked = [prompt.question(net.tokenizer, text) for text in questions]
     asked = truncated(asked, prompt.MAX_CONVERSATION, len(reply_start(net.tokenizer)))
     eos, replies, buffers = control(net.tokenizer, END), [], net.config.mar.buffers
     for i in range(0, len(asked), batch):
-        encoded = net.mar.encode(net.latents(to_unit(images[i : i + batch]).to(net.device)))
+        pixels = to_unit([fit_to_view(image, view) for image in images[i : i + batch]]).to(net.device)
+        encoded = net.mar.encode(net.latents(pixels))
         layout = prompt.layout(asked[i : i + batch], buffers, encoded.shape[1] - buffers, side="left").to(net.device)
         tokens = greedy(
             net.llm.model,
