@@ -86,6 +86,8 @@ def test_dtype(folder):
         == {p.dtype for p in model.mm_projector.parameters()}
         == {torch.bfloat16}
     )
+    random = Adapter.load(config(dtype="bf16"))
+    assert all(p.dtype == random.get_parameter(name).dtype for name, p in model.named_parameters())
     assert {p.dtype for p in model.clip.parameters()} == {torch.float32}
     assert model.codec.codebook.dtype == torch.float32
     assert len(model.generate(["a red square"], [0], steps=2)) == 1

@@ -48,7 +48,8 @@ class PooledProjector(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:  # [B, FEATURES]
         """Return tokens of h_v, [B, n, H]."""
-        tokens = self.split((features - self.mean) / self.scale).unflatten(1, (self.tokens, -1))
+        normed = ((features - self.mean) / self.scale).to(self.split.weight.dtype)
+        tokens = self.split(normed).unflatten(1, (self.tokens, -1))
         return self.mlp(F.rms_norm(tokens, tokens.shape[-1:]))
 
 

@@ -45,7 +45,7 @@ def load(cls: type[N], config: ShowOConfig) -> N:
     if folder is None:
         with init_random(config.seed):
             net = cls(config, tokenizer)
-        cast_parameters(net.showo, lambda _: DTYPES[config.dtype])
+        cast_parameters(published_parts(net), lambda _: DTYPES[config.dtype])
     else:
         with init_on_meta():
             net = cls(config, tokenizer)
@@ -68,7 +68,7 @@ def load(cls: type[N], config: ShowOConfig) -> N:
 def build_meta(cls: type[N], config: ShowOConfig, tokenizer: PreTrainedTokenizerBase | None) -> N:
     """Build the model that `load` builds, without reading weights. A local tokenizer is read for its size."""
     net = cls(config, tokenizer or _tokenizer_of_its_size(config))
-    cast_parameters(published_parts(net) if config.weights else net.showo, lambda _: DTYPES[config.dtype])
+    cast_parameters(published_parts(net), lambda _: DTYPES[config.dtype])
     return net
 
 
