@@ -71,7 +71,9 @@ class ShowOConfig:
         path=HUB,
     )
     words: list[str] = config_field(list, "vocabulary of the word tokenizer of a random model")
-    dtype: str = config_field("fp32", "dtype of language model and projector; CLIP and codec stay fp32", ("fp32", "bf16"))
+    dtype: str = config_field(
+        "fp32", "dtype of language model and projector; CLIP and codec stay fp32", ("fp32", "bf16")
+    )
     understanding: str = config_field(
         "clip", "encoder of images in image-to-text: clip, efficientnet, or vq (the image's codes)", SOURCES
     )
