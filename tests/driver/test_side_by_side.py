@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from reca.processes import side_by_side
+from reca.processes import side_by_side, workers
 from reca.processes.environment import environment
 from reca.processes.side_by_side import Failure, Job
 
@@ -46,6 +46,10 @@ def join(*parts):
 
 def die():
     os._exit(9)
+
+
+def processes():
+    return os.getpid(), os.getppid()
 
 
 def save_on_signal(folder):
@@ -166,6 +170,15 @@ def test_a_failure_stops_what_comes_after_it_and_nothing_else(slot, tmp_path, mo
     assert isinstance(found["killed"], Failure) and "terminated abruptly" in str(found["killed"])
     assert found["fine"] == ("fine", "1", slot)  # by a new process, on the same core or GPU
     assert not (tmp_path / "never").exists()
+
+
+@pytest.mark.parametrize("slot", [None, "7"])
+def test_a_process_of_a_core_is_kept_and_one_of_a_gpu_is_replaced(slot):
+    """CUDA does not survive a fork, and a process that ends gives back all memory of its GPU."""
+    jobs = [Job("first", processes), Job("second", processes, after=("first",))]
+    (first, its_parent), (second, _) = side_by_side.run(jobs, [slot]).values()
+    assert (first == second) == (slot is None)
+    assert (its_parent != os.getpid()) == (slot is None and workers.FORK_SERVER)
 
 
 @pytest.mark.parametrize("kind", ["after", "uses"])

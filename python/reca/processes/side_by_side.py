@@ -82,8 +82,9 @@ def run(
             for slot, (job, future) in list(running.items()):
                 if future.done():
                     del running[slot]
-                    workers.free(slot, broken=isinstance(future.exception(), BaseException))
-                    end(job, Failure(future.exception()) if future.exception() else future.result())
+                    error = future.exception()
+                    workers.free(slot, broken=error is not None)
+                    end(job, Failure(error) if error else future.result())
             for job in list(waiting):
                 lost = [name for name in job.needs if isinstance(results.get(name), Failure)]
                 if lost:
