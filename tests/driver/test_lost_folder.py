@@ -55,6 +55,14 @@ def test_a_folder_that_is_removed_ends_its_run_at_that_step(recipe):
     assert trainer.step == 3 and not Path(made.run_dir).exists()
 
 
+def test_a_folder_that_is_moved_takes_no_checkpoint(recipe, tmp_path):
+    """Such as the one before an evaluation, which is not at the end of a step."""
+    trainer = Trainer(recipe(*KEYS), ToyAdapter())
+    trainer.run_dir.rename(tmp_path / "moved")
+    with pytest.raises(OSError, match="was moved during the run"):
+        trainer.save()
+
+
 def replace(folder: Path, how: str) -> None:
     """Move or remove the folder of a run, and begin another run at its path."""
     if how == "moved":
