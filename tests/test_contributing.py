@@ -62,6 +62,11 @@ def test_the_command_line_takes_a_model_outside(tmp_path, monkeypatch, capsys):
     assert "1 step done" in command("train", str(recipe))
     assert "a-cat.png" in command("generate", str(run), "--prompt", "a cat", "--sampling", "steps=2")
     assert "denoiser.safetensors" in command("export", str(run), "--out", str(tmp_path / "exported"))
+    command("export", str(run), "--out", str(tmp_path / "exported"), "--card")
+    assert "set `model.weights=FOLDER`" in (tmp_path / "exported/README.md").read_text()
+    assert "comparison.html" in command("compare", "base", str(run))
+    assert main(["compare", "base", str(run), "--reconstructions", "2"]) == 3
+    assert "examples.custom_model cannot reconstruct images: set --reconstructions 0" in capsys.readouterr().err
     assert "gen_head" in command("check", str(recipe), "--gpus", "2")
     assert main(["edit", str(run), "--image", "a.png", "--instruction", "b"]) == 3
     assert "examples.custom_model cannot edit; recipes of bagel and open_uni can" in capsys.readouterr().err

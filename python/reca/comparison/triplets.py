@@ -23,6 +23,7 @@ from reca.io.files import parse_json
 from reca.io.folders import ensure_writable
 from reca.models import umm_package
 from reca.monitoring.reconstructions import images_to_show, named_images, reconstruct
+from reca.options.fields import RecipeError
 from reca.options.sampling import check_sampling_options
 
 COUNT = 8  # default number of images
@@ -32,14 +33,21 @@ MADE = "made.json"  # in that folder: what the images were generated from, and t
 
 
 def usual_count(before: str, after: str) -> int:
-    """Return the default number of images: 0 if a side has no weights, or for large models without a GPU."""
+    """Return the default number of images.
+
+    It is 0 if a side has no weights or its model cannot reconstruct, and for large models without a GPU.
+    """
     sides = find_sides(before, after)
-    if any(side.recipe is None or side.lacks_weights for side in sides):
+    if any(side.recipe is None or side.lacks_weights or not _reconstructs(side.recipe) for side in sides):
         return 0
     if torch.cuda.is_available():
         return COUNT
     sizes = [sum(p.numel() for p in build_meta(side.recipe)[0].parameters()) for side in sides if side.recipe]
     return COUNT if max(sizes) < QUICK else 0
+
+
+def _reconstructs(recipe: Recipe) -> bool:
+    return "reconstruct" in umm_package(recipe.umm).Adapter.abilities
 
 
 def draw(
@@ -57,12 +65,14 @@ def draw(
 
     Existing reconstructions from the same weights, images and options are reused.
     Raises EvaluationError for a side without weights and for a full disk; DataError if images cannot be read;
-    ValueError for options that a model's `reconstruct` does not have.
+    RecipeError for a model that cannot reconstruct; ValueError for options that `reconstruct` does not have.
     """
     sides, device = find_sides(before, after), usable_device(None)
     for side in sides:
         if side.recipe is None or (side.kind == "run" and side.weights is None):
             raise EvaluationError(f"{side.source} has no weights: reconstructions need two models")
+        if not _reconstructs(side.recipe):
+            raise RecipeError(f"{side.recipe.umm} cannot reconstruct images: set --reconstructions 0")
         check_sampling_options(umm_package(side.recipe.umm).Adapter.reconstruct, sampling or {})
     run = sides[1] if sides[1].kind == "run" else sides[0]
     assert run.recipe is not None

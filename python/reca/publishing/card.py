@@ -70,8 +70,8 @@ def write(source: str | Path, recipe: Recipe, model: Adapter, ema: bool, folder:
         "training": _training(state, recipe) if state else {},
         "keys": _keys(recipe) if run else [],
         "understanding": ((sides and understanding(*sides)) or {}).get("text"),
-        "random": not recipe.model.weights,
-        "loading": umm_package(recipe.umm).weights.loading(recipe.model),
+        "random": not _weights_of(recipe),
+        "loading": _loading(recipe),
     }
     header = _metadata(name, recipe, base, scores.results)
     write_atomically(
@@ -91,7 +91,7 @@ def base_model(recipe: Recipe) -> tuple[str, str] | None:
 
     A local folder is identified with the catalog's repository of the same name, because `reca get` names folders so.
     """
-    source = recipe.model.weights
+    source = _weights_of(recipe)
     if not source:
         return None
     path = Path(source).expanduser()
@@ -102,6 +102,17 @@ def base_model(recipe: Recipe) -> tuple[str, str] | None:
             if folder.name == repository.split("/")[1]:
                 return repository, path.relative_to(folder).as_posix() if path != folder else ""
     return None
+
+
+def _weights_of(recipe: Recipe) -> str | None:
+    """Return model.weights, a key that a model outside of reca may lack."""
+    return getattr(recipe.model, "weights", None)
+
+
+def _loading(recipe: Recipe) -> str | None:
+    """Return the sentence on how the model's own code loads an export; None for a model that has none."""
+    loading = getattr(getattr(umm_package(recipe.umm), "weights", None), "loading", None)
+    return loading and loading(recipe.model)
 
 
 def _metadata(name: str, recipe: Recipe, base: tuple[str, str] | None, scores: list[dict[str, Any]]) -> ModelCardData:
