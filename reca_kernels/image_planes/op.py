@@ -7,11 +7,6 @@ from reca_kernels import native
 from reca_kernels.memory import has_values
 
 
-def compiled() -> bool:
-    """Return whether the native module includes this op; older builds do not."""
-    return hasattr(native.module, "image_planes")
-
-
 def image_planes(image: Tensor) -> Tensor:
     """Return an image, uint8 [3, H, W], as a contiguous tensor, which is the image itself if it is contiguous.
 
@@ -19,7 +14,7 @@ def image_planes(image: Tensor) -> Tensor:
     """
     _, row, step = image.stride()
     interleaved = image.stride(0) == 1 and step in (3, 4)
-    if not (interleaved and image.is_cpu and has_values(image) and compiled()):
+    if not (interleaved and image.is_cpu and has_values(image) and native.module):
         return image.contiguous()
     out = torch.empty(image.shape, dtype=torch.uint8, device=image.device)
     native.kernels().image_planes(image.data_ptr(), *image.shape[1:], row, step, out.data_ptr(), native.launch(out))

@@ -13,11 +13,6 @@ from reca_kernels.resize.taps import FILTERS, taps
 OP = "resize"
 
 
-def compiled() -> bool:
-    """Return whether the native module includes this op; older builds do not."""
-    return hasattr(native.module, "resize_rgb")
-
-
 def resize(
     image: Tensor,  # uint8 [3, H, W]
     size: tuple[int, int],
@@ -54,7 +49,7 @@ def resize(
     columns = taps(width, left, right, across, filter, *where)
     rows = taps(height, top, bottom, down, filter, *where)
     down_first = down < height and height - down > 2 * (width - across)  # as in Pillow 13
-    if not (image.is_cpu and has_values(image) and compiled()):
+    if not (image.is_cpu and has_values(image) and native.module):
         return reference.resize(image, in_mode(columns), in_mode(rows), down_first)
     interleaved = image.stride(0) == 1 and image.stride(2) == 3
     if not interleaved and image.stride(2) != 1:

@@ -17,7 +17,8 @@ from reca.data.image_formats import known_formats, unidentified
 from reca.data.metadata import lacks_end, without_metadata
 from reca.io.files import HEAD
 from reca.io.image_grid import to_pil
-from reca_kernels.image_planes import op as planes
+from reca_kernels import native
+from reca_kernels.image_planes.op import arrow_planes
 
 MAX_SIDE = 2**15  # a larger side is treated as a corrupt header
 MAX_PIXELS = 2**26  # 8192 x 8192, which need 0.8 GB for decoding and conversion to RGB
@@ -218,13 +219,13 @@ def pixels_of(image: Image.Image) -> Tensor:
 
 
 def _planes(image: Image.Image) -> Tensor:
-    if planes.compiled() and hasattr(image, "__arrow_c_array__"):  # since Pillow 11.2
+    if native.module and hasattr(image, "__arrow_c_array__"):  # since Pillow 11.2
         try:
             _, array = image.__arrow_c_array__()
         except ValueError:  # the memory is in several blocks: the process has set PILLOW_BLOCK_SIZE
             pass
         else:
-            return planes.arrow_planes(array, image.height, image.width)
+            return arrow_planes(array, image.height, image.width)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 

@@ -11,7 +11,8 @@ from reca.data.pixels import MAX_PIXELS, open_rgb, pixels_of
 from reca.data.views import View, Views
 from reca.io.image_grid import to_pil
 from reca.rng import CounterRNG, RandomStream
-from reca_kernels.resize.op import compiled, resize
+from reca_kernels import native
+from reca_kernels.resize.op import resize
 
 RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 SMALL = 2**22  # pixels
@@ -92,7 +93,7 @@ def _resizes_as_pillow() -> bool:
 
     Before version 13, Pillow always resized along the rows first.
     """
-    if not compiled():
+    if native.module is None:
         return False
     random = torch.Generator().manual_seed(0)
     noise = torch.randint(0, 256, (3, 61, 47), generator=random, dtype=torch.uint8, device="cpu")
