@@ -156,11 +156,11 @@ def measure(case: Case, device: Device, ceilings: Ceilings, about: dict, rounds:
         try:
             trials += _trials(case, name, provider, device, sets, floor, exact)
         except Exception as error:
-            reasons[name] = f"failed: {type(error).__name__}: {first_line(error)}"
+            reasons[name] = _failure(error)
         device.free()
     exact = None
     device.free()
-    _take_turns(trials, rounds)
+    _take_turns(trials, rounds, reasons)
     return [
         Row(case.op, case.shape, name, mode, case.dtype, numel=case.numel, **columns, **about)
         for name in case.providers
@@ -215,16 +215,24 @@ def _trials(case, name, provider, device, sets, floor, exact) -> list[_Trial]:
     return made
 
 
-def _take_turns(trials: list[_Trial], rounds: int | None) -> None:
+def _failure(error: Exception) -> str:
+    return f"failed: {type(error).__name__}: {first_line(error)}"
+
+
+def _take_turns(trials: list[_Trial], rounds: int | None, reasons: dict[str, str]) -> None:
     """Run the trials in rounds. Each pair of rounds starts one trial later, and its second round is reversed, so that
-    all trials run equally early and late.
+    all trials run equally early and late. A provider that fails is left out from then on, with the reason in `reasons`.
     """
     done = 0
     while trials and (rounds is None or done < rounds):
         start = done // 2 % len(trials)
         order = trials[start:] + trials[:start]
         for trial in order if done % 2 == 0 else reversed(order):
-            trial.times.append(trial.time())
+            try:
+                trial.times.append(trial.time())
+            except Exception as error:
+                reasons[trial.name] = _failure(error)
+        trials = [trial for trial in trials if trial.name not in reasons]
         done += 1
         if rounds is None:
             took = sum(map(sum, (trial.times[0] for trial in trials)))

@@ -193,6 +193,23 @@ def test_a_failing_provider_is_a_row_and_stops_nobody():
     assert rows[-1].ms_p50 == 2.0
 
 
+def test_a_provider_that_fails_while_it_is_timed_stops_nobody():
+    """In the sixth round: three calls come before the first, and a round has two."""
+    api, calls = FakeCuda(), []
+
+    def fails(x):
+        calls.append(x)
+        if len(calls) == 15:
+            raise RuntimeError("a kernel failed\nand more")
+        return (x.x.square().sum(),)
+
+    providers = {"CCE": Provider(fails), "ours: cuda": provider(api, 1.0, 3.0)}
+    rows = measure(case(providers, {BOTH: 10**9}), Cuda(api, "cpu"), ROUND, ABOUT, rounds=9)
+    assert rows[0].provider == "CCE" and rows[0].note == "failed: RuntimeError: a kernel failed"
+    assert [row.provider for row in rows] == ["CCE", *["ours: cuda"] * 3] and rows[-1].ms_p50 == 4.0
+    assert len(calls) == 15
+
+
 def test_wrong_results_show_and_nan_never_passes():
     api = FakeCuda()
 
@@ -280,7 +297,7 @@ def test_all_trials_stand_as_early_as_late_in_the_rounds():
     trials = [
         runner._Trial(name, "clock", lambda name=name: (order.append(name), (1.0, 1.0))[1], 0.0, "") for name in "abcd"
     ]
-    runner._take_turns(trials, 8)
+    runner._take_turns(trials, 8, {})
     rounds = [order[i : i + 4] for i in range(0, 32, 4)]
     assert all(sorted(turn) == [*"abcd"] for turn in rounds)
     assert {name: sum(turn.index(name) for turn in rounds) for name in "abcd"} == dict.fromkeys("abcd", 12)
@@ -289,7 +306,7 @@ def test_all_trials_stand_as_early_as_late_in_the_rounds():
 @pytest.mark.parametrize(("ms", "rounds"), [(1.0, 25), (600.0, 9), (6000.0, 5), (30_000.0, 3)])
 def test_slow_cases_are_repeated_less(ms, rounds):
     trial = runner._Trial("a", "clock", lambda: (ms, 0.0), 0.0, "")
-    runner._take_turns([trial], None)
+    runner._take_turns([trial], None, {})
     assert len(trial.times) == rounds
 
 
