@@ -28,6 +28,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from benchmarks import verdicts
 from benchmarks.data.rows import FOLDER as DATA_RESULTS
 from benchmarks.docs import summary
@@ -255,6 +257,8 @@ def main(arguments: list[str]) -> int:
         parser.error(f"--call must be 1 to {len(CALLS)}, and cannot be combined with names of steps")
     if options.seconds is not None and (options.call is None or options.seconds <= 0):
         parser.error(f"--seconds must be above 0, and is the time limit of --call, got {options.seconds:g}")
+    if not torch.cuda.is_available():
+        parser.error(f"torch {torch.__version__} finds no CUDA device: tests would be skipped; see nvidia-smi")
     chosen = [s for s in STEPS if not options.steps or s.name in options.steps]
     if options.call:
         chosen = CALLS[options.call - 1]

@@ -133,6 +133,7 @@ def test_a_run_that_is_terminated_copies_its_results_and_ends_its_step(monkeypat
         """
     monkeypatch.setattr(full_gpu_run, "RESULTS", results)
     monkeypatch.setattr(full_gpu_run, "STEPS", [python("long", code, 60)])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     before, wait = signal.signal(signal.SIGTERM, signal.SIG_IGN), subprocess.Popen.wait
 
     def terminated(process, seconds=None):
@@ -259,6 +260,7 @@ def test_without_xdist_the_tests_run_in_one_process(monkeypatch):
 
 def test_chosen_steps_their_files_and_the_exit_status(monkeypatch, tmp_path, capfd):
     good, bad = python("good", "0"), python("bad", "import sys; sys.exit(1)")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(full_gpu_run, "STEPS", [good, bad])
     monkeypatch.setattr(full_gpu_run, "CALLS", [[good], [bad]])
     monkeypatch.setenv("OUT", str(tmp_path / "given"))
@@ -284,6 +286,14 @@ def test_chosen_steps_their_files_and_the_exit_status(monkeypatch, tmp_path, cap
         with pytest.raises(SystemExit):
             full_gpu_run.main(wrong)
         assert told in capfd.readouterr().err
+
+
+def test_without_a_gpu_nothing_is_run(monkeypatch, capsys):
+    """All tests would be skipped, and their steps reported as passed."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        full_gpu_run.main(["first"])
+    assert "finds no CUDA device" in capsys.readouterr().err
 
 
 def test_the_log_of_attention_names_the_kernel(capsys):
