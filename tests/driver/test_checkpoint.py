@@ -73,6 +73,18 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(change, recipe, caplo
     assert checkpoint.latest(again.run_dir).name == "000006"
 
 
+def test_a_checkpoint_that_a_live_run_replaces_is_not_called_damaged(recipe, monkeypatch, caplog):
+    old = checkpoint.latest(run_toy(recipe("train.steps=2")).run_dir)
+    find, new = listing.find_damage, old.with_name("000004")
+
+    def replaced(folder):
+        monkeypatch.setattr(listing, "find_damage", find)
+        return find(folder.rename(new).with_name(folder.name))
+
+    monkeypatch.setattr(listing, "find_damage", replaced)
+    assert checkpoint.latest_valid(old.parents[1]) == new and "DAMAGED" not in caplog.text
+
+
 def test_a_check_of_sizes_reads_no_contents(recipe):
     newest = damaged(lambda folder: flip(weight_file(folder)), recipe)[1]
     assert not checkpoint.find_damage(newest, contents=False) and checkpoint.find_damage(newest)
