@@ -20,6 +20,7 @@ from reca.estimate.meta_model import build_meta, check_tasks, check_templates
 from reca.eval.training import TrainingSuite
 from reca.hardware.devices import usable_device
 from reca.hardware.host_memory import total as host_memory
+from reca.io.paths import exists
 from reca.models import umm_package
 from reca.models.base import Adapter
 from reca.optim import check_apex, check_passes
@@ -150,7 +151,7 @@ def check_recipe(recipe: Recipe) -> list[str]:
 def check_files(recipe: Recipe) -> None:
     """Raise RecipeError if a model file that is given as a path does not exist."""
     for name, value in published_files(recipe).items():
-        if value.startswith(("/", "./", "../", "~")) and not Path(value).exists():
+        if value.startswith(("/", "./", "../", "~")) and not exists(Path(value)):
             raise RecipeError(
                 f"model.{name}={value} does not exist; set a file, a folder, or a hub id such as owner/name"
             )

@@ -8,6 +8,7 @@ from pathlib import Path
 from reca import distributed
 from reca.checkpoint import manifest
 from reca.checkpoint.errors import CheckpointError
+from reca.io.paths import exists
 
 log = logging.getLogger("reca")
 
@@ -25,7 +26,7 @@ def list_complete(run_dir: Path) -> list[Path]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     folders = [run_dir / "checkpoints" / name for name in sorted(filter(str.isdecimal, names), key=int)]
-    return [folder for folder in folders if (folder / MARKER).exists()]
+    return [folder for folder in folders if exists(folder / MARKER)]
 
 
 def latest(run_dir: Path) -> Path | None:

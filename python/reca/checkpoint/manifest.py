@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from reca.io.files import parse_json, sha256
+from reca.io.paths import is_file
 
 THREADS = 8  # hashlib releases the GIL
 
@@ -19,7 +20,7 @@ def entries(folder: Path, names: Iterable[str]) -> dict[str, dict]:
 
 def files(folder: Path) -> list[str]:
     """List the relative paths of all files below `folder`, sorted."""
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if is_file(path))
 
 
 def read(path: Path) -> dict[str, dict]:

@@ -23,6 +23,7 @@ from reca.config.recipe import LoraConfig
 from reca.errors import PeerFailed
 from reca.io.files import parse_json
 from reca.io.folders import is_utf8
+from reca.io.paths import exists, is_dir
 from reca.models.base import Adapter
 from reca.training import lora
 
@@ -36,7 +37,7 @@ def load(folder: Path, adapter: Adapter, optimizer: torch.optim.Optimizer | None
     """
     weights = changed_parameters(adapter)
     with distributed.fail_together():
-        if not (folder / MARKER).exists():
+        if not exists(folder / MARKER):
             raise CheckpointError(f"{folder} is not a complete checkpoint (no {MARKER} file); use an earlier one")
         saved, state = _saved(folder / "weights"), read_state(folder)
     wanted = {name: tuple(value.shape) for name, value in weights.items()}
@@ -65,7 +66,7 @@ def load_ema(folder: Path, averages: dict[str, Tensor], all_of_them: bool = True
     Raises CheckpointError if it has no averages, or averages of other parameters.
     """
     with distributed.fail_together():
-        if not (folder / EMA).is_dir():
+        if not is_dir(folder / EMA):
             raise CheckpointError(f"{folder} has no EMA: its run had ema.half_life=0. Use the raw weights")
         saved = _saved(folder / EMA)
     wanted = {name: tuple(value.shape) for name, value in averages.items()}
@@ -220,8 +221,8 @@ def _damage(error: BaseException) -> str:
 def _damaged(folder: Path, damage: str) -> CheckpointError:
     if not is_utf8(folder):
         return CheckpointError(f"{folder} is not UTF-8, as safetensors requires of paths: rename the folder")
-    if not folder.exists():
+    if not exists(folder):
         return CheckpointError(f"{folder} was removed by a training run while it was read: start again")
-    if not (folder / MARKER).exists():
+    if not exists(folder / MARKER):
         return CheckpointError(f"{folder} is not a complete checkpoint (no {MARKER} file); use an earlier one")
     return CheckpointError(f"{folder} is damaged ({damage}); remove it, and use the checkpoint before it")

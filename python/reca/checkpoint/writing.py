@@ -25,6 +25,7 @@ from reca.checkpoint.errors import first_failure, first_reason
 from reca.checkpoint.listing import MARKER, PARTIAL, free_space, list_complete, remove
 from reca.checkpoint.retention import Keep
 from reca.io import folders
+from reca.io.paths import exists, is_dir
 from reca.models.base import Adapter
 
 log = logging.getLogger("reca")
@@ -68,7 +69,7 @@ def write(run_dir: Path, taken: Snapshot, keep: Keep, is_lost: Callable[[], bool
             _publish(partial, final, listed)
     except Exception as error:
         reason = f"{getattr(error, 'reason', None) or first_reason(error)}. Earlier checkpoints are untouched"
-        if is_lost() or not final.parent.is_dir():
+        if is_lost() or not is_dir(final.parent):
             reason = f"the run folder {run_dir} was moved or removed"
         elif exits.code_of(error) == exits.DATA:
             reason += f"; free space in {run_dir}"
@@ -141,9 +142,9 @@ def _publish(partial: Path, final: Path, listed: list[dict[str, dict]]) -> None:
         entries = {name: entry for part in listed for name, entry in part.items()}
         (partial / MARKER).write_text(json.dumps(entries, indent=1))
         folders.sync_to_disk(partial / MARKER)
-        for folder in (*(path for path in partial.iterdir() if path.is_dir()), partial):
+        for folder in (*(path for path in partial.iterdir() if is_dir(path)), partial):
             folders.sync_to_disk(folder)
-        if final.exists():
+        if exists(final):
             remove(final)
         partial.rename(final)
         folders.sync_to_disk(final.parent)

@@ -24,6 +24,7 @@ from reca.data.text import decode_text
 from reca.io import jsonl
 from reca.io.files import parse_json
 from reca.io.folders import BEST_OF, ensure_writable, write_atomically
+from reca.io.paths import exists
 from reca.models.base import Adapter
 from reca.models.common.likelihood import LogLikelihood
 
@@ -84,7 +85,7 @@ def open_folder(out: Path, choice: Choice, prompts: Sequence[str]) -> dict[int, 
             ensure_writable(out, "--out", BEST_OF)
     done: dict[int, dict[str, Any]] = {}
     with distributed.fail_together():
-        if not (out / SETTINGS).exists():
+        if not exists(out / SETTINGS):
             return done
         _reject_other_settings(out, choice)
         for record in _records(out):
@@ -94,7 +95,7 @@ def open_folder(out: Path, choice: Choice, prompts: Sequence[str]) -> dict[int, 
                     f"--out {out} was made from other prompts: number {number} was {record['prompt']!r:.100}. Append "
                     "new prompts at the end, or give another folder"
                 )
-            if (out / record["image"]).exists() and (out / record["image"]).with_suffix(".txt").exists():
+            if exists(out / record["image"]) and exists((out / record["image"]).with_suffix(".txt")):
                 done[number] = record
     return done
 
@@ -102,7 +103,7 @@ def open_folder(out: Path, choice: Choice, prompts: Sequence[str]) -> dict[int, 
 def record_settings(out: Path, choice: Choice) -> None:
     """Write the settings of a new folder. Raises ValueError if the folder was made with other settings."""
     with distributed.fail_together():
-        if distributed.rank() == 0 and not (out / SETTINGS).exists():
+        if distributed.rank() == 0 and not exists(out / SETTINGS):
             write_atomically(out / SETTINGS, json.dumps(choice.settings(), indent=1) + "\n")
     with distributed.fail_together():
         _reject_other_settings(out, choice)

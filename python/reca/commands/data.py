@@ -14,6 +14,7 @@ from reca.data.loader import open_loader
 from reca.data.sources.factory import DATA_KEYS, open_sources
 from reca.estimate.meta_model import build_meta
 from reca.io.folders import ensure_writable, write_atomically
+from reca.io.paths import exists
 from reca.options.fields import RecipeError
 
 UNUSABLE = 1  # exit code of `reca data check` when a sample cannot be used
@@ -24,7 +25,7 @@ def open_spec(spec: str, task: str | None, recipe: str | None, overrides: Sequen
 
     spec: a recipe, or a value of data.images (or of the key of `task`). recipe: supplies all other settings then.
     """
-    if (not Path(spec).exists() and spec in recipe_names()) or Path(spec).suffix in (".yaml", ".yml"):
+    if (not exists(Path(spec)) and spec in recipe_names()) or Path(spec).suffix in (".yaml", ".yml"):
         if recipe is not None:
             raise RecipeError(f"{spec} is a recipe, and --recipe={recipe} is another: give one of them")
         loaded = load_recipe(spec, overrides)

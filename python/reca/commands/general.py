@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from reca.io.paths import exists, is_file
+
 MOST_GPUS = 2**20
 
 
@@ -43,7 +45,7 @@ def _tell(recipe: Any, run: Any) -> None:
     draw = f"Generate with: reca generate {shlex.quote(source)} --prompt 'a yellow broccoli'"
     if run.new_steps:
         print(f"{units.counted(run.steps, 'step')} done. {draw}", flush=True)
-        if (grid := run.folder / GRID).is_file():
+        if is_file(grid := run.folder / GRID):
             print(f"Images and their reconstructions before and after training: {grid}", flush=True)
     else:
         print(
@@ -170,7 +172,7 @@ def doctor(options: argparse.Namespace) -> None:
 
 def bench(options: argparse.Namespace) -> int:
     root = Path(__file__).parents[3]
-    if not (root / "benchmarks" / "__main__.py").exists():
+    if not exists(root / "benchmarks" / "__main__.py"):
         raise ValueError("the benchmarks are in the source tree, not in the installed package: run `make bench` there")
     sys.path.insert(0, str(root))
     sys.argv = ["benchmarks", *options.arguments]

@@ -20,6 +20,7 @@ from reca import distributed, exits, objective
 from reca.config.recipe import LogConfig, Recipe
 from reca.data.batch import Batch
 from reca.io.folders import ensure_writable
+from reca.io.paths import exists
 from reca.models.base import Adapter
 from reca.models.common.deferred_weights import local_part
 from reca.optim import gradient_norm
@@ -204,7 +205,7 @@ def _scratch(run_dir: Path) -> Iterator[Path]:
     """Create a temporary sibling of the run folder, visible to all ranks. On exit, remove it and new parent folders."""
     parent, name = run_dir.absolute().parent, f".{run_dir.name}.overfit-"
     folder = parent / f"{name}{distributed.all_gather(os.getpid())[0]}"
-    above = [path for path in folder.parents if not path.exists()]
+    above = [path for path in folder.parents if not exists(path)]
     with distributed.fail_together():
         if distributed.rank() == 0:
             for old in parent.glob(f"{glob.escape(name)}*"):

@@ -9,6 +9,7 @@ from reca.eval import report
 from reca.eval.errors import OptionError
 from reca.eval.report import RESULTS
 from reca.eval.targets import BASE, evaluations_of, made_during_training
+from reca.io.paths import is_file
 from reca.runs.lineage import inside_run, parent_checkpoint, recipe_of, trained_source
 
 
@@ -89,7 +90,7 @@ def _side(name: str) -> Side:
         during = made_during_training(run, None if weights is None else int(weights.name))
         evaluations = _evaluations(evaluations_of(run, weights))
         return Side(name, "run", evaluations, recipe_of(run), weights, during=during)
-    if (folder / RESULTS).is_file():
+    if is_file(folder / RESULTS):
         return Side(name, "evaluation", (folder,))
     if hint := inside_run(folder):
         raise OptionError(f"{name} {hint}")

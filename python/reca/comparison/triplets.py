@@ -21,6 +21,7 @@ from reca.eval.targets import Target
 from reca.hardware.devices import usable_device
 from reca.io.files import parse_json
 from reca.io.folders import ensure_writable
+from reca.io.paths import is_file
 from reca.models import umm_package
 from reca.monitoring.reconstructions import images_to_show, named_images, reconstruct
 from reca.options.fields import RecipeError
@@ -106,7 +107,7 @@ def _made(place: Path, wanted: Any) -> list[dict[str, Any]] | None:
         paths = [place.parent / row[name] for row in found["made"] for name in ("input", "before", "after")]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return found["made"] if found["of"] == wanted and all(path.is_file() for path in paths) else None
+    return found["made"] if found["of"] == wanted and all(is_file(path) for path in paths) else None
 
 
 def _draw(

@@ -14,6 +14,7 @@ from reca.data.errors import DataError
 from reca.data.read_ahead import read_many
 from reca.data.sample import Source
 from reca.data.text import one_line
+from reca.io.paths import exists
 
 log = logging.getLogger("reca")
 
@@ -36,7 +37,7 @@ class BadSamples:
 
     def count(self) -> int:
         """Return the number of distinct bad samples of all ranks and starts."""
-        if self.path and self.path.exists():
+        if self.path and exists(self.path):
             with self.lock, contextlib.suppress(OSError), self.path.open("rb") as file:
                 self._absorb(file)
         return len(self.bad)

@@ -17,6 +17,7 @@ from reca.data.image_formats import known_formats, unidentified
 from reca.data.metadata import lacks_end, without_metadata
 from reca.io.files import HEAD
 from reca.io.image_grid import to_pil
+from reca.io.paths import exists, is_file
 from reca_kernels import native
 from reca_kernels.image_planes.op import arrow_planes
 
@@ -200,8 +201,8 @@ def _strips(image: Image.Image) -> Iterator[Image.Image]:
 def read_image(path: str | Path) -> Tensor:
     """Read an image file: uint8 [3, H, W]. Raises DataError."""
     path = Path(path)
-    if not path.is_file():
-        raise DataError(f"image {path} {'is not a file' if path.exists() else 'does not exist'}")
+    if not is_file(path):
+        raise DataError(f"image {path} {'is not a file' if exists(path) else 'does not exist'}")
     try:
         return pixels_of(open_rgb(path.read_bytes())).contiguous()
     except BadImage as error:

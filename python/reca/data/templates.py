@@ -5,6 +5,7 @@ from pathlib import Path
 from reca.data.errors import DataError
 from reca.data.spec import load_object, parse_spec
 from reca.data.text import decode_text
+from reca.io.paths import is_file
 
 
 def load_templates(source: str | None = None, count: int | None = None) -> list[str]:
@@ -33,7 +34,7 @@ def _lines(source: str | None) -> list[str]:
             )
         return list(found)
     file = Path(source) if source else Path(__file__).with_name("templates.txt")
-    if not file.is_file():
+    if not is_file(file):
         raise DataError(
             f"template file {file} does not exist; set data.templates to a text file with one sentence per line, or "
             "package.module:LIST"

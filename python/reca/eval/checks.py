@@ -13,6 +13,7 @@ from reca.eval.judges import check_judge
 from reca.eval.settings import Settings
 from reca.eval.suites import Item, Key, Suite
 from reca.eval.targets import Target
+from reca.io.paths import is_dir, is_file
 from reca.models import UMMS, umm_package
 from reca.options.fields import RecipeError
 from reca.options.names import option
@@ -24,7 +25,7 @@ def check(
 ) -> recorded.Imported | None:
     """Raise on errors in the settings or inputs before anything is loaded. Returns the contents of `records`."""
     suite = settings.suite
-    if images is not None and not images.is_dir():
+    if images is not None and not is_dir(images):
         raise EvaluationError(
             f"{option('images', str(images))} is not a folder; expected a folder of images as {suite.layout()}"
         )
@@ -71,7 +72,7 @@ def check_evaluation(settings: Settings, side: Target, items: Sequence[Item]) ->
     Raises EvaluationError if it has neither comparable results nor all images.
     """
     suite, done = settings.suite, side.folder / report.RESULTS
-    if done.is_file():
+    if is_file(done):
         mine = {"suite": suite.name, "protocol": suite.protocol, "items": [report.identity(item) for item in items]}
         report.check_comparable(mine, report.read(done), side.folder)
     elif {"judge", "score"} & set(settings.steps):
@@ -112,7 +113,7 @@ def check_recorded(settings: Settings, items: Sequence[Item], to_judge: Sequence
 def check_sources(suite: Suite, items: Sequence[Item]) -> None:
     """Raise EvaluationError if an image to edit or to ask about does not exist."""
     sources = list(dict.fromkeys(item.source for item in items))
-    missing = [str(path) for path in sources if path is None or not path.is_file()]
+    missing = [str(path) for path in sources if path is None or not is_file(path)]
     if missing:
         raise EvaluationError(
             f"{len(missing)} of the {len(sources)} input images of {suite.name} do not exist: {units.some(missing)}."

@@ -37,6 +37,7 @@ from reca.eval.targets import (
 )
 from reca.hardware.devices import usable_device
 from reca.io.folders import EVALUATION, NotWritable, ensure_writable
+from reca.io.paths import is_file
 from reca.models import umm_package
 from reca.options.names import option
 from reca.options.sampling import defaults
@@ -196,7 +197,7 @@ def judge_and_score(
         return None
     folder, steps = side.folder, settings.steps
     done = folder / report.RESULTS
-    if not {"judge", "score"} & set(steps) or (side.recipe is None and done.is_file()):
+    if not {"judge", "score"} & set(steps) or (side.recipe is None and is_file(done)):
         return report.read(done)
     items, found, missing = images_of(settings, side, images, given)
     place, generation = images or folder / "images", {} if images else read_generation(folder)

@@ -25,6 +25,7 @@ from reca.eval.errors import EvaluationError
 from reca.eval.files import write
 from reca.eval.suites import Item, Key, Suite
 from reca.eval.suites.base import agree
+from reca.io.paths import is_file
 from reca.models.base import Adapter
 from reca.options.names import option
 
@@ -138,7 +139,7 @@ def _chunks(todo: list, title: str) -> Iterator[list]:
 
 
 def _source(item: Item) -> Tensor:
-    if item.source is None or not item.source.is_file():
+    if item.source is None or not is_file(item.source):
         raise EvaluationError(f"item {item.id}: its image {item.source} does not exist; check {option('data')}")
     return read_image(item.source)
 
@@ -155,7 +156,7 @@ def is_complete(path: Path) -> bool:
 
 def _write_companions(suite: Suite, item: Item, images: Path) -> None:
     for name, content in suite.companions(item).items():
-        if not (images / name).is_file():
+        if not is_file(images / name):
             data = content.read_bytes() if isinstance(content, Path) else content
             write(images / name, data, sync=False, root=images)
 

@@ -11,6 +11,7 @@ from reca.eval.records import Record
 from reca.eval.settings import Settings
 from reca.eval.suites import Item, Key
 from reca.eval.targets import Target, check_prompts
+from reca.io.paths import is_dir
 from reca.options.names import option
 
 
@@ -37,7 +38,7 @@ def find(
     """Find the images. most: maximum number per item; None: all."""
     if settings.suite.ability == "answer":
         return {}
-    found = settings.suite.find(place, items) if place.is_dir() else {}
+    found = settings.suite.find(place, items) if is_dir(place) else {}
     if not found and given is None:
         raise EvaluationError(
             f"{place} contains no images of {settings.suite.name}; expected them as {settings.suite.layout()}"

@@ -12,6 +12,7 @@ from reca.eval.errors import EvaluationError
 from reca.eval.files import encoded
 from reca.eval.suites import Item, Key, Suite
 from reca.eval.suites.base import agree
+from reca.io.paths import exists, is_file
 from reca.options.names import option
 
 log = logging.getLogger("reca")
@@ -74,7 +75,7 @@ def parse(line: str) -> Record | None:
 
 def read(path: Path) -> list[Record]:
     """Read all records of a file; [] if it does not exist. Log a warning with the number of invalid lines."""
-    if not path.is_file():
+    if not is_file(path):
         return []
     # Split at line feeds only: an answer can contain other line separators, unescaped.
     lines = [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line.strip()]
@@ -124,12 +125,12 @@ class Appender:
 
 def check_there(path: Path) -> None:
     """Raise EvaluationError if the file or folder of answers does not exist."""
-    if not path.exists():
+    if not exists(path):
         raise EvaluationError(f"{path} does not exist; expected records.jsonl or a benchmark's result file")
 
 
 def _begins_with_record(path: Path) -> bool:
-    if not path.is_file():
+    if not is_file(path):
         return False
     with path.open(encoding="utf-8", errors="replace") as file:
         return parse(file.readline()) is not None

@@ -16,6 +16,7 @@ from reca.eval.shape import misfit
 from reca.eval.statistics import Interval
 from reca.eval.suites import Item, Key, Score, Suite
 from reca.eval.suites.base import agree
+from reca.io.paths import is_dir, is_file
 
 RESULTS, FORMAT = "results.json", 1
 TOP = {"fraction": 1.0, "percent": 100.0}  # upper bound of values, by unit; points have none in common
@@ -154,7 +155,7 @@ def compare(after: dict[str, Any], before: Mapping[str, Any], folder: Path) -> d
 
 def read(path: Path) -> dict[str, Any]:
     """Read results.json. Raises EvaluationError if it is missing or invalid, including NaN or infinite numbers."""
-    if not path.is_file():
+    if not is_file(path):
         raise EvaluationError(f"{path} does not exist; add the step score")
     try:
         found = _parse(path.read_bytes())
@@ -166,7 +167,7 @@ def read(path: Path) -> dict[str, Any]:
             f"{path} cannot be read: expected results of format {FORMAT} ({first_line(error)}); {way}"
         ) from error
     beside = path.parent / "images"
-    if found.get("images") and not Path(found["images"]).is_dir() and beside.is_dir():
+    if found.get("images") and not is_dir(Path(found["images"])) and is_dir(beside):
         found["images"] = str(beside)  # the folder was moved, or the working directory is another one
     return found
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from reca.eval.suites import Item, Suite, open_suite
 from reca.eval.suites.base import check_items
+from reca.io.paths import is_dir
 from reca.models.common.inference import check_pairs
 from reca.options.names import hint, option
 
@@ -47,7 +48,7 @@ class Settings:
         Without `--data`, items are read from the files next to the images if the suite's layout has them.
         """
         suite, found = self.suite, []
-        if images is not None and images.is_dir() and suite.data is None and suite.data_help is not None:
+        if images is not None and is_dir(images) and suite.data is None and suite.data_help is not None:
             found = suite.items_of_images(images, self.partial)
         found = found or suite.items()
         check_items(suite, found)

@@ -22,6 +22,7 @@ from reca.catalog import SUITES, SuiteFiles
 from reca.data.errors import DataError
 from reca.io.files import git_hash
 from reca.io.folders import ensure_writable, write_atomically
+from reca.io.paths import is_file
 from reca.options.fields import RecipeError
 from reca.options.names import hint
 
@@ -98,7 +99,7 @@ def _bring(source: SuiteFiles, commit: str, file: File, folder: Path) -> None:
 
 
 def _is_here(path: Path, file: File) -> bool:
-    return path.is_file() and path.stat().st_size == file.size and git_hash(path.read_bytes()) == file.digest
+    return is_file(path) and path.stat().st_size == file.size and git_hash(path.read_bytes()) == file.digest
 
 
 def _json(source: SuiteFiles, url: str, key: str) -> Any:

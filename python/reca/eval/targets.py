@@ -17,6 +17,7 @@ from reca.eval.generate import weights_hash
 from reca.eval.shape import misfit
 from reca.eval.suites import Item, Suite
 from reca.eval.suites.base import agree
+from reca.io.paths import is_file
 from reca.models.base import Adapter
 from reca.models.common.inference import warn_of_random_weights
 from reca.options.fields import format_value
@@ -134,7 +135,7 @@ def opponent(name: str | Path, mine: Target, overrides: Sequence[str] | Mapping[
         run = trained[0]
         return Target(f"base of {mine.source}", mine.recipe, False, run / "eval" / BASE / suite, run=run)
     folder = Path(name)
-    if any((folder / file).is_file() for file in (GENERATION, "records.jsonl", report.RESULTS)):
+    if any(is_file(folder / file) for file in (GENERATION, "records.jsonl", report.RESULTS)):
         return Target(str(name), None, False, folder)
     return target(name, overrides, suite, None)
 
@@ -159,7 +160,7 @@ def _dtype(model: Adapter) -> str:
 def read_generation(folder: Path) -> dict[str, Any]:
     """Read generation.json; {} if it does not exist."""
     path = folder / GENERATION
-    if not path.is_file():
+    if not is_file(path):
         return {}
     try:
         found = json.loads(path.read_bytes())
@@ -193,7 +194,7 @@ def check_prompts(folder: Path, items: Sequence[Item]) -> None:
     before, results = read_generation(folder), folder / report.RESULTS
     if "items" in before:
         others = [item.id for item in items if not agree(before["items"].get(item.id), item.input_digest)]
-    elif before and results.is_file():
+    elif before and is_file(results):
         prompts = {row["item"]: row["prompt"] for row in report.read(results)["items"]}
         others = [item.id for item in items if prompts.get(item.id, item.prompt) != item.prompt]
     else:

@@ -21,6 +21,7 @@ from reca.eval.generate import generate_images
 from reca.eval.settings import Settings, open_settings
 from reca.eval.targets import Target, write_generation
 from reca.io.folders import make_inside
+from reca.io.paths import is_file
 from reca.models.base import Adapter
 from reca.options.fields import RecipeError, format_value
 from reca.options.names import argument, written_as
@@ -118,7 +119,7 @@ class TrainingSuite:
             raise EvaluationError(str(error) or type(error).__name__) from error
         assert found is not None
         base = self._side(0).folder
-        if side.folder != base and (base / report.RESULTS).is_file():
+        if side.folder != base and is_file(base / report.RESULTS):
             found = report.compare(found, report.read(base / report.RESULTS), base)
         save(self.settings, side.folder, found)
         images = self.settings.suite.find(side.folder / "images", self.settings.items())

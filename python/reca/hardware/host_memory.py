@@ -7,6 +7,8 @@ import platform
 from collections.abc import Iterator
 from pathlib import Path
 
+from reca.io.paths import exists
+
 MEMINFO, CGROUPS, OWN_CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
@@ -22,7 +24,7 @@ def available() -> int:
 
     Only Linux reports them; on other systems, return an upper bound: all memory.
     """
-    if not MEMINFO.exists():
+    if not exists(MEMINFO):
         return total()
     fields = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
     return min(int(fields["MemAvailable"].split()[0]) << 10, *_cgroup_rests())

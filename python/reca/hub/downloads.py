@@ -11,6 +11,7 @@ from reca.config.recipe_files import UnknownRecipe, load_recipe, recipe_names
 from reca.data.errors import DataError
 from reca.hub.files import Listing, bring, check_access, list_files, local_folder, missing_bytes
 from reca.io.folders import ensure_writable
+from reca.io.paths import exists
 from reca.models import UMMS, umm_package
 from reca.models.common.hub import cause_of, hub_name
 from reca.options.fields import HUB, RecipeError
@@ -40,7 +41,7 @@ def weights_of(name: str, overrides: Sequence[str] = ()) -> list[Download]:
     if name in UMMS:
         recipes = [load_recipe(recipe, overrides) for recipe in recipe_names()]
         recipes = [recipe for recipe in recipes if recipe.umm == name]
-    elif "/" in name and not name.endswith((".yaml", ".yml")) and not Path(name).expanduser().exists():
+    elif "/" in name and not name.endswith((".yaml", ".yml")) and not exists(Path(name).expanduser()):
         repository, file = hub_name(name, "the name")
         return [Download(repository, file, facts=catalog.facts_of(repository, file))]
     else:
@@ -67,7 +68,7 @@ def _of_recipe(recipe: Recipe) -> Iterable[Download]:
     patterns = getattr(getattr(umm_package(recipe.umm), "weights", None), "DOWNLOADS", {})
     for one in fields(recipe.model):
         source = getattr(recipe.model, one.name)
-        if one.metadata.get("path") != HUB or not source or Path(source).expanduser().exists():
+        if one.metadata.get("path") != HUB or not source or exists(Path(source).expanduser()):
             continue
         key = f"model.{one.name}"
         repository, file = hub_name(source, key)
@@ -190,6 +191,6 @@ def _refused(download: Download, error: Exception) -> DataError:
 
 def _free(folder: Path) -> int:
     """Return the free bytes of the disk that a folder is on, or will be created on."""
-    while not folder.exists():
+    while not exists(folder):
         folder = folder.parent
     return shutil.disk_usage(folder).free

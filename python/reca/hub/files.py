@@ -7,6 +7,7 @@ from typing import Any, BinaryIO
 
 from reca.data.errors import DataError
 from reca.io.files import sha256
+from reca.io.paths import is_file
 
 # Smaller files are left to huggingface_hub, which fetches several at once, but does not resume interrupted ones.
 RESUMED = 2**30
@@ -101,10 +102,10 @@ def missing_bytes(listing: Listing, to: Path | None) -> int:
     count = 0
     for file in listing.files:
         place = _place(listing, file, to)
-        if place.is_file() and place.stat().st_size == file.size:
+        if is_file(place) and place.stat().st_size == file.size:
             continue
         part = _part(place)
-        count += file.size - (min(part.stat().st_size, file.size) if part.is_file() else 0)
+        count += file.size - (min(part.stat().st_size, file.size) if is_file(part) else 0)
     return count
 
 
@@ -132,7 +133,7 @@ def _fetch(listing: Listing, file: HubFile, place: Path) -> None:
 
     Raises DataError if another process is fetching it, or if its SHA-256 is not the one that the hub announced.
     """
-    if place.is_file() and place.stat().st_size == file.size:
+    if is_file(place) and place.stat().st_size == file.size:
         return
     part = _part(place)
     part.parent.mkdir(parents=True, exist_ok=True)

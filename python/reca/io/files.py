@@ -8,6 +8,7 @@ from typing import Any
 
 from reca import units
 from reca.errors import first_line
+from reca.io.paths import exists
 
 HEAD = 1 << 10  # bytes that identify a file
 CHUNK = 8 << 20  # bytes that are read at once
@@ -121,7 +122,7 @@ def lost_links(folder: Path) -> str:
 
     A folder of the hub's cache that was copied without its blobs has only such links.
     """
-    lost = sorted(path.name for path in folder.iterdir() if not path.exists())
+    lost = sorted(path.name for path in folder.iterdir() if not exists(path))
     return f"; the targets of its links are missing ({', '.join(lost[:3])}): copy it with `cp -rL`" if lost else ""
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from reca.io.files import parse_json
 from reca.io.folders import write_atomically
+from reca.io.paths import is_file
 
 log = logging.getLogger("reca")
 
@@ -53,14 +54,14 @@ def truncate_after(path: Path, step: int) -> None:
     """Remove incomplete lines and those of steps after `step`, which a run resumed at `step` writes again."""
     lines = _lines(path)
     kept = b"".join(line + b"\n" for line, value in lines if _step_of(value) <= step)
-    if path.is_file() and kept != path.read_bytes():
+    if is_file(path) and kept != path.read_bytes():
         write_atomically(path, kept)
 
 
 def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     """Return the raw bytes and the parsed value of every line that is a JSON object."""
     found = []
-    for line in path.read_bytes().splitlines() if path.is_file() else ():
+    for line in path.read_bytes().splitlines() if is_file(path) else ():
         with contextlib.suppress(ValueError):
             value = parse_json(line)
             if isinstance(value, dict):

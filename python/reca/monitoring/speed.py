@@ -20,6 +20,7 @@ from reca.data.batch import Batch, task_rng
 from reca.estimate.counts import batch_flops, without_memory
 from reca.estimate.meta_model import build_meta
 from reca.hardware.peaks import known_peak
+from reca.io.paths import exists
 
 MEASURED_SIZE, MEASURED_TIMES = 8192, 20  # of the matrix product that measures the peak of an unknown GPU
 
@@ -68,7 +69,7 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
-    for line in status.read_text().splitlines() if status.exists() else ():
+    for line in status.read_text().splitlines() if exists(status) else ():
         if line.startswith("VmHWM"):  # ru_maxrss includes the peak of the parent before exec
             return 1024 * int(line.split()[1])
     unit = 1 if sys.platform == "darwin" else 1024

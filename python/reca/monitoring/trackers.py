@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from reca.errors import first_line
+from reca.io.paths import exists
 
 log = logging.getLogger("reca")
 
@@ -61,7 +62,7 @@ class WandB:
 
         self.wandb = wandb
         path = run_dir / WANDB_ID
-        if not path.exists():
+        if not exists(path):
             path.write_text(secrets.token_hex(4) + "\n")
         self.run = wandb.init(
             project=project,

@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 from reca import distributed
 from reca.io.folders import write_atomically
+from reca.io.paths import exists
 
 log = logging.getLogger("reca")
 
@@ -145,7 +146,7 @@ class HangWatch:
             self.asked = True
 
     def _is_asked(self) -> bool:
-        return (self.folder / REQUEST).exists()
+        return exists(self.folder / REQUEST)
 
     def _withdraw(self) -> None:
         if self.asked:

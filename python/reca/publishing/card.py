@@ -22,6 +22,7 @@ from reca.eval.generate import weights_hash
 from reca.eval.suites import SUITES
 from reca.io import html
 from reca.io.folders import write_atomically
+from reca.io.paths import exists, is_file
 from reca.models import umm_package
 from reca.models.base import Adapter
 from reca.models.common.hub import hub_name
@@ -45,7 +46,7 @@ def write(source: str | Path, recipe: Recipe, model: Adapter, ema: bool, folder:
     Raises EvaluationError if results of the run cannot be read, OSError if the files cannot be written.
     """
     card = folder / CARD
-    if card.is_file() and not is_generated(folder):
+    if is_file(card) and not is_generated(folder):
         return [CARD, *sorted(path.relative_to(folder).as_posix() for path in (folder / IMAGES).glob("*.png"))]
     trained = trained_source(source)
     run = trained[0] if trained else None
@@ -83,7 +84,7 @@ def write(source: str | Path, recipe: Recipe, model: Adapter, ema: bool, folder:
 def is_generated(folder: Path) -> bool:
     """Tell whether a folder has a card with the line MARK, which describes the export that it was written for."""
     card = folder / CARD
-    return card.is_file() and MARK in card.read_text(encoding="utf-8", errors="replace")
+    return is_file(card) and MARK in card.read_text(encoding="utf-8", errors="replace")
 
 
 def base_model(recipe: Recipe) -> tuple[str, str] | None:
@@ -95,7 +96,7 @@ def base_model(recipe: Recipe) -> tuple[str, str] | None:
     if not source:
         return None
     path = Path(source).expanduser()
-    if not path.exists():
+    if not exists(path):
         return hub_name(source, "model.weights")
     for folder in (path, *path.parents):
         for repository in catalog.WEIGHTS:

@@ -15,6 +15,7 @@ from reca import checkpoint, distributed, exits
 from reca.errors import PeerFailed, lost_rank
 from reca.io.files import parse_json
 from reca.io.folders import PART, write_atomically
+from reca.io.paths import is_dir
 from reca.runs import folder_lock
 from reca.runs.status import FILE as STATUS_FILE
 from reca.runs.status import Status
@@ -102,7 +103,7 @@ class RunFolder:
         try:
             return folder_lock.key(path / folder_lock.FILE) == folder_lock.key(self.lock)
         except FileNotFoundError:
-            return path.is_dir() and not self._has_lock_file()
+            return is_dir(path) and not self._has_lock_file()
         except OSError:
             return True
 

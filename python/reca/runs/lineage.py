@@ -14,6 +14,7 @@ from reca import checkpoint, distributed
 from reca.config.recipe import Recipe
 from reca.config.recipe_files import UnknownRecipe, absolute_paths, by_key, load_recipe, walk
 from reca.data.sources.factory import DATA_KEYS
+from reca.io.paths import exists, is_dir, is_file
 from reca.models import umm_package
 from reca.models.base import Adapter
 from reca.options.fields import RecipeError
@@ -184,7 +185,7 @@ def resume_warnings(recipe: Recipe, state: Mapping[str, Any], ranks: int) -> lis
 
 def is_run(source: str | Path) -> bool:
     """Tell whether `source` is a run folder, by its recipe.yaml."""
-    return (Path(source) / "recipe.yaml").is_file()
+    return is_file(Path(source) / "recipe.yaml")
 
 
 def trained_source(source: str | Path) -> tuple[Path, Path | None] | None:
@@ -196,7 +197,7 @@ def trained_source(source: str | Path) -> tuple[Path, Path | None] | None:
     path = Path(source)
     if is_run(path):
         return path, checkpoint.latest(path)
-    for folder in (path, Path(os.path.realpath(path))) if path.is_dir() else ():
+    for folder in (path, Path(os.path.realpath(path))) if is_dir(path) else ():
         run = folder.parent.parent
         if folder.parent.name == "checkpoints" and folder.name.isdecimal() and is_run(run):
             return run, folder
@@ -211,9 +212,9 @@ def recipe_of(source: str | Path, overrides: Sequence[str] | Mapping[str, Any] =
     except UnknownRecipe as error:
         # A bare name may be a misspelt recipe, with a run as working directory. A number is none.
         named = Path(source).name == str(source) and not str(source).isdecimal()
-        if (Path(source).exists() or not named) and (hint := inside_run(Path(source))):
+        if (exists(Path(source)) or not named) and (hint := inside_run(Path(source))):
             raise RecipeError(f"{str(source)!r} {hint}") from error
-        export = f" (an export is loaded by its recipe, with model.weights={source})" if Path(source).is_dir() else ""
+        export = f" (an export is loaded by its recipe, with model.weights={source})" if is_dir(Path(source)) else ""
         raise RecipeError(f"{str(source)!r} is not a run folder{export}, and there is {error}") from error
 
 
@@ -298,7 +299,7 @@ def _parent_recipe(recipe: Recipe) -> Recipe:
     folder = Path(recipe.train.init_from)
     if (trained := trained_source(folder)) is None:
         other = "is not a run folder: it has no recipe.yaml. If "
-        if folder.is_dir():
+        if is_dir(folder):
             other += f"it is an export, write model.weights={folder} instead"
         else:
             other += "the run was moved, pass its new place as train.init_from"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from reca.config.recipe import Recipe
+from reca.io.paths import is_dir, is_file
 
 PIECES, PIECE = 16, 1 << 16  # number and bytes of the excerpts that identify a weight file
 
@@ -25,12 +26,10 @@ def published_model(recipe: Recipe) -> dict[str, Any]:
 def file_fingerprint(source: str) -> str:
     """Hash excerpts of a file, or of all files in a folder. Return a hub id unchanged."""
     path = Path(source)
-    if path.is_file():
+    if is_file(path):
         return digest(_excerpt(path))
-    if path.is_dir():
-        inside = sorted(
-            p for p in path.rglob("*") if p.is_file() and not p.relative_to(path).as_posix().startswith(".")
-        )
+    if is_dir(path):
+        inside = sorted(p for p in path.rglob("*") if is_file(p) and not p.relative_to(path).as_posix().startswith("."))
         return digest(b"".join(b"%r %s" % (p.relative_to(path).as_posix(), _excerpt(p)) for p in inside))
     return source
 

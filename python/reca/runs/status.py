@@ -9,6 +9,7 @@ from pathlib import Path
 
 from reca import exits
 from reca.io.files import parse_json
+from reca.io.paths import exists, is_file
 from reca.runs.folder_lock import is_alive, is_locked
 
 FILE = "status.json"
@@ -56,7 +57,7 @@ class Status:
                 f"process {status.pid} on {status.host} died without reporting an error (it was killed, or the machine "
                 f"went down); the same command resumes from step {status.step}"
             )
-        if status.checkpoint is not None and not (run_dir / status.checkpoint).exists():
+        if status.checkpoint is not None and not exists(run_dir / status.checkpoint):
             gone = f"{run_dir / status.checkpoint} is gone: it was removed, or its disk is not mounted"
             status.reason = f"{status.reason}; {gone}" if status.reason else gone
         return status
@@ -72,7 +73,7 @@ class Status:
                 raise TypeError(f"checkpoint is {status.checkpoint!r}")
             return status
         except (FileNotFoundError, NotADirectoryError) as error:
-            run = next((folder for folder in run_dir.absolute().parents if (folder / FILE).is_file()), None)
+            run = next((folder for folder in run_dir.absolute().parents if is_file(folder / FILE)), None)
             inside = f"is inside the run folder {run}: pass that folder"
             raise ValueError(f"{run_dir} {inside if run else f'is not a run folder: it has no {FILE}'}") from error
         except OSError as error:

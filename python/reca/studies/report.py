@@ -14,6 +14,7 @@ from reca import units
 from reca.io import html
 from reca.io.folders import write_atomically
 from reca.io.image_grid import enlarged
+from reca.io.paths import is_file
 from reca.studies import judge
 from reca.studies.study import BEFORE, PRETRAINED, Study
 from reca.studies.task import Asked, Task, short
@@ -160,7 +161,7 @@ def _images(found: dict[str, Any]) -> dict[str, Any]:
     for variant in found["variants"]:
         result: dict[str, Any] = next(iter(variant["results"].values()), {})
         path = Path(result.get("folder", "")) / "images.png"
-        if "failed" in result or not path.is_file():
+        if "failed" in result or not is_file(path):
             continue
         with Image.open(path) as image:
             larger = enlarged(image, ENLARGED)

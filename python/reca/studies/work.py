@@ -10,6 +10,7 @@ from reca.config.recipe_files import load_recipe
 from reca.io import jsonl
 from reca.io.files import parse_json
 from reca.io.folders import write_atomically
+from reca.io.paths import is_file
 from reca.runs import folder_lock
 from reca.runs.finished import finished_steps
 from reca.runs.lineage import load_trained, recipe_of
@@ -51,7 +52,7 @@ def _work(task: Task) -> dict[str, Any]:
 
 def done(task: Task) -> dict[str, Any] | None:
     """Load the result of a task; None if it is not done. Raises StudyError if the file is damaged."""
-    if not task.result.is_file():
+    if not is_file(task.result):
         return None
     try:
         return parse_json(task.result.read_bytes())

@@ -18,6 +18,7 @@ from reca.data.sources.records import Facts, Write
 from reca.data.sources.remote import AnyPath, RemotePath, read_whole, to_path
 from reca.data.sources.skipped import Skipped
 from reca.data.tasks import Turn
+from reca.io.paths import exists, is_dir, is_file
 
 FORM = Form(
     "conversations file",
@@ -41,8 +42,8 @@ class Conversations(KeyedRows):
     """
 
     def __init__(self, path: AnyPath, image_root: str | None):
-        if not path.is_file():
-            fault = "is not a file" if path.exists() else "does not exist"
+        if not is_file(path):
+            fault = "is not a file" if exists(path) else "does not exist"
             raise DataError(
                 f"conversations file {path} {fault}; give a LLaVA-style .json or .jsonl as data.conversations"
             )
@@ -52,7 +53,7 @@ class Conversations(KeyedRows):
         self.skipped = Skipped(*facts["skipped"])
         if not self.rows:
             raise DataError(f"{path} has no conversation about an image: {self.skipped or 'it is empty'}")
-        if isinstance(self.root, Path) and not self.root.is_dir():
+        if isinstance(self.root, Path) and not is_dir(self.root):
             raise DataError(f"data.image_root {self.root} is not a folder; set the folder that image names start from")
         self.skipped.warn(str(path))
 

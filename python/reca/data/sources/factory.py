@@ -21,6 +21,7 @@ from reca.data.sources.scored import ScoredImages
 from reca.data.sources.skipped import Skipped, log_once
 from reca.data.sources.tars import Tars
 from reca.data.spec import call_source, parse_spec
+from reca.io.paths import is_dir
 
 DATA_KEYS = {
     "reca": "images",
@@ -78,7 +79,7 @@ def open_source(text: str, task: str, image_root: str | None = None, columns: Co
             return ScoredImages(to_path(text), image_root)
         if is_address(text):
             return _open_address(text, task, image_root, columns)
-        if path.is_dir():
+        if is_dir(path):
             return _open_folder(path, task, image_root, columns)
         if PARQUET.search(path.name):
             return Parquet(expand(text, "parquet"), task, columns, image_root)

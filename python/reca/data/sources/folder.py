@@ -22,6 +22,7 @@ from reca.data.sample import (
 from reca.data.sources.remote import AnyPath, read_whole
 from reca.data.sources.skipped import Skipped
 from reca.io.files import HEAD, packed, placeholder
+from reca.io.paths import exists, is_dir, is_file
 
 
 class NoImages(DataError):
@@ -89,7 +90,7 @@ class Folder(ImageFolder):
     """
 
     def __init__(self, root: Path, task: str):
-        if not root.is_dir():
+        if not is_dir(root):
             raise DataError(_no_folder(root))
         self.root, skipped = root, Skipped()
         super().__init__(root, task, list_files(root, skipped), skipped)
@@ -104,8 +105,8 @@ class Folder(ImageFolder):
 def _no_folder(path: Path) -> str:
     """Return the message for a path that is not a folder: what it is, and what to give instead."""
     takes = "name a folder of images, .tar or .parquet files, hf:NAME, or package.module:FUNCTION"
-    if not path.is_file():
-        return f"data folder {path} {'is not a folder' if path.exists() else 'does not exist'}; {takes}"
+    if not is_file(path):
+        return f"data folder {path} {'is not a folder' if exists(path) else 'does not exist'}; {takes}"
     with path.open("rb") as file:
         head = file.read(HEAD)
     if cause := placeholder(head) or packed(head):
@@ -156,7 +157,7 @@ def _list_files(root: Path, skipped: Skipped, pool: ThreadPoolExecutor) -> dict[
                 raise DataError(f"data folder {root / folder} cannot be read: {error.strerror}") from error
             skipped.add("folders that cannot be read", f"{folder}, {error.strerror}")
             continue
-        for entry, (is_folder, is_file) in zip(entries, read_many(_entry_type, entries), strict=True):
+        for entry, (is_folder, regular) in zip(entries, read_many(_entry_type, entries), strict=True):
             name = f"{folder}/{entry.name}" if folder else entry.name
             suffix = suffix_of(name)
             if hidden(entry.name):
@@ -165,7 +166,7 @@ def _list_files(root: Path, skipped: Skipped, pool: ThreadPoolExecutor) -> dict[
             elif is_folder:
                 found = name, linked or entry.is_symlink(), pool.submit(_read_folder, root / name)
                 (links if entry.is_symlink() else waiting).append(found)
-            elif not is_file:
+            elif not regular:
                 if suffix in IMAGE_SUFFIXES:
                     skipped.add("images that are not files, or broken links", name)
             else:

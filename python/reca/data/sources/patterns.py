@@ -10,6 +10,7 @@ from reca.data.errors import DataError
 from reca.data.read_ahead import read_ahead, read_many
 from reca.data.sources import remote
 from reca.data.sources.remote import REQUESTS, AnyPath, RemotePath
+from reca.io.paths import is_file
 
 MAX_SHARDS = 1_000_000
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -53,8 +54,8 @@ def _all_there(spec: str, kind: str, paths: Sequence[AnyPath], missing: list[str
             f"{spec}: {len(missing)} of the range are missing: {some(missing)}. Download them, or name a range of "
             "existing files"
         )
-    for path, is_file in zip(paths, read_ahead(lambda path: path.is_file(), paths, REQUESTS), strict=True):
-        if not is_file:
+    for path, regular in zip(paths, read_ahead(is_file, paths, REQUESTS), strict=True):
+        if not regular:
             raise DataError(f"{path} is not a file; expected {spec!r} to name {kind} files")
     return list(paths)
 

@@ -16,6 +16,7 @@ from reca.data.sources.remote import AnyPath, RemotePath, read_whole, to_path
 from reca.data.sources.skipped import Skipped
 from reca.data.tasks import Scored, ScoredBox
 from reca.data.text import encodable
+from reca.io.paths import exists, is_file
 
 LARGEST = sys.float_info.max
 FORM = Form(
@@ -49,8 +50,8 @@ class ScoredImages(KeyedRows):
     """
 
     def __init__(self, path: AnyPath, image_root: str | None):
-        if not path.is_file():
-            fault = "is not a file" if path.exists() else "does not exist"
+        if not is_file(path):
+            fault = "is not a file" if exists(path) else "does not exist"
             raise DataError(f"{FORM.file} {path} {fault}; set data.scored to a .json or .jsonl file")
         self.root: AnyPath = to_path(image_root) if image_root else path.parent
         self.rows, facts = kept_rows(path, FORM, _write_rows, "scored")

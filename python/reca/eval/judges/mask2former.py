@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from reca.data.pixels import as_rgb
 from reca.eval.errors import EvaluationError
+from reca.io.paths import is_file
 
 MEAN = (123.675, 116.28, 103.53)
 STD = (58.395, 57.12, 57.375)
@@ -318,7 +319,7 @@ def build(state: Mapping[str, Tensor], config: Any) -> Any:
 
 def check_checkpoint(path: Path) -> None:
     """Raise EvaluationError if the file does not exist."""
-    if not path.is_file():
+    if not is_file(path):
         raise EvaluationError(f"{path} does not exist. {CHECKPOINT_HELP}")
 
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 from reca.data.text import encodable
 from reca.eval import files
 from reca.eval.errors import EvaluationError, OptionError
+from reca.io.paths import exists, is_dir, is_file
 from reca.options.names import option
 
 PROMPTS = Path(__file__).parents[1] / "prompts"  # prompts whose licence permits redistribution, with the licences
@@ -40,7 +41,7 @@ class Item:
         """Hash of the model's inputs: the prompt and the bytes of the source. None if the source does not exist."""
         if self.source is None:
             return _digest([self.prompt])
-        return _digest([self.prompt, image_hash(self.source)]) if self.source.is_file() else None
+        return _digest([self.prompt, image_hash(self.source)]) if is_file(self.source) else None
 
     @functools.cached_property
     def digest(self) -> str | None:
@@ -128,7 +129,7 @@ class Suite:
             return self.shipped
         if self.data is None:
             raise OptionError(f"{self.name} needs the benchmark's files: {option('data', 'PATH')}. {self.data_help}")
-        if not self.data.exists():
+        if not exists(self.data):
             raise EvaluationError(f"{option('data', str(self.data))} does not exist. {self.data_help}")
         return self.data
 
@@ -177,7 +178,7 @@ class Suite:
     def find(self, images: Path, items: Sequence[Item]) -> dict[Key, Path]:
         """Find images in the benchmark's layout, including those of other tools. By default, one per item."""
         paths = {(item.id, 0): images / self.path(item, 0) for item in items}
-        return {key: path for key, path in paths.items() if path.is_file()}
+        return {key: path for key, path in paths.items() if is_file(path)}
 
     def layout(self) -> str:
         """Describe the layout, for messages."""
@@ -208,10 +209,10 @@ class RowFolders(Suite):
         wanted = {int(item.id): item.id for item in items}
         found: dict[Key, Path] = {}
         for folder in images.iterdir():
-            if not (folder.is_dir() and folder.name.isdecimal() and int(folder.name) in wanted):
+            if not (is_dir(folder) and folder.name.isdecimal() and int(folder.name) in wanted):
                 continue
             samples = (p for p in (folder / "samples").glob("*.png*") if p.name.split(".png")[0].isdecimal())
-            for path in sorted(p for p in samples if p.is_file()):
+            for path in sorted(p for p in samples if is_file(p)):
                 found.setdefault((wanted[int(folder.name)], int(path.name.split(".png")[0])), path)
         return found
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from reca.eval import files
 from reca.eval.errors import EvaluationError
 from reca.eval.suites.base import Item, Key, Score, Suite, Value, answered, equal_weights, mean
+from reca.io.paths import is_dir, is_file
 
 log = logging.getLogger("reca")
 
@@ -94,8 +95,8 @@ class GEdit(Suite):
 
     def items(self) -> list[Item]:
         root = self.data_path()
-        path = root if root.is_file() else root / "items.jsonl"
-        if not path.is_file():
+        path = root if is_file(root) else root / "items.jsonl"
+        if not is_file(path):
             if not (tables := sorted(root.rglob("*.parquet"))):
                 raise EvaluationError(f"{path} does not exist. {self.data_help}")
             self._unpack(tables, path)
@@ -158,7 +159,7 @@ class GEdit(Suite):
 
     def import_answers(self, path: Path, items: Sequence[Item]) -> dict[Key, Any] | None:
         """Read the public script's files <model>_<group>_gpt_score.csv from a folder."""
-        if not path.is_dir():
+        if not is_dir(path):
             return None
         keys, found = {item.id for item in items}, {}
         for file in sorted(path.rglob("*_gpt_score.csv")):

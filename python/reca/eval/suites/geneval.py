@@ -9,6 +9,7 @@ from reca.eval import files
 from reca.eval.errors import EvaluationError
 from reca.eval.suites.base import PROMPTS, Item, Key, RowFolders, Score, Value, answered, equal_weights, tag_means
 from reca.eval.suites.geneval_rules import TAGS, mistakes, summarize, threshold_of
+from reca.io.paths import is_dir, is_file
 from reca.options.names import option
 
 
@@ -26,7 +27,7 @@ class GenEval(RowFolders):
 
     def items(self) -> list[Item]:
         path = self.data_path()
-        path = path / self.file if path.is_dir() else path
+        path = path / self.file if is_dir(path) else path
         lines = files.read_lines(path, self.data_help)
         return [self._item(number, line, path) for number, line in enumerate(lines) if line.strip()]
 
@@ -36,11 +37,11 @@ class GenEval(RowFolders):
         Other prompts are complete if their ids and tags are those of the shipped list. Otherwise the number of prompts
         is unknown without their file: an interrupted generation has images of the first ones only.
         """
-        folders = sorted((p for p in images.iterdir() if p.is_dir() and p.name.isdecimal()), key=lambda p: int(p.name))
+        folders = sorted((p for p in images.iterdir() if is_dir(p) and p.name.isdecimal()), key=lambda p: int(p.name))
         found = [
             self._item(int(folder.name), files.read_text(path, self.data_help), path)
             for folder in folders
-            if (path := folder / "metadata.jsonl").is_file()
+            if is_file(path := folder / "metadata.jsonl")
         ]
         known = {item.id: item for item in GenEval().items()}
         if self.shipped and all(known.get(item.id) == item for item in found):

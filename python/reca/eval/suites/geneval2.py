@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from reca.eval import files
 from reca.eval.errors import EvaluationError
 from reca.eval.suites.base import Item, Key, Score, Suite, Value, answered, mean
+from reca.io.paths import is_dir, is_file
 
 NUMBERS = "one two three four five six seven eight nine ten".split()
 DIGITS = {word: str(i + 1) for i, word in enumerate(NUMBERS)}
@@ -83,7 +84,7 @@ class GenEval2(Suite):
 
     def items(self) -> list[Item]:
         path = self.data_path()
-        path = path / "geneval2_data.jsonl" if path.is_dir() else path
+        path = path / "geneval2_data.jsonl" if is_dir(path) else path
         numbers = itertools.count()
         return self.read_lines(path, lambda row: self._item(next(numbers), row))
 
@@ -95,13 +96,13 @@ class GenEval2(Suite):
 
     def find(self, images: Path, items: Sequence[Item]) -> dict[Key, Path]:
         listed = images / "image_paths.json"
-        if not listed.is_file():
+        if not is_file(listed):
             return super().find(images, items)
         paths = files.read_json(listed, "expected {prompt: path of its image}")
         if not isinstance(paths, dict) or not all(isinstance(path, str) for path in paths.values()):
             raise EvaluationError(f"{listed}: expected {{prompt: path of its image}}")
         given = [((item.id, 0), Path(paths[item.prompt])) for item in items if item.prompt in paths]
-        places = {key: next((p for p in (images / path, path) if p.is_file()), None) for key, path in given}
+        places = {key: next((p for p in (images / path, path) if is_file(p)), None) for key, path in given}
         return {key: path for key, path in places.items() if path is not None}
 
     def ask(self, judge: Any, item: Item, image: Path) -> Any:

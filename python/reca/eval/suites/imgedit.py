@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from reca.eval import files
 from reca.eval.errors import EvaluationError
 from reca.eval.suites.base import Item, Key, Score, Suite, Value, answered, mean
+from reca.io.paths import is_dir, is_file
 
 
 def read_marks(reply: str) -> float | None:
@@ -58,7 +59,7 @@ class ImgEdit(Suite):
         root = self.data_path()
         for name in names:
             for path in [root / name, *sorted(root.rglob(name))]:
-                if path.is_file():
+                if is_file(path):
                     found = files.read_json(path, self.data_help)
                     if not isinstance(found, dict):
                         raise EvaluationError(f"{path} is not a JSON object. {self.data_help}")
@@ -70,11 +71,11 @@ class ImgEdit(Suite):
         if rows is None:
             raise EvaluationError(f"{root} contains no singleturn.json or basic_edit.json. {self.data_help}")
         questions = self._json("judge_prompt.json", "prompts.json") or {}  # needed by the judge only
-        roots = [root, *(p for p in sorted(root.rglob("singleturn")) if p.is_dir())]
+        roots = [root, *(p for p in sorted(root.rglob("singleturn")) if is_dir(p))]
         items = []
         for key, row in rows.items():
             try:
-                source = next((r / row["id"] for r in roots if (r / row["id"]).is_file()), root / row["id"])
+                source = next((r / row["id"] for r in roots if is_file(r / row["id"])), root / row["id"])
                 meta = {"question": questions.get(row["edit_type"])}
                 items.append(Item(key, row["edit_type"], row["prompt"], source, meta))
             except (KeyError, TypeError) as error:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from reca.eval import files
 from reca.eval.errors import EvaluationError
 from reca.eval.suites.base import Item, Key, Score, Suite, Value, mean
+from reca.io.paths import is_dir, is_file
 
 PERCEPTION = "existence count position color posters celebrity scene landmark artwork OCR".split()
 COGNITION = "commonsense_reasoning numerical_calculation text_translation code_reasoning".split()
@@ -108,7 +109,7 @@ class Mme(Suite):
 
     def items(self) -> list[Item]:
         root, items = self.data_path(), []
-        if (inside := root / "MME_Benchmark").is_dir():  # the archive's top folder
+        if is_dir(inside := root / "MME_Benchmark"):  # the archive's top folder
             root = inside
         for task in PERCEPTION + COGNITION:
             for text in sorted((root / task).rglob("*.txt")):
@@ -160,7 +161,7 @@ class Mme(Suite):
 
         Questions are compared by prefix, since the RECA release appends a request for a single word to them.
         """
-        if not path.is_dir():
+        if not is_dir(path):
             return None
         known: dict[tuple[str, str], list[Item]] = {}
         for item in items:
@@ -183,6 +184,6 @@ def _image_of(text: Path) -> Path | None:
     """Find the image of a text file: in the same folder, or in a sibling folder `images`."""
     for folder in (text.parent, text.parent.parent / "images"):
         for suffix in (".jpg", ".png", ".jpeg"):
-            if (image := folder / (text.stem + suffix)).is_file():
+            if is_file(image := folder / (text.stem + suffix)):
                 return image
     return None

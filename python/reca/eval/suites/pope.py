@@ -9,6 +9,7 @@ from typing import Any
 from reca.eval import files
 from reca.eval.errors import EvaluationError
 from reca.eval.suites.base import Item, Key, Score, Suite, Value, answered, equal_weights
+from reca.io.paths import is_dir, is_file
 
 CATEGORIES = ("random", "popular", "adversarial")
 
@@ -53,7 +54,7 @@ class Pope(Suite):
         return items
 
     def _item(self, root: Path, category: str, row: Any) -> Item:
-        source = next((p for f in ("val2014", ".") if (p := root / f / row["image"]).is_file()), None)
+        source = next((p for f in ("val2014", ".") if is_file(p := root / f / row["image"])), None)
         meta = {"truth": row["label"].strip().lower()}
         source = source or root / "val2014" / row["image"]
         return Item(f"{category}/{row['question_id']}", category, row["text"], source, meta)
@@ -81,7 +82,7 @@ class Pope(Suite):
         questions by order. Raises EvaluationError for an answer to another question and for two files of a category.
         """
         wanted, found = {item.id for item in items}, dict[Key, Any]()
-        given, everything = sorted(path.glob("*.json*")) if path.is_dir() else [path], self.items()
+        given, everything = sorted(path.glob("*.json*")) if is_dir(path) else [path], self.items()
         for category in CATEGORIES:
             questions = [item for item in everything if item.tag == category]
             named = [file for file in given if category in file.name]

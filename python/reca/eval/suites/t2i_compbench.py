@@ -14,6 +14,7 @@ from reca.eval import files
 from reca.eval.errors import EvaluationError
 from reca.eval.suites.base import PROMPTS, Item, Key, Score, Suite, Value, answered, equal_weights, tag_means
 from reca.eval.suites.geneval2 import YES
+from reca.io.paths import is_dir, is_file
 
 COMBINED = "annotation_3_in_1"  # folder with the result of "complex", an average of the other folders' results
 IMAGES = f"*_{'[0-9]' * 6}.png"
@@ -36,7 +37,7 @@ class T2ICompBench(Suite):
         root, items = self.data_path(), []
         for category in CATEGORIES:
             path = root / f"{category}_val.txt"
-            lines = files.read_lines(path, self.data_help) if path.is_file() else []
+            lines = files.read_lines(path, self.data_help) if is_file(path) else []
             prompts = [line.strip() for line in lines if line.strip()]
             items += [
                 Item(f"{category}/{number:04d}", category, prompt.split("\t")[0], metadata={"number": number})
@@ -92,7 +93,7 @@ class T2ICompBench(Suite):
 
     def import_answers(self, path: Path, items: Sequence[Item]) -> dict[Key, Any] | None:
         """Read <category>/**/vqa_result.json: [{"question_id": number of the image, "answer": score}]."""
-        if not path.is_dir():
+        if not is_dir(path):
             return None
         found: dict[Key, Any] = {}
         for category in CATEGORIES:

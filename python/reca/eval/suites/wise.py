@@ -9,6 +9,7 @@ from reca.eval import files
 from reca.eval.errors import EvaluationError
 from reca.eval.suites import wise_rules
 from reca.eval.suites.base import Item, Key, Score, Suite, Value, answered
+from reca.io.paths import is_dir, is_file
 
 _VERIFIED_QUESTION = """\
 You check whether a picture shows what its prompt implies, which needs knowledge of the world.
@@ -43,7 +44,7 @@ class Wise(Suite):
 
     def items(self) -> list[Item]:
         root, items = self.data_path(), []
-        for path in [root] if root.is_file() else sorted(root.glob("*.json")):
+        for path in [root] if is_file(root) else sorted(root.glob("*.json")):
             try:
                 for row in files.read_json(path, self.data_help):
                     number = int(row["prompt_id"])
@@ -92,7 +93,7 @@ class Wise(Suite):
     def import_answers(self, path: Path, items: Sequence[Item]) -> dict[Key, Any] | None:
         """Read the rows of WISE's result files, which have a prompt_id. Invalid lines are omitted."""
         found: dict[Key, Any] = {}
-        for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path]:
+        for file in sorted(path.glob("*.jsonl")) if is_dir(path) else [path]:
             for line in files.read_lines(file, errors="replace"):
                 try:
                     row = json.loads(line)

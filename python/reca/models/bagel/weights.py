@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from reca.io.files import lost_links
+from reca.io.paths import is_dir, is_file
 from reca.models.bagel import prompt
 from reca.models.bagel.config import BagelConfig
 from reca.models.bagel.modules import Network, PositionTable, role
@@ -125,7 +126,7 @@ def load_tokenizer(config: BagelConfig, local: bool = False) -> PreTrainedTokeni
     source = fetch_tokenizer(config, DOWNLOADS, local)
     if source is None:
         tokenizer = word_tokenizer(config.words, prompt.SPECIAL_TOKENS)
-    elif any((source / name).is_file() for name in TOKENIZER_FILES):
+    elif any(is_file(source / name) for name in TOKENIZER_FILES):
         tokenizer = read_tokenizer(source)
     else:
         raise ValueError(
@@ -141,10 +142,10 @@ def read(source: Path) -> dict[str, Tensor]:
 
     An index of a single weight file does not count as another one: BAGEL's repository has one for ema.safetensors.
     """
-    if source.is_file():
+    if is_file(source):
         return read_tensors(source)
-    found = [name for name in SINGLE if (source / name).is_file()]
-    indices = [name for name in INDICES if (source / name).is_file()]
+    found = [name for name in SINGLE if is_file(source / name)]
+    indices = [name for name in INDICES if is_file(source / name)]
     found += [name for name in indices if not set(found) & set(weight_map(source / name).values())]
     if len(found) != 1:
         known = ", ".join((*SINGLE, *INDICES))
@@ -192,8 +193,8 @@ def published_configs(config: BagelConfig, bos: int, eos: int) -> dict[str, dict
 
 
 def _load_codec(codec: nn.Module, source: Path) -> None:
-    path = source / CODEC if source.is_dir() else source
-    if not path.is_file():
+    path = source / CODEC if is_dir(source) else source
+    if not is_file(path):
         raise ValueError(f"{path} does not exist; set model.codec_weights, the FLUX autoencoder published with BAGEL")
     state = read(path)
     if isinstance(codec, KlCodec):

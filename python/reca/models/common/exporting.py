@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from reca import units
 from reca.io.folders import sync_to_disk
+from reca.io.paths import is_dir, is_file
 from reca.models.common.weight_files import INDEX, SUFFIXES
 
 ASIDE = ".export-"  # beginning of the name of a folder of temporary files
@@ -69,12 +70,12 @@ class Export:
         The files that they replace are moved away first and deleted last. An error moves them back. A process killed
         in between leaves a folder that lacks files, never one with files of two exports.
         """
-        files = sorted(path for path in self.new.rglob("*") if path.is_file())
+        files = sorted(path for path in self.new.rglob("*") if is_file(path))
         for path in files:
             path.chmod(self.mode)
             sync_to_disk(path)
         names = [path.relative_to(self.new) for path in files]
-        if folders := [name for name in names if (self.folder / name).is_dir()]:
+        if folders := [name for name in names if is_dir(self.folder / name)]:
             raise _failed(self.folder / folders[0], "a folder has its name")
         parents = {name.parent for name in names} | {Path(LORA)}
         beside = {path.relative_to(self.folder) for parent in parents for path in (self.folder / parent).glob("*")}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from reca import catalog, units
+from reca.io.paths import exists, is_dir
 
 TOKENIZER = ["*.json", "*.txt", "*.model"]  # patterns of tokenizer files; match no weights
 
@@ -19,7 +20,7 @@ def fetch(source: str, patterns: list[str] | None = None, key: str = "model.weig
     `source`, for error messages. Raises ValueError if it cannot be found, with the download command for a hub id.
     """
     path = Path(source).expanduser()
-    if path.exists():
+    if exists(path):
         return path
     repository, file = hub_name(source, key)
     from huggingface_hub import hf_hub_download, snapshot_download
@@ -42,7 +43,7 @@ def fetch_tokenizer(
     source = getattr(config, key)
     if source is None:
         return None
-    if (path := Path(source).expanduser()).exists():
+    if exists(path := Path(source).expanduser()):
         return beside(path)
     repository, file = hub_name(source, f"model.{key}")
     from huggingface_hub import snapshot_download
@@ -80,7 +81,7 @@ def hub_name(source: str, key: str) -> tuple[str, str]:
 
 def beside(source: Path) -> Path:
     """Return `source` if it is a folder, else its parent folder."""
-    return source if source.is_dir() else source.parent
+    return source if is_dir(source) else source.parent
 
 
 def _wanted(repository: str, file: str, patterns: list[str] | None, key: str, cause: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from reca.io.paths import is_dir
 from reca.models.common.text import encode
 from reca.precision import attention_without_plans
 
@@ -124,7 +125,7 @@ def warn_of_unknown_words(tokenizer: PreTrainedTokenizerBase | None, texts: Sequ
 def warn_of_untrained(source: str | Path) -> None:
     """Warn if `source` is the recipe file of a run: it names the weights before training, not the trained ones."""
     path = Path(source)
-    if path.name == "recipe.yaml" and (path.parent / "checkpoints").is_dir():
+    if path.name == "recipe.yaml" and is_dir(path.parent / "checkpoints"):
         log.warning(
             "%s is the recipe of a run and loads the model before training; for the trained model pass the folder %s",
             path,

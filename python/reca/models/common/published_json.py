@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from reca.io.files import read_json
+from reca.io.paths import is_file
 
 
 def check_json(path: Path, rows: Iterable[tuple[str, Any, str]]) -> None:
@@ -12,7 +13,7 @@ def check_json(path: Path, rows: Iterable[tuple[str, Any, str]]) -> None:
 
     rows: (dotted path in the file, value by the recipe, recipe keys that determine it).
     """
-    found, wrong = read_json(path) if path.is_file() else {}, []
+    found, wrong = read_json(path) if is_file(path) else {}, []
     for place, value, keys in rows:
         given: Any = found
         for part in place.split("."):

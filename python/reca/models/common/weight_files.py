@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from reca.errors import first_line
 from reca.io.files import AGAIN, HEAD, damage, is_safetensors, lost_links, parse_json, pickle_damage, read_json, size_of
+from reca.io.paths import is_dir, is_file
 from reca.models.common import deferred_weights
 
 log = logging.getLogger("reca")
@@ -38,7 +39,7 @@ def read_tensors(path: Path, ignore: Container[str] = ()) -> dict[str, Tensor]:
     are returned and a log message says so. ignore: names of files in a folder that are not read.
     Raises ValueError with file, size, cause and remedy.
     """
-    if path.is_dir():
+    if is_dir(path):
         found = weight_file(path, ignore)
         return _bare(_shards(path), path) if found == path else read_tensors(found)
     return _bare(_index(path) if path.name.endswith(INDEX) else _file(path), path)
@@ -49,7 +50,7 @@ def weight_file(folder: Path, ignore: Container[str] = ()) -> Path:
 
     Safetensors take precedence over other formats. Raises ValueError if there is no weight file or more than one.
     """
-    names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name not in ignore)
+    names = sorted(path.name for path in folder.iterdir() if is_file(path) and path.name not in ignore)
     for suffixes in ((".safetensors",), tuple(suffix for suffix in SUFFIXES if suffix != ".safetensors")):
         indices = [name for name in names if name.endswith(tuple(f"{suffix}{INDEX}" for suffix in suffixes))]
         files = [name for name in names if name.endswith(suffixes)]
@@ -74,7 +75,7 @@ def _named(path: Path) -> str:
 
 
 def _file(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
+    if not is_file(path):
         raise ValueError(f"weight file {path} does not exist")
     _check_kind(path)
     state = _safetensors(path) if path.suffix == ".safetensors" else _torch(path)
@@ -249,13 +250,13 @@ def weight_map(index: Path) -> dict[str, str]:
 
 def _index(path: Path) -> dict[str, Tensor]:
     """Read all tensors of the shards listed in an index."""
-    if not path.is_file():
+    if not is_file(path):
         raise ValueError(f"weight file {path} does not exist")
     where = weight_map(path)
     shards = sorted(set(where.values()), key=_by_number)
     if outside := [shard for shard in shards if Path(shard).is_absolute() or ".." in Path(shard).parts]:
         raise ValueError(f"{_named(path)} names a shard outside its folder ({outside[0]}); {AGAIN}")
-    if missing := [shard for shard in shards if not (path.parent / shard).is_file()]:
+    if missing := [shard for shard in shards if not is_file(path.parent / shard)]:
         raise ValueError(
             f"{_named(path)} names {len(shards)} shards of which {len(missing)} are missing: "
             f"{', '.join(missing[:8])}{' ...' if len(missing) > 8 else ''}; fetch them into {path.parent}"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from reca.io.paths import is_file
 from reca.models.common.chat import WORDS
 from reca.models.common.exporting import export_to
 from reca.models.common.hub import TOKENIZER, beside, fetch, fetch_tokenizer
@@ -52,7 +53,7 @@ def load(cls: type[N], config: HarmonConfig, device: torch.device | str) -> N:
     path = codec_file or beside(source) / CODEC_FILE
     if config.codec == "patches":
         codec = read_tensors(path)
-    elif codec_file or (not inside and path.is_file()):
+    elif codec_file or (not inside and is_file(path)):
         codec = read_codec(path, _levels(config))
     elif inside:
         path, codec = source, to_diffusers(inside, _levels(config))
@@ -111,7 +112,7 @@ def load_tokenizer(config: HarmonConfig, local: bool = False) -> PreTrainedToken
     elif config.tokenizer:
         tokenizer = read_tokenizer(source)
     else:
-        found = next((f for f in (source / "tokenizer", source) if (f / "tokenizer_config.json").is_file()), None)
+        found = next((f for f in (source / "tokenizer", source) if is_file(f / "tokenizer_config.json")), None)
         if found is None:
             raise ValueError(
                 f"{source.absolute()} contains no tokenizer; set model.tokenizer, such as "

@@ -8,6 +8,7 @@ from transformers import JanusConfig as NativeConfig
 from transformers.models.janus.configuration_janus import JanusVisionConfig, JanusVQVAEConfig
 
 from reca.io.files import read_json
+from reca.io.paths import is_file
 from reca.models.common.published_json import check_json
 from reca.models.janus.config import JanusConfig, LlamaSizes, VisionSizes
 from reca.models.janus.prompt import IMAGE, Vocabulary
@@ -21,7 +22,7 @@ LANGUAGE = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidd
 def check_config(folder: Path, config: JanusConfig) -> None:
     """Raise ValueError if the config.json of a published folder contradicts the recipe."""
     path = folder / "config.json"
-    native = path.is_file() and read_json(path).get("model_type") == "janus"
+    native = is_file(path) and read_json(path).get("model_type") == "janus"
     rows = [(transformers if native else theirs, value, key) for theirs, transformers, value, key in described(config)]
     check_json(path, [(place, value, key) for place, value, key in rows if place is not None])
 

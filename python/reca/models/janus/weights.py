@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from reca.io.paths import is_file
 from reca.models.common.exporting import export_to
 from reca.models.common.hub import TOKENIZER, beside, fetch, fetch_tokenizer
 from reca.models.common.text import check_tokenizer, read_tokenizer
@@ -134,7 +135,7 @@ def load_tokenizer(
     """
     source = fetch_tokenizer(config, needs.downloads, local)
     if source is not None:
-        if not (source / "tokenizer.json").is_file():
+        if not is_file(source / "tokenizer.json"):
             raise ValueError(
                 f"{source.absolute()} contains no tokenizer.json; set model.tokenizer, such as "
                 f"model.tokenizer={needs.example}"

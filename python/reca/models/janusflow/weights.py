@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from reca.io.files import read_json
+from reca.io.paths import is_dir, is_file
 from reca.models.common.exporting import export_to
 from reca.models.common.hub import TOKENIZER, beside, fetch
 from reca.models.common.kl_codec import KlCodec
@@ -78,8 +79,8 @@ def codec_prefix(net: Network) -> str:
 
 def read_codec(config: JanusFlowConfig, source: Path) -> dict[str, Tensor]:
     """Read the codec's tensors from its folder, or from its subfolder of an export."""
-    folder = source / CODEC_FOLDER if (source / CODEC_FOLDER).is_dir() else source
-    if not (folder / CODEC).is_file():
+    folder = source / CODEC_FOLDER if is_dir(source / CODEC_FOLDER) else source
+    if not is_file(folder / CODEC):
         raise ValueError(
             f"{folder.absolute()} contains no {CODEC}; set model.codec_weights, such as "
             "model.codec_weights=stabilityai/sdxl-vae"
@@ -116,10 +117,10 @@ def check_files(folder: Path, config: JanusFlowConfig) -> None:
     """
     path, preprocessor = folder / "config.json", folder / PREPROCESSOR
     check_json(path, described(config))
-    found = read_json(path) if path.is_file() else {}
+    found = read_json(path) if is_file(path) else {}
     tower_says = (found.get("vision_und_enc_config") or {}).get("params") or {}
     warn_of_pixels(path, tower_says, {"pixel_mean": HALF, "pixel_std": HALF})
-    if preprocessor.is_file():
+    if is_file(preprocessor):
         wanted = {"image_mean": HALF, "image_std": HALF, "background_color": [127, 127, 127]}
         if "pixel_mean" not in tower_says:
             wanted["do_normalize"] = True

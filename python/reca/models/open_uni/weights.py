@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from reca.io.files import read_json
+from reca.io.paths import is_dir, is_file
 from reca.models.base import in_fp32
 from reca.models.common.exporting import export_to
 from reca.models.common.hub import TOKENIZER, beside, fetch, fetch_tokenizer
@@ -197,7 +198,7 @@ def frozen_beside(weights: str | None) -> Path | None:
     if weights is None:
         return None
     path = beside(Path(weights).expanduser()) / FROZEN
-    return path if path.is_file() else None
+    return path if is_file(path) else None
 
 
 def load_tokenizer(config: OpenUniConfig, local: bool = False) -> PreTrainedTokenizerBase:
@@ -236,7 +237,7 @@ def read_parts(path: Path) -> dict[str, Tensor]:
 
     vae.* is ignored. Raises ValueError for any other tensor.
     """
-    state = read_tensors(path / FILE if (path / FILE).is_file() else path, ignore=(FROZEN,))
+    state = read_tensors(path / FILE if is_file(path / FILE) else path, ignore=(FROZEN,))
     unknown = sorted(n for n in state if not n.startswith((*TRAINED, MLLM, "vae.")))
     if unknown:
         raise ValueError(
@@ -269,7 +270,7 @@ def overlay(paths: list[Path]) -> tuple[dict[str, Tensor], list[str]]:
 def _diffusers_part(class_: Any, source: str, key: str, part: str) -> nn.Module:
     """Load a diffusers model in fp32 with the sizes of its config.json, from a repository or its subfolder `part`."""
     folder = fetch(source, DOWNLOADS[key], f"model.{key}")
-    folder = folder / part if (folder / part).is_dir() else folder
+    folder = folder / part if is_dir(folder / part) else folder
     with init_on_meta():
         module = class_.from_config(read_json(folder / "config.json"))
     assign_state_dict(module, read_tensors(folder), str(folder), torch.float32)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from reca.io.files import lost_links
+from reca.io.paths import is_dir, is_file
 from reca.models.common.exporting import export_to
 from reca.models.common.hub import TOKENIZER, beside, fetch, fetch_tokenizer
 from reca.models.common.pooled_features import assign_weights
@@ -131,7 +132,7 @@ def load_tokenizer(config: ShowOConfig, local: bool = False) -> PreTrainedTokeni
         source /= "tokenizer"
     if source is None:
         tokenizer = word_tokenizer([*config.words, *prompt.WORDS], [prompt.END_OF_TEXT])
-    elif source.is_dir():
+    elif is_dir(source):
         tokenizer = read_tokenizer(source)
     else:
         raise ValueError(f"there is no tokenizer at {source.absolute()}; set model.tokenizer=microsoft/phi-1_5")
@@ -148,7 +149,7 @@ def _tokenizer_of_its_size(config: ShowOConfig) -> PreTrainedTokenizerBase:
     """Load a local tokenizer, or build one with as many tokens as Phi-1.5's in place of one on the hub."""
     folder = Path(config.weights).expanduser() if config.weights else None
     own = Path(config.tokenizer).expanduser() if config.tokenizer else folder and beside(folder) / "tokenizer"
-    if own and not own.is_dir():
+    if own and not is_dir(own):
         words = [f"word{i}" for i in range(PHI_TOKENS - len((UNKNOWN, *prompt.WORDS, prompt.END_OF_TEXT)))]
         config = replace(config, weights=None, tokenizer=None, words=words)
     return load_tokenizer(config)
@@ -160,7 +161,7 @@ def _part_source(given: str | None, folder: Path | None, part: str) -> Path | No
         return fetch(given, DOWNLOADS[f"{part}_weights"], f"model.{part}_weights")
     if folder is None:
         return None
-    if not (source := beside(folder) / part).is_dir():
+    if not is_dir(source := beside(folder) / part):
         raise ValueError(f"{beside(folder).absolute()} has no subfolder {part!r}; set model.{part}_weights")
     return source
 
@@ -170,13 +171,13 @@ def _part_source(given: str | None, folder: Path | None, part: str) -> Path | No
 
 def read(folder: Path) -> dict[str, Tensor]:
     """Read the tensors of a published folder or a weight file. Raises ValueError if the folder has no weight file."""
-    if folder.is_file():
+    if is_file(folder):
         return read_tensors(folder)
     for inner in (folder, folder / TRAINER):
         for name in FILES:
-            if (inner / name).is_file():
+            if is_file(inner / name):
                 return read_tensors(inner / name)
-            if (inner / f"{name}.index.json").is_file():
+            if is_file(inner / f"{name}.index.json"):
                 return read_tensors(inner / f"{name}.index.json")
     raise ValueError(f"{folder} contains none of {', '.join(FILES)}; pass the folder of a published checkpoint"
                      f"{lost_links(folder)}")  # fmt: skip

