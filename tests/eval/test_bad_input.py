@@ -245,7 +245,7 @@ def test_results_that_are_none(tmp_path):
         ("[]", "another format"),
         ('{"format": 1}', "suite is missing, or is of another type"),
         ('{"format": 2}', "another format"),
-        ("[" * 100_000, "recursion"),
+        ("[" * 100_000, "nested too deeply"),
         ("{", "Expecting property name"),
         ("", "Expecting value"),
         (json.dumps(whole)[:-9], "delimiter|Unterminated|Expecting"),

@@ -14,6 +14,7 @@ from reca.data.errors import DataError
 from reca.data.read_ahead import read_many
 from reca.data.sample import Source
 from reca.data.text import one_line
+from reca.io.files import parse_json
 from reca.io.paths import exists
 
 log = logging.getLogger("reca")
@@ -95,7 +96,7 @@ class BadSamples:
         listed = []
         for line in whole.splitlines():
             with contextlib.suppress(ValueError, KeyError, TypeError):
-                entry = json.loads(line)
+                entry = parse_json(line)
                 key, index, size, reason = (entry[name] for name in ("key", "sample", "bytes", "reason"))
                 if 0 <= index < len(self.source) and self.source.key(index) == key:
                     listed.append((key, index, size, reason))

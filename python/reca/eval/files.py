@@ -1,13 +1,13 @@
 """Files of an evaluation and of benchmarks. Errors name the file and what was expected."""
 
 import errno
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from reca.data.text import decode_text
 from reca.eval.errors import EvaluationError
+from reca.io.files import parse_json
 from reca.io.folders import make_inside, write_atomically
 
 DURING_TRAINING = Path("eval") / "training"  # in the run folder: SUITE/STEP
@@ -70,11 +70,10 @@ def read_answer_lines(path: Path, is_whole: Callable[[str], bool]) -> list[str]:
 
 def read_json(path: Path, hint: str | None = None) -> Any:
     """Read a JSON file. Raises EvaluationError if it is not valid JSON."""
+    text = read_text(path, hint)
     try:
-        return json.loads(read_text(path, hint))
-    except RecursionError as error:
-        raise _error(f"{path} is nested too deeply for JSON", hint) from error
-    except json.JSONDecodeError as error:
+        return parse_json(text)
+    except ValueError as error:
         raise _error(f"{path} is not valid JSON ({error})", hint) from error
 
 

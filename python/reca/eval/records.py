@@ -12,6 +12,7 @@ from reca.eval.errors import EvaluationError
 from reca.eval.files import encoded
 from reca.eval.suites import Item, Key, Suite
 from reca.eval.suites.base import agree
+from reca.io.files import parse_json
 from reca.io.paths import exists, is_file
 from reca.options.names import option
 
@@ -56,7 +57,7 @@ class Imported(NamedTuple):
 def parse(line: str) -> Record | None:
     """Parse a line. Return None if it is not a valid record, for example truncated."""
     try:
-        row = json.loads(line)
+        row = parse_json(line)
         found = Record(
             str(row["item"]),
             int(row["k"]),
@@ -66,7 +67,7 @@ def parse(line: str) -> Record | None:
             row.get("error"),
             row.get("digest"),
         )
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return None
     texts = all(text is None or isinstance(text, str) for text in (found.picture, found.error, found.digest))
     said = "answer" in row or found.error is not None
@@ -146,7 +147,7 @@ def import_answers(path: Path, suite: Suite, items: Sequence[Item]) -> dict[Key,
         foreign = None if _begins_with_record(path) else suite.import_answers(path, items)
     except EvaluationError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise EvaluationError(f"{path} is not a valid result file of {suite.name} ({error!r})") from error
     if foreign:
         judge = {"name": f"imported:{path.name}", "version": None, "dtype": None, "exact": None}

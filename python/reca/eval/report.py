@@ -1,6 +1,5 @@
 """Steps 3 and 4: results of an evaluation, comparison with another, and text. `reca.eval` describes the format."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from reca.eval.shape import misfit
 from reca.eval.statistics import Interval
 from reca.eval.suites import Item, Key, Score, Suite
 from reca.eval.suites.base import agree
+from reca.io.files import parse_json
 from reca.io.paths import is_dir, is_file
 
 RESULTS, FORMAT = "results.json", 1
@@ -159,7 +159,7 @@ def read(path: Path) -> dict[str, Any]:
         raise EvaluationError(f"{path} does not exist; add the step score")
     try:
         found = _parse(path.read_bytes())
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         way = f"delete {path.parent} to leave this evaluation out"
         if not is_of_training(path.parent):
             way = f"repeat its `reca eval`, which uses its images and records again, or {way}"
@@ -174,7 +174,7 @@ def read(path: Path) -> dict[str, Any]:
 
 def _parse(content: bytes) -> dict[str, Any]:
     """Parse results.json. Raises ValueError with the reason if it is not one of FORMAT."""
-    found = json.loads(content, parse_constant=_no_number)
+    found = parse_json(content, parse_constant=_no_number)
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise ValueError("it has another format")
     if (place := misfit(found, SHAPE)) is not None:

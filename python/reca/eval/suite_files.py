@@ -5,7 +5,6 @@ Every file is verified against the git hash in GitHub's list of the commit's fil
 
 import fnmatch
 import http.client
-import json
 import os
 import time
 import urllib.error
@@ -20,7 +19,7 @@ from tqdm import tqdm
 from reca import units
 from reca.catalog import SUITES, SuiteFiles
 from reca.data.errors import DataError
-from reca.io.files import git_hash
+from reca.io.files import git_hash, parse_json
 from reca.io.folders import ensure_writable, write_atomically
 from reca.io.paths import is_file
 from reca.options.fields import RecipeError
@@ -106,7 +105,7 @@ def _json(source: SuiteFiles, url: str, key: str) -> Any:
     """Fetch JSON from GitHub's API and return the value of a key."""
     content = _read(source, url)
     try:
-        return json.loads(content)[key]
+        return parse_json(content)[key]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{url} did not answer in the format of GitHub's API. {_by_hand(source)}") from error
 

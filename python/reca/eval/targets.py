@@ -17,6 +17,7 @@ from reca.eval.generate import weights_hash
 from reca.eval.shape import misfit
 from reca.eval.suites import Item, Suite
 from reca.eval.suites.base import agree
+from reca.io.files import parse_json
 from reca.io.paths import is_file
 from reca.models.base import Adapter
 from reca.models.common.inference import warn_of_random_weights
@@ -163,8 +164,8 @@ def read_generation(folder: Path) -> dict[str, Any]:
     if not is_file(path):
         return {}
     try:
-        found = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
+        found = parse_json(path.read_bytes())
+    except ValueError:
         found = None
     if misfit(found, shape.GENERATION) is not None:
         raise EvaluationError(
@@ -178,9 +179,9 @@ def check_suite(folder: Path, suite: Suite) -> None:
     """Raise EvaluationError if a folder has an evaluation of another suite, which results of this one would replace."""
     for path in (folder / GENERATION, folder / report.RESULTS):
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = parse_json(path.read_text(encoding="utf-8"))
             there = {"suite": found["suite"], "protocol": found["protocol"]}
-        except (OSError, ValueError, RecursionError, TypeError, KeyError):
+        except (OSError, ValueError, TypeError, KeyError):
             continue  # a damaged file is reported by the step that needs it
         if changed := _differing(there, {"suite": suite.name, "protocol": suite.protocol}):
             raise _other_settings(folder, ", ".join(changed))

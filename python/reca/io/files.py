@@ -3,6 +3,7 @@
 import hashlib
 import json
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -126,10 +127,13 @@ def lost_links(folder: Path) -> str:
     return f"; the targets of its links are missing ({', '.join(lost[:3])}): copy it with `cp -rL`" if lost else ""
 
 
-def parse_json(data: bytes | str) -> Any:
-    """Parse JSON. Raises ValueError, also for JSON that is nested too deeply to be parsed."""
+def parse_json(data: bytes | str, parse_constant: Callable[[str], Any] | None = None) -> Any:
+    """Parse JSON. Raises ValueError, also for JSON that is nested too deeply to be parsed.
+
+    parse_constant: as in json.loads.
+    """
     try:
-        return json.loads(data)
+        return json.loads(data, parse_constant=parse_constant)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
 

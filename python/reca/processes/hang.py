@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from reca import distributed
+from reca.io.files import parse_json
 from reca.io.folders import write_atomically
 from reca.io.paths import exists
 
@@ -159,7 +160,7 @@ class HangWatch:
         found = []
         for path in self.folder.glob("rank_*.json"):
             with contextlib.suppress(OSError, ValueError):
-                state = json.loads(path.read_text())
+                state = parse_json(path.read_text())
                 if state["time"] >= after:
                     found.append(state)
         return sorted(found, key=lambda state: state["rank"])

@@ -12,6 +12,7 @@ from PIL import Image
 
 from reca import units
 from reca.io import html
+from reca.io.files import parse_json
 from reca.io.folders import write_atomically
 from reca.io.image_grid import enlarged
 from reca.io.paths import is_file
@@ -166,7 +167,7 @@ def _images(found: dict[str, Any]) -> dict[str, Any]:
         with Image.open(path) as image:
             larger = enlarged(image, ENLARGED)
         shown[variant["name"]] = {"source": html.png_url(larger), "width": larger.width}
-        shown.setdefault("", json.loads(path.with_suffix(".json").read_text()))
+        shown.setdefault("", parse_json(path.with_suffix(".json").read_text()))
     return shown
 
 

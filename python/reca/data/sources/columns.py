@@ -1,6 +1,5 @@
 """Columns of tables (parquet, Hugging Face datasets): choosing those of image and text, and reading their cells."""
 
-import json
 from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ from reca.data.sample import MAX_CAPTION_BYTES, MAX_IMAGE_BYTES, Sample, checked
 from reca.data.sources.chat_rows import LONGEST_NAME, BadRow, absolute, name_below, turns
 from reca.data.sources.remote import AnyPath, is_address, lists_by_links, local_name, read_whole, to_path
 from reca.data.sources.skipped import Skipped
+from reca.io.files import parse_json
 
 IMAGE, BYTES, TEXT, LIST, OTHER = "image", "bytes", "text", "list", "other"  # forms of a column
 # Column names that are recognised if no recipe key names the column.
@@ -150,8 +150,8 @@ def conversation(cell: Any, system: Any) -> list:
     """
     if isinstance(cell, str):
         try:
-            cell = json.loads(cell)
-        except (ValueError, RecursionError) as error:
+            cell = parse_json(cell)
+        except ValueError as error:
             raise BadSample(f"the conversation is not JSON: {error}") from error
     try:
         return list(turns({"conversations": cell, "system": system}, 0, Skipped()))

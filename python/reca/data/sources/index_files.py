@@ -21,6 +21,7 @@ from reca.data.read_ahead import read_ahead
 from reca.data.sources.patterns import some
 from reca.data.sources.remote import REQUESTS, AnyPath, RemotePath
 from reca.data.sources.skipped import log_once
+from reca.io.files import parse_json
 
 LARGE = 2**24  # bytes; files of at least this size, together, get an index file
 SETTLED = 2.0  # seconds; a file that changed more recently could change again with the same time stamp
@@ -132,7 +133,7 @@ def read_json(index: IndexFile) -> Any:
         digest, _, body = index.path.read_bytes().partition(b"\n")
         if hashlib.sha256(body).hexdigest().encode() != digest:
             return None
-        content = json.loads(body)
+        content = parse_json(body)
         return content["content"] if content["stamp"] == index.stamp else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -13,7 +13,7 @@ from reca.data.sources.json_stream import parse_lines, read_items
 from reca.data.sources.records import Facts, Records, Write
 from reca.data.sources.remote import AnyPath, read_range, reason_of
 from reca.data.text import decode_text
-from reca.io.files import HEAD, packed, placeholder
+from reca.io.files import HEAD, packed, parse_json, placeholder
 
 LINES = (".jsonl", ".ndjson")  # suffixes of files with one row per line
 END = b"\0"  # of the key in a record
@@ -47,7 +47,7 @@ class KeyedRows:
 
     def value(self, index: int) -> Any:
         """Return the JSON of a row."""
-        return json.loads(self.rows[index].partition(END)[2])
+        return parse_json(self.rows[index].partition(END)[2])
 
 
 def keyed(key: str, value: Any) -> bytes:
@@ -70,7 +70,7 @@ def load_rows(path: Path, form: Form) -> list[Any]:
         if cause := placeholder(data[:HEAD]) or packed(data[:HEAD]):
             raise DataError(f"{form.file} {path} {cause}")
         text = decode_text(data)
-        items = list(parse_lines(text.split("\n"))) if holds_lines(path) else json.loads(text)
+        items = list(parse_lines(text.split("\n"))) if holds_lines(path) else parse_json(text)
         if not isinstance(items, list):
             raise form.wrong(path)
         return items
@@ -78,7 +78,7 @@ def load_rows(path: Path, form: Form) -> list[Any]:
         raise _cannot_be_read(path, form, error) from error
     except DataError:
         raise
-    except (ValueError, RecursionError) as error:  # invalid JSON or invalid text
+    except ValueError as error:  # invalid JSON or invalid text
         raise _no_json(path, error) from error
 
 
@@ -93,7 +93,7 @@ def stream_rows(path: AnyPath, form: Form) -> Iterator[Any]:
         raise DataError(f"{path} is {error} and not {form.name}: expected a list of {form.row}") from error
     except DataError:
         raise
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise _no_json(path, error) from error
 
 

@@ -8,6 +8,7 @@ from typing import Any, BinaryIO, TextIO
 
 from reca.data.sources.remote import AnyPath, open_stream
 from reca.data.text import SIGNATURES
+from reca.io.files import parse_json
 
 CHUNK = 2**20  # characters per read
 LONGEST = 2**26  # maximal characters of an item or line
@@ -46,7 +47,7 @@ def parse_lines(lines: Iterable[str]) -> Iterator[Any]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"line {number}: {error.msg}, at character {error.pos} of the line") from error
         if isinstance(row, list):

@@ -22,6 +22,7 @@ import numpy as np
 
 from reca.data.sources.index_files import IndexFile
 from reca.data.sources.skipped import log_once
+from reca.io.files import parse_json
 
 MAGIC = b"RECAROWS"
 AT_ONCE = 4096  # records per read, if all are read
@@ -129,7 +130,7 @@ def _open(path: Path, stamp: list) -> tuple[Records, Facts] | None:
         if end[8:] != MAGIC or length > size:
             return None
         file.seek(size - 16 - length)
-        header = json.loads(file.read(length))
+        header = parse_json(file.read(length))
         table = size - 16 - length - 8 * (header["records"] + 1)
         offsets = np.memmap(path, "<u8", "r", table, (header["records"] + 1,))
         if hashlib.sha256(offsets.data).hexdigest() != header["digest"] or int(offsets[-1]) != table:

@@ -24,6 +24,7 @@ from reca.data.sources.patterns import relative_names, some
 from reca.data.sources.remote import REQUESTS, AnyPath, read_range, reason_of
 from reca.data.sources.skipped import Skipped, log_once
 from reca.data.sources.tar_index import HEADER, Member, Stored, kept_index
+from reca.io.files import parse_json
 
 END = b'", ['  # of the name in the JSON of an Entry
 
@@ -87,7 +88,7 @@ class Tars:
         return len(self.entries)
 
     def _entry(self, index: int) -> Entry:
-        number, name, image, text = json.loads(self.entries[index])
+        number, name, image, text = parse_json(self.entries[index])
         return Entry(number, name, Stored(*image), text and Stored(*text))
 
     def _key(self, entry: Entry) -> str:

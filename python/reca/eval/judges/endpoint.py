@@ -22,6 +22,7 @@ from reca.data.pixels import open_rgb
 from reca.eval.errors import EvaluationError, OptionError
 from reca.eval.judges.base import ImageOrFile, Judge, JudgeError, without_thoughts
 from reca.io import html
+from reca.io.files import parse_json
 from reca.options.names import option
 
 log = logging.getLogger("reca")
@@ -165,7 +166,7 @@ class EndpointJudge(Judge):
             wait = min(2.0**number, LONGEST_WAIT)
             refused = set(self.refused)
             try:
-                found = json.loads(self._send(method, path, body and _without(refused, body)))
+                found = parse_json(self._send(method, path, body and _without(refused, body)))
                 if isinstance(found, dict):
                     return found
                 reason = f"not a JSON object: {found}"
@@ -185,7 +186,7 @@ class EndpointJudge(Judge):
                 cause = getattr(failure, "reason", failure)
                 late = isinstance(cause, TimeoutError)
                 reason = f"no answer within {self.timeout:g} s" if late else f"{type(cause).__name__}: {cause}"
-            except (ValueError, RecursionError) as failure:
+            except ValueError as failure:
                 reason = f"invalid JSON: {failure}"
             if number + 1 < self.tries:
                 time.sleep(wait * random.uniform(0.8, 1.2))

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 from reca.data.text import encodable
 from reca.eval import files
 from reca.eval.errors import EvaluationError, OptionError
+from reca.io.files import parse_json
 from reca.io.paths import exists, is_dir, is_file
 from reca.options.names import option
 
@@ -143,8 +144,8 @@ class Suite:
             if not line.strip():
                 continue
             try:
-                found.append(item(json.loads(line)))
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                found.append(item(parse_json(line)))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise EvaluationError(f"{path}, line {number}: {error!r}. {self.data_help}") from error
         return [one for one in found if one is not None]
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from reca.eval import files
 from reca.eval.errors import EvaluationError
 from reca.eval.suites.base import Item, Key, Score, Suite, Value, answered, equal_weights, mean
+from reca.io.files import parse_json
 from reca.io.paths import is_dir, is_file
 
 log = logging.getLogger("reca")
@@ -206,9 +207,9 @@ def viescore_object(reply: str) -> dict[str, Any] | None:
         return _bare(reply)
     text = text.strip().replace("\n", "")
     try:
-        value = json.loads(text)
+        value = parse_json(text)
         marks = value["score"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         return _repaired(text)
     return value | {"score": marks if isinstance(marks, list) else [marks]}
 
@@ -217,7 +218,7 @@ def _bare(reply: str) -> dict[str, Any] | None:
     """Parse a reply without braces: a list of two integers, or one integer from 0 to 10."""
     listed = reply[reply.find("[") : reply.rfind("]") + 1]
     if re.match(r"\[\d+, ?\d+\]$", listed):
-        return {"score": json.loads(listed)}
+        return {"score": parse_json(listed)}
     try:
         number = int(reply)
     except ValueError:
@@ -237,8 +238,8 @@ def _repaired(text: str) -> dict[str, Any] | None:
 
     quoted = re.sub(r"(\w+):", r'"\1":', text)
     try:
-        value = json.loads(re.sub(r'(".*?"):(.*?)([,}])', repaired, quoted))
-    except (ValueError, RecursionError):
+        value = parse_json(re.sub(r'(".*?"):(.*?)([,}])', repaired, quoted))
+    except ValueError:
         return None
     return value if isinstance(value, dict) else None
 

@@ -9,6 +9,7 @@ from reca.eval import files
 from reca.eval.errors import EvaluationError
 from reca.eval.suites.base import PROMPTS, Item, Key, RowFolders, Score, Value, answered, equal_weights, tag_means
 from reca.eval.suites.geneval_rules import TAGS, mistakes, summarize, threshold_of
+from reca.io.files import parse_json
 from reca.io.paths import is_dir, is_file
 from reca.options.names import option
 
@@ -57,9 +58,9 @@ class GenEval(RowFolders):
 
     def _item(self, number: int, line: str, path: Path) -> Item:
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             return Item(f"{number:05d}", row["tag"], row["prompt"], metadata=row)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise EvaluationError(
                 f"{path}, row {number}, is not a prompt of GenEval ({error!r}). {self.data_help}"
             ) from error
@@ -101,10 +102,10 @@ class GenEval(RowFolders):
         found: dict[Key, Any] = {}
         for number, line in enumerate(files.read_lines(path, errors="replace")):
             try:
-                row = json.loads(line)
-                file, metadata = Path(row["filename"].replace("\\", "/")), json.loads(row["metadata"])
+                row = parse_json(line)
+                file, metadata = Path(row["filename"].replace("\\", "/")), parse_json(row["metadata"])
                 item, k, correct = known.get(int(file.parts[-3])), int(file.name.split(".png")[0]), row["correct"]
-            except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+            except (ValueError, KeyError, TypeError, IndexError, AttributeError):
                 continue  # for example, a truncated line
             if item is None or k < 0:  # a prompt that is not evaluated
                 continue

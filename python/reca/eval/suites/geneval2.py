@@ -4,7 +4,6 @@ Source: facebookresearch/GenEval2, evaluation.py and soft_tifa_analysis.py. Its 
 """
 
 import itertools
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 from reca.eval import files
 from reca.eval.errors import EvaluationError
 from reca.eval.suites.base import Item, Key, Score, Suite, Value, answered, mean
+from reca.io.files import parse_json
 from reca.io.paths import is_dir, is_file
 
 NUMBERS = "one two three four five six seven eight nine ten".split()
@@ -137,8 +137,8 @@ class GenEval2(Suite):
         """Read the scores that evaluation.py writes: one list per prompt, in the order of the data."""
         text = files.read_text(path)
         try:
-            rows = json.loads(text)
-        except (ValueError, RecursionError):
+            rows = parse_json(text)
+        except ValueError:
             return None
         if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
             return None

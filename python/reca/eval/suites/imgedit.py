@@ -1,6 +1,5 @@
 """ImgEdit: 737 single edits of nine types, each given three marks by a VLM (PKU-YuanGroup/ImgEdit, Benchmark/Basic)."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,6 +7,7 @@ from typing import Any, NamedTuple
 from reca.eval import files
 from reca.eval.errors import EvaluationError
 from reca.eval.suites.base import Item, Key, Score, Suite, Value, answered, mean
+from reca.io.files import parse_json
 from reca.io.paths import is_dir, is_file
 
 
@@ -122,6 +122,6 @@ class ImgEdit(Suite):
 def _parsed(text: str) -> Any:
     """Parse JSON; None if it is invalid, for example a truncated line."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        return parse_json(text)
+    except ValueError:
         return None

@@ -1,7 +1,6 @@
 """POPE: whether an image contains an object, answered by the evaluated model (RUCAIBox/POPE, rule of LLaVA)."""
 
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from reca.eval import files
 from reca.eval.errors import EvaluationError
 from reca.eval.suites.base import Item, Key, Score, Suite, Value, answered, equal_weights
+from reca.io.files import parse_json
 from reca.io.paths import is_dir, is_file
 
 CATEGORIES = ("random", "popular", "adversarial")
@@ -91,9 +91,9 @@ class Pope(Suite):
                 raise EvaluationError(f"{path} contains {names}; keep only the one to be read")
             for number, line in enumerate(files.read_lines(named[0], errors="replace") if named else ()):
                 try:
-                    row = json.loads(line)
+                    row = parse_json(line)
                     asked, reply = (row["question"], row["answer"]) if "answer" in row else (row["prompt"], row["text"])
-                except (ValueError, KeyError, TypeError, RecursionError):
+                except (ValueError, KeyError, TypeError):
                     continue  # for example, a truncated line
                 if number >= len(questions) or not str(asked).startswith(questions[number].prompt):
                     raise EvaluationError(

@@ -4,7 +4,6 @@ Its own judges (BLIP-VQA over spaCy's noun phrases, UniDet, CLIP) are not reimpl
 VLM can judge instead, by the probability of yes for the whole prompt, a different score that is labelled as such.
 """
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from reca.eval import files
 from reca.eval.errors import EvaluationError
 from reca.eval.suites.base import PROMPTS, Item, Key, Score, Suite, Value, answered, equal_weights, tag_means
 from reca.eval.suites.geneval2 import YES
+from reca.io.files import parse_json
 from reca.io.paths import is_dir, is_file
 
 COMBINED = "annotation_3_in_1"  # folder with the result of "complex", an average of the other folders' results
@@ -99,7 +99,7 @@ class T2ICompBench(Suite):
         for category in CATEGORIES:
             if (file := _result(path / category)) is None:
                 continue
-            rows = json.loads(file.read_text(encoding="utf-8"))
+            rows = parse_json(file.read_text(encoding="utf-8"))
             answers = {int(row["question_id"]): float(row["answer"]) for row in rows}
             numbers = self._numbers(path, category, [item for item in items if item.tag == category], set(answers))
             found |= {numbers[number]: answer for number, answer in answers.items() if number in numbers}

@@ -1,6 +1,5 @@
 """WISE: prompts that need world knowledge, scored by a VLM. Two suites for its two protocols (PKU-YuanGroup/WISE)."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -9,6 +8,7 @@ from reca.eval import files
 from reca.eval.errors import EvaluationError
 from reca.eval.suites import wise_rules
 from reca.eval.suites.base import Item, Key, Score, Suite, Value, answered
+from reca.io.files import parse_json
 from reca.io.paths import is_dir, is_file
 
 _VERIFIED_QUESTION = """\
@@ -96,8 +96,8 @@ class Wise(Suite):
         for file in sorted(path.glob("*.jsonl")) if is_dir(path) else [path]:
             for line in files.read_lines(file, errors="replace"):
                 try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError):
+                    row = parse_json(line)
+                except ValueError:
                     continue
                 if isinstance(row, dict) and "prompt_id" in row:
                     found[str(row["prompt_id"]), 0] = row
