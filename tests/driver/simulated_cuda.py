@@ -1,7 +1,8 @@
-"""A CUDA device simulated in the host's memory: python -m tests.driver.simulated_cuda LIBRARY RECIPE...
+"""A CUDA device simulated in the host's memory: python -m tests.driver.simulated_cuda LIBRARY BACKEND RECIPE...
 
 LIBRARY is simulated_cuda.cpp, compiled (`build`): its tensors are on cuda:0, and every operator runs on the CPU. An
 operator with tensors of both devices fails as on a GPU, and everything that makes the host wait for a GPU is recorded.
+BACKEND runs the ops there: reference, or triton in its interpreter (TRITON_INTERPRET=1).
 
 As a program, it trains and samples on the CPU and on the simulated GPU, and prints differences and waits as JSON.
 """
@@ -16,6 +17,7 @@ import tempfile
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 if __name__ == "__main__":
@@ -77,6 +79,7 @@ def cuda() -> Iterator[None]:
         "_maybe_exchange_device": lambda *a: 0,
         "get_device_capability": lambda *a: (9, 0),
         "get_device_name": lambda *a: "simulated",
+        "get_device_properties": lambda *a: SimpleNamespace(total_memory=2**37, multi_processor_count=132),
         "current_stream": lambda *a: stream,
         "is_current_stream_capturing": lambda: False,
         "synchronize": lambda *a: _wait("synchronize"),
@@ -89,6 +92,14 @@ def cuda() -> Iterator[None]:
         mock.patch.object(Tensor, "pin_memory", lambda x, *a: x),
     ):
         yield
+
+
+def interpret_in_place() -> None:
+    """Have Triton's interpreter use the tensors' own memory. In copies, distances between tensors would change."""
+    from triton.runtime.interpreter import GridExecutor
+
+    GridExecutor._init_args_hst = lambda self, args, kwargs: (list(args), kwargs)
+    GridExecutor._restore_args_dev = lambda self, *args: None
 
 
 CHANGES = [
@@ -106,7 +117,7 @@ def same(a: Tensor | None, b: Tensor | None) -> bool:
     return torch.allclose(a.double(), b.double(), rtol=rtol, atol=atol)
 
 
-def outcome(name: str) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
+def outcome(name: str, backend: str) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
     """Take two steps, save, generate, reconstruct, edit and answer. Return values, and waits of the host, by phase."""
     found: dict[str, Tensor] = {}
     waited: dict[str, list[str]] = {}
@@ -116,7 +127,7 @@ def outcome(name: str) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
         found.update({f"{phase}: {key}": value.detach().cpu().clone() for key, value in results})
         waits.clear()
 
-    with tempfile.TemporaryDirectory() as folder, dispatch.use("reference"):
+    with tempfile.TemporaryDirectory() as folder, dispatch.use(backend):
         recipe = load_recipe(name, [*CHANGES, f"run_dir={folder}"])
         device = DEVICE if torch.cuda.is_available() else torch.device("cpu")
         model = umm_package(recipe.umm).Adapter.load(recipe.model, device)
@@ -147,11 +158,13 @@ def outcome(name: str) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
 
 
 if __name__ == "__main__":
-    report = {}
-    for name in sys.argv[2:]:
-        expected, _ = outcome(name)
+    report, backend = {}, sys.argv[2]
+    if backend == "triton":
+        interpret_in_place()
+    for name in sys.argv[3:]:
+        expected, _ = outcome(name, "reference")
         with cuda():
-            found, waited = outcome(name)
+            found, waited = outcome(name, backend)
         keys = sorted(expected.keys() | found.keys())
         report[name] = waited | {"differences": [key for key in keys if not same(expected.get(key), found.get(key))]}
     print(json.dumps(report))
