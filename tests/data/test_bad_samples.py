@@ -13,7 +13,7 @@ import torch
 from reca.data.audit import audit, report
 from reca.data.bad_samples import BadSamples
 from reca.data.config import DataConfig
-from reca.data.errors import DataError
+from reca.data.errors import BadSample, DataError
 from reca.data.loader import open_loader
 from reca.data.pixels import BadImage
 from reca.data.sources.factory import open_source
@@ -274,6 +274,21 @@ def test_reads_of_a_batch_end_with_its_first_error(root, monkeypatch):
         take(stream, 1)
     assert len(reads) == 1
     stream.close()
+
+
+def test_the_last_attempt_may_fail_in_a_batch(tmp_path, monkeypatch):
+    class Bad:
+        def takes(self, image):
+            return True
+
+        def batch(self, images, positions):
+            return [BadSample("is damaged") for _ in images]
+
+    stream = loader(fill(tmp_path, {"a.png": image_bytes()}), config={"max_bad_fraction": 1.0})
+    stream.batched = Bad()
+    monkeypatch.setattr("reca.data.loader.ATTEMPTS", 1)
+    with pytest.raises(DataError, match="1 samples in a row cannot be used, the last is a.png"):
+        take(stream, 1)
 
 
 def test_nothing_readable_names_the_last_sample(tmp_path):

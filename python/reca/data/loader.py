@@ -278,7 +278,7 @@ class Loader:
                 if not row.encoded:
                     self.bad_samples.mark_good(index)
                 return row._replace(number=index, attempt=attempt)
-        key = one_line(self.source.key(index))
+        key = one_line(self.source.key(self.order.substitute(position, ATTEMPTS - 1)))
         raise DataError(f"position {position}: {ATTEMPTS} samples in a row cannot be used, the last is {key}")
 
     def _decoded(self, positions: Sequence[int], rows: list[Row]) -> list[Row]:
