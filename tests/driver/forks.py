@@ -5,6 +5,8 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterable
+from multiprocessing import get_context
+from typing import Any
 
 
 def fork_ranks(ranks: int, work: Callable[[int], int | None]) -> list[int]:
@@ -34,6 +36,17 @@ def fork_ranks(ranks: int, work: Callable[[int], int | None]) -> list[int]:
             sys.stderr.flush()
             os._exit(code)
     return children
+
+
+def in_new_process(work: Callable[..., None], *given: Any) -> int:
+    """Call a function of a module, with arguments that can be pickled, in a new interpreter. Returns the exit code.
+
+    A torch for CUDA lets no fork compute a gradient once its parent did, as the process of the tests has.
+    """
+    process = get_context("spawn").Process(target=work, args=given)
+    process.start()
+    process.join()
+    return process.exitcode
 
 
 def exit_codes(children: Iterable[int]) -> list[int]:

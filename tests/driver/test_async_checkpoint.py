@@ -16,12 +16,13 @@ import torch
 from reca import checkpoint, exits
 from reca.checkpoint import background, contents, writing
 from reca.checkpoint.retention import Keep
-from reca.config.recipe import OptimConfig
+from reca.config.recipe import OptimConfig, Recipe
 from reca.hardware import host_memory
 from reca.optim import make_optimizer
 from reca.options.fields import RecipeError
 from reca.runs.status import Status
 from reca.trainer import NotSavedError, Trainer
+from tests.driver.forks import in_new_process
 from tests.driver.toy import ToyAdapter, run_toy, weights
 
 
@@ -222,30 +223,32 @@ def test_the_last_checkpoint_counts(recipe, monkeypatch):
         run_toy(recipe("checkpoint.every=2"))
 
 
+def die_while_writing(recipe: Recipe) -> None:
+    """Train up to step 5, and end by SIGKILL while the checkpoint of step 4 is being written."""
+    checksums = writing._checksums
+    reached = threading.Event()
+
+    def stuck(partial):
+        if partial.name.startswith("000004"):
+            reached.set()
+            threading.Event().wait()
+        return checksums(partial)
+
+    def progress(step: int) -> None:
+        if step == 5 and reached.wait(60):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    writing._checksums = stuck
+    try:
+        Trainer(recipe, ToyAdapter(), progress).run()
+    finally:
+        os._exit(1)
+
+
 def test_a_run_killed_while_it_writes_goes_on_from_the_checkpoint_before(recipe, tmp_path):
     whole = run_toy(recipe(f"run_dir={tmp_path}/whole", "checkpoint.every=2"))
     cut = recipe(f"run_dir={tmp_path}/cut", "checkpoint.every=2")
-    child = os.fork()
-    if not child:
-        checksums = writing._checksums
-        reached = threading.Event()
-
-        def stuck(partial):
-            if partial.name.startswith("000004"):
-                reached.set()
-                threading.Event().wait()
-            return checksums(partial)
-
-        def progress(step: int) -> None:
-            if step == 5 and reached.wait(60):
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        writing._checksums = stuck
-        try:
-            Trainer(cut, ToyAdapter(), progress).run()
-        finally:
-            os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert in_new_process(die_while_writing, cut) == -signal.SIGKILL
     assert names(tmp_path / "cut") == ["000002", "000004.partial"]
     again = Trainer(cut, ToyAdapter())
     assert again.step == 2 and names(tmp_path / "cut") == ["000002"]

@@ -1,7 +1,9 @@
 """The dry run on one batch: every tiny recipe learns it, and what cannot is told the reason."""
 
 import hashlib
+import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,9 +11,10 @@ import torch
 
 from reca import cli, exits
 from reca.commands.overfit import overfit
+from reca.config.recipe import Recipe
 from reca.config.recipe_files import load_recipe
 from reca.models import UMMS
-from tests.driver.forks import exit_codes, fork_ranks
+from tests.driver.forks import exit_codes, fork_ranks, in_new_process
 from tests.driver.toy import ToyAdapter, run_toy
 
 SMALL = [f"objective.{task}.{key}=2" for task in ("reca", "i2t", "t2i") for key in ("batch_size", "micro_batch")]
@@ -113,17 +116,30 @@ def test_what_cannot_be_trained_at_all(tmp_path):
         overfit(load_recipe("show_o_tiny", keys), 1)
 
 
-@pytest.mark.parametrize("keys", [["parallel.strategy=ddp"], ["parallel.strategy=fsdp"], ["parallel.shard=2"]])
-def test_the_gradients_of_ranks_are_those_of_one(recipe, keys):
-    expected = overfit(recipe(), 2, 0.9, ToyAdapter()).gradients
-    ranks = 4 if keys == ["parallel.shard=2"] else 2
+def write_gradients(cases: dict[str, tuple[int, Recipe]], folder: Path) -> None:
+    """Write the gradients of every case and rank, from forks of a process that computes none itself."""
 
-    def work(_: int) -> None:
+    def work(rank: int, name: str, recipe: Recipe) -> None:
         torch.set_num_threads(1)  # a forked process lacks the other threads of OpenMP, and would wait for them
-        found = overfit(recipe(*keys, "parallel.timeout_minutes=1"), 2, 0.9, ToyAdapter())
-        assert found.gradients == pytest.approx(expected, rel=1e-5), found
+        found = overfit(recipe, 2, 0.9, ToyAdapter()).gradients
+        (folder / f"{name}_{rank}.json").write_text(json.dumps(found))
 
-    assert exit_codes(fork_ranks(ranks, work)) == [0] * ranks
+    for name, (ranks, recipe) in cases.items():
+        assert exit_codes(fork_ranks(ranks, partial(work, name=name, recipe=recipe))) == [0] * ranks
+
+
+def test_the_gradients_of_ranks_are_those_of_one(recipe, tmp_path):
+    strategies = {"ddp": (2, "strategy=ddp"), "fsdp": (2, "strategy=fsdp"), "shard": (4, "shard=2")}
+    several = {
+        name: (ranks, recipe(f"parallel.{key}", "parallel.timeout_minutes=1"))
+        for name, (ranks, key) in strategies.items()
+    }
+    assert in_new_process(write_gradients, {"one": (1, recipe()), **several}, tmp_path) == 0
+    one = json.loads((tmp_path / "one_0.json").read_text())
+    assert one
+    for name, (ranks, _) in several.items():
+        for rank in range(ranks):
+            assert json.loads((tmp_path / f"{name}_{rank}.json").read_text()) == pytest.approx(one, rel=1e-5), name
 
 
 def test_a_fused_backward_pass_has_no_gradients_to_show(recipe):
