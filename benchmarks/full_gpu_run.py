@@ -69,8 +69,8 @@ def _tests(*options: str, processes: int = 1) -> list[str]:
     The log names every test as it ends, in case the process is killed before its summary.
     """
     split = ["-n", str(processes), "--dist", "worksteal"] if processes > 1 and importlib.util.find_spec("xdist") else []
-    told = ["-v", "-ra", "--durations=10", "--continue-on-collection-errors"]
-    return [PYTHON, "-m", "pytest", *told, "-m", "gpu", *split, *options]
+    output = ["-v", "-ra", "--durations=10", "--continue-on-collection-errors"]
+    return [PYTHON, "-m", "pytest", *output, "-m", "gpu", *split, *options]
 
 
 def _benchmark(op: str, seconds: int) -> Step:

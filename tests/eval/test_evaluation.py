@@ -256,8 +256,8 @@ def test_a_second_evaluation_waits_for_the_judge_of_the_first(painter, monkeypat
     with subprocess.Popen([sys.executable, "-c", other, folder], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "judges\n"
         assert reca.evaluate("toy", painter, limit=LIMIT) == first
-    (told,) = [r.getMessage() for r in caplog.records if "in use" in r.getMessage()]
-    assert told.startswith(f"{folder} is in use by process {process.pid} on ")
+    (message,) = [r.getMessage() for r in caplog.records if "in use" in r.getMessage()]
+    assert message.startswith(f"{folder} is in use by process {process.pid} on ")
 
 
 def test_a_full_disk_loses_nothing(painter, monkeypatch):
