@@ -91,7 +91,10 @@ def cuda() -> Iterator[None]:
         mock.patch.multiple(adamw, pin_memory=nothing, unpin_memory=nothing),
         mock.patch.object(Tensor, "pin_memory", lambda x, *a: x),
     ):
-        yield
+        try:
+            yield
+        finally:
+            library.on_wait(None)
 
 
 def interpret_in_place() -> None:
