@@ -1,8 +1,9 @@
-"""A CUDA device simulated in the host's memory: python -m tests.driver.simulated_cuda LIBRARY BACKEND RECIPE...
+"""A CUDA device simulated in the host's memory: python -m tests.driver.simulated_cuda LIBRARY BACKENDS RECIPE...
 
 LIBRARY is simulated_cuda.cpp, compiled (`build`): its tensors are on cuda:0, and every operator runs on the CPU. An
 operator with tensors of both devices fails as on a GPU, and everything that makes the host wait for a GPU is recorded.
-BACKEND runs the ops there: reference, or triton in its interpreter (TRITON_INTERPRET=1).
+BACKENDS run the ops there, joined by commas: reference, triton in its interpreter (TRITON_INTERPRET=1), or cuda, by the
+emulator of tests/kernels.
 
 As a program, it trains and samples on the CPU and on the simulated GPU, and prints differences and waits as JSON.
 """
@@ -34,7 +35,8 @@ from reca.models import umm_package
 from reca.monitoring.reconstructions import image_batch, reconstruct
 from reca.optim import adamw
 from reca.trainer import Trainer
-from reca_kernels import dispatch
+from reca_kernels import dispatch, native
+from tests.kernels import emulated
 from tests.models import contract
 
 ROOT = Path(__file__).parents[2]
@@ -95,6 +97,29 @@ def cuda() -> Iterator[None]:
             yield
         finally:
             library.on_wait(None)
+
+
+@contextlib.contextmanager
+def emulated_kernels() -> Iterator[None]:
+    """Run the CUDA C++ kernels by their emulator on the device, and the CPU's on the host."""
+    with tempfile.TemporaryDirectory() as folder:
+        emulator = emulated.build(Path(folder))
+    own, launch = native.module, native.launch
+
+    class Both:
+        def __getattr__(self, name):
+            def launcher(*given):
+                on_device = given and isinstance(given[-1], native.Launch) and not given[-1].on_host
+                return getattr(emulator if on_device else own, name)(*given)
+
+            found = getattr(emulator, name)
+            return launcher if callable(found) else found
+
+    def launched(tensor: Tensor) -> native.Launch:
+        return native.Launch(0, 0, 0) if tensor.is_cuda else launch(tensor)
+
+    with mock.patch.multiple(native, module=Both(), launch=launched, cuda_runs_on=lambda capability: True):
+        yield
 
 
 def interpret_in_place() -> None:
@@ -161,13 +186,15 @@ def outcome(name: str, backend: str) -> tuple[dict[str, Tensor], dict[str, list[
 
 
 if __name__ == "__main__":
-    report, backend = {}, sys.argv[2]
-    if backend == "triton":
+    report, backends, recipes = {}, sys.argv[2].split(","), sys.argv[3:]
+    if "triton" in backends:
         interpret_in_place()
-    for name in sys.argv[3:]:
-        expected, _ = outcome(name, "reference")
-        with cuda():
-            found, waited = outcome(name, backend)
-        keys = sorted(expected.keys() | found.keys())
-        report[name] = waited | {"differences": [key for key in keys if not same(expected.get(key), found.get(key))]}
+    on_host = {name: outcome(name, "reference")[0] for name in recipes}
+    for backend in backends:
+        with cuda(), emulated_kernels() if backend == "cuda" else contextlib.nullcontext():
+            for name, expected in on_host.items():
+                found, waited = outcome(name, backend)
+                keys = sorted(expected.keys() | found.keys())
+                different = [key for key in keys if not same(expected.get(key), found.get(key))]
+                report[f"{name} {backend}"] = waited | {"differences": different}
     print(json.dumps(report))

@@ -1,4 +1,4 @@
-"""Runs on a simulated GPU, with the Triton kernels interpreted, do what they do on a CPU, without waits of the host."""
+"""Runs on a simulated GPU, by the Triton and the CUDA kernels, do what they do on a CPU, without waits of the host."""
 
 import json
 import os
@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from reca.models import UMMS
+from reca_kernels import native
 from tests import interpreter
 from tests.driver.simulated_cuda import ROOT, build
+from tests.kernels import emulated
 
 RECIPES = tuple(f"{umm}_tiny" for umm in UMMS)
 # The norm of the gradients decides whether the step is made, and the losses are read with it.
@@ -24,14 +26,15 @@ def test_runs_on_a_simulated_gpu(tmp_path):
         library = build(tmp_path)
     except (OSError, subprocess.CalledProcessError) as error:
         pytest.skip(f"the simulated device does not compile against this torch: {getattr(error, 'stderr', error)}")
-    backend = "reference" if interpreter.problem() else "triton"
-    command = [sys.executable, "-m", "tests.driver.simulated_cuda", str(library), backend, *RECIPES]
+    backends = ["reference" if interpreter.problem() else "triton"]
+    backends += ["cuda"] if native.module and emulated.missing() is None else []
+    command = [sys.executable, "-m", "tests.driver.simulated_cuda", str(library), ",".join(backends), *RECIPES]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "python")])
     environment = os.environ | {"PYTHONPATH": paths, "RECA_ATTENTION": "sdpa", "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout)
-    assert tuple(report) == RECIPES
+    assert list(report) == [f"{recipe} {backend}" for backend in backends for recipe in RECIPES]
     for recipe, waits in report.items():
         assert waits["differences"] == [], recipe
         for step in ("step 0", "step 1"):
