@@ -215,8 +215,8 @@ def _run(step: Step, log: Path) -> int:
 def _own_group() -> None:
     """Make the calling process, a step's, the leader of a process group, and let SIGINT end it.
 
-    Not of a session: what ends a lent machine's command by its session would leave the step running on the GPU. Shells
-    start background jobs with SIGINT ignored.
+    Not of a session: a remote shell or scheduler that ends a command by its session would leave the step running on the
+    GPU. Shells start background jobs with SIGINT ignored.
     """
     os.setpgrp()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
