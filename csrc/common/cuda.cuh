@@ -195,13 +195,15 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global) {
                "l"(global)
                : "memory");
 #else
-  *static_cast<uint4*>(shared) = *static_cast<const uint4*>(global);
+  emulator::copy_async(shared, global);
 #endif
 }
 
 __device__ __forceinline__ void wait_for_copies() {
 #ifdef __CUDACC__
   asm volatile("cp.async.wait_all;" ::: "memory");
+#else
+  emulator::wait_for_copies();
 #endif
 }
 

@@ -3,8 +3,10 @@
 //
 // A launch runs at once, block after block. The threads of a block are coroutines; one gives way at a barrier, a shuffle
 // or when it ends. They take turns in ascending order in even blocks and in descending order in odd ones, so that a
-// missing barrier shows. Barriers that some threads of a block or warp never reach are an error. What this cannot show:
-// data races inside a warp between two barriers, and what nvcc makes of the code. It holds only what the kernels use.
+// missing barrier shows. Asynchronous copies take place at once in even blocks, and as late as a GPU may make them, when
+// their thread waits for them, in odd ones. Barriers that some threads of a block or warp never reach are an error. What
+// this cannot show: data races inside a warp between two barriers, and what nvcc makes of the code. It holds only what
+// the kernels use.
 #pragma once
 
 #include <setjmp.h>
@@ -65,6 +67,7 @@ struct Thread {
   ucontext_t start;
   jmp_buf place;
   bool begun, ended;
+  std::vector<std::pair<void*, const void*>> copies;  // (to, from) of 16 bytes each, not yet made
 };
 
 struct Warp {
@@ -134,7 +137,7 @@ inline void enter(int thread) {
 
 inline void run_block(int count) {
   while (int(threads.size()) < count) threads.emplace_back();
-  for (int i = 0; i < count; ++i) threads[i].begun = threads[i].ended = false;
+  for (int i = 0; i < count; ++i) threads[i].begun = threads[i].ended = false, threads[i].copies.clear();
   warps.assign(size_t(count + warpSize - 1) / warpSize, {});
   for (int i = 0; i < count; ++i) ++warps[size_t(i) / warpSize].running;
   block_barrier = {};
@@ -162,6 +165,19 @@ T exchange(unsigned mask, T value, int from) {
   wait(warp.barrier, warp.running);
   std::memcpy(&value, &bits, sizeof value);
   return value;
+}
+
+inline void copy_async(void* to, const void* from) {
+  if (blockIdx.x % 2) {
+    threads[current].copies.emplace_back(to, from);
+  } else {
+    *static_cast<uint4*>(to) = *static_cast<const uint4*>(from);
+  }
+}
+
+inline void wait_for_copies() {
+  for (const auto& [to, from] : threads[current].copies) *static_cast<uint4*>(to) = *static_cast<const uint4*>(from);
+  threads[current].copies.clear();
 }
 
 // ---- numbers ----
