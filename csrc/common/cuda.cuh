@@ -173,6 +173,15 @@ __device__ __forceinline__ void store(T* p, const float (&x)[n]) {
   store_words(p, w);
 }
 
+// Loads a value that another thread may be storing to. The caller may use it only where it knows that none does.
+template <typename T>
+__device__ __forceinline__ T load_racing(const T* p) {
+#ifndef __CUDACC__
+  const emulator::Outside unchecked;
+#endif
+  return *p;
+}
+
 // Reads one element of a type known at run time.
 __device__ __forceinline__ float read(DType type, const void* p, int64_t i) {
   if (type == DType::f32) return static_cast<const float*>(p)[i];

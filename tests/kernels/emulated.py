@@ -18,6 +18,7 @@ FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-w"
 FLAGS += ('-DRECA_CUDA_ARCHS="emulated"', '-DRECA_SOURCES="emulated"')
 # A GPU refuses an access of 8 or 16 bytes that is not aligned to as many; here it ends the process (SIGILL).
 FLAGS += ("-fsanitize=alignment", "-fsanitize-undefined-trap-on-error")
+RACES = ("-fsanitize=thread",)  # of emulator/races.h
 
 
 def missing() -> str | None:
@@ -38,8 +39,11 @@ def _pybind11() -> Path | None:
     return None
 
 
-def build(folder: Path) -> ModuleType:
-    """The native module, built in `folder`, whose launchers work on any device but the host."""
+def build(folder: Path, find_races: bool = False) -> ModuleType:
+    """Build the native module in `folder`, whose launchers work on any device but the host.
+
+    find_races: a data race of a kernel ends the process, with a line on stderr. Kernels take four times as long.
+    """
     includes = [Path(__file__).parent / "emulator", ROOT / "csrc", _pybind11()]
     flags = [*FLAGS, *(f"-I{path}" for path in (*includes, sysconfig.get_paths()["include"])), "-x", "c++"]
     bindings = [ROOT / "csrc/module.cpp", ROOT / "csrc/common/sources.cpp", *sorted((ROOT / "csrc").glob("*/bind.cpp"))]
@@ -50,7 +54,8 @@ def build(folder: Path) -> ModuleType:
     def compile_one(source: Path) -> str:
         target = folder / f"{source.parent.name}.{source.name}.o"
         optimise = "-O1" if source.suffix == ".cu" else "-O0"
-        _run(["g++", optimise, *flags, "-c", str(source), "-o", str(target)])
+        watched = RACES if find_races and source.suffix == ".cu" else ()
+        _run(["g++", optimise, *flags, *watched, "-c", str(source), "-o", str(target)])
         return str(target)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -2,11 +2,10 @@
 // thread of a block at a time, so that their arithmetic, indices and barriers can be tested where there is no GPU.
 //
 // A launch runs at once, block after block. The threads of a block are coroutines; one gives way at a barrier, a shuffle
-// or when it ends. They take turns in ascending order in even blocks and in descending order in odd ones, so that a
-// missing barrier shows. Asynchronous copies take place at once in even blocks, and as late as a GPU may make them, when
-// their thread waits for them, in odd ones. Barriers that some threads of a block or warp never reach are an error. What
-// this cannot show: data races inside a warp between two barriers, and what nvcc makes of the code. It holds only what
-// the kernels use.
+// or when it ends. They take turns in ascending order in even blocks and in descending order in odd ones. Asynchronous
+// copies take place at once in even blocks, and when their thread waits for them in odd ones. Barriers that some threads
+// of a block or warp never reach are an error, and so are data races if races.h is included. What this cannot show is
+// what nvcc makes of the code. It holds only what the kernels use.
 #pragma once
 
 #include <setjmp.h>
@@ -23,6 +22,7 @@
 #include <map>
 #include <memory>
 #include <type_traits>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -67,6 +67,7 @@ struct Thread {
   ucontext_t start;
   jmp_buf place;
   bool begun, ended;
+  uint64_t barriers;  // of the block that it has passed
   std::vector<std::pair<void*, const void*>> copies;  // (to, from) of 16 bytes each, not yet made
 };
 
@@ -80,6 +81,7 @@ inline std::deque<Thread> threads;  // kept from launch to launch
 inline std::vector<Warp> warps;
 inline Barrier block_barrier;
 inline int current, running;
+inline bool in_kernel;  // the code of a kernel runs, not the emulator's
 inline bool moved;  // something happened since the last look: a barrier was passed or a thread ended
 inline jmp_buf scheduler;
 inline std::function<void()> body;
@@ -93,8 +95,16 @@ inline void give_way() {
   if (!_setjmp(threads[current].place)) _longjmp(scheduler, 1);
 }
 
+// While it lives, the emulator's own code runs.
+struct Outside {
+  const bool before = in_kernel;
+  Outside() { in_kernel = false; }
+  ~Outside() { in_kernel = before; }
+};
+
 // `expected` is read again and again: threads that end no longer count.
 inline void wait(Barrier& barrier, const int& expected) {
+  const Outside outside;
   const uint64_t mine = barrier.passed;
   ++barrier.waiting;
   while (barrier.passed == mine) {
@@ -109,7 +119,9 @@ inline void wait(Barrier& barrier, const int& expected) {
 inline Warp& my_warp() { return warps[size_t(current) / warpSize]; }
 
 inline void run_thread() {
+  in_kernel = true;
   body();
+  in_kernel = false;
   threads[current].ended = true, moved = true;
   --running, --my_warp().running;
   _longjmp(scheduler, 1);
@@ -137,7 +149,10 @@ inline void enter(int thread) {
 
 inline void run_block(int count) {
   while (int(threads.size()) < count) threads.emplace_back();
-  for (int i = 0; i < count; ++i) threads[i].begun = threads[i].ended = false, threads[i].copies.clear();
+  for (int i = 0; i < count; ++i) {
+    Thread& thread = threads[i];
+    thread.begun = thread.ended = false, thread.barriers = 0, thread.copies.clear();
+  }
   warps.assign(size_t(count + warpSize - 1) / warpSize, {});
   for (int i = 0; i < count; ++i) ++warps[size_t(i) / warpSize].running;
   block_barrier = {};
@@ -155,6 +170,7 @@ inline void run_block(int count) {
 template <typename T>
 T exchange(unsigned mask, T value, int from) {
   static_assert(sizeof(T) <= sizeof(uint64_t));
+  const Outside outside;
   Warp& warp = my_warp();
   if (mask != 0xffffffff) fail("only shuffles of whole warps are emulated");
   uint64_t bits = 0;
@@ -165,19 +181,6 @@ T exchange(unsigned mask, T value, int from) {
   wait(warp.barrier, warp.running);
   std::memcpy(&value, &bits, sizeof value);
   return value;
-}
-
-inline void copy_async(void* to, const void* from) {
-  if (blockIdx.x % 2) {
-    threads[current].copies.emplace_back(to, from);
-  } else {
-    *static_cast<uint4*>(to) = *static_cast<const uint4*>(from);
-  }
-}
-
-inline void wait_for_copies() {
-  for (const auto& [to, from] : threads[current].copies) *static_cast<uint4*>(to) = *static_cast<const uint4*>(from);
-  threads[current].copies.clear();
 }
 
 // ---- numbers ----
@@ -221,9 +224,46 @@ inline float off_by_2_ulp(float y) {
 
 }  // namespace emulator
 
+#ifdef __SANITIZE_THREAD__
+#include "races.h"
+#else
+namespace emulator {
+inline void forget_launch() {}
+inline void forget_block() {}
+inline void accessed(const void*, size_t, bool) {}
+}  // namespace emulator
+#endif
+
+namespace emulator {
+
+inline void copy_async(void* to, const void* from) {
+  const Outside outside;
+  accessed(from, 16, false), accessed(to, 16, true);
+  if (blockIdx.x % 2) {
+    threads[current].copies.emplace_back(to, from);
+  } else {
+    std::memcpy(to, from, 16);
+  }
+}
+
+inline void wait_for_copies() {
+  const Outside outside;
+  for (const auto& [to, from] : threads[current].copies) {
+    accessed(to, 16, true);
+    std::memcpy(to, from, 16);
+  }
+  threads[current].copies.clear();
+}
+
+}  // namespace emulator
+
 // ---- functions of CUDA C++ ----
 
-inline void __syncthreads() { emulator::wait(emulator::block_barrier, emulator::running); }
+inline void __syncthreads() {
+  const emulator::Outside outside;
+  emulator::wait(emulator::block_barrier, emulator::running);
+  ++emulator::threads[emulator::current].barriers;
+}
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int lanes) {
   return emulator::exchange(mask, value, int(threadIdx.x % warpSize) ^ lanes);
@@ -236,6 +276,7 @@ inline unsigned __ballot_sync(unsigned mask, bool vote) {
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 template <typename T>
 T atomicMax(T* p, T x) {
+  const emulator::Outside outside;
   return std::exchange(*p, *p < x ? x : *p);
 }
 
@@ -300,9 +341,11 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const auto asked = emulator::most_shared.find(reinterpret_cast<const void*>(kernel));
   const int most = asked == emulator::most_shared.end() ? (48 << 10) - emulator::static_shared : asked->second;
   if (int(config->dynamicSmemBytes) > most) return cudaErrorInvalidValue;
+  emulator::forget_launch();
   emulator::body = [=] { kernel(args...); };
   for (unsigned block = 0; block < gridDim.x; ++block) {
     blockIdx = dim3(block);
+    emulator::forget_block();
     emulator::dynamic_shared.assign(config->dynamicSmemBytes + 128, 0xff);  // NaN: what nobody wrote
     emulator::run_block(int(blockDim.x));
   }
