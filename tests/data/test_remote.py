@@ -14,6 +14,7 @@ from reca.data.loader import open_loader
 from reca.data.sources import columns, index_files, json_rows, remote, tar_index
 from reca.data.sources.factory import open_source
 from reca.data.sources.file_systems import own_file_system
+from reca.data.sources.patterns import expand
 from reca.data.sources.remote import RemotePath
 from reca.data.views import View, Views
 from tests.data.files import conversations, fill, image_bytes, row, said, tar
@@ -104,6 +105,32 @@ def test_tars_are_what_they_are_here(memory, tmp_path):
     memory.pipe("/data/1.tar", b"")
     with pytest.raises(BadSample, match="is shorter than when the run began"):
         there[1]
+
+
+NAMES = ["a[1].tar", "a1.tar", "b*.tar", "bx.tar", "c?.tar", "cx.tar", "d[1]/e.tar", "d1/e.tar", "._a1.tar", ".f/g.tar"]
+PATTERNS = ["a[1].tar", "a[[]1].tar", "a[12].tar", "a*.tar", "b*.tar", "b[*].tar", "c?.tar", "c[?].tar", "c??tar",
+            "d[1]/e.tar", "d[[]1]/*.tar", "d[1]/*.tar", "*.tar", "**/*.tar", "._*.tar", ".f/*.tar"]  # fmt: skip
+
+
+def test_patterns_match_what_they_match_here(memory, tmp_path):
+    """A name that exists is none, though it has [, * or ?; a pattern matches no hidden file that it does not name."""
+    put(memory, fill(tmp_path, dict.fromkeys(NAMES, b"")))
+    for pattern in PATTERNS:
+        here, there = expand(f"{tmp_path}/{pattern}"), expand(f"memory://data/{pattern}")
+        names = [path.path.removeprefix("/data/") for path in there]
+        assert sorted(names) == sorted(path.relative_to(tmp_path).as_posix() for path in here), pattern
+
+
+def test_a_folder_of_tables_may_have_any_name(memory, tmp_path):
+    """It was a pattern if conversations were wanted."""
+    pytest.importorskip("pyarrow")
+    from tests.data.test_parquet import table
+
+    columns = {"image": ["a.png"], "conversations": [said("human", "Q", "gpt", "A")]}
+    data = table(tmp_path / "t.parquet", columns).read_bytes()
+    put(memory, fill(tmp_path / "x", {"t[1]/t.PARQUET": data, "t[1]/._t.parquet": b"x", "t[1]/a.png": image_bytes()}))
+    for folder in (f"{tmp_path}/x/t[1]", "memory://data/t[1]"):
+        assert open_source(folder, "i2t")[0].text == [("Q", "A")]
 
 
 @pytest.mark.parametrize("ranges", [True, False])
@@ -310,6 +337,9 @@ def test_a_stream_whose_requests_fail_goes_on(memory, tmp_path, monkeypatch):
 def test_addresses_that_cannot_be_read(memory):
     with pytest.raises(DataError, match=r"zzz://a cannot be opened: ValueError: Protocol not known: zzz"):
         open_source("zzz://a", "reca")
+    with pytest.raises(DataError, match=r"memory://.*talk does not exist, or is empty"):
+        open_source("memory://talk", "i2t")
+    memory.pipe("/talk/a.md", b"x")
     with pytest.raises(DataError, match="for conversations in JSON, name the .json or .jsonl file"):
         open_source("memory://talk", "i2t")
     with pytest.raises(DataError, match=r"conversations file memory://.*talk.json does not exist"):

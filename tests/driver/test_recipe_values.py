@@ -440,6 +440,14 @@ def test_located_recipes_mean_the_same_elsewhere(monkeypatch, tmp_path):
         assert absolute_paths(show_o(f"eval.judge={given}")).eval.judge == wanted
 
 
+@pytest.mark.parametrize("name", ["b[1].tar", "b.tar", "tables.parquet"])
+def test_a_name_that_exists_is_no_pattern_below_any_folder(monkeypatch, tmp_path, name):
+    """b[1].tar below a[1] was b1.tar, and a folder of that suffix no folder."""
+    (tmp_path / "a[1]" / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a[1]")
+    assert absolute_paths(show_o(f"data.images={name}")).data.images == f"{tmp_path}/a[1]/{name}"
+
+
 def test_recipes_that_cannot_be_read(tmp_path):
     (tmp_path / "folder.yaml").mkdir()
     for name in (tmp_path / "folder.yaml", tmp_path / "none.yaml", "x" * 5000, "x" * 5000 + ".yaml", "a\0b", "", "\n"):

@@ -23,7 +23,9 @@ def make_absolute(text: str, kind: str) -> str:
         return f"{name}{colon}{make_absolute(argument, HUB)}" if argument else text
     if _is_no_path(text, kind):
         return text
-    here = glob.escape(os.getcwd()) if kind == GLOB and _FILES.search(Path(text).name) else os.getcwd()
+    here = os.getcwd()
+    if kind == GLOB and _FILES.search(Path(text).name) and not os.path.exists(text):
+        here = glob.escape(here)
     return os.path.join(here, re.sub(r"\A(\./+)+", "", text))
 
 

@@ -15,8 +15,8 @@ from reca.data.sources.folder import Folder, NoImages, list_files
 from reca.data.sources.mixture import Mixture, limit
 from reca.data.sources.parquet import Parquet, one_split
 from reca.data.sources.patterns import expand
-from reca.data.sources.remote import RemotePath, is_address, local_name, reason_of, remote_path, to_path
-from reca.data.sources.remote_folder import RemoteFolder
+from reca.data.sources.remote import is_address, local_name, reason_of, remote_path, to_path
+from reca.data.sources.remote_folder import RemoteFolder, list_remote
 from reca.data.sources.scored import ScoredImages
 from reca.data.sources.skipped import Skipped, log_once
 from reca.data.sources.tars import Tars
@@ -117,15 +117,16 @@ def _open_address(text: str, task: str, image_root: str | None, columns: Columns
         return Conversations(root, image_root)
     if task != "i2t" and TAR.search(name):
         return Tars(expand(text), task)
-    try:
-        if task != "i2t":
+    if task == "i2t":
+        files = list_remote(root, Skipped())[1]
+        if ".parquet" not in files:
+            raise DataError(f"{text} has no parquet files; for conversations in JSON, name the .json or .jsonl file")
+    else:
+        try:
             return RemoteFolder(root, task)
-        found = root.ask(root.fs.glob, f"{root.path.rstrip('/')}/**/*.parquet")
-        tables = [RemotePath(root.fs, path) for path in found]
-    except NoImages as error:
-        tables = [root.listed(path) for path in error.files.get(".parquet", ())]
-        if not tables:
-            raise
-    if not tables:
-        raise DataError(f"{text} has no parquet files; for conversations in JSON, name the .json or .jsonl file")
+        except NoImages as error:
+            files = error.files
+            if ".parquet" not in files:
+                raise
+    tables = [root.listed(path) for path in files[".parquet"]]
     return Parquet(one_split(tables, root), task, columns, image_root)

@@ -352,15 +352,22 @@ def open_stream(path: AnyPath) -> BinaryIO:
 
 
 def find(names: list[str]) -> tuple[list[RemotePath], list[str]]:
-    """Return the files that match URLs or URL patterns, and the names without a match."""
+    """Return the files that match URLs or URL patterns, and the names without a match.
+
+    As with local files, a name that exists is no pattern, and patterns match a hidden file only if they name one.
+    """
     paths = [remote_path(name) for name in names]
 
     def found(pair: tuple[str, RemotePath]) -> list[RemotePath]:
         name, path = pair
         if not glob.has_magic(name):
             return [path] if path.exists() else []
+        with contextlib.suppress(OSError):  # of a server that refuses such a name
+            if path.exists():
+                return [path]
         try:
-            return [RemotePath(path.fs, match) for match in sorted(path.ask(path.fs.glob, path.path))]
+            matches = sorted(path.ask(path.fs.glob, path.path))
+            return [RemotePath(path.fs, match) for match in matches if "/." in path.path or "/." not in match]
         except PermissionError:
             if not lists_by_links(name):
                 raise

@@ -14,25 +14,11 @@ class RemoteFolder(ImageFolder):
     """A folder at a URL, listed once when it is opened. Sizes that the server does not list count as 0."""
 
     def __init__(self, root: RemotePath, task: str):
-        self.root = root
-        try:
-            found = root.ask(root.fs.find, root.path, detail=True)
-        except OSError as error:
-            raise DataError(f"data folder {root} cannot be listed: {reason_of(error, root)}") from error
-        if not found:
-            raise DataError(f"data folder {root} does not exist, or is empty")
+        self.root, skipped = root, Skipped()
+        self.sizes, files = list_remote(root, skipped)
         whole = root.path.rstrip("/")
-        if whole in found and suffix_of(whole) in IMAGE_SUFFIXES:
+        if whole in self.sizes and suffix_of(whole) in IMAGE_SUFFIXES:
             raise DataError(f"{root} is a single file; name its folder")
-        start = f"{whole}/"
-        self.sizes = {name.removeprefix(start): info.get("size") for name, info in found.items()}
-        files, skipped = defaultdict(list), Skipped()
-        for name in self.sizes:
-            suffix = suffix_of(name)
-            if not any(map(hidden, name.split("/"))):
-                files[suffix].append(name)
-            elif suffix in IMAGE_SUFFIXES:
-                skipped.add("hidden files and folders", name)
         super().__init__(root, task, files, skipped)
         if root.fs.async_impl:  # others, such as that of hf://, take a file's size from the listing for each read
             root.fs.invalidate_cache()  # s3fs keeps 1.2 kB per file
@@ -44,3 +30,26 @@ class RemoteFolder(ImageFolder):
 
     def total_size(self, names: Sequence[str]) -> int:
         return sum(self.sizes[name] or 0 for name in names)
+
+
+def list_remote(root: RemotePath, skipped: Skipped) -> tuple[dict[str, int | None], dict[str, list[str]]]:
+    """List the files below a folder, by paths relative to it, or by the whole path of a single file.
+
+    Returns the sizes of all of them, None where the server lists none, and suffix -> those that are not hidden.
+    """
+    try:
+        found = root.ask(root.fs.find, root.path, detail=True)
+    except OSError as error:
+        raise DataError(f"data folder {root} cannot be listed: {reason_of(error, root)}") from error
+    if not found:
+        raise DataError(f"data folder {root} does not exist, or is empty")
+    start = f"{root.path.rstrip('/')}/"
+    sizes = {name.removeprefix(start): info.get("size") for name, info in found.items()}
+    files = defaultdict(list)
+    for name in sizes:
+        suffix = suffix_of(name)
+        if not any(map(hidden, name.split("/"))):
+            files[suffix].append(name)
+        elif suffix in IMAGE_SUFFIXES:
+            skipped.add("hidden files and folders", name)
+    return sizes, files
