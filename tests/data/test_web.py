@@ -13,14 +13,14 @@ import time
 import pytest
 
 from reca.data.config import DataConfig
-from reca.data.errors import DataError, Outage
+from reca.data.errors import BadSample, DataError, Outage
 from reca.data.loader import open_loader
 from reca.data.sources import remote, web
 from reca.data.sources.factory import open_source
 from reca.data.views import View, Views
 from tests.data.files import conversations, fill, image_bytes, row, tar
 
-pytest.importorskip("aiohttp")
+aiohttp = pytest.importorskip("aiohttp")
 fsspec = pytest.importorskip("fsspec")
 
 
@@ -120,16 +120,57 @@ def test_a_server_that_sends_whole_files_only(serve, tmp_path, name):
         open_source(f"{address}/{name}", "reca")
 
 
-def test_the_images_of_a_table_are_not_read_when_it_is_opened(serve, tmp_path):
+def test_requests_for_a_table(serve, tmp_path):
+    """When it is opened, none for its images; for a row group one, of the bytes of its columns."""
     pytest.importorskip("pyarrow")
     from tests.data.test_parquet import table
 
     address, handler = serve
     (tmp_path / "www").mkdir()
-    table(tmp_path / "www" / "t.parquet", {"image": [bytes(range(256)) * 2**13] * 2})
-    copied, copyfile = [], handler.copyfile
+    images = [bytes([n]) * 2**18 for n in range(6)]
+    rows = {"image": images, "caption": ["one"] * 6, "other": ["x" * 50_000] * 6}
+    table(tmp_path / "www" / "t.parquet", rows, rows=2, compression="none", use_dictionary=False)
+    asked, copied, copyfile = [], [], handler.copyfile
+    handler.do_HEAD = lambda self: asked.append("HEAD") or Server.do_HEAD(self)
+    handler.do_GET = lambda self: asked.append("GET") or Server.do_GET(self)
     handler.copyfile = lambda self, file, out: copied.append(self.left) or copyfile(self, file, out)
-    assert len(open_source(f"{address}/t.parquet", "reca")) == 2 and sum(copied) < 10_000
+    source = open_source(f"{address}/t.parquet", "t2i")
+    assert asked == ["HEAD", "GET", "GET", "GET"] and sum(copied) < 10_000
+    asked.clear()
+    assert [source[n].image for n in range(2)] == images[:2] and asked == ["HEAD", *["GET"] * 4]  # the footer again
+    asked.clear(), copied.clear()
+    assert [source[n].image for n in range(2, 6)] == images[2:] and asked == ["GET"] * 2
+    assert 2**20 < sum(copied) < 2**20 + 2000
+
+
+def test_a_table_that_has_grown_is_said_to_have_other_rows(serve, tmp_path):
+    pytest.importorskip("pyarrow")
+    from tests.data.test_parquet import midjourney
+
+    address, _ = serve
+    midjourney(tmp_path / "www" / "t.parquet", 0, 10)
+    source = open_source(f"{address}/t.parquet", "reca")
+    midjourney(tmp_path / "www" / "t.parquet", 0, 20)
+    with pytest.raises(BadSample, match=r"t.parquet has other rows than when the run began"):
+        source[0]
+
+
+def test_a_file_of_which_no_part_is_sent_is_not_read(serve, tmp_path, monkeypatch):
+    """It may have any size. Its server answers: another file that cannot be read is the fault of that file."""
+    address, handler = serve
+    fill(tmp_path / "www", {"a.png": b"x" * 100, "b.png": b"x" * 10**6})
+    handler.ranges, handler.accepts = False, None
+    bodies, read = [], aiohttp.ClientResponse.read
+    monkeypatch.setattr(aiohttp.ClientResponse, "read", lambda answer: bodies.append(answer.url.name) or read(answer))
+    small, large, missing = (remote.remote_path(f"{address}/{name}") for name in ("a.png", "b.png", "c.png"))
+    assert small.read_range(0, 100) == b"x" * 100
+    for path, start, end in ((large, 0, 1000), (large, 5, 10**7), (small, 5, 1000)):
+        with pytest.raises(OSError, match=f"^{path}: the server does not support partial requests"):
+            path.read_range(start, end)
+    assert bodies == ["a.png"]
+    handler.send_head = lambda self: self.send_error(500) if "c.png" in self.path else Server.send_head(self)
+    with pytest.raises(OSError, match=r"c.png: .*500"):
+        missing.read_range(0, 1000)
 
 
 @pytest.mark.parametrize("name", ["", "talk/rows.json", "a.tar"])

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from reca.data.batch import task_rng
@@ -117,6 +117,7 @@ def _open_address(text: str, task: str, image_root: str | None, columns: Columns
         return Conversations(root, image_root)
     if task != "i2t" and TAR.search(name):
         return Tars(expand(text), task)
+    files: Mapping[str, Sequence[str]]
     if task == "i2t":
         files = list_remote(root, Skipped())[1]
         if ".parquet" not in files:

@@ -81,7 +81,7 @@ class IndexFile:
 
     def now(self) -> list:
         """Return the current stamp. Servers are asked again."""
-        files = (RemotePath(file.fs, file.path) if isinstance(file, RemotePath) else file for file in self.sources)
+        files = (file.again() if isinstance(file, RemotePath) else file for file in self.sources)
         return [list(map(list, read_ahead(_stamp, files, REQUESTS))), *self.depends]
 
     @contextlib.contextmanager

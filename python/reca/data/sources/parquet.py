@@ -5,7 +5,6 @@ import hashlib
 import io
 import itertools
 import logging
-import os
 import re
 from collections.abc import Sequence, Set
 from typing import Any, NamedTuple
@@ -14,14 +13,14 @@ import numpy as np
 
 from reca import units
 from reca.data.config import ColumnsConfig
-from reca.data.errors import BadSample, DataError, Outage
+from reca.data.errors import BadSample, DataError
 from reca.data.order import WINDOW, Block
 from reca.data.read_ahead import read_ahead
 from reca.data.recently_used import RecentlyUsed
 from reca.data.sample import Sample, digest
 from reca.data.sources.columns import BYTES, IMAGE, LIST, OTHER, TEXT, choose, make_sample
 from reca.data.sources.patterns import relative_names, some
-from reca.data.sources.remote import REQUESTS, AnyPath, RemotePath, reason_of, to_path
+from reca.data.sources.remote import REQUESTS, AnyPath, Ranges, RemotePath, read_range, reason_of, to_path
 from reca.data.sources.skipped import log_once
 from reca.io.files import HEAD, packed, placeholder
 
@@ -115,9 +114,10 @@ class Parquet:
         return number, index - int(self.starts[number])
 
     def _metadata(self, file: int) -> Any:
-        metadata, footer = _footer(self.paths[file])
+        path = self.paths[file]
+        metadata, footer = _footer(path.again() if isinstance(path, RemotePath) else path)
         if footer != self.footers[file]:
-            raise DataError(f"{self.paths[file]} has other rows than when the run began")
+            raise DataError(f"{path} has other rows than when the run began")
         return metadata
 
     def _load(self, number: int) -> Any:
@@ -127,8 +127,9 @@ class Parquet:
         group = self.groups[number]
         try:
             path = self.paths[group.file]
-            source = path.open("rb") if isinstance(path, RemotePath) else path
-            with ParquetFile(source, metadata=self.metadata(group.file)) as file:
+            source = Ranges(path) if isinstance(path, RemotePath) else path
+            metadata, one_request = self.metadata(group.file), isinstance(source, Ranges)
+            with ParquetFile(source, metadata=metadata, pre_buffer=one_request) as file:
                 return file.read_row_group(group.number, columns=self.columns.names, use_threads=False)
         except OSError as error:
             if error.errno is not None:
@@ -157,7 +158,7 @@ class Parquet:
         """Return the bytes of the row's file, which change when the file is rewritten; -1 if they are unknown."""
         try:
             return self.paths[self.groups[self._place(index)[0]].file].stat().st_size
-        except (OSError, Outage):
+        except OSError:
             return -1
 
     def identity(self) -> str:
@@ -200,18 +201,14 @@ def _footer(path: AnyPath) -> tuple[Any, str]:
     """Return what `read_footer` returns. Raises OSError if the file cannot be read."""
     from pyarrow.parquet import read_metadata
 
-    with path.open("rb", HEAD) as file:  # without reading ahead a megabyte of the first row group
-        head = file.read(HEAD)
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 8))
-        tail = file.read(8)
-        if head[:4] != MAGIC or tail[4:] != MAGIC or size < 12:
-            cause = placeholder(head) or packed(head)
-            cut = "is cut off: it has no footer; fetch it again" if head[:4] == MAGIC else "is not a parquet file"
-            raise DataError(f"{path} {cause or cut}")
-        length = int.from_bytes(tail[:4], "little")
-        file.seek(max(0, size - 8 - length))
-        footer = file.read(length)
+    size = path.stat().st_size
+    head, tail = read_range(path, 0, HEAD), read_range(path, max(0, size - 8), 8)
+    if head[:4] != MAGIC or tail[4:] != MAGIC or size < 12:
+        cause = placeholder(head) or packed(head)
+        cut = "is cut off: it has no footer; fetch it again" if head[:4] == MAGIC else "is not a parquet file"
+        raise DataError(f"{path} {cause or cut}")
+    length = int.from_bytes(tail[:4], "little")
+    footer = read_range(path, max(0, size - 8 - length), length)
     try:
         metadata = read_metadata(io.BytesIO(MAGIC + footer + tail))
         return metadata, hashlib.sha256(b"%d " % size + footer).hexdigest()

@@ -87,6 +87,10 @@ class RemotePath:
         self.facts = self.facts or self.ask(self.fs.info, self.path)
         return self.facts
 
+    def again(self) -> "RemotePath":
+        """Return the same file, about which the server is asked again."""
+        return RemotePath(self.fs, self.path)
+
     def stat(self) -> SimpleNamespace:
         size = self.info().get("size")
         if size is None:
@@ -99,25 +103,14 @@ class RemotePath:
         tags = [f"{name}={found[name]}" for name in CHANGES if found.get(name)]
         return found.get("size") or 0, tags or None
 
-    def open(self, mode: str = "rb", buffering: int | None = None) -> BinaryIO:
-        """Open the file. buffering: bytes that are read ahead; None: BLOCK."""
-        file = self.ask(self.fs.open, self.path, mode, block_size=buffering or BLOCK)
-        try:
-            file.seek(0, io.SEEK_END)
-            file.seek(0)
-        except ValueError as error:  # a stream, although it reports that it is seekable
-            file.close()
-            self.stat()
-            raise OSError(f"{self}: {NO_RANGES}") from error
-        return cast(BinaryIO, _File(self, file))
-
     def read_range(self, offset: int, size: int) -> bytes:
         if not size:
             return b""  # a range without bytes cannot be asked for: servers answer with the whole file
         data = self.ask(self.fs.cat_file, self.path, start=offset, end=offset + size)
         if offset and len(data) > size:
             raise OSError(f"{self}: {NO_RANGES}")
-        self.answered(data)
+        if data:
+            self._note(self)
         return data[:size]
 
     def ask(self, function: Any, *arguments: Any, **options: Any) -> Any:
@@ -134,7 +127,7 @@ class RemotePath:
                     answer = function(*arguments, **options)
                 self._note()
                 return answer
-            except FileNotFoundError:
+            except (FileNotFoundError, io.UnsupportedOperation):
                 raise
             except OSError as error:
                 if last:
@@ -148,11 +141,6 @@ class RemotePath:
                 if answers is None or isinstance(error, PermissionError):
                     raise
                 last = True
-
-    def answered(self, data: bytes) -> None:
-        """Note that a part of this file was read."""
-        if data:
-            self._note(self)
 
     @property
     def host(self) -> str:
@@ -190,7 +178,7 @@ def _still_answers(failed: RemotePath, error: OSError) -> bool | None:
     files = [path for path in reversed(known.values()) if path][:HOSTS]
     for path in files:
         with contextlib.suppress(OSError):
-            with contextlib.suppress(FileNotFoundError), _as_oserror(path):
+            with contextlib.suppress(FileNotFoundError, io.UnsupportedOperation), _as_oserror(path):
                 path.fs.cat_file(path.path, start=0, end=1)
             return True
     return False if files else None
@@ -280,41 +268,7 @@ def read_whole(path: AnyPath, limit: int, what: str) -> bytes:
         return file.read(limit)
 
 
-class _File(io.RawIOBase):
-    """Open file at a URL, whose reads are retried if the network fails."""
-
-    def __init__(self, path: RemotePath, file: BinaryIO):
-        self.path, self.file = path, file
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        return self.file.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self.file.tell()
-
-    def readinto(self, buffer: Any) -> int:
-        data = self.path.ask(self._read, self.tell(), len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-    def _read(self, place: int, size: int) -> bytes:
-        self.file.seek(place)
-        data = self.file.read(size)
-        self.path.answered(data)
-        return data
-
-    def close(self) -> None:
-        self.file.close()
-        super().close()
-
-
-class _Ranges(io.RawIOBase):
+class Ranges(io.RawIOBase):
     """Stream of a file at a URL. Each read is a separate range request, retried if the network fails."""
 
     def __init__(self, path: RemotePath):
@@ -334,10 +288,11 @@ class _Ranges(io.RawIOBase):
         return self.place
 
     def readinto(self, buffer: Any) -> int:
-        data = b"" if self.place >= self.size else self.path.read_range(self.place, len(buffer))
-        if not data and self.place < self.size:
+        left = max(0, self.size - self.place)
+        data = self.path.read_range(self.place, len(buffer)) if left else b""
+        if left and not data:
             raise OSError(f"{self.path} ends at byte {self.place}; expected {self.size} bytes")
-        if len(data) > min(len(buffer), self.size - self.place):
+        if len(data) > left:
             raise OSError(f"{self.path}: {NO_RANGES}")
         buffer[: len(data)] = data
         self.place += len(data)
@@ -347,7 +302,7 @@ class _Ranges(io.RawIOBase):
 def open_stream(path: AnyPath) -> BinaryIO:
     """Open a file for sequential reading."""
     if isinstance(path, RemotePath):
-        return cast(BinaryIO, io.BufferedReader(_Ranges(path), BLOCK))
+        return cast(BinaryIO, io.BufferedReader(Ranges(path), BLOCK))
     return path.open("rb")
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from reca.data.errors import DataError, Outage
 from reca.data.sample import IMAGE_SUFFIXES, hidden, suffix_of
 from reca.data.sources import index_files
-from reca.data.sources.remote import AnyPath, reason_of
+from reca.data.sources.remote import NO_RANGES, AnyPath, RemotePath, open_stream, reason_of
 from reca.data.sources.skipped import Skipped
 from reca.io.files import HEAD, packed, placeholder
 
@@ -102,7 +102,9 @@ def _headers(path: AnyPath) -> Iterator[tuple[tarfile.TarInfo, int]]:
     """Yield every member, and the CRC-32 of the HEADER bytes before its data."""
     try:
         size = path.stat().st_size
-        with path.open("rb") as file:
+        if isinstance(path, RemotePath) and path.info().get("partial") is False:
+            raise OSError(f"{path}: {NO_RANGES}")  # a small tar could be indexed, but its members not read
+        with open_stream(path) as file:
             yield from _walk(path, file, size)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {reason_of(error, path)}") from error

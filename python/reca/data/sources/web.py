@@ -1,6 +1,7 @@
 """fsspec's HTTP file system, without its habit of reporting server errors as missing files."""
 
 import functools
+import io
 import re
 from typing import Any
 
@@ -9,6 +10,7 @@ from fsspec.config import conf
 from fsspec.implementations.http import HTTPFileSystem
 
 from reca.data.sources.file_systems import has_proxy
+from reca.data.sources.remote import NO_RANGES
 
 MISSING = (404, 410)  # HTTP status codes of a missing file
 CONNECTING = 10.0  # seconds without a connection after which a request has failed
@@ -54,10 +56,18 @@ def web_files() -> WebFiles:
 
 
 async def _check_range(_session: Any, _context: Any, request: TraceRequestEndParams) -> None:
-    """Raise OSError if a partial answer is of other bytes than were asked for, which fsspec does not check."""
+    """Raise OSError if an answer is of other bytes than were asked for, which fsspec does not check.
+
+    The whole file is accepted, as it may be small, if it is not longer than the part; it is not read otherwise.
+    """
     asked, answer = request.headers.get("Range", ""), request.response
     sent = answer.headers.get("Content-Range", "")
     wanted, found = re.fullmatch(r"bytes=(\d+)-(\d+)", asked), re.match(r"bytes (\d+)-(\d+)/", sent)
+    if answer.status == 200 and wanted:
+        first, last = map(int, wanted.groups())
+        if first or (answer.content_length or 0) > last + 1:
+            answer.close()
+            raise io.UnsupportedOperation(f"{request.url}: {NO_RANGES}")
     if answer.status == 206 and wanted and found:
         (first, last), (start, end) = (map(int, match.groups()) for match in (wanted, found))
         if start != first or end > last:
