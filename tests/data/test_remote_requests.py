@@ -138,16 +138,34 @@ def test_a_server_has_time_to_recover_between_attempts(monkeypatch):
     assert waits == [0.5, 1.0]
 
 
-@pytest.mark.parametrize(("status", "kind"), [(403, PermissionError), (500, Outage)])
-def test_a_host_that_has_only_told_about_files_is_away_unless_it_refuses(status, kind):
-    """As at the start of a run, whose first reads would make every sample bad."""
+@pytest.mark.parametrize(("status", "kind"), [(403, PermissionError), (500, OSError)])
+def test_a_host_that_has_only_told_about_files_is_asked_for_them(status, kind):
+    """As at the start of a run, whose first reads would make every sample bad, or wait for one file of many."""
     files = Files(status)
-    assert RemotePath(files, "a.png").exists()
+    assert RemotePath(files, "bucket/a.png").exists()
     with pytest.raises(kind, match="refused"):
         RemotePath(files, "b.png").read_range(0, 9)
-    assert RemotePath(files, "a.png").read_range(0, 9) == DATA[:9]
+    files.away = {"bucket"}
+    with pytest.raises(Outage):
+        RemotePath(files, "bucket/c.png").read_range(0, 9)
+
+
+@pytest.mark.parametrize(("status", "kind"), [(403, PermissionError), (500, Outage)])
+def test_a_host_of_which_no_file_is_known_is_away_unless_it_refuses(status, kind):
+    files = Files(status)
+    RemotePath(files, "bucket").note()  # by its listing
+    with pytest.raises(kind, match="refused"):
+        RemotePath(files, "b.png").read_range(0, 9)
+
+
+def test_a_file_that_fails_after_it_was_read_is_at_fault_if_another_is_sent():
+    files = Files()
+    assert RemotePath(files, "a.tar").read_range(0, 9) and RemotePath(files, "b.png").read_range(0, 9)
+    files.refused = 500
+    files.asked.clear()
     with pytest.raises(OSError, match="refused"):
         RemotePath(files, "b.png").read_range(0, 9)
+    assert files.asked == ["b.png"] * 3 + ["a.tar", "b.png"]
 
 
 def test_a_file_above_the_limit_is_refused_and_never_cut(tmp_path):

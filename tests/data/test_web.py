@@ -12,6 +12,7 @@ import time
 
 import pytest
 
+from reca.data import outage
 from reca.data.config import DataConfig
 from reca.data.errors import BadSample, DataError, Outage
 from reca.data.loader import open_loader
@@ -289,6 +290,25 @@ def test_files_whose_requests_fail_are_read_on(serve, tmp_path, monkeypatch):
         source[0]
 
 
+@pytest.mark.parametrize("workers", [0, 4])
+@pytest.mark.parametrize("failing", [r"/0\.png", r"/9\.png", r"png"])
+def test_the_first_image_that_is_read_is_not_waited_for_if_others_are_sent(
+    serve, tmp_path, monkeypatch, failing, workers
+):
+    """Of a host that had only listed its files nothing else was asked: one bad image was an outage if it came first."""
+    monkeypatch.setattr(outage, "PATIENCE", 0.0)
+    address, handler = serve
+    fill(tmp_path / "www", {f"{n}.png": image_bytes() for n in range(10)})
+    send = handler.send_head
+    handler.send_head = lambda self: self.send_error(500) if re.search(failing, self.path) else send(self)
+    config = DataConfig(images=address, shuffle=False, workers=workers, decoder="pillow")
+    stream = open_loader(config, "reca", Views(View(4), None), seed=0, micro_batch=10)
+    with pytest.raises(DataError, match="remote storage") if failing == "png" else contextlib.nullcontext():
+        next(iter(stream))
+    stream.close()
+    assert stream.bad == (failing != "png")
+
+
 @pytest.mark.parametrize("ranges", [True, False])
 def test_a_folder_over_http_whose_list_has_no_sizes(serve, tmp_path, ranges):
     address, handler = serve
@@ -399,5 +419,5 @@ def test_a_folder_below_a_folder_is_not_lost_with_its_connection(serve, tmp_path
 
     monkeypatch.setattr(HTTPFileSystem, "_ls_real", reset)
     for least in (3, 9):
-        with pytest.raises(Outage, match="reset by peer") if least > 3 else contextlib.nullcontext():
+        with pytest.raises(DataError, match="reset by peer") if least > 3 else contextlib.nullcontext():
             assert len(open_source(address, "reca")) == 2

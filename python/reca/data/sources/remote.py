@@ -84,7 +84,10 @@ class RemotePath:
 
     def info(self) -> dict[str, Any]:
         """Return what the server reported about the file when it was first asked."""
-        self.facts = self.facts or self.ask(self.fs.info, self.path)
+        if not self.facts:
+            self.facts = self.ask(self.fs.info, self.path)
+            if self.facts["type"] == "file":
+                self.note(self)
         return self.facts
 
     def again(self) -> "RemotePath":
@@ -110,7 +113,7 @@ class RemotePath:
         if offset and len(data) > size:
             raise OSError(f"{self}: {NO_RANGES}")
         if data:
-            self._note(self)
+            self.note(self)
         return data[:size]
 
     def ask(self, function: Any, *arguments: Any, **options: Any) -> Any:
@@ -125,7 +128,7 @@ class RemotePath:
             try:
                 with _as_oserror(self):
                     answer = function(*arguments, **options)
-                self._note()
+                self.note()
                 return answer
             except (FileNotFoundError, io.UnsupportedOperation):
                 raise
@@ -146,36 +149,36 @@ class RemotePath:
     def host(self) -> str:
         return urlsplit(str(self)).netloc
 
-    def _note(self, read: "RemotePath | None" = None) -> None:
-        """Note that the host has answered. read: a file of which it has sent a part."""
+    def note(self, *files: "RemotePath") -> None:
+        """Note that the host has answered. files: that it has listed or told of, or of which it has sent a part."""
         with _lock:
             hosts = _answered.setdefault(self.fs, {})
-            last = hosts.pop(self.host, None)
-            hosts[self.host] = read or last
+            known = [*files, *hosts.pop(self.host, ())]
+            hosts[self.host] = list(dict.fromkeys(known))[:2]
             if self.is_web and len(hosts) > HOSTS + 1:
                 del hosts[next(iter(hosts))]
 
 
 AnyPath = Path | RemotePath
 _lock = threading.Lock()
-# The file that was read last, None if there is none, by file system and by host or bucket that has answered.
-_answered: dict[Any, dict[str, RemotePath | None]] = {}
+# The two latest files, if there are any, by file system and by host or bucket that has answered.
+_answered: dict[Any, dict[str, list[RemotePath]]] = {}
 
 
 def _still_answers(failed: RemotePath, error: OSError) -> bool | None:
     """Return whether the storage of a file answers other requests; None if it has answered none so far.
 
-    A byte is asked for of the file that was read last: at its host or bucket, or at any of many web hosts.
-    A host of which nothing has been read yet only answers if it has refused the file.
+    A byte is asked for of the latest file, if possible another: at its host or bucket, or at any of many web hosts.
+    A host of which no file is known only answers if it has refused this one.
     """
     with _lock:
         known = _answered.get(failed.fs, {}).copy()
     if failed.host in known and not (failed.is_web and len(known) > HOSTS):
-        last = known[failed.host]
-        if last is None:
+        files = sorted(known[failed.host], key=lambda path: path == failed)[:1]
+        if not files:
             return isinstance(error, PermissionError)
-        known = {failed.host: last}
-    files = [path for path in reversed(known.values()) if path][:HOSTS]
+    else:
+        files = [paths[0] for paths in reversed(known.values()) if paths][:HOSTS]
     for path in files:
         with contextlib.suppress(OSError):
             with contextlib.suppress(FileNotFoundError, io.UnsupportedOperation), _as_oserror(path):

@@ -20,6 +20,7 @@ class RemoteFolder(ImageFolder):
         if whole in self.sizes and suffix_of(whole) in IMAGE_SUFFIXES:
             raise DataError(f"{root} is a single file; name its folder")
         super().__init__(root, task, files, skipped)
+        root.note(root.listed(self.names[0]), root.listed(self.names[-1]))
         if root.fs.async_impl:  # others, such as that of hf://, take a file's size from the listing for each read
             root.fs.invalidate_cache()  # s3fs keeps 1.2 kB per file
 
