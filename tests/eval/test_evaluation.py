@@ -5,6 +5,8 @@ import json
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -258,6 +260,18 @@ def test_a_second_evaluation_waits_for_the_judge_of_the_first(painter, monkeypat
         assert reca.evaluate("toy", painter, limit=LIMIT) == first
     (message,) = [r.getMessage() for r in caplog.records if "in use" in r.getMessage()]
     assert message.startswith(f"{folder} is in use by process {process.pid} on ")
+
+
+def test_two_threads_do_not_judge_one_folder_at_a_time(painter, monkeypatch, caplog):
+    reca.evaluate("toy", painter, limit=LIMIT, steps=["generate"])
+    asked, judge = [], ToyJudge.judge
+    monkeypatch.setattr(ToyJudge, "judge", lambda *args: time.sleep(0.01) or asked.append(1) or judge(*args))
+    with ThreadPoolExecutor() as pool:
+        jobs = [pool.submit(reca.evaluate, "toy", painter, limit=LIMIT) for _ in range(3)]
+        first, *others = [job.result() for job in jobs]
+    assert others == [first] * 2 and len(asked) == LIMIT
+    (message, _) = [r.getMessage() for r in caplog.records if "in use" in r.getMessage()]
+    assert message.startswith(f"{painter / 'eval/000002/toy'} is in use by another thread of this process")
 
 
 def test_a_full_disk_loses_nothing(painter, monkeypatch):

@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ LEASE = 120.0  # seconds within which a server releases the locks of a dead mach
 # Holders of lock files in this process, by `key`. A process's locks do not conflict with each other, and closing any
 # handle of a file releases all its locks on that file: a lock file must not be opened while it is held.
 holders: dict[tuple[int, int, int], Any] = {}
+_threads: dict[tuple[str, int], threading.Lock] = {}  # of `alone`, by path and process
 
 
 def key(file: int | Path) -> tuple[int, int, int]:
@@ -114,14 +116,21 @@ def is_alive(process: int) -> bool:
 
 @contextlib.contextmanager
 def alone(path: Path, what: str) -> Iterator[None]:
-    """Hold a lock file, for work of one process at a time. Wait, however long, while another process holds it."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    """Hold a lock file, for work of one thread at a time. Wait, however long, while another one or process holds it."""
+    thread = _threads.setdefault((os.path.realpath(path), os.getpid()), threading.Lock())
+    if not thread.acquire(blocking=False):
+        log.warning("%s is in use by another thread of this process: waiting for it to end", what)
+        thread.acquire()
     try:
-        if not _try(handle):
-            log.warning("%s is in use by %s: waiting for it to end", what, owner(handle) or "another process")
-            while not _try(handle):
-                time.sleep(POLL)
-        write_owner(handle)
-        yield
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            if not _try(handle):
+                log.warning("%s is in use by %s: waiting for it to end", what, owner(handle) or "another process")
+                while not _try(handle):
+                    time.sleep(POLL)
+            write_owner(handle)
+            yield
+        finally:
+            os.close(handle)
     finally:
-        os.close(handle)
+        thread.release()
