@@ -4,7 +4,9 @@ import contextlib
 import json
 import math
 import os
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -285,3 +287,24 @@ def test_the_command_and_training_on_what_it_kept(tmp_path, umm, capsys, monkeyp
     assert main(["best-of", "sft", "prompts.txt", "--candidates", "2", "--out", "kept", "--sampling", "steps=2"]) == 3
     assert "made with other settings: model was" in capsys.readouterr().err
     assert main([*command[:4], "0", *command[5:]]) == 3 and json.loads((tmp_path / "kept/best_of.json").read_text())
+
+
+def test_a_model_without_i2t_generates_and_cannot_score(tmp_path, capsys, monkeypatch):
+    """It is said before the first image, of which none could be scored; nothing else offers it what it cannot do."""
+    from reca.models.show_o import Adapter, Config
+
+    module = ModuleType("own.model")
+    module.Config, module.Adapter = Config, type("Own", (Adapter,), {"tasks": frozenset({"t2i"})})
+    monkeypatch.setitem(sys.modules, "own", ModuleType("own"))
+    monkeypatch.setitem(sys.modules, "own.model", module)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("a red square\n")
+    assert main(["best-of", "show_o_tiny", "prompts.txt", "umm=own.model", "--out", "kept"]) == 3
+    assert "reca: own.model cannot score prompts: it has no i2t task" in capsys.readouterr().err
+    assert not list((tmp_path / "kept").iterdir())
+    module.Adapter.abilities = frozenset({"reconstruct"})
+    keys = [f"objective.{task}.weight={int(task == 't2i')}" for task in ("reca", "i2t", "t2i")]
+    keys += ["train.steps=1", "objective.t2i.batch_size=2", "run_dir=run", "log.tensorboard=false", "data.workers=0"]
+    assert main(["train", "show_o_tiny", "umm=own.model", *keys]) == 0
+    assert "1 step done.\n" in capsys.readouterr().out
+    assert main(["compare", "base", "run", "--out", "compared"]) == 0 and "mme" not in capsys.readouterr().out

@@ -39,18 +39,20 @@ def train(options: argparse.Namespace) -> None:
 
 def _tell(recipe: Any, run: Any) -> None:
     from reca import units
+    from reca.models import umm_package
     from reca.monitoring.reconstructions import GRID
 
     source = f"./{recipe.run_dir}" if recipe.run_dir.startswith("-") else recipe.run_dir
-    draw = f"Generate with: reca generate {shlex.quote(source)} --prompt 'a yellow broccoli'"
+    draws = "generate" in umm_package(recipe.umm).Adapter.abilities
+    draw = f" Generate with: reca generate {shlex.quote(source)} --prompt 'a yellow broccoli'" if draws else ""
     if run.new_steps:
-        print(f"{units.counted(run.steps, 'step')} done. {draw}", flush=True)
+        print(f"{units.counted(run.steps, 'step')} done.{draw}", flush=True)
         if is_file(grid := run.folder / GRID):
             print(f"Images and their reconstructions before and after training: {grid}", flush=True)
     else:
         print(
             f"{recipe.run_dir} already has {units.counted(run.steps, 'step')}, and train.steps={recipe.train.steps}: "
-            f"nothing to do. Give a larger train.steps or another run_dir. {draw}",
+            f"nothing to do. Give a larger train.steps or another run_dir.{draw}",
             flush=True,
         )
 

@@ -45,6 +45,8 @@ def best_of(options: argparse.Namespace) -> None:
     from reca.data.sample import digest
     from reca.eval.targets import target
     from reca.io.folders import BEST_OF
+    from reca.models.base import Adapter
+    from reca.options.fields import RecipeError
 
     if options.candidates < 1:
         raise ValueError(f"--candidates must be at least 1, got {options.candidates}")
@@ -53,7 +55,8 @@ def best_of(options: argparse.Namespace) -> None:
     ends = [options.seed, choice.seeds(len(prompts) - 1)[-1]]
     adapter = _adapter(options, "generate")
     choice.sampling = _sampling(options, adapter.generate, ends, [*prompts, choice.question], BEST_OF)
-    _adapter(options, "answer")
+    if "i2t" not in adapter.tasks and adapter.log_likelihood is Adapter.log_likelihood:
+        raise RecipeError(f"{recipe.umm} cannot score prompts: it has no i2t task, which computes their likelihood")
     source = target(options.recipe, options.overrides, "", options.out, options.ema)
 
     def identify(step: int | None, model: Any = None) -> None:

@@ -9,6 +9,7 @@ from reca import checkpoint
 from reca.comparison.sides import Side
 from reca.config.recipe import LoraConfig
 from reca.estimate.meta_model import build_meta
+from reca.models import umm_package
 from reca.runs.published import published_model
 from reca.training.lora import is_lora, weight_beside
 
@@ -19,11 +20,11 @@ def understanding(before: Side, after: Side) -> dict[str, Any] | None:
     """Tell whether understanding is bit-identical on both sides, and which of its tensors differ.
 
     Compares the tensors of the checkpoints; tensors in neither are as published. Return None if a side has no weights,
-    or if the models were loaded from different files or with different settings.
+    if the models were loaded from different files or with different settings, or if they cannot answer.
     """
     if before.recipe is None or after.recipe is None or published_model(before.recipe) != published_model(after.recipe):
         return None
-    if before.lacks_weights or after.lacks_weights:
+    if before.lacks_weights or after.lacks_weights or "answer" not in umm_package(after.recipe.umm).Adapter.abilities:
         return None
     changed = sorted(_changed(before, after))
     adapter, _ = build_meta(replace(after.recipe, lora=LoraConfig()))
