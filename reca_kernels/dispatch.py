@@ -1,9 +1,9 @@
 """Choose the backend that runs an op, and explain the choice.
 
 An op is a folder of this package, and a backend is a file in it: reference.py, the definition in plain PyTorch, which
-every op has; native.py, which launches the C++ kernels (backend `cpu`) and the CUDA kernels (`cuda`); triton.py. The
-protocol `Kernels` in <op>/kernels.py lists the functions of native.py and triton.py. A folder with neither file is not
-dispatched.
+every op has; native.py, which launches the C++ kernels (backend `cpu`) and the CUDA kernels (`cuda`), or cpu.py, if the
+op has no CUDA kernels; triton.py. The protocol `Kernels` in <op>/kernels.py lists the functions of native.py, cpu.py and
+triton.py. A folder with none of these files is not dispatched.
 """
 
 import importlib
@@ -22,17 +22,21 @@ from torch import Tensor
 
 from reca_kernels import compiling, native
 
-# Backend -> its file in an op's folder.
-FILES = {"reference": "reference.py", "cpu": "native.py", "cuda": "native.py", "triton": "triton.py"}
-BACKENDS = tuple(FILES)
+# Backend -> the modules of an op's folder that may implement it, of which an op has one at most.
+MODULES = {"reference": ("reference",), "cpu": ("native", "cpu"), "cuda": ("native",), "triton": ("triton",)}
+BACKENDS = tuple(MODULES)
 RUNS_ON = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}  # type of device; the reference runs on any
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 PACKAGE = Path(__file__).parent
 
 
+def _modules(op: str, backend: str) -> list[str]:
+    return [name for name in MODULES[backend] if (PACKAGE / op / f"{name}.py").exists()]
+
+
 def has_backend(op: str, backend: str) -> bool:
-    return (PACKAGE / op / FILES[backend]).exists()
+    return bool(_modules(op, backend))
 
 
 OPS = tuple(
@@ -224,7 +228,8 @@ def unusable(op: str, backend: str, device: str, index: int | None = None) -> st
 @cache
 def load(backend: str, op: str) -> Any:
     """Return the module that implements the op's `Kernels`. Callers annotate it with that protocol."""
-    return importlib.import_module(f"reca_kernels.{op}.{FILES[backend].removesuffix('.py')}")
+    (module,) = _modules(op, backend)
+    return importlib.import_module(f"reca_kernels.{op}.{module}")
 
 
 def backend_report() -> str:

@@ -79,6 +79,7 @@ from reca_kernels.row_rms.op import row_rms
 
 assert "row_rms" in dispatch.OPS and "row_rms on cpu" in backend_report()
 assert dispatch.choose("row_rms", torch.zeros(1)) == ("cpu" if native.module else "reference")
+assert not dispatch.has_backend("row_rms", "cuda")
 x = torch.randn(5, 3, requires_grad=True)
 compiled = torch.compile(row_rms, backend="aot_eager", fullgraph=True)
 wanted = torch.autograd.grad(row_rms(x, backend="reference").sum(), x)[0]
@@ -101,4 +102,4 @@ def test_an_op_is_one_folder(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", USE], env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "row_rms: backend 'cuda' was asked for, but" in done.stdout
+    assert "row_rms: backend 'cuda' was asked for, but it does not implement row_rms" in done.stdout

@@ -1,4 +1,4 @@
-"""The kernel for CPUs. In a real op this file passes addresses to a launcher in csrc/row_rms."""
+"""The kernel for CPUs. In a real op this file passes addresses to a launcher of csrc/row_rms."""
 
 import torch
 from torch import Tensor
