@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from reca.data.batch import Batch
 from reca.data.views import View, Views
 from reca.models import base
+from reca.models.common import by_sample
 from reca.models.common.exporting import export_to
 from reca.models.common.images import to_unit
 from reca.options.fields import HUB, config_field, count, pixels
@@ -38,6 +39,10 @@ class Prepared(base.Prepared):
     sample_ids: Tensor  # int64 [B]
     t: Tensor  # fp32 [B, 1], noise levels
     text: Tensor  # fp32 [B, 256], counts of bytes
+
+    @property
+    def tokens(self) -> list[int]:
+        return [2] * len(self.sample_ids)  # h_v and the image
 
 
 class Adapter(base.Adapter):
@@ -101,7 +106,8 @@ class Adapter(base.Adapter):
         condition = self.text(prepared.text) + (features["h_v"] if prepared.task == "reca" else 0)
         velocity = self.velocity((1 - t) * target + t * noise, t, condition)
         error = (velocity - (noise - target)).float().square().mean(1)
-        return base.LossTerm.of(error.sum(), prepared)
+        samples = by_sample.table(error, torch.ones_like(error)) if prepared.by_sample else None
+        return base.LossTerm.of(error.sum(), prepared, samples)
 
     def velocity(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         hidden = self.enter(torch.cat([x, t], dim=1)) + condition

@@ -1,6 +1,7 @@
 """What CONTRIBUTING promises: a new model and a new op are a folder each, and nothing else is edited."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -70,6 +71,24 @@ def test_the_command_line_takes_a_model_outside(tmp_path, monkeypatch, capsys):
     assert "gen_head" in command("check", str(recipe), "--gpus", "2")
     assert main(["edit", str(run), "--image", "a.png", "--instruction", "b"]) == 3
     assert "examples.custom_model cannot edit; recipes of bagel and open_uni can" in capsys.readouterr().err
+
+
+def test_a_model_outside_is_held_to_the_contract(tmp_path):
+    """The example keeps it, but for what it cannot do; a recipe that does not exist ends the tests with its reason."""
+
+    def contract(recipe: Path) -> subprocess.CompletedProcess:
+        tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/models/test_contract.py"]
+        return subprocess.run([*tests, "--recipe", str(recipe)], cwd=ROOT, capture_output=True, text=True)
+
+    recipe = tmp_path / "denoiser.yaml"
+    shapes = "reca.toy_datasets.shapes:unlabeled?seed=0"
+    recipe.write_text(
+        f"umm: examples.custom_model\nmodel: {{width: 256}}\ndata: {{images: '{shapes}', captions: '{shapes}'}}\n"
+    )
+    done = contract(recipe)
+    assert done.returncode == 0, done.stdout
+    assert "failed" not in done.stdout and int(re.search(r"(\d+) passed", done.stdout)[1]) > 40
+    assert "--recipe: no recipe" in contract(tmp_path / "none.yaml").stderr
 
 
 USE = """

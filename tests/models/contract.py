@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -14,6 +15,7 @@ from reca.data.transforms import make_view
 from reca.models import UMMS, umm_package
 from reca.models.base import Adapter
 from reca.optim import freeze
+from reca.options.sampling import defaults
 from reca.rng import CounterRNG
 
 # model or variant -> the tiny recipe's overrides. A variant is there because it has code of its own in the loss.
@@ -37,7 +39,8 @@ VARIANTS = {
     "bagel vae": ["model.hv_source=vae", "model.understanding_size=18"],
     "bagel shift": ["model.timestep_shift=3"],
 }  # fmt: skip
-CASES = {**{name: [] for name in UMMS}, **VARIANTS}
+RECIPES: dict[str, str | Path] = {name: f"{name}_tiny" for name in UMMS}
+CASES: dict[str, list[str]] = {**{name: [] for name in UMMS}, **VARIANTS}
 # The ops that each model's loss of images runs, and no others.
 OPS = {
     "show_o": {"template_concat", "masked_linear_cross_entropy", "philox"},
@@ -47,15 +50,18 @@ OPS = {
     "janus": {"template_concat", "masked_linear_cross_entropy", "philox"},
     "janusflow": {"template_concat", "flow_matching", "philox"},
 }
-# Models that draw an image in as many steps as it has tokens, so that there is nothing to choose.
-WITHOUT_STEPS = {"janus"}
 # Draws that belong to a micro-batch instead of to its samples, as in the release.
 DRAWN_BY_BATCH = {"harmon parity"}
 
 
+def adapter(name: str) -> type[Adapter]:
+    """The class of a model or variant."""
+    return umm_package(load_recipe(RECIPES[name.split()[0]]).umm).Adapter
+
+
 def quick(name: str, steps: int = 4) -> dict[str, int]:
-    """Sampling options that draw an image in few steps."""
-    return {} if name in WITHOUT_STEPS else {"steps": steps}
+    """Sampling options that draw an image in few steps; none where it takes as many steps as it has tokens."""
+    return {"steps": steps} if "steps" in defaults(adapter(name).generate) else {}
 
 
 TEXTS = {
@@ -75,13 +81,22 @@ TEXTS = {
     ],
 }
 # Every case with every task that its model has.
-CASE_TASKS = [(case, task) for case in CASES for task in TEXTS if task in umm_package(case.split()[0]).Adapter.tasks]
+CASE_TASKS = [(case, task) for case in CASES for task in TEXTS if task in adapter(case).tasks]
 SIZES = [(20, 20), (20, 20), (12, 20), (20, 8)]
+
+
+def hold_to_it(recipe: Path) -> None:
+    """Replace all cases by one, the model of a recipe."""
+    model = umm_package(load_recipe(recipe).umm).Adapter
+    RECIPES[model.name] = recipe
+    CASES.clear()
+    CASES[model.name] = []
+    CASE_TASKS[:] = [(model.name, task) for task in TEXTS if task in model.tasks]
 
 
 def load(case: str, *overrides: str) -> Adapter:
     """The model of a case, with what RECA trains, in eval mode; no parameter that learns is zero."""
-    recipe = load_recipe(f"{case.split()[0]}_tiny", [*CASES[case], *overrides])
+    recipe = load_recipe(RECIPES[case.split()[0]], [*CASES[case], *overrides])
     model = umm_package(recipe.umm).Adapter.load(recipe.model)
     freeze(model, None)
     generator = torch.Generator().manual_seed(1)

@@ -1,7 +1,6 @@
 """What holds for every model: losses, gradients, learning, drawing, answers. `pytest -k bagel` runs one of them.
 
-A model outside of reca.models is held to it from inside: link its folder into reca/models and its NAME_tiny.yaml into
-reca/recipes, and give tests/models/contract.py its lines.
+`--recipe FILE` runs a model outside of reca.models instead.
 """
 
 import functools
@@ -34,8 +33,9 @@ from tests.models.contract import (
     CASES,
     DRAWN_BY_BATCH,
     OPS,
+    RECIPES,
     TEXTS,
-    WITHOUT_STEPS,
+    VARIANTS,
     batch,
     cached,
     images,
@@ -47,6 +47,9 @@ from tests.models.contract import (
 )
 
 
+PLAIN = [case for case in CASES if case not in VARIANTS]
+
+
 @pytest.fixture(params=CASES)
 def model(request):
     model = shared(request.param)
@@ -54,7 +57,7 @@ def model(request):
     return model
 
 
-@pytest.fixture(params=UMMS)
+@pytest.fixture(params=PLAIN)
 def plain(request):
     """A model without its variants."""
     model = shared(request.param)
@@ -73,13 +76,15 @@ def test_tokens_of_a_sample_are_the_rows_of_its_sequence(plain):
         counted = []
         for row in rows:
             one = plain.prepare(batch(plain, task, (row,)), rng)
-            if one.packed:
+            if plain.name not in UMMS:  # of whose layouts nothing is known
+                counted += one.tokens
+            elif one.packed:
                 layouts = [one.prompt, *([one.image] if one.image else [])]
                 counted.append(sum(x.src.numel() + x.latent_positions.numel() for x in layouts))
             else:
                 counted.append(getattr(one.layout, "positions", one.layout.src).shape[1])
         assert list(together.tokens) == counted, task
-        assert len(set(counted)) > 1, task
+        assert len(set(counted)) > 1 or plain.name not in UMMS, task
 
 
 def test_roles_cover_all_parameters(model):
@@ -189,8 +194,9 @@ def test_draws_are_a_function_of_seed_and_samples(model):
     assert torch.equal(torch.get_rng_state(), state)
     torch.rand(100)
     assert torch.equal(model(sample, CounterRNG(0)).sum, first)
-    # A model that draws nothing but what it drops has seeds that agree.
-    assert any(not torch.equal(model(sample, CounterRNG(seed)).sum, first) for seed in range(1, 9))
+    # A model that draws nothing but what it drops has seeds that agree, and one of others may draw nothing at all.
+    losses = [model(sample, CounterRNG(seed)).sum for seed in range(1, 9)]
+    assert model.name not in UMMS or any(not torch.equal(other, first) for other in losses)
 
 
 def test_condition_of_another_image_changes_the_loss(model):
@@ -221,11 +227,11 @@ def test_gradients_reach_what_is_trained_and_nothing_else(model, task):
         assert any(bool(gradient.any()) for gradient in reached.values())
 
 
-@pytest.mark.parametrize("name", UMMS)
+@pytest.mark.parametrize("name", PLAIN)
 def test_an_encoder_cannot_be_trained_and_that_is_said(name):
     model = load(name)
-    roles, recipe = model.roles(), load_recipe(f"{name}_tiny")
-    for role in sorted(model.encoder_roles & set(roles.values())):
+    roles, recipe = model.roles(), load_recipe(RECIPES[name])
+    for role in sorted((model.encoder_roles or set()) & set(roles.values())):
         trained = freeze(model, [*model.trainable_roles, role])
         for task in sorted(model.tasks & {"reca", "i2t"}):
             term = model(batch(model, task), CounterRNG(0))
@@ -261,7 +267,7 @@ def gradients(model) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("name", UMMS)
+@pytest.mark.parametrize("name", PLAIN)
 @pytest.mark.parametrize("around", [True, 2, "selective", "compiled"])
 def test_recomputed_and_compiled_blocks_give_the_same_gradient(name, around):
     model = load(name)
@@ -292,7 +298,9 @@ def test_the_kernels_of_this_project_run(plain, monkeypatch):
         term = plain(batch(plain, task), CounterRNG(0))
         if term.sum.requires_grad:
             term.sum.backward()
-    assert {backend for pairs in ran.values() for backend, _ in pairs} == {"cpu"}
+    assert {backend for pairs in ran.values() for backend, _ in pairs} <= {"cpu"}
+    if plain.name not in OPS:
+        return
     for task in plain.tasks - {"i2t"}:
         assert {op for _, op in ran[task]} == OPS[plain.name], task
     assert {("cpu", "template_concat"), ("cpu", "masked_linear_cross_entropy")} <= ran["i2t"]
@@ -301,7 +309,7 @@ def test_the_kernels_of_this_project_run(plain, monkeypatch):
 # learning
 
 
-@pytest.mark.parametrize(("name", "task"), [pair for pair in CASE_TASKS if pair[0] in UMMS])
+@pytest.mark.parametrize(("name", "task"), [pair for pair in CASE_TASKS if pair[0] in PLAIN])
 def test_it_learns_and_what_is_frozen_stays(name, task):
     model = load(name)
     learnable(model, task)
@@ -323,9 +331,11 @@ def test_it_learns_and_what_is_frozen_stays(name, task):
         assert task != "reca" or {roles[key] for key in changed} == model.trainable_roles
 
 
-@pytest.mark.parametrize("name", UMMS)
+@pytest.mark.parametrize("name", PLAIN)
 def test_a_taught_answer_is_given(name):
     model = load(name)
+    if "answer" not in model.abilities:
+        pytest.skip(f"{name} cannot answer")
     learnable(model, "i2t")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     sizes = [(18, 18)] * 2
@@ -343,7 +353,7 @@ def test_a_continued_run_makes_the_same_bits(plain, tmp_path):
     given |= {f"objective.{task}.{key}": n for task in TEXTS for key, n in (("batch_size", 4), ("micro_batch", 2))}
 
     def run(folder: str, steps: int) -> dict[str, torch.Tensor]:
-        reca.train(f"{plain.name}_tiny", given | {"run_dir": tmp_path / folder, "train.steps": steps})
+        reca.train(RECIPES[plain.name], given | {"run_dir": tmp_path / folder, "train.steps": steps})
         return reca.load(tmp_path / folder).state_dict()
 
     whole = run("whole", 4)
@@ -362,7 +372,7 @@ def near(a: torch.Tensor, b: torch.Tensor) -> bool:
     return int((a.int() - b.int()).abs().max()) <= 1
 
 
-@pytest.mark.parametrize("name", UMMS)
+@pytest.mark.parametrize("name", PLAIN)
 def test_inference_is_in_eval_mode_and_without_attention_that_plans_each_shape(name):
     """Dropout (Harmon's own, LoRA's) must not act; cuDNN plans 0.4 to 1 s per new shape."""
     model, seen = load(name).train(), []
@@ -372,8 +382,10 @@ def test_inference_is_in_eval_mode_and_without_attention_that_plans_each_shape(n
         )
     before = torch.backends.cuda.cudnn_sdp_enabled()
     model.generate(["a red square"], [0], **quick(name, 2))
-    model.answer(images()[:1], ["what is this"], 1)
-    model.reconstruct(batch(model, "reca", [0]), [0], **quick(name, 2))
+    if "answer" in model.abilities:
+        model.answer(images()[:1], ["what is this"], 1)
+    if "reconstruct" in model.abilities:
+        model.reconstruct(batch(model, "reca", [0]), [0], **quick(name, 2))
     if "edit" in model.abilities:
         model.edit(images()[:1], ["a"], [0], steps=2)
     assert set(seen) == {(False, False)}
@@ -384,7 +396,8 @@ def test_an_image_depends_on_its_prompt_and_seed_only(model):
     options = quick(model.name)
     together = model.generate(PROMPTS, SEEDS, **options)
     alone = [model.generate([text], [seed], **options)[0] for text, seed in zip(PROMPTS, SEEDS, strict=True)]
-    halves = model.generate(PROMPTS, SEEDS, **options, batch=2)
+    parts = {"batch": 2} if "batch" in defaults(model.generate) else {}
+    halves = model.generate(PROMPTS, SEEDS, **options, **parts)
     size = model.views("t2i").gen.size
     for one, other, third in zip(together, alone, halves, strict=True):
         assert one.shape == (3, size, size) and one.dtype == torch.uint8
@@ -396,6 +409,8 @@ def test_an_image_depends_on_its_prompt_and_seed_only(model):
 
 
 def test_a_reconstruction_depends_on_its_own_image_and_seed(model):
+    if "reconstruct" not in model.abilities:
+        pytest.skip(f"{model.name} cannot reconstruct")
     options, given = quick(model.name), batch(model, "reca", (0, 1, 0), [(20, 20)] * 2)
     given.text, seeds = [TEXTS["reca"][0]] * 3, [5, 5, 6]
     together = model.reconstruct(given, seeds, **options)
@@ -409,7 +424,7 @@ def test_a_reconstruction_depends_on_its_own_image_and_seed(model):
     assert not near(together[0], together[2])
 
 
-@pytest.mark.parametrize("name", ["show_o", "janus", "open_uni"])  # the others take longer to learn it
+@pytest.mark.parametrize("name", [n for n in PLAIN if n in ("show_o", "janus", "open_uni")])  # others take longer
 def test_a_reconstruction_comes_near_its_image_once_it_is_trained(name):
     model = load(name)
     learnable(model, "reca")
@@ -429,14 +444,16 @@ def test_a_reconstruction_comes_near_its_image_once_it_is_trained(name):
 
 
 def test_what_cannot_be_drawn(plain):
-    assert plain.generate([], []) == plain.answer([], []) == []
+    assert plain.generate([], []) == []
     shown = torch.zeros(2, 3, 20, 20, dtype=torch.uint8)
-    assert len(plain.answer(shown, ["what is this"] * 2, 2)) == 2
+    if "answer" in plain.abilities:
+        assert plain.answer([], []) == []
+        assert len(plain.answer(shown, ["what is this"] * 2, 2)) == 2
     if "edit" in plain.abilities:
         assert plain.edit([], [], []) == [] and len(plain.edit(shown, ["a", "b"], [0, 1], steps=2)) == 2
     with pytest.raises(ValueError, match="1 prompts, 2 seeds; expected the same number of each"):
         plain.generate(["a"], [1, 2])
-    wrong = {"temperature": -1.0} if plain.name in WITHOUT_STEPS else {"steps": 0}
+    wrong = {"steps": 0} if "steps" in defaults(plain.generate) else {"temperature": -1.0}
     with pytest.raises(ValueError, match=next(f"{key}={n:g}" for key, n in wrong.items())):
         plain.generate(["a"], [0], **wrong)
     with pytest.raises(ValueError, match="seed -1 is outside"):
@@ -453,13 +470,14 @@ def test_what_cannot_be_drawn(plain):
             plain.generate(["a"], [seed])
     with pytest.raises(TypeError, match="generate: missing a required argument: 'seeds'; .* are prompts, seeds"):
         plain.generate(["a"])
-    with pytest.raises(TypeError, match="generate: got an unexpected keyword argument 'cfg'; .*, batch=[0-9]+"):
+    options = ".*".join(f"{name}=" for name in defaults(plain.generate))
+    with pytest.raises(TypeError, match=f"generate: got an unexpected keyword argument 'cfg'; .* seeds, {options}"):
         plain.generate(["a"], [0], cfg=3)
 
 
 def test_seeds_of_numpy_and_torch(plain, recwarn):
     """A tensor of seeds was taken with a warning by torch."""
-    options = {} if plain.name in WITHOUT_STEPS else {"steps": 2}
+    options = quick(plain.name, 2)
     (expected,) = plain.generate(["a"], [3], **options)
     for seeds in (np.array([3]), torch.tensor([3]), range(3, 4), (3,)):
         assert torch.equal(plain.generate(["a"], seeds, **options)[0], expected)
@@ -475,6 +493,8 @@ def test_limits_of_sampling_options(plain):
             least = LIMITS[option][0]
             with pytest.raises(ValueError, match=f"{option}={least - below}: expected at least {least}"):
                 getattr(plain, name)(*lists, **{option: least - below})
+    if "answer" not in plain.abilities:
+        return
     for wrong in ({"max_new_tokens": 0}, {"max_new_tokens": -1}):
         with pytest.raises(ValueError, match="max_new_tokens=.*: expected at least 1"):
             plain.answer([images()[0]], ["a"], **wrong)
@@ -490,15 +510,18 @@ def test_what_is_no_image(plain):
     found = [f"torch.{one}" for one in (r"float32 \[3, 20, 20\]", r"uint8 \[20, 20, 3\]", r"uint8 \[3, 0, 20\]")]
     named = ["Image", *(f"{one} on cpu" for one in found), r"torch.uint8 \[3, 20, 20\] on meta"]
     for image, got in zip([of_pil, *wrong], named, strict=True):
-        with pytest.raises(TypeError, match=rf"must be a uint8 tensor \[3, H, W\], got {got}; .*read_image.*as_rgb"):
-            plain.answer([image], ["what is this"])
+        if "answer" in plain.abilities:
+            message = rf"must be a uint8 tensor \[3, H, W\], got {got}; .*read_image.*as_rgb"
+            with pytest.raises(TypeError, match=message):
+                plain.answer([image], ["what is this"])
         if "edit" in plain.abilities:
             with pytest.raises(TypeError, match=rf"must be a uint8 tensor \[3, H, W\], got {got}; "):
                 plain.edit([image], ["a red square"], [0], steps=3)
-    with pytest.raises(TypeError, match="reconstruct: expected a reca.data.batch.Batch, got list; .*image_batch"):
-        plain.reconstruct([of_pil], [0])
-    with pytest.raises(ValueError, match="reconstruct: expected a batch of the task reca, got t2i"):
-        plain.reconstruct(batch(plain, "t2i", [0]), [0])
+    if "reconstruct" in plain.abilities:
+        with pytest.raises(TypeError, match="reconstruct: expected a reca.data.batch.Batch, got list; .*image_batch"):
+            plain.reconstruct([of_pil], [0])
+        with pytest.raises(ValueError, match="reconstruct: expected a batch of the task reca, got t2i"):
+            plain.reconstruct(batch(plain, "t2i", [0]), [0])
     if "i2t" in plain.tasks:  # the first image None was taken for the one already encoded
         with pytest.raises(TypeError, match="got NoneType"):
             plain.log_likelihood([None], ["a"], ["b"])
@@ -514,6 +537,8 @@ def test_images_that_a_message_says_how_to_convert(tmp_path, mode):
 
 
 def test_answers_do_not_depend_on_the_batch(model):
+    if "answer" not in model.abilities:
+        pytest.skip(f"{model.name} cannot answer")
     shown, questions = images([(20, 20), (12, 20), (30, 15)]), ["what is this", "describe the picture", "this"]
     together = model.answer(shown, questions, max_new_tokens=5)
     assert all(isinstance(text, str) for text in together)

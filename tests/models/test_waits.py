@@ -117,7 +117,7 @@ VARIANTS = {
 
 def cases():
     for umm in UMMS:
-        for changes in VARIANTS[umm]:
+        for changes in VARIANTS.get(umm, [{}]):
             for task in sorted(umm_package(umm).Adapter.tasks):
                 yield pytest.param(umm, changes, task, id=f"{umm}-{task}-{'-'.join(changes) or 'plain'}")
 

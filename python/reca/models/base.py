@@ -56,12 +56,12 @@ class Prepared:
     @property
     def tokens(self) -> Sequence[int]:
         """Return the length of each sample's sequence in the language model, without padding."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__module__}.Prepared has no `tokens`, which max_tokens needs")
 
     @property
     def labels(self) -> Tensor:
         """Return the target tokens of replies in order, IGNORE_INDEX elsewhere."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__module__}.Prepared has no `labels`, which log_likelihood needs")
 
     def asked_by_sample(self: P) -> P:
         """Return a copy whose loss is also computed per sample."""
