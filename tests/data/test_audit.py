@@ -178,11 +178,11 @@ def test_the_command_writes_a_page_of_the_views_of_a_recipe(root, tmp_path, caps
     monkeypatch.setattr("reca.commands.data.build_meta", lambda recipe: (model, None))
     out = tmp_path / "sheets"
     (root / "a.png").rename(root / os.fsdecode(b"caf\xe9.png"))  # a name that is not UTF-8
-    arguments = ["data", "view", str(root), "data.max_bad_fraction=0.5", "--recipe", "show_o_tiny", "--out", str(out)]
+    arguments = ["data", "view", str(root), "--recipe", "show_o_tiny", "--out", str(out)]
     assert main([*arguments, "--count", "5"]) == 0
     assert capsys.readouterr().out == f"{out}/reca.html\n"
     page = (out / "reca.html").read_text()
-    assert len(images(page)) == 10 and "caf\\udce9.png" in page
+    assert len(images(page)) == 10 and "caf\\udce9.png" in page and "e.png: not an image" in page
     assert main([*arguments, "--count", "0"]) == 3
     assert main([*arguments, "--task", "t2i"]) == 3
     assert "show_o has no t2i loss: its tasks are reca" in capsys.readouterr().err

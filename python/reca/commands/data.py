@@ -56,7 +56,8 @@ def view(recipe: Recipe, tasks: Sequence[str], count: int, out: Path) -> list[Pa
     for task in tasks:
         if task not in adapter.tasks:
             raise RecipeError(f"{recipe.umm} has no {task} loss: its tasks are {', '.join(adapter.tasks)}")
-        config = replace(recipe.data, cache=None, workers=0)
+        # The page lists unreadable samples, however many there are.
+        config = replace(recipe.data, cache=None, workers=0, max_bad_fraction=1.0)
         loader = open_loader(config, task, adapter.views(task), seed=recipe.train.seed, micro_batch=1)
         path = out / f"{task}.html"
         page = contact_sheet(loader, min(count, len(loader.source)), f"{recipe.umm}: {task}")

@@ -125,7 +125,7 @@ def report(found: Audit, skipped: Skipped | None = None) -> str:
     if good:
         lines += ["", "short side in pixels", *_histogram(found.sides, SIDES, good)]
         lines += ["", "long side over short side", *_histogram(found.ratios, RATIOS, good)]
-    lines += ["", f"duplicates ({len(found.duplicates)} images have the bytes of one before)"]
+    lines += ["", f"byte-identical duplicates ({len(found.duplicates)})"]
     lines += _some([f"{key} = {first}" for key, first in found.duplicates.items()])
     if found.captions:
         again = sum(n - 1 for n in found.texts.values())
