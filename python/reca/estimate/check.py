@@ -37,6 +37,7 @@ def report(recipe: Recipe, gpus: int = 1, node: int = 8, card: int | None = None
         raise ValueError(f"--gpus and --gpus-per-node must be at least 1, got {gpus} and {node}")
     adapter, fake = build_meta(recipe)
     room = memory.own_card() if card is None else card
+    shard = predicted_shard_size(adapter, recipe, gpus, node, room)
     checkpoint_activations(adapter, recipe.train)
     count, rows = counts.parameters(adapter), adapter.sequence()
     work = counts.flops(adapter, fake, min(IMAGES, recipe.objective.reca.micro_batch))
@@ -63,7 +64,6 @@ def report(recipe: Recipe, gpus: int = 1, node: int = 8, card: int | None = None
         lines += textwrap.wrap(text, 100, initial_indent="  ", subsequent_indent="  ", break_long_words=False)
     lines += ["", f"predicted peak memory per GPU in a step, {units.counted(gpus, 'GPU')}"]
     if gpus > 1:
-        shard = predicted_shard_size(adapter, recipe, gpus, node, room)
         held = "all weights (ddp)" if shard == 1 else f"1/{shard} of the weights"
         lines.append(f"  each GPU of {units.size(room)} holds {held}")
     peak = memory.predict(recipe, gpus, node, room)

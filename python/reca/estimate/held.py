@@ -1,5 +1,6 @@
 """Memory that a recipe takes on a GPU and on a node without activations, computed from shapes."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -93,4 +94,5 @@ def part(parameter: nn.Parameter, shard: int) -> int:
     """Count the elements of the largest of `shard` parts along the first dimension."""
     if parameter.ndim == 0:
         return 1
-    return -(-parameter.shape[0] // shard) * parameter[:1].numel()
+    rows, *row = parameter.shape
+    return -(-rows // shard) * math.prod(row)
