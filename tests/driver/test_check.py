@@ -45,7 +45,7 @@ def numbers(name):
 
 @pytest.fixture
 def no_step(monkeypatch):
-    """The report without its costly numbers, for tests of its other lines: those of a step, and the speed of decoding."""
+    """The report without numbers of a step and of decoding, which take seconds, for tests of its other lines."""
     monkeypatch.setattr(memory, "predict", lambda *given: memory.Memory(0, 0, 0, 0, 0))
     monkeypatch.setattr(counts, "flops", lambda *given: counts.Flops(1.0, 1.0, 1.0))
     monkeypatch.setattr(check.decode_speed, "seconds", lambda views: 0.001)
