@@ -36,6 +36,7 @@ from reca.monitoring.reconstructions import image_batch, reconstruct
 from reca.optim import adamw
 from reca.trainer import Trainer
 from reca_kernels import dispatch, native
+from tests import compiled
 from tests.kernels import emulated
 from tests.models import contract
 
@@ -44,13 +45,16 @@ DEVICE = torch.device("cuda", 0)
 waits: list[str] = []
 
 
-def build(folder: Path) -> Path:
+def build() -> Path:
     """Compile simulated_cuda.cpp against the installed torch. Raises CalledProcessError if that fails."""
-    torch_folder, library = Path(torch.__file__).parent, folder / "libsimulated_cuda.so"
-    command = ["c++", "-std=c++20", "-w", "-fPIC", "-shared", f"-I{torch_folder}/include", "-o", str(library)]
-    command += [str(Path(__file__).with_suffix(".cpp")), f"-L{torch_folder}/lib", "-ltorch_cpu", "-lc10"]
-    subprocess.run(command, check=True, capture_output=True, text=True)
-    return library
+    torch_folder, source = Path(torch.__file__).parent, Path(__file__).with_suffix(".cpp")
+    command = ["c++", "-std=c++20", "-w", "-fPIC", "-shared", f"-I{torch_folder}/include", str(source)]
+    command += [f"-L{torch_folder}/lib", "-ltorch_cpu", "-lc10"]
+
+    def compile_to(library: Path) -> None:
+        subprocess.run([*command, "-o", str(library)], check=True, capture_output=True, text=True)
+
+    return compiled.once("libsimulated_cuda.so", "c++", [source, *command, torch.__version__], compile_to)
 
 
 def _wait(what: str) -> None:
@@ -102,9 +106,7 @@ def cuda() -> Iterator[None]:
 @contextlib.contextmanager
 def emulated_kernels() -> Iterator[None]:
     """Run the CUDA C++ kernels by their emulator on the device, and the CPU's on the host."""
-    with tempfile.TemporaryDirectory() as folder:
-        emulator = emulated.build(Path(folder))
-    own, launch = native.module, native.launch
+    emulator, own, launch = emulated.build(), native.module, native.launch
 
     class Both:
         def __getattr__(self, name):

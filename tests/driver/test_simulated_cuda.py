@@ -21,9 +21,9 @@ OF_A_STEP = ["_local_scalar_dense in python/reca/optim/gradients.py", "copy_ in 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the simulated device is built for Linux")
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has a CUDA device of its own")
-def test_runs_on_a_simulated_gpu(tmp_path):
+def test_runs_on_a_simulated_gpu():
     try:
-        library = build(tmp_path)
+        library = build()
     except (OSError, subprocess.CalledProcessError) as error:
         pytest.skip(f"the simulated device does not compile against this torch: {getattr(error, 'stderr', error)}")
     backends = ["reference" if interpreter.problem() else "triton"]

@@ -7,8 +7,8 @@ from tests.kernels import emulated
 
 
 @pytest.fixture(scope="session")
-def emulator(tmp_path_factory: pytest.TempPathFactory):
-    return emulated.build(tmp_path_factory.mktemp("emulator"), find_races=True)
+def emulator():
+    return emulated.build(find_races=True)
 
 
 @pytest.fixture(params=["baseline", "avx2", "avx512"])

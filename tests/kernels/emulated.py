@@ -13,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
+from tests import compiled
+
 ROOT = Path(__file__).parents[2]
 FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-w")
 FLAGS += ('-DRECA_CUDA_ARCHS="emulated"', '-DRECA_SOURCES="emulated"')
@@ -39,30 +41,36 @@ def _pybind11() -> Path | None:
     return None
 
 
-def build(folder: Path, find_races: bool = False) -> ModuleType:
-    """Build the native module in `folder`, whose launchers work on any device but the host.
+def build(find_races: bool = False) -> ModuleType:
+    """Return the native module whose launchers work on any device but the host.
 
     find_races: a data race of a kernel ends the process, with a line on stderr. Kernels take four times as long.
     """
-    includes = [Path(__file__).parent / "emulator", ROOT / "csrc", _pybind11()]
-    flags = [*FLAGS, *(f"-I{path}" for path in (*includes, sysconfig.get_paths()["include"])), "-x", "c++"]
-    bindings = [ROOT / "csrc/module.cpp", ROOT / "csrc/common/sources.cpp", *sorted((ROOT / "csrc").glob("*/bind.cpp"))]
-    together = folder / "bindings.cpp"  # pybind11 is compiled once
-    together.write_text("".join(f'#include "{path}"\n' for path in bindings))
-    sources = [together, *sorted((ROOT / "csrc").glob("*/cuda.cu"))]
+    emulator, csrc, pybind11 = Path(__file__).parent / "emulator", ROOT / "csrc", _pybind11()
+    flags = [*FLAGS, *(f"-I{path}" for path in (emulator, csrc, pybind11, sysconfig.get_paths()["include"]))]
+    bindings = [csrc / "module.cpp", csrc / "common/sources.cpp", *sorted(csrc.glob("*/bind.cpp"))]
+    kernels = sorted(csrc.glob("*/cuda.cu"))
 
-    def compile_one(source: Path) -> str:
-        target = folder / f"{source.parent.name}.{source.name}.o"
-        optimise = "-O1" if source.suffix == ".cu" else "-O0"
-        watched = RACES if find_races and source.suffix == ".cu" else ()
-        _run(["g++", optimise, *flags, *watched, "-c", str(source), "-o", str(target)])
-        return str(target)
+    def compile_to(library: Path) -> None:
+        together = library.with_name("bindings.cpp")  # pybind11 is compiled once
+        together.write_text("".join(f'#include "{path}"\n' for path in bindings))
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, sources))
-    path = folder / "_native.so"
-    # The CPU kernels stay out, their symbols unresolved: nothing calls them.
-    _run(["g++", "-shared", "-Wl,-z,lazy", "-o", str(path), *objects])
+        def compile_one(source: Path) -> str:
+            target = library.with_name(f"{source.parent.name}.{source.name}.o")
+            optimise = "-O1" if source.suffix == ".cu" else "-O0"
+            watched = RACES if find_races and source.suffix == ".cu" else ()
+            _run(["g++", optimise, *flags, *watched, "-x", "c++", "-c", str(source), "-o", str(target)])
+            return str(target)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compile_one, [together, *kernels]))
+        # The CPU kernels stay out, their symbols unresolved: nothing calls them.
+        _run(["g++", "-shared", "-Wl,-z,lazy", "-o", str(library), *objects])
+
+    sources = [path for folder in (emulator, csrc) for path in sorted(folder.rglob("*")) if path.is_file()]
+    versions = [sys.version, (pybind11 / "pybind11/detail/common.h").read_text()]
+    name = "_native_with_races.so" if find_races else "_native.so"
+    path = compiled.once(name, "g++", [Path(__file__), *sources, *flags, *versions], compile_to)
     flags_before = sys.getdlopenflags()
     sys.setdlopenflags(os.RTLD_LAZY | os.RTLD_LOCAL)
     try:
