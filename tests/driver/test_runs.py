@@ -1,5 +1,6 @@
 """The folder of a run: its status, its lock, and what may change when it goes on."""
 
+import contextlib
 import json
 import os
 import signal
@@ -99,42 +100,63 @@ def test_reca_status(recipe, capsys, tmp_path):
     assert "status.json cannot be read" in capsys.readouterr().err
 
 
-HOLDER = """
-import sys, time
+HOLDERS = """
+import os, signal, sys, time
 from pathlib import Path
 from reca.runs.folder import RunFolder
-folder = RunFolder(Path(sys.argv[1]), 10)
-folder.record_checkpoint(None)
-print("holds", flush=True)
-time.sleep(60)
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nothing is left of a child that is killed
+while run_dir := sys.stdin.readline().strip():
+    if not (child := os.fork()):
+        folder = RunFolder(Path(run_dir), 10)
+        folder.record_checkpoint(None)
+        print("holds", flush=True)
+        time.sleep(60)
+        os._exit(0)
+    print(child, flush=True)
 """
 
 
-@pytest.fixture
-def holder(tmp_path):
-    """Another process that uses tmp_path/run."""
-    (tmp_path / "run").mkdir(exist_ok=True)
+@pytest.fixture(scope="module")
+def holders():
+    """A process that has imported everything, and makes others that use a folder."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "python")])
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(tmp_path / "run")],
-        stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path},
-    )  # fmt: skip
-    assert process.stdout.readline() == "holds\n"
-    yield process
-    process.kill()
-    process.wait()
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-c", HOLDERS]
+    with subprocess.Popen(command, **pipes, env=os.environ | {"PYTHONPATH": path}, bufsize=1) as process:
+        yield process
+        process.stdin.close()
+
+
+@pytest.fixture
+def holder(tmp_path, holders):
+    """The id of another process that uses tmp_path/run."""
+    (tmp_path / "run").mkdir(exist_ok=True)
+    print(tmp_path / "run", file=holders.stdin)
+    said = {holders.stdout.readline().strip() for _ in range(2)}
+    assert "holds" in said
+    (pid,) = said - {"holds"}
+    yield int(pid)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(int(pid), signal.SIGKILL)
+
+
+def killed(pid: int) -> None:
+    """Kill a process, and wait until it is gone."""
+    with contextlib.suppress(ProcessLookupError):
+        while True:
+            os.kill(pid, signal.SIGKILL)
+            time.sleep(0.01)
 
 
 def test_a_folder_in_use_is_refused_and_free_again_when_its_process_is_killed(recipe, holder, monkeypatch):
     run_dir = Path(recipe().run_dir)
     monkeypatch.setattr("reca.runs.folder_lock.TIMEOUT", 0.1)
     before = (run_dir / "status.json").read_text()
-    with pytest.raises(RunInUse, match=f"in use by process {holder.pid} on "):
+    with pytest.raises(RunInUse, match=f"in use by process {holder} on "):
         Trainer(recipe(), ToyAdapter())
     assert (run_dir / "status.json").read_text() == before and is_locked(run_dir)
     assert Status.read(run_dir).state == "running"
-    holder.kill()
-    holder.wait()
+    killed(holder)
     status = Status.read(run_dir)
     assert (status.state, status.exit_code) == ("failed", exits.INTERRUPTED) and "died without" in status.reason
     run_toy(recipe("train.steps=1"))
@@ -142,8 +164,8 @@ def test_a_folder_in_use_is_refused_and_free_again_when_its_process_is_killed(re
 
 
 def test_a_start_waits_for_a_process_that_is_just_ending(recipe, holder):
-    os.kill(holder.pid, signal.SIGSTOP)
-    killer = subprocess.Popen(["sh", "-c", f"sleep 0.3; kill -KILL {holder.pid}"])
+    os.kill(holder, signal.SIGSTOP)
+    killer = subprocess.Popen(["sh", "-c", f"sleep 0.3; kill -KILL {holder}"])
     run_toy(recipe("train.steps=1"))
     killer.wait()
 
@@ -152,7 +174,7 @@ def test_locks_of_a_machine_that_is_gone_are_waited_for(tmp_path, holder, monkey
     """A file server keeps them for a while. Here a process has them until it is killed, and another machine's name."""
     monkeypatch.setattr("reca.runs.folder_lock.TIMEOUT", 0.1)
     (tmp_path / "run/.lock").write_text("process 7 on node3\n")
-    killer = subprocess.Popen(["sh", "-c", f"sleep 1; kill -KILL {holder.pid}"])
+    killer = subprocess.Popen(["sh", "-c", f"sleep 1; kill -KILL {holder}"])
     RunFolder(tmp_path / "run", 10).close()
     killer.wait()
     assert [record.message for record in caplog.records if "in use by process 7 on node3: waiting" in record.message]

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -88,37 +89,38 @@ def test_training_in_a_thread(recipe):
 
 
 START = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 from reca.runs import folder_lock
 from reca.runs.folder import RunFolder, RunInUse
 folder_lock.TIMEOUT = 0.2
+for _ in range(6):  # processes, of one that has imported everything
+    if not os.fork():
+        break
+else:
+    for _ in range(6):
+        os.wait()
+    sys.exit()
 sys.stdin.read()
 try:
     folder = RunFolder(Path(sys.argv[1]), 1)
 except RunInUse:
-    print("refused", flush=True)
+    os.write(1, b"refused\\n")
 else:
-    print("started", flush=True)
+    os.write(1, b"started\\n")
     time.sleep(60)
 """
 
 
 def test_of_many_starts_at_once_one_wins(tmp_path):
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     command = [sys.executable, "-c", START, str(tmp_path)]
-    starts = [
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
-        for _ in range(6)
-    ]
-    try:
-        for start in starts:
-            start.stdin.close()
-        assert sorted(start.stdout.readline() for start in starts) == ["refused\n"] * 5 + ["started\n"]
-    finally:
-        for start in starts:
-            start.kill()
-            start.wait()
-            start.stdout.close()
+    with subprocess.Popen(command, **pipes, env=ENVIRONMENT, start_new_session=True) as starts:
+        try:
+            starts.stdin.close()
+            assert sorted(starts.stdout.readline() for _ in range(6)) == ["refused\n"] * 5 + ["started\n"]
+        finally:
+            os.killpg(starts.pid, signal.SIGKILL)
 
 
 def test_a_run_that_ends_while_its_status_is_read_has_not_failed(recipe, monkeypatch):
