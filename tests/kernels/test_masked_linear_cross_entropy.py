@@ -159,14 +159,15 @@ def test_room_for_more_rows_than_carry_a_label(backend, device, reduction, most)
         torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("classes", [77, 130, 301])
+@pytest.mark.parametrize(("rows", "classes", "chunks"), [(240, 77, 2), (440, 130, 3), (240, 301, 2)])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @EVERYWHERE
-def test_products_as_a_gpu_has_them(backend, device, reduction, classes, monkeypatch):
+def test_products_as_a_gpu_has_them(backend, device, reduction, rows, classes, chunks, monkeypatch):
     """Columns beyond whole tiles apart, the bias's gradient by a product, chunks by waves: the same numbers."""
     monkeypatch.setattr(linear_chunks, "machine", lambda device: Machine(3, 0))
-    leaves, labels = problem(rows=500, classes=classes, width=8, device=device)
-    assert plan(300, classes, 8, 4, Machine(3, 0)) == Plan(128, 3, -(-classes // 128) * 128, classes // 128 * 128 or 77)
+    leaves, labels = problem(rows=rows, classes=classes, width=8, device=device)
+    most, (pitch, body) = int((labels != IGNORED).sum()), (-(-classes // 128) * 128, classes // 128 * 128 or 77)
+    assert plan(most, classes, 8, 4, Machine(3, 0)) == Plan(128, chunks, pitch, body)
     wide = exact(leaves)
     loss = masked_linear_cross_entropy(*leaves[:2], labels, leaves[2], reduction=reduction, backend=backend)
     want = reference.masked_linear_cross_entropy(*wide[:2], labels, wide[2], reduction=reduction)
