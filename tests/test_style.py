@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import SLOWEST
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -19,6 +21,11 @@ ROOT = Path(__file__).parents[1]
 def test_ruff_finds_nothing(command):
     done = subprocess.run([sys.executable, "-m", "ruff", *command, "."], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_files_that_runners_begin_with_are_there():
+    assert [name for name in SLOWEST if not (ROOT / "tests" / name).is_file()] == []
+    assert len(set(SLOWEST)) == len(SLOWEST)
 
 
 # What mypy finds depends on the types that these say they have.
