@@ -9,6 +9,7 @@ import pytest
 
 from reca.config.recipe_files import absolute_paths, load_recipe
 from reca.data import order
+from reca.data.audit import audit
 from reca.data.config import ColumnsConfig, DataConfig
 from reca.data.errors import BadSample, DataError, LeftOut
 from reca.data.loader import open_loader
@@ -237,6 +238,46 @@ def test_rows_that_are_no_samples(tmp_path):
         captions[1]
     with pytest.raises(BadSample, match="the caption is empty"):
         captions[2]
+
+
+CAPTIONS = ("a cat", "the cat", "cats")
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        json.dumps(dict(enumerate(CAPTIONS))),  # as in the files of BAGEL's release
+        json.dumps({"long": CAPTIONS[0], "none": None, "empty": "", "tags": CAPTIONS[1], "short": CAPTIONS[2]}),
+        json.dumps(CAPTIONS),
+        [*CAPTIONS, None],
+    ],
+)
+def test_one_of_several_captions_is_drawn(tmp_path, cell):
+    path = table(tmp_path / "t.parquet", {"image": [image_bytes()] * 20, "captions": [cell] * 20})
+    assert opened(path, "t2i")[7].text == CAPTIONS
+
+    def drawn(size, steps):
+        config = DataConfig(captions=str(path), decoder="pillow", workers=0)
+        stream = open_loader(config, "t2i", VIEWS, seed=0, micro_batch=size)
+        return [text for batch in itertools.islice(stream, steps) for text in batch.text]
+
+    found = drawn(10, 6)
+    assert set(found) == set(CAPTIONS) and found[:20] != found[20:40]
+    assert drawn(4, 15) == found
+    assert sorted(audit(opened(path, "t2i")).captions) == [1] * 20 + [2] * 40
+
+
+@pytest.mark.parametrize("cell", ["{}", "[1girl, solo]", '{"text": {"en": "a"}}', '["", null]', '{"a": 1}', "{" * 9999])
+def test_captions_that_only_look_like_json(tmp_path, cell):
+    assert opened(table(tmp_path / "t.parquet", {"image": [b"x"], "caption": [cell]}), "t2i")[0].text == cell
+
+
+def test_a_list_without_captions_is_a_bad_sample(tmp_path):
+    cells = [[], [""], [None], [" ", "a"]]
+    source = opened(table(tmp_path / "t.parquet", {"image": [b"x"] * 4, "caption": cells}), "t2i")
+    for number in range(4):
+        with pytest.raises(BadSample, match="the caption is (missing or not text|empty)"):
+            source[number]
 
 
 VIEWS = Views(gen=View(4), und=None)

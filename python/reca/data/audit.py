@@ -16,7 +16,7 @@ from reca.data.pixels import open_rgb
 from reca.data.read_ahead import read_ahead
 from reca.data.sample import Source, checked_sample, sample_errors
 from reca.data.sources.skipped import Skipped
-from reca.data.tasks import Scored, Turn
+from reca.data.tasks import Captions, Scored, Turn
 from reca.data.text import one_line
 
 SIDES = (128, 256, 512, 768, 1024, 2048)  # edges of the histogram of short sides, in pixels
@@ -73,10 +73,11 @@ class Audit:
         first = self.first.setdefault(looked.digest, looked.key)
         if not about and first != looked.key:
             self.duplicates[looked.key] = first
-        caption = looked.text.caption if isinstance(looked.text, Scored) else looked.text
-        if isinstance(caption, str):
-            self.captions.append(len(caption.split()))
-            self.texts[hash(caption)] += 1
+        said = looked.text.caption if isinstance(looked.text, Scored) else looked.text
+        if isinstance(said, str | Captions):
+            for caption in (said,) if isinstance(said, str) else said:
+                self.captions.append(len(caption.split()))
+                self.texts[hash(caption)] += 1
         elif looked.text:
             self.turns.append(len(looked.text))
             self.answers += [len(Turn(*turn).answer.split()) for turn in looked.text]

@@ -26,7 +26,7 @@ from reca.data.outage import outlast
 from reca.data.sample import Sample, Source, checked_sample, sample_errors
 from reca.data.sources.factory import DATA_KEYS, open_sources
 from reca.data.sources.mixture import Mixture
-from reca.data.tasks import Scored
+from reca.data.tasks import Captions, Scored
 from reca.data.templates import load_templates
 from reca.data.text import one_line
 from reca.data.transforms import PillowDecoder
@@ -332,8 +332,9 @@ class Loader:
         ids = torch.tensor(list(positions))
         text = [row.sample.text for row in rows]
         if self.templates:
-            picks = (self.rng.uniform(RandomStream.TEMPLATE, ids)[:, 0] * len(self.templates)).long()
-            text = [self.templates[i] for i in picks.tolist()]
+            text = self._drawn(ids, [self.templates] * len(rows))
+        if self.task == "t2i":
+            text = self._drawn(ids, [said if isinstance(said, Captions) else (said,) for said in text])
         if self.task == "srum":
             text = [said._replace(target=None) for said in text]
         if _have_features(rows):
@@ -346,6 +347,11 @@ class Loader:
             near = (row.gen if row.target is None else row.target for row in rows)
             target = self._placed([view for view in near if view is not None])
         return Batch(self.task, ids, text, gen, und, on_encoded=on_encoded, target=target)
+
+    def _drawn(self, ids: Tensor, texts: Sequence[Sequence[str]]) -> list[str]:
+        """Draw one of the texts of every sample, by its id."""
+        draws = self.rng.uniform(RandomStream.TEMPLATE, ids)[:, 0] * torch.tensor([len(some) for some in texts])
+        return [some[place] for some, place in zip(texts, draws.long().tolist(), strict=True)]
 
     def _placed(self, views: list[Tensor]) -> list[Tensor]:
         """Move the views of a batch to one device."""

@@ -27,7 +27,7 @@ INVISIBLE = frozenset({"Cc", "Cf", "Zs", "Zl", "Zp"})  # Unicode categories: con
 class Sample(NamedTuple):
     key: str  # identifies the sample, as in the list of bad samples
     image: bytes
-    text: Any  # None, a caption, or a list of Turn
+    text: Any  # None, a caption, several Captions, a list of Turn, or Scored
 
 
 class Source(Protocol):

@@ -6,6 +6,10 @@ from typing import NamedTuple
 TASKS = ("reca", "i2t", "t2i", "srum")
 
 
+class Captions(tuple[str, ...]):
+    """Several captions of one image. Training draws one each time it reads the image."""
+
+
 class Turn(NamedTuple):
     """One exchange of a conversation about an image."""
 

@@ -10,12 +10,13 @@ from reca.data.sample import MAX_CAPTION_BYTES, MAX_IMAGE_BYTES, Sample, checked
 from reca.data.sources.chat_rows import LONGEST_NAME, BadRow, absolute, name_below, turns
 from reca.data.sources.remote import AnyPath, is_address, lists_by_links, local_name, read_whole, to_path
 from reca.data.sources.skipped import Skipped
+from reca.data.tasks import Captions
 from reca.io.files import parse_json
 
 IMAGE, BYTES, TEXT, LIST, OTHER = "image", "bytes", "text", "list", "other"  # forms of a column
 # Column names that are recognised if no recipe key names the column.
 IMAGE_NAMES = ("image", "img", "jpg", "png", "webp", "image_bytes", "image_path", "path", "file_name", "url")
-CAPTION_NAMES = ("caption", "text", "txt", "prompt", "llava")
+CAPTION_NAMES = ("caption", "captions", "text", "txt", "prompt", "llava")
 CONVERSATION_NAMES = ("conversations", "messages")
 SYSTEM = "system"  # column of the system prompts of conversations, as the key of a JSON row
 
@@ -44,8 +45,8 @@ def choose(forms: Mapping[str, str], task: str, config: ColumnsConfig, where: st
             forms, IMAGE_NAMES, (IMAGE, BYTES, TEXT), "images", "image", where
         )
     if task == "t2i":
-        text = _named(forms, config.caption, (TEXT,), "data.columns.caption", where)
-        return Columns(image, text or _known(forms, CAPTION_NAMES, (TEXT,), "captions", "caption", where))
+        text = _named(forms, config.caption, (LIST, TEXT), "data.columns.caption", where)
+        return Columns(image, text or _known(forms, CAPTION_NAMES, (LIST, TEXT), "captions", "caption", where))
     if task == "i2t":
         text = _named(forms, config.conversations, (LIST, TEXT), "data.columns.conversations", where)
         text = text or _known(forms, CONVERSATION_NAMES, (LIST, TEXT), "conversations", "conversations", where)
@@ -90,10 +91,7 @@ def make_sample(key: str, table: Any, row: int, columns: Columns, task: str, roo
     image, text, system = (name and cell_of(table.column(name), row, name) for name in columns)
     data = image_bytes(image, root)
     if task == "t2i":
-        if not isinstance(text, str):
-            raise BadSample("the caption is missing or not text")
-        checked_size(len(text), MAX_CAPTION_BYTES, "caption")
-        return Sample(key, data, decode_caption(text.encode("utf-8", "surrogatepass")))
+        return Sample(key, data, caption(text))
     return Sample(key, data, conversation(text, system) if task == "i2t" else None)
 
 
@@ -141,6 +139,37 @@ def _path_of(cell: str, root: AnyPath) -> AnyPath:
     if name is None:
         raise BadSample(f"the image {cell!r} is outside {root}: set data.image_root to a folder that contains it")
     return root / name
+
+
+def caption(cell: Any) -> str | Captions:
+    """Return the caption of a cell, or several: a list of texts, or JSON of such a list or of an object of texts.
+
+    BAGEL's files have an object. Of several, those that are empty or null are left out. Raises BadSample.
+    """
+    if isinstance(cell, str):
+        checked_size(len(cell), MAX_CAPTION_BYTES, "caption")
+        cell = _parsed(cell)
+    if isinstance(cell, list) and any(cell):
+        return Captions(_caption(text) for text in cell if text)
+    return _caption(cell)
+
+
+def _parsed(text: str) -> str | list:
+    """Return the captions that a text is JSON of; the text itself if it is not."""
+    if text.lstrip()[:1] not in ("{", "["):
+        return text
+    try:
+        found = parse_json(text)
+    except ValueError:
+        return text
+    texts = list(found.values() if isinstance(found, dict) else found)
+    return texts if any(texts) and all(isinstance(text, str | None) for text in texts) else text
+
+
+def _caption(cell: Any) -> str:
+    if not isinstance(cell, str):
+        raise BadSample("the caption is missing or not text")
+    return decode_caption(cell.encode("utf-8", "surrogatepass"))
 
 
 def conversation(cell: Any, system: Any) -> list:
