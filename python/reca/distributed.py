@@ -1,6 +1,7 @@
 """The process group of a run and its collectives, which without a process group return the local value."""
 
 import contextlib
+import logging
 import os
 import socket
 from collections.abc import Iterator
@@ -17,6 +18,11 @@ from reca import exits
 from reca.errors import PeerFailed, first_line
 from reca.options.fields import RecipeError
 
+log = logging.getLogger("reca")
+
+LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # set by torchrun for every process
+# Number of the processes that a launcher has started: any, srun, and mpirun of Open MPI and of MPICH.
+STARTED = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 HOURS = 24  # that ranks wait for one that works alone, such as generating images or asking a judge
 
 
@@ -25,7 +31,8 @@ def initialize(timeout_minutes: int) -> torch.device:
 
     The launcher, such as torchrun, must set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
     timeout_minutes: timeout of collectives, until `set_timeout`; also in a process group that exists already.
-    Raises RecipeError if this machine runs more processes than it has GPUs, or if not all join within the timeout.
+    Raises RecipeError if this machine runs more processes than it has GPUs, if only some of these are set, or if not
+    all join within the timeout.
     """
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -41,6 +48,14 @@ def initialize(timeout_minutes: int) -> torch.device:
             dist.init_process_group("nccl" if gpu else "gloo", timeout=timeout, device_id=gpu)
         except (dist.DistStoreError, dist.DistNetworkError) as error:
             raise RecipeError(_not_joined(error)) from error
+        except ValueError as error:  # of a variable
+            found = ", ".join(f"{name}={os.environ.get(name, '(not set)')}" for name in LAUNCHER)
+            raise RecipeError(
+                f"RANK is set, so this process joins a group, but {found}: start it with torchrun, which sets all "
+                "four, or unset RANK to train in one process"
+            ) from error
+    else:
+        _warn_if_others_were_started()
     if dist.is_initialized():
         _gloo("threads", timeout)
         if device.type == "cuda":
@@ -51,8 +66,18 @@ def initialize(timeout_minutes: int) -> torch.device:
     return device
 
 
+def _warn_if_others_were_started() -> None:
+    """Warn of a launcher that starts several processes and does not tell them that they are one run."""
+    name = next((name for name in STARTED if os.environ.get(name, "1") not in ("", "1")), None)
+    if name and "TORCHELASTIC_RUN_ID" not in os.environ:  # a subprocess of a rank has the variables of its launcher
+        log.warning(
+            "%s=%s, but RANK is not set: this process trains alone. To train with all of them start torchrun, once per "
+            "machine, or set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in each", name, os.environ[name],
+        )  # fmt: skip
+
+
 def _not_joined(error: Exception) -> str:
-    rank, size, address, port = (os.environ.get(n) for n in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    rank, size, address, port = map(os.environ.get, LAUNCHER)
     return (
         f"rank {rank} could not join the {size} processes of this run at {address}:{port} ({first_line(error)}). One "
         "that failed earlier has printed why. Otherwise check that all were started, with the address of the machine "

@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -438,6 +439,37 @@ def test_a_rank_whose_peer_does_not_come_says_so(rank, said, monkeypatch):
     ) as raised:
         distributed.initialize(0.001)
     assert said in str(raised.value) and "MASTER_ADDR" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"RANK": "0"}, "RANK=0, WORLD_SIZE=(not set), MASTER_ADDR=(not set), MASTER_PORT=(not set): start it with"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"}, "MASTER_PORT=x: start it"),
+    ],
+)
+def test_variables_of_a_launcher_that_are_missing_are_named(given, said, monkeypatch):
+    monkeypatch.setattr(os, "environ", given)
+    with pytest.raises(RecipeError, match=re.escape(said)):
+        distributed.initialize(1)
+
+
+@pytest.mark.parametrize(
+    ("given", "warned"),
+    [
+        ({"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "3"}, "SLURM_STEP_NUM_TASKS=8, but RANK is not set"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE=2, but RANK"),
+        ({"WORLD_SIZE": "4"}, "WORLD_SIZE=4, but RANK"),
+        ({"SLURM_NTASKS": "8"}, ""),  # of a job, in whose script this is the only process
+        ({"SLURM_STEP_NUM_TASKS": "1", "WORLD_SIZE": ""}, ""),
+        ({"SLURM_STEP_NUM_TASKS": "8", "TORCHELASTIC_RUN_ID": "1"}, ""),
+    ],
+)
+def test_a_process_that_trains_alone_beside_others_says_so(given, warned, monkeypatch, caplog):
+    """As with `srun -n 8 reca train`: each of them trained a run of its own."""
+    monkeypatch.setattr(os, "environ", given)
+    distributed.initialize(1)
+    assert (warned in caplog.text) if warned else not caplog.text
 
 
 def test_every_process_has_a_gpu_of_its_own(monkeypatch):
