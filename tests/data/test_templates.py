@@ -1,5 +1,7 @@
 """The 360 sentences that stand beside h_v."""
 
+import re
+
 import pytest
 
 from reca.data.errors import DataError
@@ -41,6 +43,26 @@ def test_own_file_and_errors(tmp_path):
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(DataError, match="is empty"):
         load_templates(str(tmp_path / "empty.txt"))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('["Look.", "Say what you see."]', "mine.txt is JSON; write its sentences one per line"),
+        ('{"prompts": ["Look."]}\n', "mine.txt is JSON"),
+        ("Look.\nSay what you see.\n<image>\n", "<image> in '<image>' would be read as text; remove it from the 1 "),
+        ("<image> Look.\nSay.\nSee <image>.", "<image> in '<image> Look.' would be read as text; remove it from the 2"),
+    ],
+)
+def test_what_other_trainers_write_is_not_read_as_sentences(tmp_path, text, said):
+    (tmp_path / "mine.txt").write_text(text)
+    with pytest.raises(DataError, match=re.escape(said)):
+        load_templates(str(tmp_path / "mine.txt"))
+
+
+def test_brackets_are_no_json(tmp_path):
+    (tmp_path / "mine.txt").write_text("[Look.]\n{Say}")
+    assert load_templates(str(tmp_path / "mine.txt")) == ["[Look.]", "{Say}"]
 
 
 def test_fewer_templates():

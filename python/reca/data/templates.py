@@ -3,8 +3,10 @@
 from pathlib import Path
 
 from reca.data.errors import DataError
+from reca.data.sources.chat_rows import IMAGE
 from reca.data.spec import load_object, parse_spec
 from reca.data.text import decode_text
+from reca.io.files import parse_json
 from reca.io.paths import is_file
 
 
@@ -15,6 +17,11 @@ def load_templates(source: str | None = None, count: int | None = None) -> list[
     count: number of them to use, evenly spread; None: all.
     """
     lines = _lines(source)
+    if marked := [line for line in lines if IMAGE in line]:
+        raise DataError(
+            f"data.templates={source}: {IMAGE} in {marked[0]!r} would be read as text; remove it from the "
+            f"{len(marked)} templates that contain it. The image always comes before the sentence"
+        )
     if count is None:
         return lines
     if not 1 <= count <= len(lines):
@@ -43,7 +50,18 @@ def _lines(source: str | None) -> list[str]:
         text = decode_text(file.read_bytes())
     except (OSError, ValueError) as error:
         raise DataError(f"template file {file} cannot be read: {error}") from error
+    if _is_json(text):
+        raise DataError(
+            f"template file {file} is JSON; write its sentences one per line, or name a list as package.module:LIST"
+        )
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         raise DataError(f"template file {file} is empty; write one sentence per line")
     return lines
+
+
+def _is_json(text: str) -> bool:
+    try:
+        return isinstance(parse_json(text), list | dict)
+    except ValueError:
+        return False
