@@ -8,7 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from reca.options.fields import RecipeError
+
 M = TypeVar("M", bound=nn.Module)
+BF16_CAPABILITY = (8, 0)  # Ampere. Older GPUs emulate bf16 more slowly than they compute fp32; Triton refuses it there.
 
 # Matrix products and norms require operands of one dtype; other functions promote fp32 to fp64.
 _PRODUCTS = {
@@ -28,6 +31,18 @@ _PRODUCTS = {
     Tensor.__rmatmul__,
     Tensor.bmm,
 }
+
+
+def check_usable(precision: str, device: torch.device) -> None:
+    """Raise RecipeError for bf16 on a GPU without it. precision: train.precision."""
+    if precision == "bf16" and device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < BF16_CAPABILITY:
+            raise RecipeError(
+                f"train.precision=bf16 needs a GPU of compute capability {BF16_CAPABILITY[0]}.{BF16_CAPABILITY[1]} or "
+                f"newer (Ampere), and this one has {capability[0]}.{capability[1]}: use another, or set "
+                "train.precision=fp32, which needs more memory"
+            )
 
 
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager:

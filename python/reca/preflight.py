@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from reca import checkpoint, distributed, units
+from reca import checkpoint, distributed, precision, units
 from reca.config.recipe import Recipe
 from reca.data.errors import DataError
 from reca.data.loader import chosen_decoder
@@ -107,6 +107,7 @@ def check(
     templates = check_recipe(recipe)
     check_passes(recipe, ranks)
     check_apex(model, recipe.optim, ranks)
+    precision.check_usable(recipe.train.precision, usable_device(None))
     if recipe.train.float8:
         float8.check_usable(usable_device(None))
     compiled_blocks.check_usable(recipe.train, usable_device(None))

@@ -6,7 +6,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
-from reca.precision import autocast, cast
+from reca import preflight
+from reca.config.recipe_files import load_recipe
+from reca.options.fields import RecipeError
+from reca.precision import autocast, cast, check_usable
 
 CPU = torch.device("cpu")
 X = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -68,3 +71,17 @@ def test_other_precisions_change_no_weight(precision):
     with autocast(precision, CPU) as entered:
         assert torch.is_autocast_enabled("cpu") == (precision == "bf16") and entered is not None
         assert layer(torch.zeros(1, 2)).dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
+
+
+def test_a_gpu_without_bf16_is_refused_before_anything_is_loaded(monkeypatch):
+    """On a V100 or T4 torch emulates it, and a kernel of Triton fails to compile in the first step."""
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(preflight, "usable_device", lambda device: gpu)
+    recipe = load_recipe("show_o_tiny", ["train.precision=bf16"])
+    with pytest.raises(RecipeError, match=r"bf16 needs a GPU of .* 8\.0 .* has 7\.5: .* train\.precision=fp32"):
+        preflight.check(recipe, ["reca"], 1, 1)
+    check_usable("fp32", gpu)
+    check_usable("bf16", CPU)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    check_usable("bf16", gpu)
