@@ -171,6 +171,23 @@ def test_captions_of_which_it_is_not_clear_whose_they_are(tmp_path):
     assert keys(tmp_path / "one") == ["a.jpg", "a.png"]
 
 
+@pytest.mark.parametrize(
+    ("beside", "said"),
+    [
+        ({"train/metadata.jsonl": b"", "a.csv": b""}, ". To read those in train/metadata.jsonl, name the folder hf:"),
+        ({"metadata.csv": b""}, ". To read those in metadata.csv, name the folder hf:"),
+        ({"train/a.caption": b"x"}, ". Rename its 1 .caption files to .txt"),
+        ({"captions.jsonl": b""}, "a.txt is missing"),
+    ],
+)
+def test_captions_in_the_form_of_another_trainer(tmp_path, beside, said):
+    fill(tmp_path, {"train/a.png": image_bytes(), **beside})
+    with pytest.raises(DataError, match="1 of 1 images have no caption; .*train/a.txt is missing") as raised:
+        open_source(str(tmp_path), "t2i")
+    assert str(raised.value).endswith(f"{said}{tmp_path}" if said.endswith("hf:") else said)
+    assert keys(tmp_path) == ["train/a.png"]
+
+
 def test_no_name_is_not_the_folder_that_one_is_in(tmp_path, monkeypatch):
     monkeypatch.chdir(fill(tmp_path, {"a.png": image_bytes()}))
     for spec in ("", "  "):

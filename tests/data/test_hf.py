@@ -117,6 +117,17 @@ def test_images_of_a_folder_that_datasets_loads_are_absolute_paths(tmp_path, mon
     assert source[2].image == image_bytes((2, 0, 0))
 
 
+def test_captions_in_the_metadata_of_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = "".join(f'{{"file_name": "{n}.png", "text": "image {n}"}}\n' for n in range(3))
+    images = {f"{n}.png": image_bytes((n, 0, 0)) for n in range(3)}
+    fill(tmp_path / "set", images | {"metadata.jsonl": rows.encode()})
+    source = opened(f"hf:{tmp_path / 'set'}", "t2i")
+    assert {(source[n].image, source[n].text) for n in range(3)} == {
+        (image_bytes((n, 0, 0)), f"image {n}") for n in range(3)
+    }
+
+
 def test_streams_are_refused_with_what_to_do(tmp_path):
     with pytest.raises(DataError, match=r"a stream has neither .* hf://datasets/o/n/\*\*/\*\.parquet"):
         opened("hf:o/n?split=train&streaming=true")

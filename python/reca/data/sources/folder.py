@@ -1,6 +1,7 @@
 """Folders of images."""
 
 import os
+import posixpath
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +24,8 @@ from reca.data.sources.remote import AnyPath, read_whole
 from reca.data.sources.skipped import Skipped
 from reca.io.files import HEAD, packed, placeholder
 from reca.io.paths import exists, is_dir, is_file
+
+METADATA = ("metadata.jsonl", "metadata.csv")  # captions in a folder for `datasets`
 
 
 class NoImages(DataError):
@@ -53,7 +56,7 @@ class ImageFolder:
         for kind in ("tar", "parquet"):
             for name in sorted(files.get(f".{kind}", ())):
                 skipped.add(f"{kind} files in a folder of images", name)
-        self.captions = captions_of(root, self.names, sorted(files.get(".txt", ()))) if task == "t2i" else None
+        self.captions = captions_of(root, self.names, files) if task == "t2i" else None
         skipped.warn(str(root))
 
     def __len__(self) -> int:
@@ -189,17 +192,19 @@ def _entry_type(entry: os.DirEntry) -> tuple[bool, bool]:
         return False, False
 
 
-def captions_of(root: AnyPath, images: Sequence[str], texts: Sequence[str]) -> list[str]:
+def captions_of(root: AnyPath, images: Sequence[str], files: Mapping[str, Sequence[str]]) -> list[str]:
     """Return the caption file of every image. Raises DataError if one is missing or ambiguous."""
     captions: dict[str, str] = {}
-    for name in texts:
+    for name in sorted(files.get(".txt", ())):
         if _stem(name) in captions:
             raise DataError(f"{root}: {captions[_stem(name)]} and {name} are captions of one name: remove one")
         captions[_stem(name)] = name
     bare = [name for name in images if _stem(name) not in captions]
     if bare:
         missing = f"{str(root).rstrip('/')}/{_stem(bare[0])}.txt"
-        raise DataError(f"{len(bare)} of {len(images)} images have no caption; {missing} is missing")
+        raise DataError(
+            f"{len(bare)} of {len(images)} images have no caption; {missing} is missing{_other_captions(root, files)}"
+        )
     owners: dict[str, str] = {}
     for name in images:
         if (other := owners.setdefault(_stem(name), name)) != name:
@@ -208,6 +213,16 @@ def captions_of(root: AnyPath, images: Sequence[str], texts: Sequence[str]) -> l
                 "one of them"
             )
     return [captions[_stem(name)] for name in images]
+
+
+def _other_captions(root: AnyPath, files: Mapping[str, Sequence[str]]) -> str:
+    """Describe captions in forms that other trainers read, for the error message."""
+    tables = (name for suffix in (".jsonl", ".csv") for name in files.get(suffix, ()))
+    if isinstance(root, Path) and (found := [name for name in tables if posixpath.basename(name) in METADATA]):
+        return f". To read those in {min(found)}, name the folder hf:{root}"
+    if count := len(files.get(".caption", ())):
+        return f". Rename its {count} .caption files to .txt"
+    return ""
 
 
 def holds(files: Mapping[str, Sequence[str]]) -> str:
