@@ -1,6 +1,5 @@
-"""Libraries that tests compile are compiled once for a state of their sources."""
+"""What tests compile is compiled once for a state of its sources."""
 
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -21,7 +20,7 @@ def library(tmp_path, monkeypatch):
 
     def ask(text, *options, compile_to=compile_to):
         source.write_text(text)
-        return compiled.once("a.so", sys.executable, [source, *options], compile_to)
+        return compiled.once("a.so", [source, *options], compile_to)
 
     return ask, made
 
@@ -58,5 +57,5 @@ def test_of_two_that_ask_one_compiles(tmp_path, monkeypatch):
         path.touch()
 
     with ThreadPoolExecutor(2) as pool:
-        found = set(pool.map(lambda _: compiled.once("a.so", sys.executable, [source], slow), range(2)))
+        found = set(pool.map(lambda _: compiled.once("a.so", [source], slow), range(2)))
     assert len(found) == 1 and len(made) == 1

@@ -54,7 +54,8 @@ def build() -> Path:
     def compile_to(library: Path) -> None:
         subprocess.run([*command, "-o", str(library)], check=True, capture_output=True, text=True)
 
-    return compiled.once("libsimulated_cuda.so", "c++", [source, *command, torch.__version__], compile_to)
+    parts = [source, *command, torch.__version__, compiled.version("c++")]
+    return compiled.once("libsimulated_cuda.so", parts, compile_to)
 
 
 def _wait(what: str) -> None:

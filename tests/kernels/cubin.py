@@ -20,12 +20,15 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
 from benchmarks.sass import tool
+from tests import compiled as compiled_files
 
 ARCHS = (80, 90, 100)
 ROOT = Path(__file__).parents[2]
@@ -55,17 +58,22 @@ def compiled(launches: Callable[[], object], archs: tuple[int, ...] = ARCHS) -> 
     pytest.importorskip("triton")
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "RECA_BACKEND")}
     path = [str(ROOT), str(ROOT / "python"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    done = subprocess.run(
-        [sys.executable, "-m", __name__, launches.__module__, launches.__name__, *map(str, archs)],
-        env={**environment, "PYTHONPATH": os.pathsep.join(path)},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    command = [sys.executable, "-m", __name__, launches.__module__, launches.__name__, *map(str, archs)]
+
+    def compile_to(made: Path) -> None:
+        done = subprocess.run(
+            command, env={**environment, "PYTHONPATH": os.pathsep.join(path)}, cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        made.write_text(done.stdout.splitlines()[-1])
+
+    folders = ROOT / "reca_kernels", ROOT / "tests/kernels", ROOT / "benchmarks"
+    sources = [file for folder in folders for file in sorted(folder.rglob("*.py"))]
+    versions = [torch.__version__, metadata.version("triton"), sys.version, compiled_files.version(tool("cuobjdump"))]
+    name = f"{launches.__module__.rpartition('.')[2]}.{launches.__name__}.json"
+    found = json.loads(compiled_files.once(name, [*sources, *command, *versions], compile_to).read_text())
     return [
-        Cubin(**{**made, **{k: {int(w): n for w, n in made[k].items()} for k in ("loads", "stores")}})
-        for made in json.loads(done.stdout.splitlines()[-1])
+        Cubin(**{**made, **{k: {int(w): n for w, n in made[k].items()} for k in ("loads", "stores")}}) for made in found
     ]
 
 

@@ -68,9 +68,9 @@ def build(find_races: bool = False) -> ModuleType:
         _run(["g++", "-shared", "-Wl,-z,lazy", "-o", str(library), *objects])
 
     sources = [path for folder in (emulator, csrc) for path in sorted(folder.rglob("*")) if path.is_file()]
-    versions = [sys.version, (pybind11 / "pybind11/detail/common.h").read_text()]
+    versions = [compiled.version("g++"), sys.version, (pybind11 / "pybind11/detail/common.h").read_text()]
     name = "_native_with_races.so" if find_races else "_native.so"
-    path = compiled.once(name, "g++", [Path(__file__), *sources, *flags, *versions], compile_to)
+    path = compiled.once(name, [Path(__file__), *sources, *flags, *versions], compile_to)
     flags_before = sys.getdlopenflags()
     sys.setdlopenflags(os.RTLD_LAZY | os.RTLD_LOCAL)
     try:
