@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from reca.config.recipe_files import load_recipe
-from reca.monitoring import trackers
+from reca.monitoring import header, trackers
 from reca.monitoring.console import duration, step_line
 from reca.trainer import Trainer
-from tests.driver.toy import ToyAdapter, run_toy
+from tests.driver.toy import ToyAdapter, run_toy, write_images
 
 METRICS = {"loss": 1.5, "images_per_s": 80.0, "lr": 1e-5, "grad_norm": 0.9, "memory_gib": 12.0, "data_wait": 0.03}
 
@@ -56,6 +56,13 @@ def test_lines_where_the_output_is_no_terminal(recipe, capsys):
     assert "4.7k of 7.06k parameters: gen_head 4.7k of 4.7k; frozen: und_encoder" in rows["trained"]
     assert "fp32, EMA with a half-life of 3 steps" in rows["precision"]
     assert {"device", "kernels", "memory"} <= rows.keys() and "attention" in shown and "peak" not in rows
+
+
+def test_the_header_names_the_sources_of_a_mixture(recipe, images, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(header, "WIDTH", 10000)
+    other = write_images(tmp_path / "other")
+    run_toy(recipe("train.steps=1", f"data.images=[{{source: {images}, weight: 3}}, {other}]"))
+    assert f"8 samples per step of 48 in {images}, {other}: 8 per GPU" in capsys.readouterr().err
 
 
 def test_a_bar_on_a_terminal(recipe, monkeypatch):

@@ -21,7 +21,7 @@ EXAMPLES = {
     "get data": "reca get data llava-665k --to data",
     "get suite": "reca get suite dpg --to benchmarks",
     "data": "reca data check photos",
-    "data check": "reca data check photos data.columns.caption=text --task i2t",
+    "data check": "reca data check photos data.columns.caption=text --task t2i",
     "data view": "reca data view photos --recipe bagel_7b --count 20",
     "cache": "reca cache show_o_512 data.images=photos data.cache=features",
     "doctor": "reca doctor",

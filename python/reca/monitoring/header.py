@@ -49,10 +49,11 @@ def header(
 def _task(recipe: Recipe, task: str, loader: Loader) -> str:
     config = getattr(recipe.objective, task)
     split = micro_batches.describe_split(config, distributed.world_size())
-    key = DATA_KEYS[task]
+    source = getattr(recipe.data, DATA_KEYS[task])
+    names = source if isinstance(source, str) else ", ".join(item["source"] for item in source)
     return (
-        f"{task} (weight {config.weight:g}) {config.batch_size} samples per step of {len(loader.source)} in "
-        f"{getattr(recipe.data, key)}: {split}"
+        f"{task} (weight {config.weight:g}) {config.batch_size} samples per step of {len(loader.source)} in {names}: "
+        f"{split}"
     )
 
 

@@ -118,6 +118,11 @@ def _no_folder(path: Path) -> str:
         return f"{path} is a parquet file with another suffix; rename it to {path.stem}.parquet"
     if suffix_of(path.name) in IMAGE_SUFFIXES:
         return f"{path} is a single file; name its folder"
+    if suffix_of(path.name) in (".json", ".jsonl"):
+        return (
+            f"{path} is not images; conversations are data.conversations (`reca data`: --task i2t), scored images "
+            f"data.scored (--task srum). Otherwise {takes}"
+        )
     return f"{path} is a file of an unsupported format; {takes}"
 
 
