@@ -126,6 +126,24 @@ def test_a_record_that_a_full_disk_tore_takes_no_other_with_it(tmp_path, monkeyp
     assert [record["prompt"] for record in records] == PROMPTS
 
 
+DAMAGED = [
+    *((key, ...) for key in best_of.RECORD),
+    *[("number", "1"), ("number", -1), ("image", 1), ("prompt", None), ("kept", 2), ("kept", -1), ("kept", "0")],
+    *[("seeds", {}), ("log_likelihood", []), ("log_likelihood", [None, 0.0]), ("tokens", "2")],
+]
+
+
+@pytest.mark.parametrize(("key", "value"), DAMAGED)
+def test_a_damaged_record_is_made_again(tmp_path, key, value):
+    choice = best_of.Choice(2)
+    whole = best_of.choose(Model, PROMPTS, choice, tmp_path)
+    damaged = {name: one for name, one in whole[1].items() if name != key} | ({} if value is ... else {key: value})
+    lines = [whole[0], damaged, *whole[2:]]
+    (tmp_path / "scores.jsonl").write_text("".join(json.dumps(record) + "\n" for record in lines))
+    again = Model()
+    assert best_of.choose(lambda: again, PROMPTS, choice, tmp_path) == whole and again.drawn == [2, 3]
+
+
 def test_ranks_share_the_prompts(tmp_path, monkeypatch):
     """One after the other here: with three ranks, two of which were killed, then with two."""
     choice = best_of.Choice(2)

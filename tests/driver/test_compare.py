@@ -92,6 +92,27 @@ def test_reconstructions_record_the_checkpoint_that_was_loaded(tmp_path, monkeyp
     assert found["of"][0][1]["checkpoint"] == "of another"
 
 
+def test_reconstructions_whose_file_lacks_something_are_made_again(tmp_path):
+    place, row = (
+        tmp_path / "reconstructions",
+        {name: f"reconstructions/{name}" for name in ("input", "before", "after")},
+    )
+    place.mkdir()
+    for name in row:
+        (place / name).touch()
+    row, models = row | {"name": "a"}, [1]
+
+    def made(found):
+        (place / "made.json").write_text(json.dumps(found))
+        return triplets._made(place, models)
+
+    assert made({"of": models, "made": [row]}) == [row] and made({"of": [2], "made": [row]}) is None
+    for found in ([], {"made": [row]}, {"of": models}, {"of": models, "made": row}, {"of": models, "made": [1]}):
+        assert made(found) is None
+    for name in row:
+        assert made({"of": models, "made": [row | {name: None}]}) is None
+
+
 def test_the_evaluation_that_is_named_after_its_suite_is_compared(tmp_path):
     save_recipe(load_recipe("show_o_tiny", {"run_dir": str(tmp_path)}), tmp_path / "recipe.yaml")
     evaluation(tmp_path / "eval/base/geneval", 0.5)

@@ -252,6 +252,24 @@ def test_a_damaged_result_is_named(content, study, tmp_path):
         work.done(task)
 
 
+@pytest.mark.parametrize(
+    ("place", "found"),
+    [
+        ("a JSON object", [1]),
+        ("measures", {"curve": [], "seconds": 1}),
+        ("measures.overall.value", {"measures": {"overall": {"value": None}}, "curve": [], "seconds": 1}),
+        (r"curve\[1\]", {"measures": {}, "curve": [[1, 2.0], [2]], "seconds": 1}),
+        ("seconds", {"measures": {}, "curve": []}),
+    ],
+)
+def test_a_result_of_another_shape_is_named(place, found, study, tmp_path):
+    (task, *_), _ = plan(load_study(study), Asked("show_o", (0,), tmp_path))
+    task.result.parent.mkdir(parents=True)
+    task.result.write_text(json.dumps(found))
+    with pytest.raises(StudyError, match=f"{task.result.name} is not the result of a task .{place} is missing, or is"):
+        work.done(task)
+
+
 def test_steps_are_of_training_alone(tmp_path):
     tasks, _ = plan(load_study("encoder"), Asked("show_o", (0,), tmp_path, scale=0.1))
     steps = {task.variant: work.steps(task) for task in tasks}

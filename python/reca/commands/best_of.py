@@ -25,11 +25,16 @@ from reca.io import jsonl
 from reca.io.files import parse_json
 from reca.io.folders import BEST_OF, ensure_writable, write_atomically
 from reca.io.paths import exists
+from reca.io.shape import misfit
 from reca.models.base import Adapter
 from reca.models.common.likelihood import LogLikelihood
 
 QUESTION = "Describe this image."
 TOGETHER = 16  # images that are generated before their prompts are recorded
+RECORD = {
+    "number": int, "image": str, "prompt": str, "kept": int, "seeds": [int], "log_likelihood": [int | float],
+    "tokens": int,
+}  # fmt: skip
 SETTINGS, SCORES, PART = "best_of.json", "scores.jsonl", "scores.rank{}.jsonl"
 
 
@@ -194,8 +199,13 @@ def merge(out: Path) -> None:
 
 
 def _records(out: Path) -> list[dict[str, Any]]:
+    """Read the records of all files. Those that are incomplete are left out, so that their prompts are repeated."""
     files = [out / SCORES, *sorted(out.glob(PART.format("*")))]
-    return [record for file in files for record in jsonl.read(file) if "number" in record]
+    return [record for file in files for record in jsonl.read(file) if _is_record(record)]
+
+
+def _is_record(found: dict[str, Any]) -> bool:
+    return misfit(found, RECORD) is None and found["number"] >= 0 and 0 <= found["kept"] < len(found["log_likelihood"])
 
 
 def report(records: Sequence[dict[str, Any]], out: Path) -> list[str]:

@@ -22,6 +22,7 @@ from reca.hardware.devices import usable_device
 from reca.io.files import parse_json
 from reca.io.folders import ensure_writable
 from reca.io.paths import is_file
+from reca.io.shape import misfit
 from reca.models import umm_package
 from reca.monitoring.reconstructions import images_to_show, named_images, reconstruct
 from reca.options.fields import RecipeError
@@ -31,6 +32,7 @@ COUNT = 8  # default number of images
 QUICK = 50_000_000  # number of parameters below which a CPU generates images in seconds
 FOLDER = "reconstructions"
 MADE = "made.json"  # in that folder: what the images were generated from, and their names
+SHAPE = {"of": list, "made": [{"name": str, "input": str, "before": str, "after": str}]}  # of that file
 
 
 def usual_count(before: str, after: str) -> int:
@@ -104,10 +106,12 @@ def _made(place: Path, wanted: Any) -> list[dict[str, Any]] | None:
     """Return the rows of existing reconstructions; None if they are of other inputs or an image is missing."""
     try:
         found = parse_json((place / MADE).read_bytes())
-        paths = [place.parent / row[name] for row in found["made"] for name in ("input", "before", "after")]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         return None
-    return found["made"] if found["of"] == wanted and all(is_file(path) for path in paths) else None
+    if misfit(found, SHAPE) is not None or found["of"] != wanted:
+        return None
+    paths = (place.parent / row[name] for row in found["made"] for name in ("input", "before", "after"))
+    return found["made"] if all(is_file(path) for path in paths) else None
 
 
 def _draw(

@@ -11,12 +11,12 @@ from reca.eval.errors import EvaluationError
 from reca.eval.files import is_of_training
 from reca.eval.records import Record
 from reca.eval.shape import RESULTS as SHAPE
-from reca.eval.shape import misfit
 from reca.eval.statistics import Interval
 from reca.eval.suites import Item, Key, Score, Suite
 from reca.eval.suites.base import agree
 from reca.io.files import parse_json
 from reca.io.paths import is_dir, is_file
+from reca.io.shape import misfit
 
 RESULTS, FORMAT = "results.json", 1
 TOP = {"fraction": 1.0, "percent": 100.0}  # upper bound of values, by unit; points have none in common

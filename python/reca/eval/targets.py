@@ -14,11 +14,11 @@ from reca.eval import report, shape
 from reca.eval.errors import EvaluationError, OptionError
 from reca.eval.files import DURING_TRAINING, write
 from reca.eval.generate import weights_hash
-from reca.eval.shape import misfit
 from reca.eval.suites import Item, Suite
 from reca.eval.suites.base import agree
 from reca.io.files import parse_json
 from reca.io.paths import is_file
+from reca.io.shape import misfit
 from reca.models.base import Adapter
 from reca.models.common.inference import warn_of_random_weights
 from reca.options.fields import format_value

@@ -11,6 +11,7 @@ from reca.io import jsonl
 from reca.io.files import parse_json
 from reca.io.folders import write_atomically
 from reca.io.paths import is_file
+from reca.io.shape import misfit
 from reca.runs import folder_lock
 from reca.runs.finished import finished_steps
 from reca.runs.lineage import load_trained, recipe_of
@@ -20,6 +21,11 @@ from reca.studies.task import Task
 from reca.trainer import Trainer
 
 PROGRESS = ".steps"  # file with the number of completed steps
+RESULT = {
+    "measures": {str: {"value": int | float, "interval?": list | None, "hits?": int, "trials?": int}},
+    "curve": [(int, int | float)],
+    "seconds": int | float,
+}  # shape of a task's result
 LAST = 0.1  # `loss` is the mean over this last fraction of a run's losses
 
 
@@ -55,9 +61,13 @@ def done(task: Task) -> dict[str, Any] | None:
     if not is_file(task.result):
         return None
     try:
-        return parse_json(task.result.read_bytes())
+        found = parse_json(task.result.read_bytes())
     except ValueError as error:
         raise StudyError(f"{task.result} is not JSON ({error}): remove it to run {task.name} again") from error
+    if (place := misfit(found, RESULT)) is not None:
+        missing = f"{place[1:] or 'a JSON object'} is missing, or is of another type"
+        raise StudyError(f"{task.result} is not the result of a task ({missing}): remove it to run {task.name} again")
+    return found
 
 
 def steps(task: Task) -> int:
