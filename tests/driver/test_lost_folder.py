@@ -136,6 +136,9 @@ def test_a_file_system_that_does_not_answer_ends_no_run(recipe, monkeypatch):
     def broken(file):
         raise OSError(5, "Input/output error")
 
+    monkeypatch.setattr("reca.runs.folder.is_dir", broken)  # between two questions: about a lock file, and its folder
+    (trainer.run_dir / ".lock").unlink()
+    assert not trainer.folder.is_lost()
     monkeypatch.setattr("reca.runs.folder_lock.key", broken)
     assert not trainer.folder.is_lost()
 

@@ -100,12 +100,12 @@ class RunFolder:
     def _is_at(self, path: Path) -> bool:
         if self.lock is None:
             return True
-        try:
-            return folder_lock.key(path / folder_lock.FILE) == folder_lock.key(self.lock)
-        except FileNotFoundError:
-            return is_dir(path) and not self._has_lock_file()
-        except OSError:
-            return True
+        with contextlib.suppress(OSError):
+            try:
+                return folder_lock.key(path / folder_lock.FILE) == folder_lock.key(self.lock)
+            except FileNotFoundError:
+                return is_dir(path) and not self._has_lock_file()
+        return True
 
     def reject_lost(self) -> None:
         """Raise OSError on rank 0 if the folder is lost, and PeerFailed on the others. All ranks must call it.
