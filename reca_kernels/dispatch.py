@@ -2,8 +2,8 @@
 
 An op is a folder of this package, and a backend is a file in it: reference.py, the definition in plain PyTorch, which
 every op has; native.py, which launches the C++ kernels (backend `cpu`) and the CUDA kernels (`cuda`), or cpu.py, if the
-op has no CUDA kernels; triton.py. The protocol `Kernels` in <op>/kernels.py lists the functions of native.py, cpu.py and
-triton.py. A folder with none of these files is not dispatched.
+op has no CUDA kernels; triton.py. The protocol `Kernels` in <op>/kernels.py lists the functions of native.py, cpu.py
+and triton.py. A folder with none of these files is not dispatched.
 """
 
 import importlib

@@ -203,7 +203,8 @@ def test_conversations_that_are_none(folder, tmp_path):
         path.write_bytes(content)
         with pytest.raises(DataError, match=words):
             open_source(str(path), "i2t", str(folder))
-    with pytest.raises(DataError, match="talk.json is not images; conversations are data.conversations .*--task i2t.*name a"):
+    words = "talk.json is not images; conversations are data.conversations .*--task i2t.*name a"
+    with pytest.raises(DataError, match=words):
         open_source(str(path), "reca")
 
 

@@ -46,7 +46,6 @@ from tests.models.contract import (
     shared,
 )
 
-
 PLAIN = [case for case in CASES if case not in VARIANTS]
 
 

@@ -2,6 +2,8 @@
 
 from reca import exits
 
+NO_RANGES = "the server does not support partial requests (HTTP Range)"
+
 
 class DataError(ValueError):
     """Error in the data that stops a run. The message names the file, the reason and what to do."""

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any, BinaryIO, cast
 from urllib.parse import quote, urlsplit
 
-from reca.data.errors import DataError, Outage
+from reca.data.errors import NO_RANGES, DataError, Outage
 from reca.data.sample import checked_size
 from reca.data.sources.file_systems import own_file_system
 
@@ -26,7 +26,6 @@ BLOCK = 2**20  # bytes per read of a file that is read sequentially
 LONGEST = 300  # characters of an error: those of HTTP parsers quote what they received
 LOCAL = ("file://", "local://")  # how addresses of local files begin
 STATUS: dict[Any, type[OSError]] = {401: PermissionError, 403: PermissionError, 410: FileNotFoundError}  # of HTTP
-NO_RANGES = "the server does not support partial requests (HTTP Range)"
 # Metadata that identify a version of a file.
 CHANGES = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created", "md5Hash", "blob_id")
 

@@ -13,10 +13,10 @@ import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from reca.data.errors import DataError, Outage
+from reca.data.errors import NO_RANGES, DataError, Outage
 from reca.data.sample import IMAGE_SUFFIXES, hidden, suffix_of
 from reca.data.sources import index_files
-from reca.data.sources.remote import NO_RANGES, AnyPath, RemotePath, open_stream, reason_of
+from reca.data.sources.remote import AnyPath, RemotePath, open_stream, reason_of
 from reca.data.sources.skipped import Skipped
 from reca.io.files import HEAD, packed, placeholder
 

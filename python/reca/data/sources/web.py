@@ -9,8 +9,8 @@ from aiohttp import ClientTimeout, TraceConfig, TraceRequestEndParams
 from fsspec.config import conf
 from fsspec.implementations.http import HTTPFileSystem
 
+from reca.data.errors import NO_RANGES
 from reca.data.sources.file_systems import has_proxy
-from reca.data.sources.remote import NO_RANGES
 
 MISSING = (404, 410)  # HTTP status codes of a missing file
 CONNECTING = 10.0  # seconds without a connection after which a request has failed
