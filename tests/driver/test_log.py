@@ -202,6 +202,27 @@ def test_weights_and_biases_has_every_step_once(recipe, monkeypatch):
     assert next((row["step"], row["samples"]) for row in service.history if "samples" in row) == (4, samples)
 
 
+@pytest.mark.parametrize(
+    ("fields", "variable", "given"),
+    [
+        ({"console": None, "finish_timeout": None}, None, {"finish_timeout": trackers.FINISH}),
+        ({"console": None, "finish_timeout": None}, "0", {}),  # the user's
+        ({"console": None}, None, {}),  # an older version
+    ],
+)
+def test_weights_and_biases_gives_up_its_upload(monkeypatch, tmp_path, fields, variable, given):
+    """Without a network at the end of a run `finish` waited forever, and SIGTERM did not end it."""
+    settings, service = [], Service()
+    service.Settings = lambda **values: settings.append(values)
+    service.Settings.model_fields = fields
+    monkeypatch.setitem(sys.modules, "wandb", service)
+    monkeypatch.delenv("WANDB_FINISH_TIMEOUT", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("WANDB_FINISH_TIMEOUT", variable)
+    trackers.WandB(tmp_path, "project", {})
+    assert settings == [{"console": "off", **given}]
+
+
 class Broken:
     name = "Broken"
 

@@ -1,6 +1,7 @@
 """Optional experiment trackers that receive a run's log: TensorBoard and Weights & Biases."""
 
 import logging
+import os
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from reca.io.paths import exists
 log = logging.getLogger("reca")
 
 WANDB_ID = "wandb_id.txt"  # in the run folder: a resumed run continues the same W&B run
+FINISH = 120  # seconds for the upload at the end of a run, for which the other ranks wait, too
 LONGEST_TAG = 80  # characters of a prompt
 
 
@@ -53,7 +55,10 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of Weights & Biases, whose id is stored in the run folder. WANDB_MODE=offline writes files only."""
+    """A run of Weights & Biases, whose id is stored in the run folder. WANDB_MODE=offline writes files only.
+
+    What cannot be uploaded within FINISH seconds at the end stays in run_dir/wandb, for `wandb sync`.
+    """
 
     name = "Weights & Biases"
 
@@ -71,7 +76,7 @@ class WandB:
             name=run_dir.name,
             dir=str(run_dir),
             config=dict(recipe),
-            settings=wandb.Settings(console="off"),
+            settings=wandb.Settings(console="off", **_bounded(wandb.Settings)),
         )
         # A resumed run repeats the steps since its checkpoint, and W&B's history cannot be truncated: steps that were
         # sent before are not sent again. Offline, the summary of the previous run is not available.
@@ -92,6 +97,13 @@ class WandB:
 
     def close(self) -> None:
         self.run.finish()
+
+
+def _bounded(settings: Any) -> dict[str, Any]:
+    """Return the setting that ends W&B's upload, unless the user has set it. Versions without it wait for a network."""
+    if "WANDB_FINISH_TIMEOUT" in os.environ or "finish_timeout" not in getattr(settings, "model_fields", ()):
+        return {}
+    return {"finish_timeout": FINISH}
 
 
 class Trackers:
