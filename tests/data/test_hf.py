@@ -117,6 +117,20 @@ def test_images_of_a_folder_that_datasets_loads_are_absolute_paths(tmp_path, mon
     assert source[2].image == image_bytes((2, 0, 0))
 
 
+@pytest.mark.skipif(not hasattr(datasets, "Json"), reason="this datasets has no type of JSON")
+def test_columns_of_json(tmp_path):
+    def saved(name, *answers):
+        talks = [said("human", "Q", "gpt", answer) for answer in answers]
+        features = datasets.Features({"image": datasets.Value("binary"), "messages": datasets.Json()})
+        cells = {"image": [image_bytes()] * len(talks), "messages": talks}
+        datasets.Dataset.from_dict(cells, features=features).save_to_disk(tmp_path / name)
+        return opened(tmp_path / name, "i2t")
+
+    source = saved("first", "A", "two")
+    assert [source[n].text for n in range(2)] == [[("Q", "A")], [("Q", "two")]]
+    assert saved("again", "A", "two").identity() == source.identity() != saved("order", "two", "A").identity()
+
+
 def test_captions_in_the_metadata_of_a_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     rows = "".join(f'{{"file_name": "{n}.png", "text": "image {n}"}}\n' for n in range(3))

@@ -267,6 +267,26 @@ def test_one_of_several_captions_is_drawn(tmp_path, cell):
     assert sorted(audit(opened(path, "t2i")).captions) == [1] * 20 + [2] * 40
 
 
+@pytest.mark.skipif(not hasattr(pa, "json_"), reason="this pyarrow has no type of JSON")
+def test_columns_of_json(tmp_path):
+    """`datasets` stores values of several types so, such as turns whose content is a text or a list of parts."""
+    talk = [{"role": "user", "content": [{"type": "text", "text": "Q"}]}, {"role": "assistant", "content": "A"}]
+    cells = {"messages": [json.dumps(talk)] * 3, "caption": ['"a cat"', '{"0": "a", "1": "b"}', "{"]}
+    columns = {name: pa.array(values).cast(pa.json_()) for name, values in cells.items()}
+    pq.write_table(pa.table({"image": [image_bytes()] * 3, **columns}), tmp_path / "t.parquet")
+    assert opened(tmp_path, "i2t")[0].text == [("Q", "A")]
+    captions = opened(tmp_path, "t2i")
+    assert captions[0].text == "a cat" and captions[1].text == ("a", "b")
+    with pytest.raises(BadSample, match="the column caption is not JSON"):
+        captions[2]
+
+
+def test_a_file_without_rows_needs_no_types(tmp_path):
+    table(tmp_path / "a.parquet", {"image": [], "caption": []})
+    table(tmp_path / "b.parquet", {"image": [image_bytes()], "caption": ["a cat"]})
+    assert opened(tmp_path, "t2i")[0].text == "a cat"
+
+
 @pytest.mark.parametrize("cell", ["{}", "[1girl, solo]", '{"text": {"en": "a"}}', '["", null]', '{"a": 1}', "{" * 9999])
 def test_captions_that_only_look_like_json(tmp_path, cell):
     assert opened(table(tmp_path / "t.parquet", {"image": [b"x"], "caption": [cell]}), "t2i")[0].text == cell

@@ -96,11 +96,20 @@ def make_sample(key: str, table: Any, row: int, columns: Columns, task: str, roo
 
 
 def cell_of(column: Any, row: int, name: str) -> Any:
-    """Return a cell of an Arrow column as a Python object. Raises BadSample if its text is not UTF-8."""
+    """Return a cell of an Arrow column as a Python object. Raises BadSample if its text is not UTF-8 or not JSON."""
     try:
-        return column[row].as_py()
+        cell = column[row].as_py()
     except UnicodeDecodeError as error:
         raise BadSample(f"the column {name} is not UTF-8") from error
+    try:
+        return parse_json(cell) if isinstance(cell, str) and is_json(column.type) else cell
+    except ValueError as error:
+        raise BadSample(f"the column {name} is not JSON: {error}") from error
+
+
+def is_json(kind: Any) -> bool:
+    """Tell whether an Arrow type is that of JSON, which `datasets` gives to values of several types."""
+    return getattr(kind, "extension_name", None) == "arrow.json"
 
 
 def image_bytes(cell: Any, root: AnyPath) -> bytes:
@@ -149,6 +158,8 @@ def caption(cell: Any) -> str | Captions:
     if isinstance(cell, str):
         checked_size(len(cell), MAX_CAPTION_BYTES, "caption")
         cell = _parsed(cell)
+    if isinstance(cell, dict):
+        cell = list(cell.values())
     if isinstance(cell, list) and any(cell):
         return Captions(_caption(text) for text in cell if text)
     return _caption(cell)

@@ -11,7 +11,7 @@ from urllib.parse import parse_qsl
 from reca.data.config import ColumnsConfig
 from reca.data.errors import DataError
 from reca.data.sample import Sample, digest
-from reca.data.sources.columns import choose, make_sample
+from reca.data.sources.columns import choose, is_json, make_sample
 from reca.data.sources.folder import total_size
 from reca.data.sources.parquet import form_of
 from reca.data.sources.remote import AnyPath, to_path
@@ -75,6 +75,8 @@ def _lengths(array: Any) -> Iterator[bytes]:
     import pyarrow.compute as compute
     from pyarrow import types
 
+    if is_json(array.type):
+        array = array.storage
     kind = array.type
     if types.is_struct(kind):
         for part in array.flatten():

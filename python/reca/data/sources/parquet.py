@@ -18,7 +18,7 @@ from reca.data.order import WINDOW, Block
 from reca.data.read_ahead import read_ahead
 from reca.data.recently_used import RecentlyUsed
 from reca.data.sample import Sample, digest
-from reca.data.sources.columns import BYTES, IMAGE, LIST, OTHER, TEXT, choose, make_sample
+from reca.data.sources.columns import BYTES, IMAGE, LIST, OTHER, TEXT, choose, is_json, make_sample
 from reca.data.sources.patterns import relative_names, some
 from reca.data.sources.remote import REQUESTS, AnyPath, Ranges, RemotePath, read_range, reason_of, to_path
 from reca.data.sources.skipped import log_once
@@ -66,7 +66,9 @@ class Parquet:
         self._warn_of_large_groups()
 
     def _add(self, file: int, path: AnyPath, metadata: Any, config: ColumnsConfig) -> None:
-        """Add the row groups of a file."""
+        """Add the row groups of a file. One without rows may have columns without a type."""
+        if not metadata.num_rows:
+            return
         schema = metadata.schema.to_arrow_schema()
         columns = choose({field.name: form_of(field.type) for field in schema}, self.task, config, str(path))
         if twice := [name for name in columns.names if schema.names.count(name) > 1]:
@@ -171,6 +173,8 @@ def form_of(kind: Any) -> str:
 
     if types.is_dictionary(kind):
         kind = kind.value_type
+    if is_json(kind):
+        return LIST
     if types.is_struct(kind):
         parts = {kind.field(i).name: form_of(kind.field(i).type) for i in range(kind.num_fields)}
         return IMAGE if parts.get("bytes") == BYTES else OTHER
