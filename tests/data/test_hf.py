@@ -118,10 +118,15 @@ def test_images_of_a_folder_that_datasets_loads_are_absolute_paths(tmp_path, mon
 
 
 @pytest.mark.skipif(not hasattr(datasets, "Json"), reason="this datasets has no type of JSON")
-def test_columns_of_json(tmp_path):
+@pytest.mark.parametrize("form", ["column", "turns", "texts"])
+def test_columns_of_json(tmp_path, form):
+    """What `datasets` makes of a file whose turns differ in type: JSON of a conversation, of its turns or texts."""
+    json, text = datasets.Json(), datasets.Value("string")
+    kind = {"column": json, "turns": datasets.List(json), "texts": datasets.List({"from": text, "value": json})}[form]
+
     def saved(name, *answers):
         talks = [said("human", "Q", "gpt", answer) for answer in answers]
-        features = datasets.Features({"image": datasets.Value("binary"), "messages": datasets.Json()})
+        features = datasets.Features({"image": datasets.Value("binary"), "messages": kind})
         cells = {"image": [image_bytes()] * len(talks), "messages": talks}
         datasets.Dataset.from_dict(cells, features=features).save_to_disk(tmp_path / name)
         return opened(tmp_path / name, "i2t")

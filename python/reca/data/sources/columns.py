@@ -102,9 +102,20 @@ def cell_of(column: Any, row: int, name: str) -> Any:
     except UnicodeDecodeError as error:
         raise BadSample(f"the column {name} is not UTF-8") from error
     try:
-        return parse_json(cell) if isinstance(cell, str) and is_json(column.type) else cell
+        return _decoded(cell, column.type)
     except ValueError as error:
         raise BadSample(f"the column {name} is not JSON: {error}") from error
+
+
+def _decoded(cell: Any, kind: Any) -> Any:
+    """Parse the JSON in a cell of an Arrow type: the cell itself, or items and fields of it. Raises ValueError."""
+    if is_json(kind) and isinstance(cell, str):
+        return parse_json(cell)
+    if isinstance(cell, list) and hasattr(kind, "value_type"):
+        return [_decoded(item, kind.value_type) for item in cell]
+    if isinstance(cell, dict) and hasattr(kind, "field"):
+        return {name: _decoded(value, kind.field(name).type) for name, value in cell.items()}
+    return cell
 
 
 def is_json(kind: Any) -> bool:
