@@ -27,12 +27,13 @@ if "OMP_NUM_THREADS" not in os.environ and (runners := int(os.environ.get("PYTES
 TESTS = Path(__file__).parent
 # Files that take more than some 15 s on one core, the longest first.
 SLOWEST = """
-driver/test_distributed.py test_style.py driver/test_memory.py driver/test_simulated_cuda.py
-kernels/test_masked_linear_cross_entropy.py driver/test_check.py driver/test_failing_ranks.py
-driver/test_memory_on_ranks.py kernels/test_flow_matching.py kernels/test_diffusion_loss.py
-kernels/test_masked_cross_entropy.py driver/test_step_benchmark.py kernels/test_attention.py
-driver/test_loading.py kernels/test_kernel_op.py driver/test_serve.py driver/test_errors.py driver/test_overfit.py
-driver/test_fit.py driver/test_lora.py
+models/test_contract.py driver/test_distributed.py test_style.py driver/test_memory.py models/test_compiled.py
+kernels/test_masked_linear_cross_entropy.py kernels/test_nvcc.py driver/test_simulated_cuda.py models/test_waits.py
+driver/test_check.py kernels/test_flow_matching.py driver/test_failing_ranks.py driver/test_memory_on_ranks.py
+kernels/test_masked_cross_entropy.py eval/test_evaluation.py kernels/test_diffusion_loss.py
+kernels/test_template_concat.py kernels/test_attention.py driver/test_step_benchmark.py eval/test_comparison.py
+driver/test_loading.py kernels/test_kernel_op.py driver/test_serve.py driver/test_errors.py models/test_harmon.py
+driver/test_overfit.py eval/test_statistics.py driver/test_fit.py driver/test_lora.py
 """.split()
 
 
