@@ -91,6 +91,39 @@ def test_a_model_outside_is_held_to_the_contract(tmp_path):
     assert "--recipe: no recipe" in contract(tmp_path / "none.yaml").stderr
 
 
+@pytest.mark.parametrize(
+    ("module", "adapter", "said"),
+    [
+        ("stranger", "class Adapter:\n    name = 'a'", "Adapter must inherit from reca.models.base.Adapter"),
+        (
+            "lacking",
+            "class Adapter(base.Adapter):\n    name, tasks, abilities = 'a', frozenset(), frozenset()",
+            "Adapter lacks trainable_roles, condition_keys (see reca/models/base.py)",
+        ),
+        (
+            "roleless",
+            "class Adapter(custom_model.Adapter):\n    roles = lambda self: {'encoder.weight': 'und_encoder'}",
+            "denoiser: roles() gives encoder.bias None; expected one of und_encoder, ",
+        ),
+        (
+            "untrained",
+            "class Adapter(custom_model.Adapter):\n    trainable_roles = frozenset({'shared_lm'})",
+            "nothing is trained: no parameter has a role to train (shared_lm), or train.frozen",
+        ),
+    ],
+)
+def test_what_an_adapter_lacks_is_named(tmp_path, monkeypatch, capsys, module, adapter, said):
+    lab = tmp_path / f"lab_{module}"  # a namespace package, whose name is not imported twice
+    lab.mkdir()
+    head = "from examples import custom_model\nfrom examples.custom_model import Config\nfrom reca.models import base\n"
+    (lab / f"{module}.py").write_text(head + adapter)
+    monkeypatch.syspath_prepend(tmp_path)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"umm: lab_{module}.{module}\ndata: {{images: {write_images(tmp_path / 'images')}}}\n")
+    assert main(["check", str(recipe)]) == 3
+    assert said in capsys.readouterr().err
+
+
 USE = """
 import torch
 from reca_kernels import backend_report, dispatch, native

@@ -31,7 +31,7 @@ def umm_package(name: str) -> ModuleType:
         A module with `Config`, a dataclass of recipe keys, and `Adapter`.
 
     Raises:
-        RecipeError: The package does not exist, or it lacks `Config` or `Adapter`.
+        RecipeError: The package does not exist, it lacks `Config` or `Adapter`, or `Adapter` is incomplete.
     """
     if name in UMMS:
         return import_module(f"reca.models.{name}")
@@ -51,4 +51,9 @@ def umm_package(name: str) -> ModuleType:
         ) from error
     if not isinstance(getattr(package, "Adapter", None), type) or not is_dataclass(getattr(package, "Config", None)):
         raise RecipeError(f"umm={name} must define Config, a dataclass, and Adapter (see reca/models/base.py)")
+    base = import_module("reca.models.base").Adapter  # imports torch, which listing the models does not need
+    if not issubclass(package.Adapter, base):
+        raise RecipeError(f"umm={name}: Adapter must inherit from reca.models.base.Adapter")
+    if missing := [key for key in base.__annotations__ if not hasattr(package.Adapter, key)]:
+        raise RecipeError(f"umm={name}: Adapter lacks {', '.join(missing)} (see reca/models/base.py)")
     return package

@@ -11,8 +11,8 @@ def freeze(adapter: Adapter, roles: list[str] | None, frozen: Sequence[str] = ()
     """Freeze all parameters but those of `roles` (None: the adapter's default), and return the trained roles.
 
     frozen: name patterns of further parameters to freeze.
-    Raises ValueError for an unknown role, a role without parameters in this model, a pattern that matches nothing, and
-    if nothing is left to train.
+    Raises ValueError for an unknown role, a role without parameters in this model, a parameter without a role, a
+    pattern that matches nothing, and if nothing is left to train.
     """
     role_of = adapter.roles()
     wanted = sorted(roles if roles is not None else adapter.trainable_roles)
@@ -24,11 +24,17 @@ def freeze(adapter: Adapter, roles: list[str] | None, frozen: Sequence[str] = ()
             )
         if roles is not None and role not in present:
             raise ValueError(f"{adapter.name} has no parameters of role {role!r}; it has {', '.join(sorted(present))}")
+    for name, _ in adapter.named_parameters():
+        if (role := role_of.get(name)) not in ROLES:
+            raise ValueError(f"{adapter.name}: roles() gives {name} {role!r}; expected one of {', '.join(ROLES)}")
     for pattern in frozen:
         if not any(fnmatch(name, pattern) for name in role_of):
             raise ValueError(f"train.frozen: no parameter matches {pattern!r}; names look like {min(role_of)!r}")
     for name, parameter in adapter.named_parameters():
         parameter.requires_grad_(role_of[name] in wanted and not any(fnmatch(name, pattern) for pattern in frozen))
     if not any(parameter.requires_grad for parameter in adapter.parameters()):
-        raise ValueError("nothing is trained: train.roles names no role, or train.frozen matches all that it names")
+        raise ValueError(
+            f"nothing is trained: no parameter has a role to train ({', '.join(wanted) or 'none is named'}), or "
+            "train.frozen matches all that have; train.roles sets these roles"
+        )
     return [role for role in wanted if role in present]
