@@ -25,8 +25,9 @@ def freeze(adapter: Adapter, roles: list[str] | None, frozen: Sequence[str] = ()
         if roles is not None and role not in present:
             raise ValueError(f"{adapter.name} has no parameters of role {role!r}; it has {', '.join(sorted(present))}")
     for name, _ in adapter.named_parameters():
-        if (role := role_of.get(name)) not in ROLES:
-            raise ValueError(f"{adapter.name}: roles() gives {name} {role!r}; expected one of {', '.join(ROLES)}")
+        if role_of.get(name, "") not in ROLES:
+            found = role_of.get(name)
+            raise ValueError(f"{adapter.name}: roles() gives {name} {found!r}; expected one of {', '.join(ROLES)}")
     for pattern in frozen:
         if not any(fnmatch(name, pattern) for name in role_of):
             raise ValueError(f"train.frozen: no parameter matches {pattern!r}; names look like {min(role_of)!r}")
