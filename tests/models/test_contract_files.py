@@ -96,6 +96,26 @@ def test_a_model_without_weights_has_the_parameters_of_one_with_them(name, dtype
     assert not half  # rotary frequencies in bf16 would rotate distant positions by wrong angles
 
 
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        *((name, {"dtype": dtype} if dtype else {}) for name, dtype in TYPES),
+        ("show_o", {"dtype": "bf16", "understanding": "efficientnet"}),
+        ("open_uni", {"understanding": "efficientnet"}),
+    ],
+)
+def test_a_loaded_model_has_the_types_of_a_random_one(name, keys, tmp_path):
+    """Show-o's mean and scale of EfficientNet's features were loaded in bf16."""
+    keys = [f"model.{key}={value}" for key, value in keys.items()]
+    load, source = umm_package(name).Adapter.load, "overlay" if name == "open_uni" else "weights"
+    random = load(load_recipe(f"{name}_tiny", keys).model)
+    random.export(tmp_path)
+    keys += [f"model.weights={tmp_path}", f"model.{source}={tmp_path}"]
+    loaded = load(load_recipe(f"{name}_tiny", keys).model)
+    types = [{n: t.dtype for n, t in (*net.named_parameters(), *net.named_buffers())} for net in (random, loaded)]
+    assert types[0] == types[1]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_the_default_dtype_changes_nothing(model, dtype):
     wanted, state = answers(model), model.state_dict()

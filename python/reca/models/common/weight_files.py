@@ -324,9 +324,9 @@ def assign_state_dict(
 ) -> None:
     """Assign `state` to the parameters and persistent buffers of `module`, without a copy unless a cast is needed.
 
-    dtype: dtype of all floating-point tensors, or a function of their names; None keeps the dtypes of the file, except
-    that fp64 becomes fp32 and 8-bit floats become bf16. While weights are deferred, parameters stay on the meta device
-    and the file's tensors are read after sharding.
+    dtype: dtype of all floating-point parameters, or a function of their names; None keeps the dtypes of the file,
+    except that fp64 becomes fp32 and 8-bit floats become bf16. Buffers keep the dtypes of the module. While weights are
+    deferred, parameters stay on the meta device and the file's tensors are read after sharding.
     what: the source, for error messages. Raises ValueError that lists missing and unexpected keys and wrong shapes and
     dtypes.
     """
@@ -356,9 +356,13 @@ def assign_state_dict(
         )
         raise ValueError(f"{what} does not fit the configured model; check model.weights and the sizes.{report}")
 
+    buffers = {name for name, _ in module.named_buffers(remove_duplicate=False)}
+
     def kept(name: str, tensor: Tensor) -> torch.dtype:
         if not tensor.is_floating_point():
             return tensor.dtype
+        if name in buffers:
+            return wanted[name].dtype
         return (dtype(name) if callable(dtype) else dtype) or _computed(tensor.dtype)
 
     deferred = set()
