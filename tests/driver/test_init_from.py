@@ -15,6 +15,7 @@ from reca.comparison.sides import find_sides
 from reca.config.recipe_files import load_recipe, save_recipe
 from reca.eval.targets import opponent, target
 from reca.options.fields import RecipeError
+from reca.runs import lineage
 from reca.runs.lineage import load_start, load_trained, parent_checkpoint
 from reca.trainer import Trainer
 from tests.driver.toy import ToyAdapter, run_toy, weights
@@ -142,6 +143,15 @@ def test_a_run_starts_from_one_that_is_going_on(start, tmp_path):
         assert checkpoint.latest_valid(tmp_path / "first") == tmp_path / "first/checkpoints/000003"
     finally:
         listing.find_damage = damage
+
+
+def test_a_checkpoint_that_a_live_run_has_removed_is_said_to_be_removed(start, tmp_path):
+    """An evaluation chooses one before it builds the model; its run was said to have no checkpoint."""
+    newest = checkpoint.latest(run_toy(start("first", None, "checkpoint.every=1")).run_dir)
+    shutil.rmtree(newest)
+    with pytest.raises(CheckpointError, match=f"^{newest} was removed by a training run while it was read: start aga"):
+        lineage._find_valid(newest)
+    assert lineage._find_valid(tmp_path / "first") == newest.with_name("000001")
 
 
 def test_a_file_of_another_hand_is_named(start, caplog):

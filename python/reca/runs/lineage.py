@@ -233,7 +233,7 @@ def inside_run(path: Path) -> str:
 def _find_valid(source: Path) -> Path:
     """Find the latest valid checkpoint of a run, or check the one that `source` is. Raises CheckpointError."""
     trained = trained_source(source)
-    return checkpoint.find_valid(source, None if is_run(source) else trained and trained[1])
+    return checkpoint.find_valid(source, None if is_run(source) else trained[1] if trained else source)
 
 
 def load_trained(source: Path, recipe: Recipe, device: torch.device | str = "cpu", ema: bool = False) -> Adapter:
