@@ -1,6 +1,7 @@
 """Show-o's adapter beyond the golden data: sizes, batching, sampling, bad input."""
 
 import itertools
+import json
 from dataclasses import replace
 
 import pytest
@@ -135,6 +136,17 @@ def test_conversation_text():
     )
     assert tokenizer.decode([i for i in labels if i >= 0]) == "a square <|endoftext|> red . <|endoftext|>"
     assert [i for i, label in zip(ids, labels, strict=True) if label >= 0] == [i for i in labels if i >= 0]
+
+
+@pytest.mark.parametrize("number", [14, 40])
+def test_a_tokenizer_whose_ids_have_gaps_is_refused(tmp_path, number):
+    """Show-o's tokens get the ids behind the number of other tokens, and image codes those behind."""
+    word_tokenizer(["a", "square", *prompt.WORDS], [prompt.END_OF_TEXT]).save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["model"]["vocab"]["square"] = number
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"18 tokens, with 1[78] ids up to {max(number, 17)}; Show-o's image codes"):
+        Adapter.load(config(tokenizer=str(tmp_path)))
 
 
 def test_captions_are_dropped_at_the_configured_rate(monkeypatch):

@@ -65,11 +65,17 @@ class Vocabulary:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, codes: int) -> "Vocabulary":
-        """Look up END_OF_TEXT and all of SPECIAL_TOKENS. Raises ValueError if the tokenizer lacks one."""
+        """Look up END_OF_TEXT and all of SPECIAL_TOKENS. Raises ValueError if one is missing, or if ids have gaps."""
         tokens = [END_OF_TEXT, *SPECIAL_TOKENS]
         known = tokenizer.get_vocab()
         if missing := [token for token in tokens if token not in known]:
             raise ValueError(f"the tokenizer lacks {', '.join(missing)}; Show-o needs {', '.join(tokens)}")
+        if (ids := set(known.values())) != set(range(len(known))):
+            raise ValueError(
+                f"the tokenizer has {len(known)} tokens, with {len(ids)} ids up to {max(ids)}; Show-o's image codes "
+                "follow the last token, so every id from 0 on must be that of one token. Set model.tokenizer to that "
+                "of the weights, or to microsoft/phi-1_5"
+            )
         end, pad, soi, eoi, _, _, t2i, mmu, *_ = (known[token] for token in tokens)
         return cls(pad, soi, eoi, t2i, mmu, end, end, len(tokenizer), codes)
 
