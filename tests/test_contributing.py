@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import reca
 from reca.cli import main
 from reca.config.recipe_files import load_recipe
 from tests.driver.toy import write_images
+from tests.models.conftest import pytest_configure
 
 ROOT = Path(__file__).parents[1]
 
@@ -74,21 +76,21 @@ def test_the_command_line_takes_a_model_outside(tmp_path, monkeypatch, capsys):
 
 
 def test_a_model_outside_is_held_to_the_contract(tmp_path):
-    """The example keeps it, but for what it cannot do; a recipe that does not exist ends the tests with its reason."""
-
-    def contract(recipe: Path) -> subprocess.CompletedProcess:
-        tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/models/test_contract.py"]
-        return subprocess.run([*tests, "--recipe", str(recipe)], cwd=ROOT, capture_output=True, text=True)
-
-    recipe = tmp_path / "denoiser.yaml"
-    shapes = "reca.toy_datasets.shapes:unlabeled?seed=0"
+    """The example keeps it, but for what it cannot do."""
+    recipe, shapes = tmp_path / "denoiser.yaml", "reca.toy_datasets.shapes:unlabeled?seed=0"
     recipe.write_text(
         f"umm: examples.custom_model\nmodel: {{width: 256}}\ndata: {{images: '{shapes}', captions: '{shapes}'}}\n"
     )
-    done = contract(recipe)
+    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/models/test_contract.py"]
+    done = subprocess.run([*tests, "--recipe", str(recipe)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-    assert "failed" not in done.stdout and int(re.search(r"(\d+) passed", done.stdout)[1]) > 40
-    assert "--recipe: no recipe" in contract(tmp_path / "none.yaml").stderr
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 40
+
+
+def test_a_wrong_recipe_for_the_contract_is_refused(tmp_path):
+    config = SimpleNamespace(getoption=lambda name, default: tmp_path / "none.yaml")
+    with pytest.raises(pytest.UsageError, match=r"--recipe: no recipe .*none\.yaml"):
+        pytest_configure(config)
 
 
 @pytest.mark.parametrize(
