@@ -63,7 +63,7 @@ class Case:
 
     numel        elements of the tensor whose size decides the backend
     inputs       seed -> a set of inputs; `grad`, if there is one, is the upstream gradient
-    leaves       names of the inputs that get gradients
+    leaves       names of the inputs that get gradients; `inputs` returns them with requires_grad
     providers    name -> Provider, or a string that says why it cannot run here
     best         the best provider in eager PyTorch
     formula      inputs -> results; with inputs in fp64 it gives the reference for all providers
