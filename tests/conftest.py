@@ -27,7 +27,8 @@ if "OMP_NUM_THREADS" not in os.environ and (runners := int(os.environ.get("PYTES
 TESTS = Path(__file__).parent
 # Files that take more than some 15 s on one core, the longest first.
 SLOWEST = """
-models/test_contract.py driver/test_distributed.py test_style.py driver/test_memory.py models/test_compiled.py
+models/test_contract.py driver/test_distributed.py test_style.py driver/test_memory.py demo/test_demo.py
+models/test_compiled.py
 kernels/test_masked_linear_cross_entropy.py kernels/test_nvcc.py driver/test_simulated_cuda.py models/test_waits.py
 driver/test_check.py kernels/test_flow_matching.py driver/test_failing_ranks.py driver/test_memory_on_ranks.py
 kernels/test_masked_cross_entropy.py eval/test_evaluation.py kernels/test_diffusion_loss.py
