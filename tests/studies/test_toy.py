@@ -41,6 +41,29 @@ def test_measures_are_percentages_beside_images_of_held_out_pairs(tmp_path, monk
     assert Image.open(task.folder / "images.png").height < 4 + 8  # one row
 
 
+@pytest.mark.parametrize(
+    ("layer", "pixels"),
+    [(torch.nn.Conv2d(3, 5, 2), torch.rand(2, 3, 4, 4)), (torch.nn.Linear(12, 5), torch.rand(2, 4, 3))],
+)
+def test_an_encoder_that_takes_red_for_blue_sees_what_the_other_sees_in_swapped_images(layer, pixels):
+    model = torch.nn.Module()
+    model.patch_embedding, model.roles = layer, lambda: {"patch_embedding.weight": "und_encoder"}
+    channels, linear = (2, True) if pixels.ndim == 3 else (1, False)
+    wanted = layer(pixels.flatten(1) if linear else pixels)
+    toy.swap_red_and_blue(model)
+    swapped = pixels.flip(channels)
+    torch.testing.assert_close(layer(swapped.flatten(1) if linear else swapped), wanted)
+
+
+def test_the_only_image_of_a_held_out_pair_is_shown(tmp_path):
+    thing = next(iter(load_dataset("shapes").held_out(3)))
+    text = caption(Scene((thing,)))
+    for samples, shown in (([], False), ([(text, torch.zeros(3, 4, 4, dtype=torch.uint8), True)], True)):
+        toy._write_images(Measured({}, 0.0, samples), [thing], tmp_path)
+        assert (tmp_path / "images.png").exists() == (tmp_path / "images.json").exists() == shown
+    assert json.loads((tmp_path / "images.json").read_text()) == [{"prompt": text, "hit": True}]
+
+
 def test_the_curve_of_pre_training_is_every_tenth_step(tmp_path, monkeypatch):
     (task, *_), reported = plan(load_study("main"), Asked("show_o", (0,), tmp_path))[0], []
 
