@@ -278,7 +278,7 @@ def test_steps_are_of_training_alone(tmp_path):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("count, value", [(0, None), (1, 1.0), (14, 14.0), (40, 38.5)])
+@pytest.mark.parametrize("count, value", [(0, None), (1, 1.0), (4, 4.0), (14, 14.0), (40, 38.5)])
 def test_the_loss_of_a_variant_is_that_of_the_last_tenth(count, value):
     found = work._loss([(10 * i, float(i)) for i in range(1, count + 1)])
     assert found == ({} if value is None else {"loss": {"value": value}})
