@@ -267,7 +267,8 @@ def test_output_that_cannot_be_written_has_an_exit_code_of_ours(arguments, reade
 def test_the_command_to_go_on_with_can_be_entered_as_it_is(capsys):
     """A folder that begins with a dash would be read as an option."""
     for run_dir, named in {"-x": "./-x", "a b": "'a b'", "runs/-x": "runs/-x"}.items():
-        general._tell(SimpleNamespace(run_dir=run_dir), SimpleNamespace(new_steps=1, steps=1, folder=Path(run_dir)))
+        recipe = SimpleNamespace(run_dir=run_dir, umm="show_o")
+        general._tell(recipe, SimpleNamespace(new_steps=1, steps=1, folder=Path(run_dir)))
         assert capsys.readouterr().out.startswith(f"1 step done. Generate with: reca generate {named} --prompt ")
 
 

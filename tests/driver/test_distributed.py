@@ -433,6 +433,12 @@ def test_ranks_wait_for_a_judge_longer_than_for_a_step(alone, tmp_path, monkeypa
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "1", "RANK": "11", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}
 
 
+def restore_group_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Undo at the end that torch counts groups that failed, and names later ones differently."""
+    world = dist.distributed_c10d._world
+    monkeypatch.setattr(world, "group_count", world.group_count)
+
+
 @pytest.mark.parametrize(("rank", "said"), [(0, "1/2 clients joined"), (1, "The client socket has timed out")])
 def test_a_rank_whose_peer_does_not_come_says_so(rank, said, monkeypatch):
     """As where another machine has too few GPUs, or the wrong address of rank 0; it was a traceback of torch."""
@@ -442,9 +448,7 @@ def test_a_rank_whose_peer_does_not_come_says_so(rank, said, monkeypatch):
     given = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    # Restored afterwards: torch counts the groups that failed, and would name later ones differently.
-    world = dist.distributed_c10d._world
-    monkeypatch.setattr(world, "group_count", world.group_count)
+    restore_group_count(monkeypatch)
     with pytest.raises(
         RecipeError, match=f"rank {rank} could not join the 2 processes of this run at 127.0.0.1:{port} "
     ) as raised:
@@ -461,6 +465,7 @@ def test_a_rank_whose_peer_does_not_come_says_so(rank, said, monkeypatch):
 )
 def test_variables_of_a_launcher_that_are_missing_are_named(given, said, monkeypatch):
     monkeypatch.setattr(os, "environ", given)
+    restore_group_count(monkeypatch)
     with pytest.raises(RecipeError, match=re.escape(said)):
         distributed.initialize(1)
 

@@ -95,10 +95,10 @@ def test_on_for_gpus_by_default(monkeypatch):
     assert not wanted(TrainConfig(), gpu)
 
 
-def test_a_cpu_without_a_compiler_is_refused_before_weights_are_read(monkeypatch, tmp_path):
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
+def test_a_cpu_without_a_compiler_is_refused_before_weights_are_read(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     keys = ["objective.i2t.weight=0", f"run_dir={tmp_path}"]
-    preflight.check(load_recipe("show_o_tiny", keys), ["reca"], 1, 1)
-    with pytest.raises(RecipeError, match="train.compile=true needs a C[+][+] compiler on a CPU"):
-        preflight.check(load_recipe("show_o_tiny", [*keys, "train.compile=true"]), ["reca"], 1, 1)
+    with torch._inductor.config.patch("cpp.cxx", (None, "no-such-compiler")):
+        preflight.check(load_recipe("show_o_tiny", keys), ["reca"], 1, 1)
+        with pytest.raises(RecipeError, match="train.compile=true needs a C[+][+] compiler on a CPU"):
+            preflight.check(load_recipe("show_o_tiny", [*keys, "train.compile=true"]), ["reca"], 1, 1)

@@ -70,15 +70,15 @@ class PublishedTokenizer:
     """The size of Phi-1.5's vocabulary with Show-o's tokens, and nothing else of it."""
 
     def __init__(self, text_tokens: int = 50295):
-        self.ids = {prompt.END_OF_TEXT: 50256}
-        self.ids |= {token: text_tokens + i for i, token in enumerate(prompt.SPECIAL_TOKENS)}
-        self.length = text_tokens + len(prompt.SPECIAL_TOKENS)
+        words = [f"word {i}" for i in range(text_tokens)]
+        words[50256] = prompt.END_OF_TEXT
+        self.ids = {word: i for i, word in enumerate([*words, *prompt.SPECIAL_TOKENS])}
 
     def get_vocab(self):
         return self.ids
 
     def __len__(self):
-        return self.length
+        return len(self.ids)
 
 
 @pytest.mark.parametrize("clip", [True, False])

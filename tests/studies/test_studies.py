@@ -329,7 +329,7 @@ def test_slurm_submits_each_task_once_after_those_it_needs(study, tmp_path, monk
     # Written again after the pre-training: without it.
     tasks, _ = plan(load_study(study), Asked("show_o", (0,), tmp_path / "out", scale=0.004))
     tasks[0].result.parent.mkdir(parents=True)
-    tasks[0].result.write_text("{}")
+    tasks[0].result.write_text('{"measures": {}, "curve": [], "seconds": 1}')
     assert slurm.levels(tasks) == [["0/RECA", "0/SFT", "0/before"], ["0/SFT-RECA"]]
     job = slurm.write(tasks, ["reca"], here, gpus=True, name="a").with_name("task.sbatch").read_text()
     assert "#SBATCH --gpus-per-task=1\n" in job and "#SBATCH --cpus-per-task=8\n" in job
