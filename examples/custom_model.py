@@ -48,7 +48,6 @@ class Prepared(base.Prepared):
 class Adapter(base.Adapter):
     name = "denoiser"
     tasks = frozenset({"reca", "t2i"})
-    abilities = frozenset({"generate"})
     trainable_roles = frozenset({"gen_head", "bridge"})
     condition_keys = ("h_v",)
 

@@ -99,7 +99,7 @@ def test_a_wrong_recipe_for_the_contract_is_refused(tmp_path):
         ("stranger", "class Adapter:\n    name = 'a'", "Adapter must inherit from reca.models.base.Adapter"),
         (
             "lacking",
-            "class Adapter(base.Adapter):\n    name, tasks, abilities = 'a', frozenset(), frozenset()",
+            "class Adapter(base.Adapter):\n    name, tasks = 'a', frozenset()",
             "Adapter lacks trainable_roles, condition_keys (see reca/models/base.py)",
         ),
         (

@@ -24,8 +24,6 @@ PROMPTS = "log.prompts=[a red square, a blue circle]"
 class Reconstructing(ToyAdapter):
     """A toy that reconstructs, too: every image as it is, but for a pixel."""
 
-    abilities = frozenset({"generate", "reconstruct"})
-
     def reconstruct(self, batch, seeds, **sampling):
         return [image * 0 + 7 for image in batch.gen]
 

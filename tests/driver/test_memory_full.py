@@ -28,8 +28,6 @@ def full(size: int, room: float) -> None:
 class Small(ToyAdapter):
     """A toy with room for so many images at once."""
 
-    abilities = frozenset({"generate", "reconstruct", "answer"})
-
     def __init__(self, room: float):
         super().__init__()
         self.room, self.calls = room, []

@@ -35,7 +35,6 @@ class ToyPrepared(Prepared):
 class ToyAdapter(Adapter):
     name = "toy"
     tasks = frozenset({"reca", "t2i"})
-    abilities = frozenset({"generate"})
     trainable_roles = frozenset({"gen_head"})
     condition_keys = ("h_v",)
 

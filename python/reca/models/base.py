@@ -33,6 +33,7 @@ ROLES = (
     "codec",  # image tokenizer or VAE
     "embed",  # token embeddings and output head
 )
+ABILITIES = ("generate", "reconstruct", "edit", "answer")  # methods of an Adapter that a model need not have
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ class Adapter(nn.Module):
 
     name: ClassVar[str]
     tasks: ClassVar[frozenset[str]]  # supported training tasks, a subset of TASKS
-    abilities: ClassVar[frozenset[str]]  # supported subset of generate, reconstruct, edit, answer
+    abilities: ClassVar[frozenset[str]]  # those of ABILITIES that the class defines
     trainable_roles: ClassVar[frozenset[str]]  # roles that RECA trains by default (paper, section 3)
     encoder_roles: ClassVar[frozenset[str] | None] = None  # roles whose parameters `encode` reads; None: any
     understanding_roles: ClassVar[frozenset[str]] = frozenset(
@@ -173,9 +174,10 @@ class Adapter(nn.Module):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        for name in ("generate", "reconstruct", "edit", "answer"):
+        for name in ABILITIES:
             if name in vars(cls):
                 setattr(cls, name, _checked(vars(cls)[name]))
+        cls.abilities = frozenset(name for name in ABILITIES if getattr(cls, name) is not getattr(Adapter, name))
 
     @classmethod
     def load(cls, config: Any, device: torch.device | str = "cpu") -> "Adapter":

@@ -28,7 +28,6 @@ class Bagel(modules.Network, Adapter):
 
     name = "bagel"
     tasks = frozenset({"reca", "t2i", "i2t", "srum"})
-    abilities = frozenset({"generate", "reconstruct", "edit", "answer"})
     trainable_roles = weights.TRAINED
     encoder_roles = frozenset({"und_encoder", "codec"})
     condition_keys = ("h_v",)

@@ -27,7 +27,6 @@ class Harmon(Network, Adapter):
 
     name = "harmon"
     tasks = frozenset({"reca", "i2t", "t2i"})
-    abilities = frozenset({"generate", "reconstruct", "answer"})
     trainable_roles = frozenset({"shared_encoder", "shared_lm", "embed", "gen_head", "bridge"})
     encoder_roles = frozenset({"codec"})
     understanding_roles = Adapter.understanding_roles | {"codec"}  # h_v is computed from latents

@@ -24,7 +24,6 @@ class JanusFlow(Network, Adapter):
 
     name = "janusflow"
     tasks = frozenset({"reca", "i2t", "t2i"})
-    abilities = frozenset({"generate", "reconstruct", "answer"})
     trainable_roles = frozenset({"shared_lm", "bridge", "gen_head"})
     encoder_roles = frozenset({"und_encoder", "codec"})
     understanding_roles = frozenset({"und_encoder", "shared_lm", "embed"})  # the bridge is used by generation only

@@ -29,7 +29,6 @@ class OpenUni(Network, Adapter):
 
     name = "open_uni"
     tasks = frozenset({"reca", "t2i", "i2t", "srum"})
-    abilities = frozenset({"generate", "reconstruct", "edit", "answer"})
     trainable_roles = frozenset({"bridge", "gen_head"})
     encoder_roles = frozenset({"und_encoder", "codec"})
     understanding_roles = frozenset({"und_encoder", "und_lm", "embed"})  # the bridge is used by generation only

@@ -27,7 +27,6 @@ class ShowO(Network, Adapter):
 
     name = "show_o"
     tasks = frozenset({"reca", "i2t", "t2i"})
-    abilities = frozenset({"generate", "reconstruct", "answer"})
     trainable_roles = frozenset({"shared_lm", "embed", "bridge"})
     encoder_roles = frozenset({"und_encoder", "codec"})
     condition_keys = ("h_v",)
