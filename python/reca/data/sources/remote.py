@@ -149,7 +149,7 @@ class RemotePath:
         return urlsplit(str(self)).netloc
 
     def note(self, *files: "RemotePath") -> None:
-        """Note that the host has answered. files: that it has listed or told of, or of which it has sent a part."""
+        """Note that the host has answered. files: those that it has listed, or sent metadata or a part of."""
         with _lock:
             hosts = _answered.setdefault(self.fs, {})
             known = [*files, *hosts.pop(self.host, ())]
