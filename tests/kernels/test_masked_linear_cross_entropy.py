@@ -53,6 +53,20 @@ def test_wide_rows(backend, device, classes):
 
 
 @EVERYWHERE
+def test_labels_are_compacted_in_several_passes(backend, device):
+    """A block of the CUDA kernel looks at 1024 labels at a time. Each of its passes finds some."""
+    leaves, labels = problem(rows=2500, classes=33, width=8, labelled=0.01, device=device)
+    assert [int((part != IGNORED).sum()) > 0 for part in labels.split(1024)] == [True] * 3
+    wide = exact(leaves)
+    options = {"reduction": "none", "max_labelled": 40}
+    loss = masked_linear_cross_entropy(*leaves[:2], labels, leaves[2], backend=backend, **options)
+    want = reference.masked_linear_cross_entropy(*wide[:2], labels, wide[2], **options)
+    close(loss.detach(), want.detach(), 1e-6)
+    for got, true in zip(gradients(loss, leaves), gradients(want, wide), strict=True):
+        close(got, true, 1e-5)
+
+
+@EVERYWHERE
 def test_a_common_offset_of_smoothed_logits_costs_no_digits(backend, device):
     """The sum of 5000 logits around 1e5 would; the logits are whole numbers, so that their product is exact."""
     generator = torch.Generator().manual_seed(5)
