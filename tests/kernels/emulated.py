@@ -41,6 +41,12 @@ def _pybind11() -> Path | None:
     return None
 
 
+def sources() -> list[Path]:
+    """The kernels, and what stands in for CUDA."""
+    folders = (ROOT / "csrc", Path(__file__).parent / "emulator")
+    return [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
 def build(find_races: bool = False) -> ModuleType:
     """Return the native module whose launchers work on any device but the host.
 
@@ -67,10 +73,9 @@ def build(find_races: bool = False) -> ModuleType:
         # The CPU kernels stay out, their symbols unresolved: nothing calls them.
         _run(["g++", "-shared", "-Wl,-z,lazy", "-o", str(library), *objects])
 
-    sources = [path for folder in (emulator, csrc) for path in sorted(folder.rglob("*")) if path.is_file()]
     versions = [compiled.version("g++"), sys.version, (pybind11 / "pybind11/detail/common.h").read_text()]
     name = "_native_with_races.so" if find_races else "_native.so"
-    path = compiled.once(name, [Path(__file__), *sources, *flags, *versions], compile_to)
+    path = compiled.once(name, [Path(__file__), *sources(), *flags, *versions], compile_to)
     flags_before = sys.getdlopenflags()
     sys.setdlopenflags(os.RTLD_LAZY | os.RTLD_LOCAL)
     try:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import compiled
 from tests.kernels import emulated
 
 pytestmark = pytest.mark.skipif(emulated.missing() is not None, reason=str(emulated.missing()))
@@ -101,18 +102,21 @@ WRONG = {
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("races")
-    (folder / "program.cpp").write_text(PROGRAM)
-    includes = (f"-I{Path(__file__).parent / 'emulator'}", f"-I{emulated.ROOT / 'csrc'}")
-    compiled = [str(folder / name) for name in ("program.cpp", "program.o", "program")]
-    for command in (
-        ["g++", "-O1", *emulated.FLAGS, *emulated.RACES, *includes, "-c", compiled[0], "-o", compiled[1]],
-        ["g++", compiled[1], "-o", compiled[2]],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    return folder / "program"
+def program() -> Path:
+    flags = [*emulated.FLAGS, *emulated.RACES, f"-I{Path(__file__).parent / 'emulator'}", f"-I{emulated.ROOT / 'csrc'}"]
+
+    def compile_to(made: Path) -> None:
+        source, compiled_source = made.with_name("program.cpp"), str(made.with_name("program.o"))
+        source.write_text(PROGRAM)
+        for command in (
+            ["g++", "-O1", *flags, "-c", str(source), "-o", compiled_source],
+            ["g++", compiled_source, "-o", str(made)],
+        ):
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+
+    parts = [Path(__file__), *emulated.sources(), *flags, compiled.version("g++")]
+    return compiled.once("races", parts, compile_to)
 
 
 @pytest.mark.parametrize("kernel", RIGHT)
