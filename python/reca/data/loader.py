@@ -333,7 +333,7 @@ class Loader:
         text = [row.sample.text for row in rows]
         if self.templates:
             text = self._drawn(ids, [self.templates] * len(rows))
-        if self.task == "t2i":
+        if any(isinstance(said, Captions) for said in text):
             text = self._drawn(ids, [said if isinstance(said, Captions) else (said,) for said in text])
         if self.task == "srum":
             text = [said._replace(target=None) for said in text]
