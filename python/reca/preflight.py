@@ -107,10 +107,11 @@ def check(
     templates = check_recipe(recipe)
     check_passes(recipe, ranks)
     check_apex(model, recipe.optim, ranks)
-    precision.check_usable(recipe.train.precision, usable_device(None))
+    device = usable_device(None)
+    precision.check_usable(recipe.train.precision, device)
     if recipe.train.float8:
-        float8.check_usable(usable_device(None))
-    compiled_blocks.check_usable(recipe.train, usable_device(None))
+        float8.check_usable(device)
+    compiled_blocks.check_usable(recipe.train, device)
     chosen_decoder(recipe.data)
     if begins:
         lineage.check_parent(recipe, model)
