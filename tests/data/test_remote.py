@@ -57,6 +57,9 @@ def test_a_folder_is_what_it_is_here(memory, tmp_path):
     memory.pipe("/text/a.md", b"x")
     with pytest.raises(DataError, match=r"memory://.*text has no images .*only 1 x \.md"):
         open_source("memory://text", "reca")
+    memory.pipe({"/shards/0.tar": b"x", "/shards/0.parquet": b"x"})
+    with pytest.raises(DataError, match=r"only 1 x \.parquet, 1 x \.tar: name its tars .* or its tables"):
+        open_source("memory://shards", "reca")
     memory.rm("/data/a.txt")
     with pytest.raises(DataError, match=r"1 of 2 images have no caption; memory://.*a.txt is missing"):
         open_source("memory://data", "t2i")

@@ -102,9 +102,9 @@ def _open_folder(path: Path, task: str, image_root: str | None, columns: Columns
         try:
             return Folder(path, task)
         except NoImages as error:
-            tables = [path / name for name in error.files.get(".parquet", ())]
-            if not tables:
+            if not _is_of_tables(error.files):
                 raise
+            tables = [path / name for name in error.files[".parquet"]]
     return Parquet(one_split(tables, path), task, columns, image_root)
 
 
@@ -127,7 +127,12 @@ def _open_address(text: str, task: str, image_root: str | None, columns: Columns
             return RemoteFolder(root, task)
         except NoImages as error:
             files = error.files
-            if ".parquet" not in files:
+            if not _is_of_tables(files):
                 raise
     tables = [root.listed(path) for path in files[".parquet"]]
     return Parquet(one_split(tables, root), task, columns, image_root)
+
+
+def _is_of_tables(files: Mapping[str, Sequence[str]]) -> bool:
+    """Return whether a folder without images is one of parquet files. Those beside tars may be metadata of the tars."""
+    return ".parquet" in files and ".tar" not in files

@@ -237,4 +237,6 @@ def holds(files: Mapping[str, Sequence[str]]) -> str:
     most = sorted(files, key=lambda suffix: -len(files[suffix]))[:5]
     counts = ", ".join(f"{len(files[suffix])} x {suffix or 'no suffix'}" for suffix in most)
     hint = ": name its tars as FOLDER/*.tar" if ".tar" in files else ""
+    if hint and ".parquet" in files:
+        hint += ", or its tables as FOLDER/*.parquet"
     return f", only {counts}{hint}"
