@@ -91,6 +91,16 @@ def test_where_an_image_may_be(tmp_path, columns, types, chosen):
     assert source[0].image == image_bytes()
 
 
+@pytest.mark.parametrize("task", ["reca", "t2i"])
+def test_tables_beside_tars_are_not_taken_for_the_images(tmp_path, task):
+    """Beside each tar img2dataset writes a table of its URLs, from which the images would be fetched again."""
+    table(tmp_path / "00000.parquet", {"url": ["https://host.invalid/0.png"], "caption": ["a cat"]})
+    fill(tmp_path, {"00000.tar": b"", "00000_stats.json": b""})
+    with pytest.raises(DataError, match=r": name its tars as FOLDER/\*\.tar, or its tables as FOLDER/\*\.parquet"):
+        opened(tmp_path, task)
+    assert len(opened(tmp_path / "*.parquet", task)) == 1
+
+
 def test_names_in_cells_start_from_image_root(tmp_path):
     fill(tmp_path / "photos", {"a.png": image_bytes()})
     source = opened(table(tmp_path / "t.parquet", {"image": ["a.png", "b.png"]}), image_root=str(tmp_path / "photos"))
@@ -342,6 +352,14 @@ def test_a_row_group_is_read_once_while_it_is_used(tmp_path, monkeypatch):
     monkeypatch.setattr(parquet.Parquet, "_load", lambda self, number: loads.append(number) or load(self, number))
     reds(tmp_path, 40, workers=3)
     assert sorted(set(loads)) == list(range(10)) and len(loads) == 10
+
+
+def test_no_row_group_is_decoded_in_one_piece(tmp_path, monkeypatch):
+    """Of a nested column pyarrow decodes less than 2 GiB in one piece, and pandas writes groups of a million rows."""
+    monkeypatch.setattr(parquet, "DECODED", 4)
+    source = opened(midjourney(tmp_path / "a.parquet", 0, 10, rows=10), "t2i", caption="llava")
+    assert [source[n].text for n in range(10)] == [f"an image of {n}" for n in range(10)]
+    assert [len(piece) for piece in source.tables(0).column("image").chunks] == [4, 4, 2]
 
 
 def test_large_row_groups_are_warned_of(tmp_path, monkeypatch, caplog):

@@ -25,6 +25,7 @@ from reca.data.sources.skipped import log_once
 from reca.io.files import HEAD, packed, placeholder
 
 LARGE = 2**29  # bytes; a warning is logged for larger row groups
+DECODED = 64  # rows at once: pyarrow cannot decode 2 GiB of a nested column, such as {bytes, path}, in one piece
 MAGIC = b"PAR1"
 SPLIT = re.compile(r"(train|test|validation|valid|val|dev)(?![A-Za-z])")
 
@@ -124,15 +125,17 @@ class Parquet:
 
     def _load(self, number: int) -> Any:
         """Read a row group's columns. Raises BadSample if its bytes are damaged."""
+        import pyarrow
         from pyarrow.parquet import ParquetFile
 
-        group = self.groups[number]
+        group, names = self.groups[number], self.columns.names
         try:
             path = self.paths[group.file]
             source = Ranges(path) if isinstance(path, RemotePath) else path
             metadata, one_request = self.metadata(group.file), isinstance(source, Ranges)
             with ParquetFile(source, metadata=metadata, pre_buffer=one_request) as file:
-                return file.read_row_group(group.number, columns=self.columns.names, use_threads=False)
+                parts = file.iter_batches(DECODED, [group.number], columns=names, use_threads=False)
+                return pyarrow.Table.from_batches(parts)
         except OSError as error:
             if error.errno is not None:
                 raise
