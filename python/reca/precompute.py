@@ -17,6 +17,7 @@ from reca.data.feature_shards import fill
 from reca.data.loader import Loader, Row, open_loader
 from reca.data.read_ahead import read_ahead
 from reca.estimate import out_of_memory
+from reca.io.folders import ensure_writable
 from reca.models import umm_package
 from reca.models.base import Adapter
 from reca.models.common.deferred_weights import DeferredWeights, deferring
@@ -87,14 +88,15 @@ def cache_features(recipe: Recipe) -> list[str]:
                 recipe.data, task, adapter.views(task), seed=recipe.train.seed, micro_batch=config.micro_batch,
                 bad_samples=Path(recipe.data.cache) / f"bad_{task}.jsonl", identity=identity,
             )  # fmt: skip
+            assert loader.cache is not None
+            folder = ensure_writable(loader.cache.folder, "data.cache")
 
         def encode(rows: list[Row], loader: Loader = loader) -> dict[str, Any]:
             batch: Batch = loader.batch_of(rows).to(device)
             with context, training_kernels(recipe.train.precision, device):
                 return adapter.encode(batch)
 
-        assert loader.cache is not None
-        started, reader, folder = time.perf_counter(), _Reader(loader), loader.cache.folder
+        started, reader = time.perf_counter(), _Reader(loader)
         with distributed.fail_together():
             done = fill(reader, config.micro_batch, encode, folder)
             loader.close()

@@ -1,8 +1,11 @@
 """Features made ahead of time: packed, exact, resumed, and used in training."""
 
+import errno
 import itertools
+import os
 import threading
 from collections import deque
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +22,8 @@ from reca.data.loader import open_loader
 from reca.data.meter import Meter
 from reca.data.sources.parquet import Parquet
 from reca.data.views import View, Views
+from reca.io import folders
+from reca.io.folders import NotWritable
 from reca.options.fields import RecipeError
 from tests.data.files import fill as files
 from tests.data.files import image_bytes
@@ -120,6 +125,32 @@ def test_all_features_are_made_once_and_training_uses_them(recipe):
     stream.close()
     assert all(batch.features is not None and batch.gen is None for batch in batches)
     assert {float(red) for batch in batches for red in batch.features["red"]} <= set(range(11))
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
+def test_features_that_may_only_be_read_are_used(recipe, monkeypatch, caplog, code):
+    """Those of a colleague, or on a disk that is mounted without the permission to write."""
+    precompute.cache_features(recipe)
+
+    def refuse(path=None, mode=0, dir=None):
+        raise FileExistsError if path and os.path.exists(path) else OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(folders.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(os, "mkdir", refuse)
+    identity = precompute.features_identity(recipe, Model(), None)
+    stream = open_loader(recipe.data, "reca", VIEWS, seed=0, micro_batch=4, identity=identity)
+    assert next(iter(stream)).features is not None
+    files(Path(recipe.data.images), {f"{n:02}.png": image_bytes((n + 100, 0, 0)) for n in range(11)})
+    for batch in itertools.islice(stream, 3):
+        if batch.on_encoded:
+            batch.on_encoded({"red": torch.zeros(4, 1)})
+    stream.close()
+    assert [path.suffix for path in stream.cache.folder.iterdir()] == [".safetensors"]  # the shard
+    assert caplog.text.count("may only be read: the run uses its features and adds none") == 1
+    with pytest.raises(NotWritable, match="cannot be written to"):
+        precompute.cache_features(recipe)
+    with pytest.raises(NotWritable, match="cannot be written to"):  # of other encoders, none are there
+        open_loader(recipe.data, "reca", VIEWS, seed=0, micro_batch=4, identity="others")
 
 
 def test_features_belong_to_the_contents_of_weights_wherever_they_are(recipe, tmp_path):

@@ -1,6 +1,7 @@
 """Disk cache for features of the frozen encoders: every image is decoded and encoded once."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -19,13 +20,16 @@ from torch import Tensor
 from reca import units
 from reca.data.errors import DataError
 from reca.data.feature_shards import FeatureShards, features_of
+from reca.data.sources.skipped import log_once
 from reca.data.views import Views
-from reca.io.folders import ensure_writable, write_atomically
+from reca.io.folders import NotWritable, ensure_writable, write_atomically
+from reca.io.paths import is_dir
 
 log = logging.getLogger("reca")
 
 KEPT_BYTES = 2**25  # of features that stay in memory
 WAITING = 2  # most batches that wait to be written
+READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)  # errors of writing to a folder of others
 VERSION = 2  # of all features; increment when the same views or encoders compute different ones
 
 
@@ -38,7 +42,8 @@ class FeatureCache:
     """Features on disk: precomputed shards, and one safetensors file per image encoded during training.
 
     They are in a subfolder whose name is a hash of everything else that they depend on. The first features that are
-    read stay in memory, up to KEPT_BYTES. A thread writes, so that a step does not wait for the disk.
+    read stay in memory, up to KEPT_BYTES. A thread writes, so that a step does not wait for the disk. In a folder that
+    may only be read, existing features are used.
 
     identity: JSON-serialisable identity of the encoders. Features of other identities in the same folder are ignored.
     spare: returns how many bytes of a folder's disk to leave free; None: none.
@@ -52,8 +57,8 @@ class FeatureCache:
                     "would always see the same crop. Set data.cache=null"
                 )
         text = json.dumps([VERSION, identity, repr(views)], sort_keys=True, default=str)
-        self.folder, self.full = folder / hashlib.sha256(text.encode()).hexdigest()[:16], False
-        ensure_writable(self.folder, "data.cache")
+        self.folder = folder / hashlib.sha256(text.encode()).hexdigest()[:16]
+        self.full = not _writable(self.folder)  # nothing more is written
         self.spare = spare
         self.shards = FeatureShards(self.folder)
         self.kept: dict[str, dict[str, Tensor]] = {}
@@ -131,6 +136,18 @@ class FeatureCache:
                     "this disk (%s). Free some space, or set data.cache to a folder on another disk",
                     *(self.folder, units.size(need), _free(self.folder)),
                 )
+
+
+def _writable(folder: Path) -> bool:
+    """Create the folder if needed. Return False if it may only be read. Raises NotWritable."""
+    try:
+        ensure_writable(folder, "data.cache")
+    except NotWritable as error:
+        if getattr(error.__cause__, "errno", None) not in READ_ONLY or not is_dir(folder):
+            raise
+        log_once(logging.WARNING, f"data.cache {folder} may only be read: the run uses its features and adds none")
+        return False
+    return True
 
 
 def _free(folder: Path) -> str:
