@@ -101,6 +101,7 @@ def test_a_name_is_loaded_with_its_split(tmp_path):
     rows(2).to_parquet(folder / "test-00000-of-00001.parquet")
     source = opened(f"hf:{folder}?split=train")
     assert len(source) == 4 and source[2].image == image_bytes((2, 0, 0)) and source.key(2) == "train:2"
+    assert [len(opened(f"hf:{folder}?split={part}")) for part in ("train+test", "train[:50%]+test[1:]")] == [6, 3]
     with pytest.raises(DataError, match=r"has the splits .*: name one of them, such as hf:.*\?split="):
         opened(f"hf:{folder}")
     with pytest.raises(DataError, match="cannot be loaded by datasets"):

@@ -125,7 +125,8 @@ def open_hub(text: str, task: str, columns: ColumnsConfig, image_root: str | Non
 def _parse(text: str) -> Hub:
     path, _, query = text.removeprefix(PREFIX).partition("?")
     try:
-        options = dict(parse_qsl(query, keep_blank_values=True, strict_parsing=True)) if query else {}
+        literal = query.replace("+", "%2B")  # split=train+test, which would be read as a space
+        options = dict(parse_qsl(literal, keep_blank_values=True, strict_parsing=True)) if query else {}
     except ValueError:
         options = {query: ""}
     if "streaming" in options:
