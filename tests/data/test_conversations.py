@@ -56,6 +56,12 @@ def test_the_system_prompt_of_a_row(tmp_path, system, turns, expected):
     assert opened(tmp_path, row(*turns) | {"system": system})[0].text == expected
 
 
+def marked(question, answer):
+    """A row whose two turns have further keys."""
+    asked, answered = GOOD["conversations"]
+    return GOOD | {"conversations": [asked | question, answered | answer]}
+
+
 @pytest.mark.parametrize(
     ("bad", "reason"),
     [
@@ -90,6 +96,8 @@ def test_the_system_prompt_of_a_row(tmp_path, system, turns, expected):
         (row("human", [{"type": "image"}] * 2, "gpt", "A"), "have more than one <image> for one image"),
         (row("human", "Q", None, "A"), "have a turn from a role other than human, gpt or system"),
         (row("human", "Q", "tool", "A"), "have a turn from a role other than human, gpt or system"),
+        (marked({}, {"loss": False}), "have an answer marked as not to be trained on"),
+        (marked({}, {"weight": 0, "train": None}), "have an answer marked as not to be trained on"),
         (row("human", "Q", "gpt", "\ud83d"), "have a turn with lone surrogates or NUL characters"),
         (row("human", "Q"), "have no answer"),
         (row("system", "S", "human", "Q"), "have no answer"),
@@ -114,6 +122,13 @@ def test_rows_of_other_forms_are_left_out_by_reason(tmp_path, bad, reason, caplo
     assert f"rows.json: skipped 2 {found} (the first: row 2)" in caplog.text
     with pytest.raises(DataError, match=f"rows.json .*(has no conversation.*{reason}|not LLaVA-style)"):
         opened(tmp_path, bad)
+
+
+def test_answers_that_other_trainers_train_on_are_used(tmp_path):
+    source = opened(
+        tmp_path, marked({"loss": False}, {"loss": True, "weight": 1}), marked({"weight": 0}, {"loss": None})
+    )
+    assert len(source) == 2 and not source.skipped
 
 
 def test_a_last_question_without_an_answer_is_said(tmp_path):

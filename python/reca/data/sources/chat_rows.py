@@ -11,6 +11,8 @@ from reca.data.text import encodable
 
 IMAGE = "<image>"
 LONGEST_NAME = 4096  # characters of an image's path or URL; images in base64 have more
+# Keys by which other trainers leave an answer out of the loss, where they are false or 0.
+TRAINED = ("loss", "train", "weight")
 ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
 
 
@@ -106,6 +108,8 @@ def _said(item: dict) -> list[tuple[str, str]]:
         role = ROLES.get(role.strip().lower()) if isinstance(role, str) else None
         if role is None:
             raise BadRow("have a turn from a role other than human, gpt or system")
+        if role == "gpt" and any(turn.get(key) is not None and not turn[key] for key in TRAINED):
+            raise BadRow('have an answer marked as not to be trained on (by "loss", "train" or "weight")')
         if not encodable(text) or "\0" in text:
             raise BadRow("have a turn with lone surrogates or NUL characters")
         said.append((role, text))

@@ -25,7 +25,7 @@ from reca.io.files import parse_json
 
 LARGE = 2**24  # bytes; files of at least this size, together, get an index file
 SETTLED = 2.0  # seconds; a file that changed more recently could change again with the same time stamp
-VERSION = 5  # of all index formats; increment when the content of an index changes
+VERSION = 6  # of all index formats; increment when the content of an index changes
 
 
 def cache_folder() -> Path:
