@@ -342,6 +342,23 @@ def test_checkpoints_may_lie_on_another_disk(recipe, tmp_path, monkeypatch):
     assert checkpoint.free_space(run_dir) == 7 and asked == [tmp_path / "disk"]
 
 
+def test_a_checkpoint_that_was_complete_before_a_kill_is_in_the_status(recipe):
+    """A killed process may not have written it to status.json; the next start resumes from it."""
+    run_dir = run_toy(recipe("train.steps=4", "checkpoint.every=2")).run_dir
+    written = run_dir / "status.json"
+    old = {"state": "running", "exit_code": None, "step": 2, "checkpoint": "checkpoints/000002"}
+    written.write_text(json.dumps(json.loads(written.read_text()) | old))
+    status = Status.read(run_dir)
+    assert (status.state, status.step, status.checkpoint) == ("failed", 4, "checkpoints/000004")
+    assert status.reason.endswith("resumes from step 4")
+    (run_dir / "checkpoints/000004/COMPLETE").unlink()
+    assert Status.read(run_dir).step == 2
+    shutil.rmtree(run_dir / "checkpoints/000002")  # an older one is not what the status names
+    (run_dir / "checkpoints/000004").rename(run_dir / "checkpoints/000001")
+    (run_dir / "checkpoints/000001/COMPLETE").touch()
+    assert Status.read(run_dir).step == 2 and "checkpoints/000002 is gone" in Status.read(run_dir).reason
+
+
 def test_the_status_says_that_the_checkpoint_is_gone(recipe, capsys):
     """A finished run stays finished, but it has no weights to use."""
     run_dir = run_toy(recipe("train.steps=2")).run_dir

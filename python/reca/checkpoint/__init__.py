@@ -15,16 +15,7 @@ safetensors, everything else is JSON.
 from reca.checkpoint.background import BackgroundWriter
 from reca.checkpoint.contents import changed_parameters, size, snapshot
 from reca.checkpoint.errors import CheckpointError
-from reca.checkpoint.listing import (
-    MARKER,
-    find_damage,
-    free_space,
-    latest,
-    latest_valid,
-    list_complete,
-    remove_partial,
-    rename_damaged,
-)
+from reca.checkpoint.listing import find_damage, free_space, latest_valid, remove_partial, rename_damaged
 from reca.checkpoint.reading import (
     check_fit,
     digest,
@@ -39,6 +30,7 @@ from reca.checkpoint.reading import (
 )
 from reca.checkpoint.retention import Keep
 from reca.checkpoint.writing import save, write
+from reca.io.checkpoints import MARKER, latest, list_complete
 
 __all__ = [
     "MARKER",

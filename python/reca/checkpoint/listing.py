@@ -1,4 +1,4 @@
-"""Find the checkpoints of a run: complete, damaged and partial ones."""
+"""Find the checkpoints of a run that are sound, and remove or rename others."""
 
 import logging
 import os
@@ -8,30 +8,11 @@ from pathlib import Path
 from reca import distributed
 from reca.checkpoint import manifest
 from reca.checkpoint.errors import CheckpointError
-from reca.io.paths import exists
+from reca.io.checkpoints import MARKER, list_complete
 
 log = logging.getLogger("reca")
 
-MARKER = "COMPLETE"
 PARTIAL = ".partial"  # suffix while a checkpoint is written or removed; the next start removes leftovers
-
-
-def list_complete(run_dir: Path) -> list[Path]:
-    """List the complete checkpoints of a run, oldest first. Names are steps: digits, compared as numbers.
-
-    Raises OSError if the folder exists and cannot be read, so that the run does not start from the first step again.
-    """
-    try:
-        names = os.listdir(run_dir / "checkpoints")  # Path.glob returns nothing for an unreadable folder
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    folders = [run_dir / "checkpoints" / name for name in sorted(filter(str.isdecimal, names), key=int)]
-    return [folder for folder in folders if exists(folder / MARKER)]
-
-
-def latest(run_dir: Path) -> Path | None:
-    """Find the latest complete checkpoint of a run, damaged or not."""
-    return next(reversed(list_complete(run_dir)), None)
 
 
 def latest_valid(run_dir: Path) -> Path | None:

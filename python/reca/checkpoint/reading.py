@@ -18,9 +18,10 @@ from reca import distributed, exits
 from reca.checkpoint import manifest
 from reca.checkpoint.contents import EMA, FLAT, changed_parameters, named_parameters, tensors
 from reca.checkpoint.errors import CheckpointError, first_reason
-from reca.checkpoint.listing import MARKER, compare, find_damage, latest_valid
+from reca.checkpoint.listing import compare, find_damage, latest_valid
 from reca.config.recipe import LoraConfig
 from reca.errors import PeerFailed
+from reca.io.checkpoints import MARKER
 from reca.io.files import parse_json
 from reca.io.folders import is_utf8
 from reca.io.paths import exists, is_dir

@@ -22,9 +22,10 @@ from reca import distributed, exits, units
 from reca.checkpoint import manifest
 from reca.checkpoint.contents import Snapshot, snapshot
 from reca.checkpoint.errors import first_failure, first_reason
-from reca.checkpoint.listing import MARKER, PARTIAL, free_space, list_complete, remove
+from reca.checkpoint.listing import PARTIAL, free_space, remove
 from reca.checkpoint.retention import Keep
 from reca.io import folders
+from reca.io.checkpoints import MARKER, list_complete
 from reca.io.paths import exists, is_dir
 from reca.models.base import Adapter
 

@@ -150,8 +150,7 @@ class RunFolder:
 
     def record_checkpoint(self, checkpoint: Path | None) -> None:
         """Record the latest complete checkpoint in the status; None if there is none."""
-        self.status.checkpoint = None if checkpoint is None else f"{checkpoint.parent.name}/{checkpoint.name}"
-        self.status.step = 0 if checkpoint is None else int(checkpoint.name)
+        self.status.set_checkpoint(checkpoint)
         self.write_status("running")
 
     def record_alarms(self, alarms: Sequence[str]) -> None:

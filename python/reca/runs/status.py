@@ -3,11 +3,13 @@
 {"state": "interrupted", "step": 125, "steps": 200, "checkpoint": "checkpoints/000125", "exit_code": 75, ...}
 """
 
+import contextlib
 import socket
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from reca import exits
+from reca.io.checkpoints import latest
 from reca.io.files import parse_json
 from reca.io.paths import exists, is_file
 from reca.runs.folder_lock import is_alive, is_locked
@@ -44,7 +46,8 @@ class Status:
     def read(cls, run_dir: Path) -> "Status":
         """Read the current status of a run. If its process died without writing a final state, it counts as failed.
 
-        The reason also says if the checkpoint of an ended run is gone.
+        A checkpoint that such a process completed before it died is in the status, too. The reason also says if the
+        checkpoint of an ended run is gone.
         Raises ValueError if the folder has no readable status.
         """
         status = cls.written(run_dir)
@@ -53,6 +56,9 @@ class Status:
         status = cls.written(run_dir)  # read again: the run may have ended and released the folder in between
         if status.state == "running":
             status.state, status.exit_code = "failed", exits.INTERRUPTED
+            with contextlib.suppress(OSError):
+                if (newest := latest(run_dir)) is not None and int(newest.name) > status.step:
+                    status.set_checkpoint(newest)
             status.reason = (
                 f"process {status.pid} on {status.host} died without reporting an error (it was killed, or the machine "
                 f"went down); the same command resumes from step {status.step}"
@@ -82,6 +88,11 @@ class Status:
             raise ValueError(
                 f"{path} cannot be read: expected a JSON object with {', '.join(FIELDS)}; the next start replaces it"
             ) from error
+
+    def set_checkpoint(self, checkpoint: Path | None) -> None:
+        """Set the latest complete checkpoint; None if there is none."""
+        self.checkpoint = None if checkpoint is None else f"{checkpoint.parent.name}/{checkpoint.name}"
+        self.step = 0 if checkpoint is None else int(checkpoint.name)
 
     def describe(self) -> str:
         """Return one line for each field that is set."""
