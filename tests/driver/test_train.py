@@ -282,6 +282,25 @@ def test_kind_the_model_lacks(recipe):
         Trainer(recipe("objective.i2t.weight=1"), ToyAdapter())
 
 
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (lambda term: term.sum / term.weight, r"Tensor\[\]"),
+        (lambda term: (term.sum, term.weight), r"tuple\(Tensor\[\], Tensor\[\]\)"),
+        (lambda term: term._replace(weight=8.0), r"LossTerm\(Tensor\[\], float, NoneType\)"),
+        (lambda term: term._replace(sum=term.sum.expand(2)), r"LossTerm\(Tensor\[2\], Tensor\[\], NoneType\)"),
+    ],
+)
+def test_a_loss_that_is_no_loss_term(changed, said, recipe):
+    class Other(ToyAdapter):
+        def loss(self, *given):
+            return changed(super().loss(*given))
+
+    trainer = Trainer(recipe(), Other())
+    with pytest.raises(TypeError, match=rf"Other.loss returned {said}: expected a LossTerm of two scalar tensors"):
+        trainer.run()
+
+
 def test_unknown_role(recipe):
     with pytest.raises(ValueError, match="'everything', which is not a role"):
         Trainer(recipe("train.roles=[everything]"), ToyAdapter())

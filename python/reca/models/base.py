@@ -262,6 +262,7 @@ class Adapter(nn.Module):
 
         condition="other", a control, replaces the h_v of every sample by that of the next one. The last sample gets the
         h_v of `batch.neighbour`, or that of the first sample if there is no neighbour.
+        Raises TypeError if `loss` returns anything but a LossTerm of scalar tensors.
         """
         features = self._features(batch)
         if condition == "other":
@@ -271,7 +272,13 @@ class Adapter(nn.Module):
                     "condition 'other' takes h_v from another sample: pass at least two samples or set batch.neighbour"
                 )
             features = features | {key: _shifted(features[key], after[key]) for key in self.condition_keys}
-        return self.loss(self.ensure_prepared(batch, rng), features, rng)
+        term = self.loss(self.ensure_prepared(batch, rng), features, rng)
+        if not isinstance(term, LossTerm) or not all(isinstance(part, Tensor) and not part.ndim for part in term[:2]):
+            raise TypeError(
+                f"{type(self).__module__}.{type(self).__name__}.loss returned {_shown(term)}: expected a LossTerm of "
+                "two scalar tensors, the sum of the losses and their weight; LossTerm.of(sum, prepared) makes one"
+            )
+        return term
 
     def _features(self, batch: Batch) -> dict[str, Any]:
         """Return cached features, or encode the batch and cache the result."""
@@ -354,6 +361,14 @@ class Adapter(nn.Module):
         The list may be empty. The dtypes of their inputs and outputs must not depend on the images.
         """
         return []
+
+
+def _shown(value: Any) -> str:
+    """Describe the type of a value, with the types of a tuple's items and the shapes of tensors."""
+    name = type(value).__name__
+    if isinstance(value, tuple):
+        return f"{name}({', '.join(map(_shown, value))})"
+    return f"{name}{list(value.shape)}" if isinstance(value, Tensor) else name
 
 
 def _shifted(feature: Tensor | list, after: Tensor | list) -> Tensor | list:
