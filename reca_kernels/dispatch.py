@@ -107,6 +107,23 @@ def use(backend: str) -> Iterator[None]:
         _used = before
 
 
+_gpu_assumed = False
+
+
+@contextmanager
+def assume_gpu() -> Iterator[None]:
+    """Choose inside this context, for fake tensors, as if they were on a GPU.
+
+    A machine without a GPU is assumed to have one that can run every backend.
+    """
+    global _gpu_assumed
+    before, _gpu_assumed = _gpu_assumed, True
+    try:
+        yield
+    finally:
+        _gpu_assumed = before
+
+
 def choose(
     op: str,
     tensor: Tensor,
@@ -125,12 +142,15 @@ def choose(
         ValueError: The name of the backend is unknown.
         RuntimeError: The forced backend cannot run.
     """
-    forced = backend or _forced(tensor.device.type)
+    device = torch.device("cuda") if _gpu_assumed else tensor.device
+    forced = backend or _forced(device.type)
     # One compiled graph serves many sizes, so where sizes are symbolic the choice is that for a large tensor.
     numel = None if torch.compiler.is_compiling() else tensor.numel() if numel is None else numel
     if type(numel) is not int:
         numel = None
-    return _choose(op, tensor.device, dtype or tensor.dtype, numel, forced)
+    if _gpu_assumed and not torch.cuda.is_available():
+        return _choose_assumed(op, dtype or tensor.dtype, forced)
+    return _choose(op, device, dtype or tensor.dtype, numel, forced)
 
 
 def _forced(device: str) -> str:
@@ -146,6 +166,19 @@ def _forced(device: str) -> str:
     return "auto" if own == "cpu" or torch.cuda.is_available() else forced
 
 
+def _choose_assumed(op: str, dtype: torch.dtype, forced: str) -> str:
+    """Return the backend on a GPU that can run every one."""
+    if forced != "auto":
+        _check_known(op, forced)
+        return forced
+    return next((b for b in ORDER["cuda"] if dtype in FLOATS and has_backend(op, b)), "reference")
+
+
+def _check_known(op: str, backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"{op}: unknown backend {backend!r}; expected auto, {', '.join(BACKENDS)}")
+
+
 @compiling.assume_constant_result  # a compiled graph keeps the choice made when it was traced
 def _choose(op: str, device: torch.device, dtype: torch.dtype, numel: int | None, forced: str) -> str:
     return _decide(op, device, dtype, numel, forced)
@@ -155,8 +188,7 @@ def _choose(op: str, device: torch.device, dtype: torch.dtype, numel: int | None
 def _decide(op: str, where: torch.device, dtype: torch.dtype, numel: int | None, forced: str) -> str:
     device, index = where.type, where.index
     if forced != "auto":
-        if forced not in BACKENDS:
-            raise ValueError(f"{op}: unknown backend {forced!r}; expected auto, {', '.join(BACKENDS)}")
+        _check_known(op, forced)
         if reason := unusable(op, forced, device, index):
             raise RuntimeError(
                 f"{op}: backend '{forced}' was asked for, but {reason}. A forced backend never falls back; "

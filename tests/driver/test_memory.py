@@ -26,6 +26,7 @@ from reca.processes import own_process
 from reca.training import half_weights
 from reca.training.parallelize import shard
 from reca.training.recompute import checkpoint_activations
+from reca_kernels import dispatch, native
 from reca_kernels.attention import sdpa
 
 FEW = ["objective.reca.batch_size=16", "objective.i2t.batch_size=16"]
@@ -197,6 +198,19 @@ def test_another_process_predicts_the_same_and_raises_the_same():
     assert own_process.call(memory.predict, recipe) == memory.predict(recipe)
     with pytest.raises(RecipeError, match="no_such"):
         own_process.call(umm_package, "no_such")
+
+
+@pytest.mark.parametrize("umm", ["harmon", "show_o"])
+def test_kernels_of_a_gpu_are_predicted_where_none_are_built(umm, monkeypatch):
+    """A machine without a compiler has no native module; its CPU would run the reference implementation."""
+    recipe = load_recipe(f"{umm}_tiny", [*FEW, "train.precision=bf16"])
+    expected = memory.predict(recipe)
+    monkeypatch.setattr(native, "module", None)
+    monkeypatch.setattr(native, "missing", "not built")
+    monkeypatch.setattr(dispatch, "_decide", dispatch._decide.__wrapped__)  # without the choices made before
+    assert memory.predict(recipe) == expected
+    monkeypatch.setenv("RECA_BACKEND", "reference")
+    assert memory.predict(recipe).total > expected.total
 
 
 def test_a_process_that_is_killed_has_an_error_that_says_so():

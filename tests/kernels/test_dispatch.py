@@ -70,13 +70,17 @@ def test_rules_are_a_table_of_known_names():
         assert rules and all(rule.backend in dispatch.BACKENDS for rule in rules)
 
 
-def test_small_tensors_can_have_their_own_rule(monkeypatch):
+@pytest.fixture
+def undecided(monkeypatch):
+    """Keep no choice, as what it is based on changes in the test."""
+    monkeypatch.setattr(dispatch, "_decide", dispatch._decide.__wrapped__)
+
+
+def test_small_tensors_can_have_their_own_rule(monkeypatch, undecided):
     rules = {("philox", "cpu"): (dispatch.Rule("reference", max_numel=10), dispatch.Rule("cpu"))}
     monkeypatch.setattr(dispatch, "RULES", rules)
-    dispatch._decide.cache_clear()
     assert dispatch.choose("philox", torch.zeros(9)) == "reference"
     assert dispatch.choose("philox", torch.zeros(10)) == ("cpu" if native.module else "reference")
-    dispatch._decide.cache_clear()
 
 
 def test_report_names_every_op():
@@ -214,3 +218,32 @@ def test_use_forces_a_backend_for_a_while(monkeypatch):
             dispatch.choose("philox", x, "wrong")
     with pytest.raises(ValueError, match="unknown backend 'nonsense'"):
         dispatch.choose("philox", x)
+
+
+def test_a_gpu_that_is_assumed_runs_every_backend(monkeypatch, undecided):
+    """For fake tensors, on a machine without one: whatever is built or installed there, and forced as on a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(native, "module", None)
+    monkeypatch.setattr(native, "missing", "not built")
+    chosen = {}
+    for forced in ("auto", "triton", "reference", "cpu"):
+        monkeypatch.setenv("RECA_BACKEND", forced)
+        with dispatch.assume_gpu():
+            chosen[forced] = dispatch.choose("philox", torch.zeros(9))
+    assert chosen == {"auto": "cuda", "triton": "triton", "reference": "reference", "cpu": "cuda"}
+    monkeypatch.delenv("RECA_BACKEND")
+    with dispatch.assume_gpu():
+        assert dispatch.choose("philox", torch.zeros(9, dtype=torch.float64)) == "reference"
+        with pytest.raises(ValueError, match="unknown backend 'rust'"):
+            dispatch.choose("philox", torch.zeros(9), "rust")
+    assert dispatch.choose("philox", torch.zeros(9)) == "reference"  # not "cuda" any more
+
+
+def test_of_a_gpu_of_this_machine_what_runs_there_is_assumed(monkeypatch, undecided):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 0))
+    monkeypatch.setattr(native, "module", None)
+    monkeypatch.setattr(native, "missing", "not built")
+    dispatch._warn_slow.cache_clear()
+    with dispatch.assume_gpu(), pytest.warns(UserWarning, match=r"on cuda \(cuda: not built; triton: it needs"):
+        assert dispatch.choose("philox", torch.zeros(9)) == "reference"

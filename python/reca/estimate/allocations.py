@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from reca.estimate.meta_model import attention
 from reca.models.common.on_cpu import as_gpu
+from reca_kernels import dispatch
 from reca_kernels.masked_linear_cross_entropy.plan import CPU, Machine, plan
 
 OTHER = "other"
@@ -248,5 +249,6 @@ def _attention(
 @contextmanager
 def on_gpu() -> Iterator[None]:
     """Emulate a GPU with fake CPU tensors."""
-    with attention("sdpa"), OnGPU(), as_gpu():  # "auto" may choose dense, which is for small inputs
+    # attention: "auto" may choose dense, which is for small inputs
+    with dispatch.assume_gpu(), attention("sdpa"), OnGPU(), as_gpu():
         yield
