@@ -250,6 +250,29 @@ def test_rows_that_are_no_samples(tmp_path):
         captions[2]
 
 
+@pytest.mark.parametrize("nothing", [None, {"bytes": None, "path": None}])
+def test_row_groups_without_an_image_are_no_samples(tmp_path, nothing):
+    """As of conversations that are text only. For each of their rows a substitute's row group was read."""
+    talk = said("human", "Q", "gpt", "A")
+    images = [{"bytes": image_bytes((n, 0, 0)), "path": None} for n in range(5)]
+    columns = {"image": [*images[:3], nothing, *[nothing] * 4, *images[3:], nothing], "conversations": [talk] * 11}
+    source = opened(table(tmp_path / "t.parquet", columns, {"image": IMAGE}, rows=4), "i2t")
+    assert [source.key(n) for n in range(len(source))] == [f"t.parquet:{n}" for n in (0, 1, 2, 3, 8, 9, 10)]
+    assert source[4].image == images[3]["bytes"] and source.indices_of({"t.parquet:5", "t.parquet:8"}) == [4]
+    assert source.skipped.counts == {"row groups without an image": 1}
+    assert source.skipped.first == {"row groups without an image": "t.parquet:4"}
+    with pytest.raises(DataError, match="have no images: skipped 1 row groups without an image"):
+        opened(table(tmp_path / "u.parquet", {"image": [nothing], "conversations": [talk]}, {"image": IMAGE}), "i2t")
+
+
+def test_tables_with_few_images_say_that_rows_have_none(tmp_path):
+    columns = {"image": [None] * 199 + [{"bytes": image_bytes(), "path": None}]}
+    path = table(tmp_path / "t.parquet", columns, {"image": IMAGE}, rows=200)
+    stream = open_loader(DataConfig(images=str(path), workers=0), "reca", Views(View(8), None), seed=0, micro_batch=200)
+    with pytest.raises(DataError, match=r"the last is t.parquet:\d+ \(a row without an image: leave such rows out"):
+        next(iter(stream))
+
+
 CAPTIONS = ("a cat", "the cat", "cats")
 
 

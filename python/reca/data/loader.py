@@ -278,8 +278,10 @@ class Loader:
                 if not row.encoded:
                     self.bad_samples.mark_good(index)
                 return row._replace(number=index, attempt=attempt)
-        key = one_line(self.source.key(self.order.substitute(position, ATTEMPTS - 1)))
-        raise DataError(f"position {position}: {ATTEMPTS} samples in a row cannot be used, the last is {key}")
+        key = self.source.key(self.order.substitute(position, ATTEMPTS - 1))
+        reason = self.bad_samples.bad.get(key, "a row without an image: leave such rows out of the table")
+        last = one_line(f"{key} ({reason})")
+        raise DataError(f"position {position}: {ATTEMPTS} samples in a row cannot be used, the last is {last}")
 
     def _decoded(self, positions: Sequence[int], rows: list[Row]) -> list[Row]:
         """Decode the remaining rows as one batch. A bad image is replaced like an unreadable sample."""

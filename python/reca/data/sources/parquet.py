@@ -1,9 +1,9 @@
 """Parquet files with columns of images, captions and conversations, as published on Hugging Face."""
 
+import bisect
 import functools
 import hashlib
 import io
-import itertools
 import logging
 import re
 from collections.abc import Sequence, Set
@@ -21,7 +21,7 @@ from reca.data.sample import Sample, digest
 from reca.data.sources.columns import BYTES, IMAGE, LIST, OTHER, TEXT, choose, is_json, make_sample
 from reca.data.sources.patterns import relative_names, some
 from reca.data.sources.remote import REQUESTS, AnyPath, Ranges, RemotePath, read_range, reason_of, to_path
-from reca.data.sources.skipped import log_once
+from reca.data.sources.skipped import Skipped, log_once
 from reca.io.files import HEAD, packed, placeholder
 
 LARGE = 2**29  # bytes; a warning is logged for larger row groups
@@ -43,7 +43,8 @@ class Group(NamedTuple):
 class Parquet:
     """Rows of parquet files. A row is read together with its row group, and recently used groups stay in memory.
 
-    The index lists row groups, not rows, so opening a file reads only its footer.
+    The index lists row groups, not rows, so opening a file reads only its footer. Groups without an image, by the
+    statistics there, are skipped: each of their rows would be replaced by one of any other group, which had to be read.
     A sample's key is FILE:ROW, with rows counted from 0.
     """
 
@@ -53,12 +54,15 @@ class Parquet:
         self.root = to_path(image_root) if image_root else None
         self.footers: list[str] = []
         self.groups: list[Group] = []
+        self.skipped = Skipped()
         self.columns: Any = None  # Columns, once the first file is open
         for file, (metadata, footer) in enumerate(read_ahead(read_footer, self.paths, REQUESTS)):
             self.footers.append(footer)
             self._add(file, self.paths[file], metadata, columns)
         if not self.groups:
-            raise DataError(f"{some(self.paths)}: the parquet files have no rows")
+            why = f"images: skipped {self.skipped}" if self.skipped else "rows"
+            raise DataError(f"{some(self.paths)}: the parquet files have no {why}")
+        self.skipped.warn(some(self.paths))
         self.starts = np.cumsum([0, *(group.rows for group in self.groups)])
         self.images = int(self.starts[-1])  # distinct ones: no two have the same key
         self.blocks = [Block(group.rows, group.bytes) for group in self.groups]
@@ -80,15 +84,13 @@ class Parquet:
                 "name the columns in data.columns.image, .caption and .conversations, or the files as two sources"
             )
         self.columns, first = columns, 0
-        leaves = [
-            leaf
-            for leaf in range(metadata.num_columns)
-            if f"{metadata.schema.column(leaf).path}.".startswith(tuple(f"{name}." for name in columns.names))
-        ]
+        leaves, images = _leaves(metadata, columns.names), _leaves(metadata, [columns.image])
         for number in range(metadata.num_row_groups):
             group = metadata.row_group(number)
             size = sum(group.column(leaf).total_uncompressed_size for leaf in leaves)
-            if group.num_rows:
+            if group.num_rows and all(_is_empty(group.column(leaf)) for leaf in images):
+                self.skipped.add("row groups without an image", f"{self.names[file]}:{first}")
+            elif group.num_rows:
                 self.groups.append(Group(file, number, first, group.num_rows, size))
             first += group.num_rows
 
@@ -150,14 +152,17 @@ class Parquet:
 
     def indices_of(self, keys: Set[str]) -> list[int]:
         """Return the indices of the samples with these keys."""
-        first = np.searchsorted([group.file for group in self.groups], range(len(self.paths) + 1))  # group of each file
-        rows: dict[str, list[range]] = {}
-        for name, (start, stop) in zip(self.names, itertools.pairwise(self.starts[first].tolist()), strict=True):
-            rows.setdefault(name, []).append(range(start, stop))
-        parts = (key.rpartition(":") for key in keys)
-        wanted = ((own, int(row)) for name, _, row in parts if row.isdecimal() for own in rows.get(name, ()))
-        found = {own[row] for own, row in wanted if row < len(own)}
-        return [index for index in found if self.key(index) in keys]  # a number can have more than one form
+        groups: dict[str, list[int]] = {}
+        for number, group in enumerate(self.groups):
+            groups.setdefault(self.names[group.file], []).append(number)
+        found = set()
+        for name, _, row in (key.rpartition(":") for key in keys):
+            if row.isdecimal() and (own := groups.get(name)):
+                after = bisect.bisect_right(own, int(row), key=lambda number: self.groups[number].first)
+                number = own[max(0, after - 1)]
+                found.add(int(self.starts[number]) + int(row) - self.groups[number].first)
+        # A row may be in no group, and a number can have more than one form.
+        return [index for index in found if 0 <= index < len(self) and self.key(index) in keys]
 
     def size(self, index: int) -> int:
         """Return the bytes of the row's file, which change when the file is rewritten; -1 if they are unknown."""
@@ -168,6 +173,18 @@ class Parquet:
 
     def identity(self) -> str:
         return digest([tuple(self.columns), *zip(self.names, self.footers, strict=True)])
+
+
+def _leaves(metadata: Any, names: Sequence[str]) -> list[int]:
+    """Return the numbers of the leaf columns of these columns."""
+    starts = tuple(f"{name}." for name in names)
+    return [n for n in range(metadata.num_columns) if f"{metadata.schema.column(n).path}.".startswith(starts)]
+
+
+def _is_empty(column: Any) -> bool:
+    """Return whether the statistics of a leaf column say that a row group has no value in it."""
+    found = column.statistics
+    return found is not None and found.has_null_count and found.null_count == column.num_values
 
 
 def form_of(kind: Any) -> str:
