@@ -10,7 +10,7 @@ import pytest
 from reca.data.errors import BadSample, DataError
 from reca.data.order import make_order
 from reca.data.sample import digest
-from reca.data.sources import index_files
+from reca.data.sources import index_files, patterns
 from reca.data.sources.factory import open_source
 from tests.data.files import image_bytes, tar
 
@@ -213,6 +213,22 @@ def test_globs_of_folders_below_each_other(tmp_path):
     for name in ("2.tar", "a/0.tar", "b/c/1.tar"):
         tar(tmp_path / name, ("a.jpg", DARK))
     assert keys(tmp_path / "**/*.tar") == ["2.tar/a.jpg", "a/0.tar/a.jpg", "b/c/1.tar/a.jpg"]
+
+
+def test_files_that_are_linked_match_a_glob_once(tmp_path, caplog):
+    """Their samples would be several times as frequent as others, and `**` ends only where folders are read once."""
+    for name in ("a/0.tar", "v1/1.tar", ".b/2.tar"):
+        tar(tmp_path / name, ("a.jpg", DARK))
+    for link, target in (("latest", "v1"), ("v1/up", ".."), ("v1/top.tar", "1.tar")):
+        os.symlink(target, tmp_path / link)
+    assert sorted(patterns._matches(f"{tmp_path}/**/*.tar")) == [
+        f"{tmp_path}/{name}" for name in ("a/0.tar", "v1/1.tar", "v1/top.tar")
+    ]
+    assert keys(tmp_path / "**/*.tar") == keys(tmp_path / "*/*.tar") == ["a/0.tar/a.jpg", "v1/1.tar/a.jpg"]
+    assert f"{tmp_path}/*/*.tar: skipped 3 links to files that match, too (the first: {tmp_path}/latest/1.tar)" in (
+        caplog.text
+    )
+    assert len(keys(tmp_path / "latest/*.tar")) == len(keys(tmp_path / "**/up/v1/1.tar")) == 1
 
 
 def test_ranges_of_folders_and_names_with_brackets(tmp_path):

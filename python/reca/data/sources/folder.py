@@ -3,7 +3,7 @@
 import os
 import posixpath
 from collections import defaultdict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -139,17 +139,26 @@ def _stem(name: str) -> str:
 
 
 def list_files(root: Path, skipped: Skipped) -> dict[str, list[str]]:
-    """Return suffix -> paths relative to `root`, of all files below it. Each folder is read once.
+    """Return suffix -> paths relative to `root`, of all files below it. Each folder is read once."""
+    files = defaultdict(list)
+    for folder, names in walk(root, skipped):
+        for name in names:
+            files[suffix_of(name)].append(f"{folder}/{name}" if folder else name)
+    return files
+
+
+def walk(root: Path, skipped: Skipped) -> Iterator[tuple[str, list[str]]]:
+    """Yield a folder and all folders below it, each once, by paths relative to `root`, with the names of its files.
 
     Links are followed after all real folders, so that files get the path of their folder and not that of a link.
     """
     with ThreadPoolExecutor(THREADS) as pool:
-        return _list_files(root, skipped, pool)
+        yield from _walk(root, skipped, pool)
 
 
-def _list_files(root: Path, skipped: Skipped, pool: ThreadPoolExecutor) -> dict[str, list[str]]:
-    """List files as `list_files`. A folder is read in the pool from when it is found."""
-    files, seen = defaultdict(list), set()
+def _walk(root: Path, skipped: Skipped, pool: ThreadPoolExecutor) -> Iterator[tuple[str, list[str]]]:
+    """Yield folders as `walk`. A folder is read in the pool from when it is found."""
+    seen = set()
     waiting = deque([("", False, pool.submit(_read_folder, root))])
     links: deque[tuple[str, bool, Future]] = deque()
     while waiting or links:
@@ -165,6 +174,7 @@ def _list_files(root: Path, skipped: Skipped, pool: ThreadPoolExecutor) -> dict[
                 raise DataError(f"data folder {root / folder} cannot be read: {error.strerror}") from error
             skipped.add("folders that cannot be read", f"{folder}, {error.strerror}")
             continue
+        files = []
         for entry, (is_folder, regular) in zip(entries, read_many(_entry_type, entries), strict=True):
             name = f"{folder}/{entry.name}" if folder else entry.name
             suffix = suffix_of(name)
@@ -178,8 +188,8 @@ def _list_files(root: Path, skipped: Skipped, pool: ThreadPoolExecutor) -> dict[
                 if suffix in IMAGE_SUFFIXES:
                     skipped.add("images that are not files, or broken links", name)
             else:
-                files[suffix].append(name)
-    return files
+                files.append(entry.name)
+        yield folder, files
 
 
 def _read_folder(path: Path) -> tuple[tuple[int, int], list[os.DirEntry]]:

@@ -1,6 +1,7 @@
 """Expansion of file patterns: a path, a glob, or a numbered range that must be complete."""
 
 import glob
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -9,11 +10,14 @@ from pathlib import Path
 from reca.data.errors import DataError
 from reca.data.read_ahead import read_ahead, read_many
 from reca.data.sources import remote
+from reca.data.sources.folder import walk
 from reca.data.sources.remote import REQUESTS, AnyPath, RemotePath
+from reca.data.sources.skipped import Skipped, log_once
 from reca.io.paths import is_file
 
 MAX_SHARDS = 1_000_000
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+ANY_FOLDERS = re.compile(r"(?<![^/])\*\*/+")
 
 
 def expand(spec: str, kind: str = "tar") -> list[AnyPath]:
@@ -27,11 +31,39 @@ def expand(spec: str, kind: str = "tar") -> list[AnyPath]:
     missing = []
     names = [spec] if os.path.exists(spec) else _ranges(spec)
     for name, exists in zip(names, read_many(os.path.exists, names), strict=True):
-        found = [name] if exists else sorted(glob.glob(name, recursive=True))
+        found = [name] if exists else _each_once(spec, sorted(_matches(name)))
         paths |= dict.fromkeys(map(Path, found))
         if not found:
             missing.append(name)
     return _all_there(spec, kind, list(paths), missing)
+
+
+def _matches(pattern: str) -> list[str]:
+    """Return the names that match a pattern. `**` stands for any folders that are not hidden.
+
+    Each of them is read once. `glob` follows links in circles, and with two of them its time doubles at every turn.
+    """
+    deep = ANY_FOLDERS.search(pattern)
+    if deep is None:
+        return glob.glob(pattern)
+    start, rest = pattern[: deep.start()], pattern[deep.end() :]
+    roots = filter(os.path.isdir, glob.glob(start) if start else ["."])
+    folders = (os.path.join(root, folder) for root in roots for folder, _ in walk(Path(root), Skipped()))
+    return [name for folder in folders for name in _matches(os.path.join(glob.escape(folder), rest))]
+
+
+def _each_once(spec: str, names: list[str]) -> list[str]:
+    """Return the names without those that are links, or in linked folders, to a file that another one names."""
+    kept: dict[str, str] = {}
+    for name, file in zip(names, read_many(os.path.realpath, names), strict=True):
+        if file not in kept or file == os.path.abspath(name):
+            kept[file] = name
+    once = set(kept.values())
+    if links := [name for name in names if name not in once]:
+        log_once(
+            logging.WARNING, f"{spec}: skipped {len(links)} links to files that match, too (the first: {links[0]})"
+        )
+    return [name for name in names if name in once]
 
 
 def _all_there(spec: str, kind: str, paths: Sequence[AnyPath], missing: list[str]) -> list[AnyPath]:
