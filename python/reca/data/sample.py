@@ -34,7 +34,7 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Sample:
-        """Read a sample. Raises OSError, BadSample and Outage."""
+        """Read a sample. Several threads may call it at a time. Raises OSError, BadSample and Outage."""
         ...
 
     def key(self, index: int) -> str:
