@@ -14,6 +14,7 @@ from reca.data.config import ColumnsConfig, DataConfig
 from reca.data.errors import BadSample, DataError, LeftOut
 from reca.data.loader import open_loader
 from reca.data.recently_used import RecentlyUsed
+from reca.data.sample import digest
 from reca.data.sources import columns as columns_module
 from reca.data.sources import parquet
 from reca.data.sources.factory import open_source
@@ -261,6 +262,8 @@ def test_row_groups_without_an_image_are_no_samples(tmp_path, nothing):
     assert source[4].image == images[3]["bytes"] and source.indices_of({"t.parquet:5", "t.parquet:8"}) == [4]
     assert source.skipped.counts == {"row groups without an image": 1}
     assert source.skipped.first == {"row groups without an image": "t.parquet:4"}
+    files = zip(source.names, source.footers, strict=True)
+    assert source.identity() != digest([tuple(source.columns), *files])  # of versions in which they were samples
     with pytest.raises(DataError, match="have no images: skipped 1 row groups without an image"):
         opened(table(tmp_path / "u.parquet", {"image": [nothing], "conversations": [talk]}, {"image": IMAGE}), "i2t")
 

@@ -172,7 +172,8 @@ class Parquet:
             return -1
 
     def identity(self) -> str:
-        return digest([tuple(self.columns), *zip(self.names, self.footers, strict=True)])
+        left_out = [self.skipped.counts] if self.skipped else []  # earlier versions had these row groups as samples
+        return digest([tuple(self.columns), *zip(self.names, self.footers, strict=True), *left_out])
 
 
 def _leaves(metadata: Any, names: Sequence[str]) -> list[int]:
