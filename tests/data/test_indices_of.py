@@ -1,6 +1,7 @@
 """Samples found by their keys, and counted: as by asking for every key, but without doing so."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -73,6 +74,7 @@ def test_they_are_those_that_have_the_keys(write, large, tmp_path, monkeypatch):
     source = open_source(*write(tmp_path))
     own = [source.key(index) for index in range(len(source))]
     others = {"", ":", "a.parquet:0003", "a.parquet:5", "row:01", "row:9", "a:٣", "0/x", "d.tar/é", 'd.tar/a", [3.png'}
+    others |= {os.fsdecode(b"caf\xe9.png"), "\ud800"}  # names of files that are not UTF-8
     for some in (set(own), set(own[1::2]), set(own[:1]), set()):
         found = indices_of(source, some | others)
         assert sorted(found) == [index for index, key in enumerate(own) if key in some]

@@ -43,7 +43,7 @@ class KeyedRows:
 
     def indices_of(self, keys: Set[str]) -> list[int]:
         """Return the indices of the samples with these keys."""
-        return self.rows.find({key.encode() for key in keys}, END)
+        return self.rows.find({key.encode("utf-8", "surrogatepass") for key in keys}, END)  # of files, with any names
 
     def value(self, index: int) -> Any:
         """Return the JSON of a row."""
