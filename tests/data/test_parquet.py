@@ -102,6 +102,28 @@ def test_tables_beside_tars_are_not_taken_for_the_images(tmp_path, task):
     assert len(opened(tmp_path / "*.parquet", task)) == 1
 
 
+@pytest.mark.parametrize("task", ["reca", "i2t"])
+@pytest.mark.parametrize("log", ["_delta_log/00000000000000000000.json", "metadata/00001-8f.metadata.json"])
+def test_tables_whose_folder_has_earlier_versions_are_refused(tmp_path, task, log):
+    """Rows of theirs that were replaced or deleted would be samples."""
+    columns = {"image": [image_bytes()], "conversations": [said("human", "Q", "gpt", "A")]}
+    table(tmp_path / "data" / "part-0.parquet", columns)
+    fill(tmp_path, {"metadata/notes.json": b"{}", "data/_delta_log.json": b"{}"})
+    assert len(opened(tmp_path, task)) == 1
+    fill(tmp_path, {log: b"{}"})
+    with pytest.raises(DataError, match=f"is a table of Delta or Iceberg, by {log}: .* or name the files as FOLDER/"):
+        opened(tmp_path, task)
+    assert len(opened(tmp_path / "data" / "*.parquet", task)) == 1
+
+
+def test_files_that_spark_has_not_committed_are_no_part_of_a_table(tmp_path):
+    table(tmp_path / "_temporary" / "0" / "part-1.parquet", {"image": [image_bytes()]})
+    with pytest.raises(DataError, match="has only parquet files that Spark has not committed, in _temporary"):
+        opened(tmp_path)
+    table(tmp_path / "part-0.parquet", {"image": [image_bytes()] * 2})
+    assert [opened(tmp_path).key(n) for n in range(len(opened(tmp_path)))] == ["part-0.parquet:0", "part-0.parquet:1"]
+
+
 def test_names_in_cells_start_from_image_root(tmp_path):
     fill(tmp_path / "photos", {"a.png": image_bytes()})
     source = opened(table(tmp_path / "t.parquet", {"image": ["a.png", "b.png"]}), image_root=str(tmp_path / "photos"))

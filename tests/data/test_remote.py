@@ -60,6 +60,10 @@ def test_a_folder_is_what_it_is_here(memory, tmp_path):
     memory.pipe({"/shards/0.tar": b"x", "/shards/0.parquet": b"x"})
     with pytest.raises(DataError, match=r"only 1 x \.parquet, 1 x \.tar: name its tars .* or its tables"):
         open_source("memory://shards", "reca")
+    memory.pipe({"/table/0.parquet": b"x", "/table/_delta_log/0.json": b"{}"})
+    for task in ("reca", "i2t"):
+        with pytest.raises(DataError, match="memory://.*table is a table of Delta or Iceberg"):
+            open_source("memory://table", task)
     memory.rm("/data/a.txt")
     with pytest.raises(DataError, match=r"1 of 2 images have no caption; memory://.*a.txt is missing"):
         open_source("memory://data", "t2i")

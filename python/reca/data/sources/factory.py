@@ -15,7 +15,7 @@ from reca.data.sources.folder import Folder, NoImages, list_files
 from reca.data.sources.mixture import Mixture, limit
 from reca.data.sources.parquet import Parquet, one_split
 from reca.data.sources.patterns import expand
-from reca.data.sources.remote import is_address, local_name, reason_of, remote_path, to_path
+from reca.data.sources.remote import AnyPath, is_address, local_name, reason_of, remote_path, to_path
 from reca.data.sources.remote_folder import RemoteFolder, list_remote
 from reca.data.sources.scored import ScoredImages
 from reca.data.sources.skipped import Skipped, log_once
@@ -31,6 +31,8 @@ DATA_KEYS = {
 }  # task -> key of its samples
 TAR = re.compile(r"\.tar($|[.*?\[{])|\.(tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 JSON = re.compile(r"\.(json|jsonl|ndjson)$", re.IGNORECASE)
+UNCOMMITTED = "_temporary"  # folder of Spark
+TABLE_LOG = re.compile(r"(?:^|/)(?:_delta_log/[^/]+|metadata/[^/]+\.metadata)\.json$")  # of Delta, and of Iceberg
 PARQUET = re.compile(r"\.(parquet|pq)($|[.*?\[{])", re.IGNORECASE)
 
 
@@ -95,16 +97,17 @@ def _open_folder(path: Path, task: str, image_root: str | None, columns: Columns
     if hf.is_saved(path):
         return hf.open_saved(path, task, columns, image_root)
     if task == "i2t":
-        tables = [path / name for name in list_files(path, Skipped()).get(".parquet", ())]
-        if not tables:
+        files: Mapping[str, Sequence[str]] = list_files(path, Skipped())
+        if ".parquet" not in files:
             return Conversations(path, image_root)  # raises the error for a folder
     else:
         try:
             return Folder(path, task)
         except NoImages as error:
-            if not _is_of_tables(error.files):
+            files = error.files
+            if not _is_of_tables(files):
                 raise
-            tables = [path / name for name in error.files[".parquet"]]
+    tables = [path / name for name in _tables(path, files)]
     return Parquet(one_split(tables, path), task, columns, image_root)
 
 
@@ -129,10 +132,26 @@ def _open_address(text: str, task: str, image_root: str | None, columns: Columns
             files = error.files
             if not _is_of_tables(files):
                 raise
-    tables = [root.listed(path) for path in files[".parquet"]]
+    tables = [root.listed(name) for name in _tables(root, files)]
     return Parquet(one_split(tables, root), task, columns, image_root)
 
 
 def _is_of_tables(files: Mapping[str, Sequence[str]]) -> bool:
     """Return whether a folder without images is one of parquet files. Those beside tars may be metadata of the tars."""
     return ".parquet" in files and ".tar" not in files
+
+
+def _tables(folder: AnyPath, files: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return the parquet files of a folder, without those that Spark has not committed.
+
+    Raises DataError if none is left, or if a log says which are current: others may hold rows that were deleted.
+    """
+    if log := next(filter(TABLE_LOG.search, files.get(".json", ())), None):
+        raise DataError(
+            f"{folder} is a table of Delta or Iceberg, by {log}: its folder may have rows that were replaced or "
+            "deleted. Write its current version as plain parquet files, or name the files as FOLDER/*.parquet"
+        )
+    found = [name for name in files[".parquet"] if UNCOMMITTED not in name.split("/")]
+    if not found:
+        raise DataError(f"{folder} has only parquet files that Spark has not committed, in {UNCOMMITTED}")
+    return found
