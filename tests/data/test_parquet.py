@@ -469,6 +469,9 @@ def test_the_splits_of_a_folder_are_not_mixed(tmp_path):
     with pytest.raises(DataError, match="has parquet files of the splits test and train: name those of one"):
         opened(tmp_path)
     assert len(opened(tmp_path / "train-*.parquet")) == 2
+    with pytest.raises(DataError, match=r"\*\*/\*.parquet has parquet files of the splits test and train") as caught:
+        opened(tmp_path / "**" / "*.parquet")
+    assert str(caught.value).endswith(f"such as '{tmp_path}/train-*.parquet'")
 
 
 @pytest.mark.parametrize("name", ["{}/0.parquet", "split={}/0.parquet", "{}/part-1/0.parquet"])
@@ -479,6 +482,9 @@ def test_the_splits_of_folders_are_not_mixed(tmp_path, name):
         opened(tmp_path / "data")
     example = tmp_path / "data" / name.format("validation")
     assert str(caught.value).endswith(str(example.parent)) and len(opened(example.parent)) == 2
+    with pytest.raises(DataError, match="of the splits train and validation"):
+        opened(tmp_path / "**" / "*.parquet")
+    assert len(opened(tmp_path / "data" / name.format("validation").replace("0.parquet", "*.parquet"))) == 2
 
 
 def test_columns_of_one_name_and_cells_of_two_images(tmp_path):

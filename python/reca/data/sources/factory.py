@@ -84,7 +84,7 @@ def open_source(text: str, task: str, image_root: str | None = None, columns: Co
         if is_dir(path):
             return _open_folder(path, task, image_root, columns)
         if PARQUET.search(path.name):
-            return Parquet(expand(text, "parquet"), task, columns, image_root)
+            return Parquet(one_split(expand(text, "parquet"), text), task, columns, image_root)
         if task == "i2t":
             return Conversations(path, image_root)
         return Tars(expand(text), task) if TAR.search(path.name) else Folder(path, task)
@@ -108,14 +108,14 @@ def _open_folder(path: Path, task: str, image_root: str | None, columns: Columns
             if not _is_of_tables(files):
                 raise
     tables = [path / name for name in _tables(path, files)]
-    return Parquet(one_split(tables, path), task, columns, image_root)
+    return Parquet(one_split(sorted(tables), path), task, columns, image_root)
 
 
 def _open_address(text: str, task: str, image_root: str | None, columns: ColumnsConfig) -> Source:
     """Open tars, parquet files, conversations or a folder at a URL."""
     name, root = text.rpartition("/")[2], remote_path(text)
     if PARQUET.search(name):
-        return Parquet(expand(text, "parquet"), task, columns, image_root)
+        return Parquet(one_split(expand(text, "parquet"), text), task, columns, image_root)
     if task == "i2t" and JSON.search(root.name):
         return Conversations(root, image_root)
     if task != "i2t" and TAR.search(name):
@@ -133,7 +133,7 @@ def _open_address(text: str, task: str, image_root: str | None, columns: Columns
             if not _is_of_tables(files):
                 raise
     tables = [root.listed(name) for name in _tables(root, files)]
-    return Parquet(one_split(tables, root), task, columns, image_root)
+    return Parquet(one_split(sorted(tables), root), task, columns, image_root)
 
 
 def _is_of_tables(files: Mapping[str, Sequence[str]]) -> bool:

@@ -241,22 +241,26 @@ def _footer(path: AnyPath) -> tuple[Any, str]:
         raise DataError(f"{path} is not a readable parquet file: {error}; fetch it again") from error
 
 
-def one_split(paths: Sequence[AnyPath], folder: AnyPath) -> list[AnyPath]:
-    """Return the sorted files of a folder. Raises DataError if they are of several splits, such as train and test."""
-    splits = {split: path for path in sorted(paths, reverse=True) if (split := _split(path, folder))}
+def one_split(paths: Sequence[AnyPath], where: object) -> Sequence[AnyPath]:
+    """Return the files. Raises DataError if they are of several splits, such as train and test.
+
+    where: folder or pattern, for the message.
+    """
+    named = sorted(zip(relative_names(paths), paths, strict=True), reverse=True)
+    splits = {split: path for name, path in named if (split := _split(name))}
     if len(splits) > 1:
-        names = " and ".join(sorted(splits))
         split, path = max(splits.items())
-        one = f"'{folder}/**/{split}-*.parquet'" if path.name.startswith(split) else path.parent
-        raise DataError(f"{folder} has parquet files of the splits {names}: name those of one, such as {one}")
-    return sorted(paths)
+        one = f"'{path.parent}/{split}-*.parquet'" if path.name.startswith(split) else path.parent
+        raise DataError(
+            f"{where} has parquet files of the splits {' and '.join(sorted(splits))}: name those of one, such as {one}"
+        )
+    return paths
 
 
-def _split(path: AnyPath, folder: AnyPath) -> str | None:
-    """Return the split that a file's name, or the nearest folder below `folder`, begins with; None if there is none.
+def _split(name: str) -> str | None:
+    """Return the split that a file's name, or else the nearest of its folders, begins with; None if there is none.
 
     Examples: train-00.parquet, train/00.parquet and split=train/00.parquet.
     """
-    names = str(path).removeprefix(str(folder)).split("/")
-    found = (SPLIT.match(name.removeprefix("split=")) for name in reversed(names))
+    found = (SPLIT.match(part.removeprefix("split=")) for part in reversed(name.split("/")))
     return next((match[1] for match in found if match), None)
