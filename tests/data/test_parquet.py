@@ -4,6 +4,7 @@ import itertools
 import json
 import threading
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 
@@ -430,6 +431,42 @@ def test_bytes_that_are_damaged_are_bad_samples(tmp_path):
     assert set(found) == set(range(20)) - {8, 9, 10, 11}
     assert sorted(stream.bad_samples.bad) == sorted(f"a.parquet:{n}" for n in range(8, 12))
     assert all("row group 2 cannot be read" in reason for reason in stream.bad_samples.bad.values())
+
+
+def test_a_damaged_footer_is_told(tmp_path, monkeypatch):
+    """It has no checksum. Bytes that are changed at random have given these."""
+    path = midjourney(tmp_path / "a.parquet", 0, 8)
+
+    def fail():
+        raise pa.ArrowNotImplementedError("Integers with more than 64 bits not implemented")
+
+    damaged = SimpleNamespace(num_rows=8, schema=SimpleNamespace(to_arrow_schema=fail))
+    with monkeypatch.context() as patch:
+        patch.setattr(parquet, "read_footer", lambda path: (damaged, ""))
+        with pytest.raises(DataError, match=r"a.parquet has a schema that pyarrow cannot read: Integers with more"):
+            opened(path)
+    whole = pq.read_metadata(path)
+    damaged = SimpleNamespace(
+        num_rows=8, schema=whole.schema, num_columns=whole.num_columns, num_row_groups=1,
+        row_group=lambda number: SimpleNamespace(num_rows=-4),
+    )  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr(parquet, "read_footer", lambda path: (damaged, ""))
+        with pytest.raises(DataError, match=r"a.parquet is damaged: row group 0 has -4 rows; fetch it again"):
+            opened(path)
+    source = opened(path)
+    source.groups[1] = source.groups[1]._replace(rows=5)
+    assert source[0].key == "a.parquet:0"
+    with pytest.raises(BadSample, match="row group 1 has 4 rows, not 5 as the footer says"):
+        source[4]
+
+
+def test_a_damaged_dictionary_costs_its_rows():
+    texts = pa.DictionaryArray.from_arrays(pa.array([0, 5]), pa.array(["a cat"]), safe=False)
+    column = pa.chunked_array([texts])
+    assert columns_module.cell_of(column, 0, "caption") == "a cat"
+    with pytest.raises(BadSample, match="the column caption is damaged: .*out.of.bounds"):
+        columns_module.cell_of(column, 1, "caption")
 
 
 def test_an_image_that_is_none_is_a_bad_sample_with_its_row(tmp_path):

@@ -96,11 +96,13 @@ def make_sample(key: str, table: Any, row: int, columns: Columns, task: str, roo
 
 
 def cell_of(column: Any, row: int, name: str) -> Any:
-    """Return a cell of an Arrow column as a Python object. Raises BadSample if its text is not UTF-8 or not JSON."""
+    """Return a cell of an Arrow column as a Python object. Raises BadSample if it is damaged, not UTF-8 or not JSON."""
     try:
         cell = column[row].as_py()
     except UnicodeDecodeError as error:
         raise BadSample(f"the column {name} is not UTF-8") from error
+    except IndexError as error:  # of a dictionary
+        raise BadSample(f"the column {name} is damaged: {error}") from error
     try:
         return _decoded(cell, column.type)
     except ValueError as error:

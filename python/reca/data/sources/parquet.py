@@ -74,7 +74,10 @@ class Parquet:
         """Add the row groups of a file. One without rows may have columns without a type."""
         if not metadata.num_rows:
             return
-        schema = metadata.schema.to_arrow_schema()
+        try:
+            schema = metadata.schema.to_arrow_schema()
+        except (ValueError, NotImplementedError) as error:
+            raise DataError(f"{path} has a schema that pyarrow cannot read: {error}") from error
         columns = choose({field.name: form_of(field.type) for field in schema}, self.task, config, str(path))
         if twice := [name for name in columns.names if schema.names.count(name) > 1]:
             raise DataError(f"{path} has {schema.names.count(twice[0])} columns named {twice[0]!r}: rename one of them")
@@ -87,6 +90,8 @@ class Parquet:
         leaves, images = _leaves(metadata, columns.names), _leaves(metadata, [columns.image])
         for number in range(metadata.num_row_groups):
             group = metadata.row_group(number)
+            if group.num_rows < 0:
+                raise DataError(f"{path} is damaged: row group {number} has {group.num_rows} rows; fetch it again")
             size = sum(group.column(leaf).total_uncompressed_size for leaf in leaves)
             if group.num_rows and all(_is_empty(group.column(leaf)) for leaf in images):
                 self.skipped.add("row groups without an image", f"{self.names[file]}:{first}")
@@ -137,7 +142,12 @@ class Parquet:
             metadata, one_request = self.metadata(group.file), isinstance(source, Ranges)
             with ParquetFile(source, metadata=metadata, pre_buffer=one_request) as file:
                 parts = file.iter_batches(DECODED, [group.number], columns=names, use_threads=False)
-                return pyarrow.Table.from_batches(parts)
+                table = pyarrow.Table.from_batches(parts)
+            if table.num_rows != group.rows:
+                raise BadSample(
+                    f"row group {group.number} has {table.num_rows} rows, not {group.rows} as the footer says"
+                )
+            return table
         except OSError as error:
             if error.errno is not None:
                 raise
@@ -237,7 +247,7 @@ def _footer(path: AnyPath) -> tuple[Any, str]:
     try:
         metadata = read_metadata(io.BytesIO(MAGIC + footer + tail))
         return metadata, hashlib.sha256(b"%d " % size + footer).hexdigest()
-    except (OSError, ValueError) as error:  # for damaged bytes pyarrow raises either
+    except (OSError, ValueError, NotImplementedError) as error:  # pyarrow raises any of them for damaged bytes
         raise DataError(f"{path} is not a readable parquet file: {error}; fetch it again") from error
 
 
