@@ -15,6 +15,7 @@ from reca.commands import general, inference, usage
 from reca.commands.examples import about
 from reca.options import names
 from reca.processes import library_logs
+from reca.processes.environment import number
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -65,11 +66,11 @@ def _set_up_output() -> None:
     """Configure logging. Only rank 0 logs progress, and every warning is printed once."""
     from reca.errors import OncePerMessage
 
-    rank = int(os.environ.get("RANK", 0))
+    rank = number("RANK", 0)
     where = f"[rank {rank}] " if rank else ""
     logging.basicConfig(format=f"{where}%(levelname)s %(message)s", level=logging.ERROR if rank else logging.WARNING)
     logging.getLogger("reca").setLevel(logging.WARNING if rank else logging.INFO)
-    if "RANK" in os.environ:
+    if os.environ.get("RANK"):
         logging.getLogger("reca").addFilter(OncePerMessage())
     if rank:
         warnings.simplefilter("ignore")  # of libraries; rank 0 prints the same ones

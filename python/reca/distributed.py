@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from reca import exits
 from reca.errors import PeerFailed, first_line
 from reca.options.fields import RecipeError
+from reca.processes.environment import number
 
 log = logging.getLogger("reca")
 
@@ -42,9 +43,11 @@ def initialize(timeout_minutes: int) -> torch.device:
     _forget_ended()
     if dist.is_initialized():
         set_timeout(timeout_minutes, device)
-    elif "RANK" in os.environ:
+    elif os.environ.get("RANK"):
         gpu = device if device.type == "cuda" else None  # given, so NCCL connects now and knows each rank's GPU
         try:
+            if number("RANK", -1) not in range(number("WORLD_SIZE", 0)):  # it would wait until the timeout
+                raise ValueError("RANK must be from 0 to below WORLD_SIZE, which counts the processes of all machines")
             dist.init_process_group("nccl" if gpu else "gloo", timeout=timeout, device_id=gpu)
         except (dist.DistStoreError, dist.DistNetworkError) as error:
             raise RecipeError(_not_joined(error)) from error
@@ -52,7 +55,7 @@ def initialize(timeout_minutes: int) -> torch.device:
             found = ", ".join(f"{name}={os.environ.get(name, '(not set)')}" for name in LAUNCHER)
             raise RecipeError(
                 f"RANK is set, so this process joins a group, but {found}: start it with torchrun, which sets all "
-                "four, or unset RANK to train in one process"
+                f"four, or unset RANK to train in one process ({first_line(error)})"
             ) from error
     else:
         _warn_if_others_were_started()
@@ -60,7 +63,7 @@ def initialize(timeout_minutes: int) -> torch.device:
         _gloo("threads", timeout)
         if device.type == "cuda":
             _gloo("host", timeout)
-    if dist.is_initialized() and "LOCAL_WORLD_SIZE" not in os.environ:
+    if dist.is_initialized() and not number("LOCAL_WORLD_SIZE", 0):
         hosts = all_gather(socket.gethostname())
         os.environ["LOCAL_WORLD_SIZE"] = str(hosts.count(hosts[rank()]))
     return device
@@ -87,15 +90,15 @@ def _not_joined(error: Exception) -> str:
 
 def _gpu(visible: int) -> int:
     """Choose the GPU of this process among the visible ones, by local rank."""
-    node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    own = visible == 1 and "TORCHELASTIC_RUN_ID" not in os.environ  # under torchrun all processes see the same GPUs
-    if node > visible and not own:
+    node = number("LOCAL_WORLD_SIZE", 1)
+    alone = visible == 1 and "TORCHELASTIC_RUN_ID" not in os.environ  # under torchrun all processes see the same GPUs
+    if node > visible and not alone:
         raise RecipeError(
             f"{node} processes on a machine with {visible} GPUs: start as many as there are GPUs (torchrun "
             "--nproc-per-node), or make more of them visible (CUDA_VISIBLE_DEVICES)"
         )
     names = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "RANK")
-    return next((int(os.environ[name]) for name in names if name in os.environ), 0) % visible
+    return next((own for name in names if (own := number(name, -1)) >= 0), 0) % visible
 
 
 # By the training group they are of: a script may end it and join another, in which a mesh would find groups of its own
@@ -178,7 +181,7 @@ def _forget_ended() -> None:
 
 def is_main_process() -> bool:
     """Tell whether this is rank 0, which prints for the user; also before the process group exists."""
-    return os.environ.get("RANK", "0") == "0"
+    return number("RANK", 0) == 0
 
 
 def is_joined() -> bool:
@@ -196,7 +199,7 @@ def world_size() -> int:
 
 def local_world_size() -> int:
     """Count the ranks on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    return number("LOCAL_WORLD_SIZE", world_size())
 
 
 def barrier() -> None:

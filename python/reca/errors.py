@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 
 from reca import exits
+from reca.processes.environment import number
 
 # The parts of messages of gloo, NCCL and the store that prove a lost connection or a late rank; the group is quoted.
 _LOST = re.compile(
@@ -93,7 +94,7 @@ def print_once(sentence: str) -> None:
 
 def print_of_other_machine(error: PeerFailed) -> None:
     """Print on rank 0 the error of a rank of another machine, whose output may be another terminal or file."""
-    if int(os.environ.get("RANK", 0)) == 0 and error.rank >= int(os.environ.get("LOCAL_WORLD_SIZE", error.rank + 1)):
+    if number("RANK", 0) == 0 and error.rank >= number("LOCAL_WORLD_SIZE", error.rank + 1):
         print_once(f"reca: {error}")
         with _ignore_sigterm():
             time.sleep(HEAD_START + 1)  # the store may end with this rank; that one needs it until it has printed
@@ -114,8 +115,8 @@ def _ignore_sigterm() -> Iterator[None]:
 
 
 def _is_first(sentence: str) -> bool:
-    rank = int(os.environ.get("RANK", 0))
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    rank = number("RANK", 0)
+    if number("WORLD_SIZE", 1) == 1:
         return True
     key = _key("error", sentence)
     try:

@@ -71,6 +71,12 @@ def test_help_status_and_usage_errors_need_no_torch(arguments):
     assert done.stdout.splitlines()[-1] == "loaded", done.stderr
 
 
+def test_a_rank_that_is_empty_is_none(monkeypatch):
+    """As `export RANK=$SLURM_PROCID` makes it outside of a job."""
+    monkeypatch.setenv("RANK", "")
+    assert main(["status", "nowhere"]) == 3
+
+
 def test_usage_error_is_exit_2(capsys):
     """What it names as missing is what the command needs: overrides may be left out."""
     with pytest.raises(SystemExit) as stop:

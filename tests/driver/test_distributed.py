@@ -430,7 +430,7 @@ def test_ranks_wait_for_a_judge_longer_than_for_a_step(alone, tmp_path, monkeypa
     assert waited == [60 * distributed.HOURS] * 2
 
 
-TORCHRUN = {"TORCHELASTIC_RUN_ID": "1", "RANK": "11", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "1", "RANK": "11", "WORLD_SIZE": "12", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}
 
 
 def restore_group_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -456,14 +456,21 @@ def test_a_rank_whose_peer_does_not_come_says_so(rank, said, monkeypatch):
     assert said in str(raised.value) and "MASTER_ADDR" in str(raised.value)
 
 
+HERE = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"}
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
         ({"RANK": "0"}, "RANK=0, WORLD_SIZE=(not set), MASTER_ADDR=(not set), MASTER_PORT=(not set): start it with"),
         ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"}, "MASTER_PORT=x: start it"),
+        ({"RANK": "8", "WORLD_SIZE": "2"} | HERE, "(RANK must be from 0 to below WORLD_SIZE, which counts"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"} | HERE, "RANK=-1, WORLD_SIZE=2, MASTER_ADDR=127.0.0.1"),
+        ({"RANK": "a", "WORLD_SIZE": "2"} | HERE, "RANK=a, WORLD_SIZE=2"),
     ],
 )
-def test_variables_of_a_launcher_that_are_missing_are_named(given, said, monkeypatch):
+def test_variables_of_a_launcher_that_no_group_has_are_named(given, said, monkeypatch):
+    """A rank beyond their number, as where WORLD_SIZE counts the machines, waited for others until the timeout."""
     monkeypatch.setattr(os, "environ", given)
     restore_group_count(monkeypatch)
     with pytest.raises(RecipeError, match=re.escape(said)):
@@ -477,7 +484,7 @@ def test_variables_of_a_launcher_that_are_missing_are_named(given, said, monkeyp
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE=2, but RANK"),
         ({"WORLD_SIZE": "4"}, "WORLD_SIZE=4, but RANK"),
         ({"SLURM_NTASKS": "8"}, ""),  # of a job, in whose script this is the only process
-        ({"SLURM_STEP_NUM_TASKS": "1", "WORLD_SIZE": ""}, ""),
+        ({"SLURM_STEP_NUM_TASKS": "1", "WORLD_SIZE": "", "RANK": ""}, ""),
         ({"SLURM_STEP_NUM_TASKS": "8", "TORCHELASTIC_RUN_ID": "1"}, ""),
     ],
 )
@@ -497,7 +504,7 @@ def test_every_process_has_a_gpu_of_its_own(monkeypatch):
     assert gpu(4, **TORCHRUN) == 3
     assert gpu(8, RANK="11", SLURM_LOCALID="3") == 3
     assert gpu(1, RANK="11", SLURM_LOCALID="3") == 0  # srun --gpus-per-task=1
-    assert gpu(8, RANK="11") == 3
+    assert gpu(8, RANK="11") == gpu(8, RANK="11", LOCAL_RANK="", LOCAL_WORLD_SIZE="8(x2)") == 3
     for visible in (1, 2):
         with pytest.raises(RecipeError, match=f"4 processes on a machine with {visible} GPUs"):
             gpu(visible, **TORCHRUN)
