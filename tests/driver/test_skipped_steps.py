@@ -4,6 +4,7 @@ import json
 import math
 import random
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,6 +103,14 @@ def test_a_spike_is_skipped_counted_and_written_down(recipe, tmp_path, caplog):
     # The same steps with their usual gradients are other weights: two updates are missing.
     plain = run_toy(recipe(f"run_dir={tmp_path}/plain", "train.steps=12"))
     assert not all(torch.equal(v, weights(trainer.adapter)[n]) for n, v in weights(plain.adapter).items())
+
+
+def test_a_file_of_samples_that_cannot_be_opened_does_not_end_the_run(recipe, caplog):
+    """A disk without inodes, or over its quota of files: the run's other files are open, and it went on until then."""
+    run_dir = Path(recipe().run_dir)
+    (run_dir / "spikes_0.jsonl").mkdir(parents=True)
+    trainer = spiking(recipe, {6}, "train.steps=8")
+    assert trainer.step == 8 and f"{run_dir}/spikes_0.jsonl cannot be written (Is a directory)" in caplog.text
 
 
 def test_a_run_that_goes_on_skips_the_same(recipe, tmp_path):

@@ -243,6 +243,13 @@ def test_a_task_is_done_once_and_tells_its_steps_meanwhile(study, tmp_path, monk
     assert work.work(task) == work.done(task) == result
 
 
+def test_steps_that_cannot_be_told_do_not_end_a_run(study, tmp_path):
+    (task, *_), _ = plan(load_study(study), Asked("show_o", (0,), tmp_path))
+    (task.folder / work.PROGRESS).mkdir(parents=True)  # as a full disk, it refuses the write
+    work._progress(task)(10)
+    assert work.steps_done(task) == 0
+
+
 @pytest.mark.parametrize("content", ["", "{", "[" * 10**5])
 def test_a_damaged_result_is_named(content, study, tmp_path):
     (task, *_), _ = plan(load_study(study), Asked("show_o", (0,), tmp_path))

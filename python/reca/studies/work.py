@@ -1,5 +1,6 @@
 """Execution of one task. Its result is a file, written once the task is complete."""
 
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -86,7 +87,8 @@ def steps_done(task: Task) -> int:
 
 def _progress(task: Task) -> Callable[[int], None]:
     def progress(step: int) -> None:
-        (task.folder / PROGRESS).write_text(str(step))
+        with contextlib.suppress(OSError):  # a full disk does not end a run
+            (task.folder / PROGRESS).write_text(str(step))
 
     return progress
 

@@ -74,9 +74,14 @@ class SkippedSteps:
                 for task, list_ in batches.items()
             },
         }
-        lines = JsonLines(self.run_dir / f"{'spikes' if finite else 'non_finite'}_{distributed.rank()}.jsonl")
-        lines.write(dump)
-        lines.close()
+        path = self.run_dir / f"{'spikes' if finite else 'non_finite'}_{distributed.rank()}.jsonl"
+        try:
+            lines = JsonLines(path)
+        except OSError as error:  # a full disk may have no room for another file
+            log.warning("%s cannot be written (%s)", path, error.strerror)
+        else:
+            lines.write(dump)
+            lines.close()
         log.warning("step %d skipped: %s (%s); %d so far", step, self.reason, dump["losses"], self.total)
         if self.in_a_row > self.config.max_skips:
             raise NonFiniteError(
