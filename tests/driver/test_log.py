@@ -168,6 +168,7 @@ class Service:
     """Weights & Biases, which keeps the history and the last values of a run, and cannot cut them back."""
 
     __spec__ = ModuleSpec("wandb", None)  # accelerate looks for it
+    run = None  # the one that is active
 
     def __init__(self):
         self.history, self.summary, self.finished = [], {}, 0
@@ -204,6 +205,23 @@ def test_weights_and_biases_has_every_step_once(recipe, monkeypatch):
     assert [line["step"] for line in log_lines(trainer.run_dir)] == [1, 2, 3, 4, 5, 6, 7]
     samples = [((4, 4), "a red square"), ((4, 4), 'a cat: "x"/y')]
     assert next((row["step"], row["samples"]) for row in service.history if "samples" in row) == (4, samples)
+
+
+def test_a_run_of_weights_and_biases_that_the_caller_began_is_his(recipe, monkeypatch, tmp_path):
+    """It got the metrics of reca's run, was finished by it, and refused what the caller logged afterwards."""
+    monkeypatch.setitem(sys.modules, "wandb", service := Service())
+    service.run = service
+    for name in ("a", "b"):
+        run_toy(recipe("log.wandb=project", "train.steps=2", f"run_dir={tmp_path}/{name}"))
+    assert service.finished == 0 and [values["step"] for values in service.history] == [1, 2, 1, 2]
+
+
+def test_an_id_of_weights_and_biases_that_a_full_disk_left_empty(recipe, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", service := Service())
+    (path := Path(recipe().run_dir) / trackers.WANDB_ID).parent.mkdir()
+    path.touch()
+    run_toy(recipe("log.wandb=project", "train.steps=1"))
+    assert len(path.read_text().strip()) == 8 and service.finished == 1
 
 
 @pytest.mark.parametrize(

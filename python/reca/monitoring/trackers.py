@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from reca.errors import first_line
+from reca.io.folders import write_atomically
 from reca.io.paths import exists
 
 log = logging.getLogger("reca")
@@ -58,6 +59,8 @@ class WandB:
     """A run of Weights & Biases, whose id is stored in the run folder. WANDB_MODE=offline writes files only.
 
     What cannot be uploaded within FINISH seconds at the end stays in run_dir/wandb, for `wandb sync`.
+
+    A run that the caller has begun, such as one of a sweep, is used instead and left open: W&B has one at a time.
     """
 
     name = "Weights & Biases"
@@ -65,10 +68,14 @@ class WandB:
     def __init__(self, run_dir: Path, project: str, recipe: Mapping[str, Any]):
         import wandb
 
-        self.wandb = wandb
+        self.wandb, self.own = wandb, wandb.run is None
+        self.run: Any = wandb.run
+        if not self.own:
+            self.sent = -1
+            return
         path = run_dir / WANDB_ID
-        if not exists(path):
-            path.write_text(secrets.token_hex(4) + "\n")
+        if not exists(path) or not path.read_text().strip():  # empty: the disk was full
+            write_atomically(path, secrets.token_hex(4) + "\n")
         self.run = wandb.init(
             project=project,
             id=path.read_text().strip(),
@@ -96,7 +103,8 @@ class WandB:
             self.run.log({"step": step, **values})
 
     def close(self) -> None:
-        self.run.finish()
+        if self.own:
+            self.run.finish()
 
 
 def _bounded(settings: Any) -> dict[str, Any]:
