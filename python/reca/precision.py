@@ -53,6 +53,19 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
 
 
 @contextlib.contextmanager
+def usual_defaults() -> Iterator[None]:
+    """Make new tensors fp32 and on the CPU by default inside this context, whatever the caller has set."""
+    before = torch.get_default_dtype()
+    elsewhere = torch.get_default_device().type != "cpu"
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu") if elsewhere else contextlib.nullcontext():  # as a mode, it would slow every call
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
 def tf32_products(precision: str, device: torch.device) -> Iterator[None]:
     """Use TF32 on a GPU for the fp32 matrix products of a bf16 run: frozen encoders that run outside of autocast.
 

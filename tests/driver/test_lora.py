@@ -57,6 +57,25 @@ def test_only_lora_learns_and_resume_is_exact(more, recipe, tmp_path):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize(("dtype", "device"), [(torch.bfloat16, "cpu"), (torch.float64, "meta")])
+def test_what_new_tensors_are_by_default_changes_nothing(dtype, device, recipe, tmp_path):
+    """A caller's bf16 rounded the pixels of images, LoRA's matrices and AdamW's counters; another device failed."""
+    models, merged = [ToyAdapter() for _ in range(2)], [ToyAdapter() for _ in range(2)]
+    chosen = ("usual", torch.float32, "cpu"), ("other", dtype, device)
+    for (name, numbers, place), model, plain in zip(chosen, models, merged, strict=True):
+        made = recipe(f"run_dir={tmp_path}/{name}", *ON, "optim.moments=bf16", "train.steps=2")
+        torch.set_default_dtype(numbers)
+        try:
+            with torch.device(place):
+                Trainer(made, model).run()
+                assert torch.empty(0).dtype == numbers and torch.empty(0).device.type == place
+            checkpoint.load_lora(checkpoint.latest(tmp_path / name), plain, made.lora)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert same(*map(weights, models)) and same(*map(weights, merged))
+    assert same(*(saved(tmp_path / name, "optimizer") for name in ("usual", "other")))
+
+
 def test_dropout_acts_in_training_only(recipe, tmp_path):
     plain = run_toy(recipe(f"run_dir={tmp_path}/plain", *ON))
     dropped = run_toy(recipe(f"run_dir={tmp_path}/dropped", *ON, "lora.dropout=0.5"))

@@ -137,7 +137,8 @@ def load_lora(folder: Path, adapter: Adapter, config: LoraConfig) -> frozenset[s
     own = {name: p.detach() for name, p in named_parameters(adapter).items() if not p.is_meta}
     plain = {name for name in names if not lora.is_lora(name)}
     _read(folder / "weights", {name: own[name] for name in plain & own.keys()})
-    matrices = {name: torch.empty(shapes[name]) for name in names - plain if lora.weight_beside(name) in own}
+    beside = {name for name in names - plain if lora.weight_beside(name) in own}
+    matrices = {name: torch.empty(shapes[name], dtype=torch.float32, device="cpu") for name in beside}
     _read(folder / "weights", matrices)
     with distributed.fail_together():
         return frozenset(plain | lora.merge_tensors(adapter, matrices, config))
