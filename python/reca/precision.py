@@ -66,6 +66,29 @@ def usual_defaults() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def outside_of_autocast() -> Iterator[None]:
+    """Leave the caller's autocast contexts inside this one.
+
+    Within them, torch keeps cast copies of weights until the outermost one ends: every step would use those of the
+    first.
+    """
+    depth = torch.autocast_increment_nesting() - 1
+    for _ in range(depth + 1):
+        torch.autocast_decrement_nesting()
+    enabled = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    for kind in enabled:
+        torch.set_autocast_enabled(kind, False)
+    torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        for kind in enabled:
+            torch.set_autocast_enabled(kind, True)
+        for _ in range(depth):
+            torch.autocast_increment_nesting()
+
+
+@contextlib.contextmanager
 def tf32_products(precision: str, device: torch.device) -> Iterator[None]:
     """Use TF32 on a GPU for the fp32 matrix products of a bf16 run: frozen encoders that run outside of autocast.
 

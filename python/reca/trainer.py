@@ -27,7 +27,7 @@ from reca.monitoring.monitors import Monitor
 from reca.monitoring.profiling import profiler_of
 from reca.monitoring.reporting import RunReport
 from reca.optim import FusedBackward, gradient_norm, lr_at, make_optimizer, set_lr
-from reca.precision import autocast, cast, training_kernels, usual_defaults
+from reca.precision import autocast, cast, outside_of_autocast, training_kernels, usual_defaults
 from reca.precompute import features_identity
 from reca.processes import hang
 from reca.processes.interruption import Interruption
@@ -82,6 +82,7 @@ class Trainer:
             torch.inference_mode(False),  # a notebook may have disabled gradients
             torch.enable_grad(),
             usual_defaults(),
+            outside_of_autocast(),
             self.folder,
             self.interruption.handle_signals(),
             out_of_memory.explained(lambda: self.recipe),

@@ -10,6 +10,7 @@ from reca import preflight
 from reca.config.recipe_files import load_recipe
 from reca.options.fields import RecipeError
 from reca.precision import autocast, cast, check_usable
+from tests.driver.toy import run_toy, weights
 
 CPU = torch.device("cpu")
 X = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -85,3 +86,22 @@ def test_a_gpu_without_bf16_is_refused_before_anything_is_loaded(monkeypatch):
     check_usable("bf16", CPU)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     check_usable("bf16", gpu)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_autocast_of_the_caller_is_not_that_of_a_run(precision, recipe, tmp_path):
+    """It rounded a run in fp32, and kept the weights of the first step, rounded to bf16, for all later ones."""
+
+    def trained(name):
+        keys = f"train.precision={precision}", "objective.reca.micro_batch=8", "train.steps=3"
+        return weights(run_toy(recipe(f"run_dir={tmp_path}/{name}", *keys)).adapter)
+
+    usual = trained("usual")
+    for dtype, enabled in ((torch.bfloat16, True), (torch.float16, True), (torch.bfloat16, False)):
+        with torch.autocast("cpu"), torch.autocast("cpu", dtype, enabled=enabled):
+            found = trained(f"{dtype}-{enabled}")
+            assert torch.is_autocast_enabled("cpu") == enabled
+            assert F.linear(torch.ones(2, 2), torch.ones(2, 2)).dtype == (dtype if enabled else torch.float32)
+        assert not torch.is_autocast_enabled("cpu") and torch.autocast_increment_nesting() == 1
+        torch.autocast_decrement_nesting()
+        assert all(torch.equal(value, found[name]) for name, value in usual.items()), (dtype, enabled)
