@@ -303,7 +303,8 @@ class Trainer:
         labels = {task: loader.labels for task, loader in self.loaders.items()} if logged else None
         given = self.recipe.objective, self.recipe.train.seed, self.autocast
         passes, cast_once = sum(map(len, batches.values())), self.recipe.train.cast_once
-        with half_weights.held(self.adapter, self.autocast, passes, cast_once):
+        updates = self.fused_backward.steps() if self.fused_backward else contextlib.nullcontext()
+        with half_weights.held(self.adapter, self.autocast, passes, cast_once), updates:
             sums = objective.backward(self.adapter, batches, *given, labels)
         if self.fused_backward:
             norm = self.fused_backward.finish_step()

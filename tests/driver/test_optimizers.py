@@ -386,7 +386,7 @@ def test_steps_in_the_backward_pass_are_the_same(recipe, tmp_path):
     alive = []
     for parameter in trainer.optimizer.state:
         parameter.register_post_accumulate_grad_hook(
-            lambda _: alive.append(sum(p.grad is not None for p in trainer.adapter.parameters()))
+            lambda own: alive.append(sum(p.grad is not None for p in trainer.adapter.parameters() if p is not own))
         )
     trainer.run()
     assert max(alive) == 0 and len(alive) == 6 * 4  # each is freed before the next is complete
@@ -407,10 +407,22 @@ def test_the_norm_of_steps_in_the_backward_pass_is_that_of_all_gradients_of_a_st
         generator, exact = torch.Generator().manual_seed(seed), 0.0
         for parameter in model.parameters():
             gradient = torch.randn(parameter.shape, generator=generator).to(dtype)
-            (parameter * gradient).sum().backward()
+            with fused.steps():
+                (parameter * gradient).sum().backward()
             exact += float(gradient.double().square().sum())
         assert fused.finish_step() == pytest.approx(exact**0.5, rel=1e-5)
     assert fused.finish_step() == 0
+
+
+@pytest.mark.parametrize("then", [FUSED, []])
+def test_the_next_run_of_a_model_is_not_updated_by_the_optimizer_of_the_first(then, recipe, tmp_path):
+    """Its hooks stayed on the parameters: they updated them in the next run, and left no gradients."""
+    model, fresh = ToyAdapter(), ToyAdapter()
+    Trainer(recipe(f"run_dir={tmp_path}/first", "train.steps=2", *FUSED), model).run()
+    fresh.load_state_dict(model.state_dict())
+    for name, one in (("next", model), ("fresh", fresh)):
+        Trainer(recipe(f"run_dir={tmp_path}/{name}", "train.steps=2", *then), one).run()
+    assert all(torch.equal(value, weights(fresh)[name]) for name, value in weights(model).items())
 
 
 @pytest.mark.parametrize("config", [[], ["optim.name=adamw_8bit"], ["optim.moments=bf16"]])

@@ -8,6 +8,8 @@ moments and step counts. Earlier ones have already been updated.
 """
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,16 +24,27 @@ from reca.options.fields import RecipeError
 
 
 class FusedBackward:
-    """Updates each parameter of an optimizer as soon as its gradient is complete."""
+    """Updates each parameter of an optimizer as soon as its gradient is complete, in backward passes inside `steps`."""
 
     def __init__(self, optimizer: torch.optim.Optimizer):
         assert isinstance(optimizer, AdamW), "make_optimizer returns it for optim.fused_backward"
         self.optimizer = optimizer
         self.norms: list[Tensor] = []  # norms of this step's gradients, fp32 [] each, on the device
         self.skip: Tensor | None = None  # fp32 []; 1 after the first gradient that is not finite
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.register_post_accumulate_grad_hook(functools.partial(self._update, group))
+
+    @contextmanager
+    def steps(self) -> Iterator[None]:
+        """Update parameters in the backward pass of this context. Its hooks would outlive the run that made them."""
+        hooks = [
+            parameter.register_post_accumulate_grad_hook(functools.partial(self._update, group))
+            for group in self.optimizer.param_groups
+            for parameter in group["params"]
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     @torch.no_grad()
     def _update(self, group: dict[str, Any], parameter: nn.Parameter) -> None:
