@@ -26,7 +26,7 @@ from reca.models import UMMS, umm_package
 from reca.options.fields import RecipeError
 from reca.trainer import Trainer
 from reca.training.parallelize import shard
-from tests.driver.toy import ToyAdapter, weights, write_images, write_recipe
+from tests.driver.toy import ToyAdapter, run_toy, weights, write_images, write_recipe
 
 ROOT = Path(__file__).parents[2]
 # How a step is split: ranks, how they hold the weights, and the largest micro-batch.
@@ -337,6 +337,13 @@ def test_a_run_gives_its_first_step_more_time(start, steps, limit, alone, recipe
         trainer.adapter.loss = lambda *given, loss=loss, seen=seen: seen.append(minutes(alone)) or loss(*given)
         trainer.run()
         assert seen[:: len(seen) // len(expected)] == expected
+
+
+def test_a_model_that_a_run_has_sharded_is_not_sharded_again(alone, recipe, tmp_path):
+    """torch's own error was an AssertionError with the whole model as its text."""
+    model = run_toy(recipe("train.steps=1")).adapter
+    with pytest.raises(RecipeError, match=r"sharded over the processes of an earlier run.*as train\.init_from"):
+        Trainer(recipe("train.steps=1", f"run_dir={tmp_path}/next"), model)
 
 
 def test_a_process_joins_a_second_group_after_the_first(alone):

@@ -11,6 +11,7 @@ from reca.hardware import host_memory
 from reca.models import umm_package
 from reca.models.base import Adapter
 from reca.models.common.deferred_weights import DeferredWeights, deferring
+from reca.options.fields import RecipeError
 from reca.training import compiled_blocks, float8
 from reca.training.recompute import checkpoint_activations
 
@@ -34,8 +35,14 @@ def parallelize(adapter: Adapter, recipe: Recipe, device: torch.device, deferred
 
     Blocks are compiled before checkpointing is applied, because Dynamo does not trace into it. deferred: as returned by
     `load`.
+    Raises RecipeError for a model that an earlier run of this process has sharded, besides what these raise.
     """
     with distributed.fail_together():
+        if isinstance(adapter, FSDPModule):
+            raise RecipeError(
+                "the model is sharded over the processes of an earlier run, which cannot be undone: pass another, or "
+                "none and that run as train.init_from"
+            )
         weights = DeferredWeights(adapter) if deferred else None
         if recipe.train.float8:
             float8.convert(adapter)
