@@ -17,7 +17,7 @@ from reca import checkpoint, exits
 from reca.checkpoint import background, contents, writing
 from reca.checkpoint.retention import Keep
 from reca.config.recipe import OptimConfig, Recipe
-from reca.hardware import host_memory
+from reca.hardware import cgroups, host_memory
 from reca.optim import make_optimizer
 from reca.options.fields import RecipeError
 from reca.runs.status import Status
@@ -308,8 +308,8 @@ def test_memory_is_that_of_the_container(tmp_path, monkeypatch):
     (tmp_path / "own").write_text("1:cpu:/\n0::/job/step\n")
     job, step = tmp_path / "groups/job", tmp_path / "groups/job/step"
     step.mkdir(parents=True)
-    for name, at in (("MEMINFO", "meminfo"), ("OWN_CGROUP", "own"), ("CGROUPS", "groups")):
-        monkeypatch.setattr(host_memory, name, tmp_path / at)
+    for module, name, at in ((host_memory, "MEMINFO", "meminfo"), (cgroups, "OWN", "own"), (cgroups, "ROOT", "groups")):
+        monkeypatch.setattr(module, name, tmp_path / at)
     machine = host_memory.total()
     assert host_memory.available() == 64 << 10 and machine > 1 << 20
     for folder, limit in ((job, "50000"), (step, "max")):
@@ -321,6 +321,20 @@ def test_memory_is_that_of_the_container(tmp_path, monkeypatch):
     assert host_memory.available() == 64 << 10 and host_memory.total() == machine
     (tmp_path / "meminfo").unlink()  # another system than Linux
     assert host_memory.available() == machine
+
+
+def test_memory_is_that_of_a_container_of_older_systems(tmp_path, monkeypatch):
+    """Version 1 of cgroups, as of RHEL 8, with a folder per controller. A container sees its own group as the root."""
+    (tmp_path / "own").write_text("4:memory:/docker/1\n1:name=systemd:/docker/1\n0::/\n")
+    (group := tmp_path / "groups/memory").mkdir(parents=True)
+    monkeypatch.setattr(cgroups, "OWN", tmp_path / "own")
+    monkeypatch.setattr(cgroups, "ROOT", tmp_path / "groups")
+    machine = host_memory.total()
+    (group / "memory.usage_in_bytes").write_text("30000\n")
+    (group / "memory.stat").write_text("inactive_file 1\ntotal_inactive_file 10000\n")
+    for limit, total, available in (("9223372036854771712\n", machine, None), ("50000\n", 50000, 30000)):
+        (group / "memory.limit_in_bytes").write_text(limit)
+        assert host_memory.total() == total and available in (None, host_memory.available())
 
 
 def test_a_rank_has_its_share_of_what_all_ranks_hold(monkeypatch):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from reca.hardware import cgroups
 from reca.processes import side_by_side, workers
 from reca.processes.environment import environment
 from reca.processes.side_by_side import Failure, Job
@@ -200,9 +201,21 @@ def test_imports_before_a_fork_do_not_ask_for_gpus():
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=Path(__file__).parents[2], check=True)
 
 
-def test_slots(monkeypatch):
+def test_slots(monkeypatch, tmp_path):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {1, 5, 6})  # as in a container or a job of SLURM
     assert side_by_side.cores() == [None] * 3
+    monkeypatch.setattr(cgroups, "OWN", tmp_path / "own")
+    monkeypatch.setattr(cgroups, "ROOT", tmp_path)
+    (tmp_path / "cpu").mkdir()
+    for own, files, wanted in (  # docker run --cpus 1.5, by version 2 and 1
+        ("0::/\n", {"cpu.max": "150000 100000\n"}, 2),
+        ("0::/\n", {"cpu.max": "max 100000\n"}, 3),
+        ("3:cpu,cpuacct:/docker/1\n", {"cpu/cpu.cfs_quota_us": "150000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 2),
+        ("3:cpu,cpuacct:/docker/1\n", {"cpu/cpu.cfs_quota_us": "-1\n"}, 3),
+    ):
+        for name, text in (files | {"own": own}).items():
+            (tmp_path / name).write_text(text)
+        assert side_by_side.cores() == [None] * wanted
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,MIG-7")
     assert side_by_side.gpus() == ["2", "MIG-7"]
     for given, wanted in (("", []), ("-1", []), ("1, 0", ["1", "0"]), ("1,-1,0", ["1"])):  # as CUDA reads it

@@ -1,22 +1,21 @@
 """Host memory: its size and what is free, within the limits of a container or batch job, and reuse of freed memory."""
 
-import contextlib
 import ctypes
 import os
 import platform
-from collections.abc import Iterator
 from pathlib import Path
 
+from reca.hardware import cgroups
 from reca.io.paths import exists
 
-MEMINFO, CGROUPS, OWN_CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+MEMINFO = Path("/proc/meminfo")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def total() -> int:
     """Return the bytes of memory of this machine, or of the container or batch job that this process runs in."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min([machine, *(limit for _, limit in _cgroup_limits())])
+    return min([machine, *(limit for limit, _ in cgroups.memory_limits())])
 
 
 def available() -> int:
@@ -27,7 +26,7 @@ def available() -> int:
     if not exists(MEMINFO):
         return total()
     fields = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
-    return min(int(fields["MemAvailable"].split()[0]) << 10, *_cgroup_rests())
+    return min([int(fields["MemAvailable"].split()[0]) << 10, *(rest for _, rest in cgroups.memory_limits())])
 
 
 class FreedMemory:
@@ -60,25 +59,3 @@ class FreedMemory:
         """Return free memory to the system, if it is kept."""
         if self.kept:
             ctypes.CDLL(None).malloc_trim(0)
-
-
-def _cgroup_rests() -> list[int]:
-    """List the bytes left below the limits of this process's cgroups."""
-    rests = [1 << 62]
-    for group, limit in _cgroup_limits():
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            used = int((group / "memory.current").read_text())
-            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-            rests.append(max(0, limit - used + int(stat["inactive_file"])))
-    return rests
-
-
-def _cgroup_limits() -> Iterator[tuple[Path, int]]:
-    """Yield this process's cgroups (version 2) that have a limit, its own and the enclosing ones, with the limits."""
-    with contextlib.suppress(OSError, StopIteration):
-        own = next(line[3:] for line in OWN_CGROUP.read_text().splitlines() if line.startswith("0::"))
-        folder = CGROUPS / own.strip("/")
-        for group in (folder, *folder.parents):
-            if group.is_relative_to(CGROUPS):
-                with contextlib.suppress(OSError, ValueError):  # "max" is no limit, and the root has no such file
-                    yield group, int((group / "memory.max").read_text())

@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
+from reca.hardware import cgroups
 from reca.processes.workers import Workers
 
 POLL_SECONDS = 0.2
@@ -103,8 +104,7 @@ def run(
 
 def cores() -> list[None]:
     """Return one slot per CPU core that this process may use."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return [None] * (usable or 1)
+    return [None] * cgroups.cpus()
 
 
 def gpus() -> list[str]:
