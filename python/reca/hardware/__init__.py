@@ -1,1 +1,1 @@
-"""Facts about the machine: host memory, limits of containers and jobs, peak rates of GPUs, and detection of out-of-memory errors."""
+"""Facts about the machine: host memory, limits of containers and jobs, peak rates of GPUs, and full memory."""
