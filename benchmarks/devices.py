@@ -202,7 +202,7 @@ class Cuda:
             driver = subprocess.run(asked, capture_output=True, text=True).stdout.strip().split("\n")[0]
         except FileNotFoundError:
             driver = ""
-        return {"device": self.api.get_device_name(), "driver": driver}
+        return {"device": self.api.get_device_name(), "driver": driver or "unknown"}  # rows of a CPU have none
 
 
 Device = Cpu | Cuda

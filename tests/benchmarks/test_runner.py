@@ -54,6 +54,12 @@ def provider(api, forward_ms, backward_ms, **options):
     return Provider(lambda x: (Square.apply(x.x),), **options)
 
 
+def test_rows_of_a_gpu_name_a_driver(monkeypatch):
+    """A CPU's have none, which is how rows of steps are told apart."""
+    monkeypatch.setenv("PATH", "")
+    assert Cuda(FakeCuda(), "cpu").facts()["driver"] == "unknown" and Cpu().facts()["driver"] == ""
+
+
 def test_no_gpu_is_a_clear_error(capsys):
     if torch.cuda.is_available():
         pytest.skip("this machine has one")
