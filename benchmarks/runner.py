@@ -52,6 +52,10 @@ def shapes(table: dict[str, dict[str, dict]], device: Device) -> Iterator[tuple[
     The table of an op has name -> sizes per device type: sizes of the published models for GPUs, reduced ones for a CPU
     with 24 GiB. Those under "sizes" run only on our backends and the reference, and are named BY_SIZE + NAME.
     """
+    if missing := [key for key in (device.type, "sizes") if key not in table]:
+        raise ValueError(
+            f"SHAPES must have the keys cpu, cuda and sizes, each name -> sizes; {missing[0]!r} is missing"
+        )
     yield from table[device.type].items()
     for name, sizes in table["sizes"].items():
         yield BY_SIZE + name, sizes
@@ -82,6 +86,13 @@ class Case:
     formula: Callable[[SimpleNamespace], tuple[Tensor, ...]]
     bytes: dict[str, int]
     flops: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.whole not in self.bytes:
+            raise ValueError(
+                f"{self.op} {self.shape}: bytes must have {self.whole!r}, which a complete call moves at least; it has "
+                f"{', '.join(map(repr, self.bytes)) or 'nothing'}"
+            )
 
     @property
     def whole(self) -> str:
@@ -307,9 +318,11 @@ def _wide(inputs: SimpleNamespace, leaves: tuple[str, ...]) -> SimpleNamespace:
 def _gradients(case: Case, inputs: SimpleNamespace, results: tuple) -> tuple[Tensor, ...]:
     if not case.leaves:
         return ()
-    leaves = [getattr(inputs, name) for name in case.leaves]
+    leaves, upstream = [getattr(inputs, name) for name in case.leaves], getattr(inputs, "grad", None)
+    if upstream is None and results[-1].numel() != 1:
+        raise ValueError(f"the last result has shape {list(results[-1].shape)}, and inputs no `grad` of that shape")
     # Contiguous, as the preceding matmuls of a model need them: the gradient of cat is a view.
-    return tuple(g.contiguous() for g in torch.autograd.grad(results[-1], leaves, getattr(inputs, "grad", None)))
+    return tuple(g.contiguous() for g in torch.autograd.grad(results[-1], leaves, upstream))
 
 
 def _results(case: Case, run: Callable, inputs: SimpleNamespace) -> tuple[Tensor, ...]:

@@ -54,6 +54,20 @@ def provider(api, forward_ms, backward_ms, **options):
     return Provider(lambda x: (Square.apply(x.x),), **options)
 
 
+def test_a_definition_that_lacks_something_says_what():
+    for table, missing in (({"cpu": {}}, "'sizes'"), ({"cuda": {}, "sizes": {}}, "'cpu'")):
+        with pytest.raises(ValueError, match=f"cpu, cuda and sizes, each name -> sizes; {missing} is missing"):
+            list(runner.shapes(table, Cpu()))
+    double = Provider(lambda x: (x.x * 2,))
+    for moved, told in (({FORWARD: 1}, "'forward'"), ({}, "nothing")):
+        with pytest.raises(ValueError, match=f"op shape: bytes must have 'forward\\+backward', .*; it has {told}"):
+            case({"ours: cpu": double}, moved)
+    made = case({"ours: cpu": double}, {BOTH: 1})
+    made.formula = double.run
+    with pytest.raises(ValueError, match=r"the last result has shape \[16\], and inputs no `grad` of that shape"):
+        measure(made, Cpu(), ROUND, ABOUT, rounds=1)
+
+
 def test_rows_of_a_gpu_name_a_driver(monkeypatch):
     """A CPU's have none, which is how rows of steps are told apart."""
     monkeypatch.setenv("PATH", "")
