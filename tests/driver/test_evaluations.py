@@ -72,6 +72,17 @@ def test_a_run_that_goes_on_keeps_what_it_compares_with(recipe):
     assert again.evaluations.alarms.first["holdout/loss"] == first[0]["holdout/loss"]
 
 
+@pytest.mark.parametrize("line", ['{"evaluation": true}', '{"step": "1", "evaluation": true}'])
+def test_a_damaged_line_of_the_log_is_no_evaluation(line, recipe):
+    keys = ["eval.every=2", "eval.holdout=4"]
+    whole = run_toy(recipe(*keys, "train.steps=4"))
+    first = lines(whole.run_dir)
+    with (whole.run_dir / "log.jsonl").open("a") as log:
+        log.write(line + "\n")
+    again = run_toy(recipe(*keys))
+    assert lines(again.run_dir)[:3] == first and len(lines(again.run_dir)) == 4
+
+
 def test_all_ranks_go_by_the_values_of_the_first(recipe, monkeypatch):
     """Ranks with other values would raise other alarms, and some would end the run alone."""
     evaluations = Trainer(recipe("eval.every=2"), ToyAdapter()).evaluations  # of which this rank measures nothing

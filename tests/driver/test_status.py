@@ -306,7 +306,7 @@ def test_lines_that_a_full_disk_takes_are_counted_and_spoil_no_other(tmp_path, m
 
 def test_what_is_no_line_of_a_log_goes(tmp_path):
     path = tmp_path / "log.jsonl"
-    path.write_bytes(b'{"step": null}\n{"step": "3"}\n\xff\xfe\n[1]\n' + b"[" * 10**5 + b'\n{"step": 1}\n')
+    path.write_bytes(b'{}\n{"step": null}\n{"step": "3"}\n\xff\xfe\n[1]\n' + b"[" * 10**5 + b'\n{"step": 1}\n')
     jsonl.truncate_after(path, 4)
     assert path.read_bytes() == b'{"step": 1}\n'
     jsonl.truncate_after(tmp_path / "none.jsonl", 4)

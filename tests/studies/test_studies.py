@@ -294,6 +294,7 @@ def test_the_loss_of_a_variant_is_that_of_the_last_tenth(count, value):
 def test_a_torn_line_of_a_log_ends_no_variant(tmp_path):
     """A disk that is full for a moment tears one, and the run goes on."""
     lines = ['{"step": 1, "loss": 4.0}', '{"step": 2, "lo', '{"step": 3, "loss": 2.0, "reca/loss": 1.0}']
+    lines += ['{"loss": 5.0}', '{"step": "4", "loss": 6.0}', '{"step": 5, "loss": "7.0"}']  # of a damaged file
     (tmp_path / "log.jsonl").write_text("\n".join(lines) + "\n")
     assert work._curve(tmp_path) == [(1, 4.0), (3, 1.0)]
     assert experiment._curve(tmp_path) == [(1, 4.0), (3, 2.0)]

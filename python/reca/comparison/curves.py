@@ -29,13 +29,10 @@ def _last_step(side: Side) -> float:
 
 def _losses(run_dir: Path | None, last: float = math.inf) -> dict[str, list[list[float]]]:
     curves: dict[str, list[list[float]]] = {}
-    for values in jsonl.read(run_dir / "log.jsonl") if run_dir else ():
-        step = values.get("step")
-        if not isinstance(step, int | float) or step > last:
-            continue
-        for name, value in values.items():
+    for values in jsonl.read_log(run_dir / "log.jsonl") if run_dir else ():
+        for name, value in values.items() if values["step"] <= last else ():
             if name.endswith("/loss") and isinstance(value, int | float):
-                curves.setdefault(name, []).append([step, value])
+                curves.setdefault(name, []).append([values["step"], value])
     return {name: _thinned(points) for name, points in curves.items()}
 
 

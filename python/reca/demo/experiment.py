@@ -206,8 +206,8 @@ def compare(case: Case, before: Outcome, after: Outcome) -> Path:
 
 def _curve(run_dir: Path) -> list[tuple[int, float]]:
     """Load the loss curve of a run."""
-    lines = jsonl.read(run_dir / "log.jsonl")
-    return [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
+    lines = jsonl.read_log(run_dir / "log.jsonl")
+    return [(line["step"], line["loss"]) for line in lines if isinstance(line.get("loss"), int | float)]
 
 
 def _init_override(case: Case, pretrained: Pretrained) -> str:

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import logging
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -50,10 +49,15 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [value for _, value in _lines(path)]
 
 
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Read the lines of a run's log, as `read`. Those without a step, which a damaged file can have, are skipped."""
+    return [value for value in read(path) if _has_step(value)]
+
+
 def truncate_after(path: Path, step: int) -> None:
-    """Remove incomplete lines and those of steps after `step`, which a run resumed at `step` writes again."""
+    """Remove damaged lines and those of steps after `step`, which a run resumed at `step` writes again."""
     lines = _lines(path)
-    kept = b"".join(line + b"\n" for line, value in lines if _step_of(value) <= step)
+    kept = b"".join(line + b"\n" for line, value in lines if _has_step(value) and value["step"] <= step)
     if is_file(path) and kept != path.read_bytes():
         write_atomically(path, kept)
 
@@ -69,6 +73,5 @@ def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     return found
 
 
-def _step_of(value: dict[str, Any]) -> float:
-    step = value.get("step", 0)
-    return step if isinstance(step, int | float) else math.inf
+def _has_step(value: dict[str, Any]) -> bool:
+    return isinstance(value.get("step"), int)

@@ -71,7 +71,7 @@ class Evaluations:
         lines: list[dict[str, Any]] = []
         with distributed.fail_together():
             if self.every and distributed.rank() == 0:
-                lines = [line for line in jsonl.read(run_dir / "log.jsonl") if line.get("evaluation")]
+                lines = [line for line in jsonl.read_log(run_dir / "log.jsonl") if line.get("evaluation")]
         for line in distributed.all_gather(lines)[0]:
             if line["step"] <= step:
                 self.begun = True

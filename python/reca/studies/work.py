@@ -115,9 +115,9 @@ def _measure_run(task: Task) -> dict[str, Any]:
 
 def _curve(run_dir: Path) -> list[tuple[int, float]]:
     """Load a run's loss curve: the RECA loss if it is trained, else the total."""
-    lines = (line for line in jsonl.read(run_dir / "log.jsonl") if "loss" in line)
+    lines = (line for line in jsonl.read_log(run_dir / "log.jsonl") if "loss" in line)
     losses = [(line["step"], line.get("reca/loss", line["loss"])) for line in lines]
-    return [(step, loss) for step, loss in losses if loss is not None]  # null: a step that was not finite
+    return [(step, loss) for step, loss in losses if isinstance(loss, int | float)]  # null: a step that was not finite
 
 
 def _loss(curve: list[tuple[int, float]]) -> dict[str, Any]:
