@@ -230,7 +230,10 @@ def test_a_run_keeps_what_was_chosen(peaks, tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
-    "content", ["[]", "1", "{}", '{"asked": {}}', '{"asked": [], "keys": {}}', '{"asked": {}, "keys": {"a": 1}}', "{"]
+    "content",
+    ["[]", "1", "{}", '{"asked": {}}', '{"asked": [], "keys": {}}', '{"asked": {}, "keys": {"a": 1}}', "{"]
+    + [json.dumps({"asked": {key: 8}, "keys": {key: value}}) for key, value in [("a", 1), (MICRO, -1), (MICRO, "x")]]
+    + [json.dumps({"asked": {MICRO: [8]}, "keys": {MICRO: 8}})],
 )
 def test_a_record_that_is_not_of_a_choice_is_replaced(peaks, tmp_path, content):
     file = tmp_path / "run" / fit_run.FILE

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -248,7 +249,8 @@ def contents(run):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "null", '{"state": 3}', "[" * 100_000, json.dumps({name: [1] for name in status.FIELDS})],
+    ["", "{", "[]", "null", '{"state": 3}', "[" * 100_000, json.dumps({name: [1] for name in status.FIELDS})]
+    + [json.dumps(asdict(Status()) | {name: value}) for name, value in [("state", None), ("exit_code", "x")]],
     ids=lambda text: text[:12],
 )
 def test_a_status_that_is_none_is_written_anew(text, recipe):

@@ -11,17 +11,19 @@ import torch
 
 from reca import distributed, units
 from reca.config.recipe import Recipe
-from reca.config.recipe_files import by_key
+from reca.config.recipe_files import by_key, reread
 from reca.estimate import memory
 from reca.estimate.fit import CAST_ONCE, CHECKPOINTING, asked_by, choose, describe, value_of, with_keys
 from reca.io.files import parse_json
 from reca.io.folders import write_atomically
+from reca.io.shape import misfit
 from reca.options.fields import RecipeError
 from reca.processes import own_process
 
 log = logging.getLogger("reca")
 
 FILE = "fit.json"  # in the run folder: what was chosen, for what, and why
+SHAPE = {"asked": {str: object}, "keys": {str: object}}
 DEPENDS_ON = (  # keys that a choice depends on
     "umm", "model.*", "objective.*", "lora.*", "parallel.shard", "parallel.strategy",
     "parallel.reduce_every_micro_batch",
@@ -64,7 +66,7 @@ def fit_run(
     Raises RecipeError.
     """
     file = Path(recipe.run_dir) / FILE
-    if (before := _read(file)) is not None:
+    if (before := _read(file, recipe)) is not None:
         # The run's recipe.yaml contains the chosen values: restore the original ones before comparing and choosing.
         # Other values are given anew.
         chosen = [key for key, value in before["keys"].items() if value_of(recipe, key) == value]
@@ -103,16 +105,23 @@ def fit_run(
 
 def recorded(recipe: Recipe) -> Recipe:
     """Return the recipe with the settings that were chosen for this run; unchanged if none were chosen yet."""
-    before = _read(Path(recipe.run_dir) / FILE) if asked_by(recipe) else None
+    before = _read(Path(recipe.run_dir) / FILE, recipe) if asked_by(recipe) else None
     return recipe if before is None else with_keys(recipe, before["keys"])
 
 
-def _read(file: Path) -> dict[str, Any] | None:
-    """Read the record of a choice; None if there is none, or the file contains something else."""
+def _read(file: Path, recipe: Recipe) -> dict[str, Any] | None:
+    """Read the record of a choice; None if there is none, or the file contains something else.
+
+    recipe: one whose keys accept the recorded values.
+    """
     try:
         before = parse_json(file.read_bytes())
-        return before if before["keys"].keys() <= before["asked"].keys() else None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        if misfit(before, SHAPE) is not None:
+            return None
+        for values in (before["keys"], {key: before["asked"][key] for key in before["keys"]}):
+            reread(with_keys(recipe, values))
+        return before
+    except (OSError, ValueError, LookupError, AttributeError):
         return None
 
 

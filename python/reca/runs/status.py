@@ -5,13 +5,15 @@
 
 import contextlib
 import socket
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import get_type_hints
 
 from reca import exits
 from reca.io.checkpoints import latest
 from reca.io.files import parse_json
 from reca.io.paths import exists, is_file
+from reca.io.shape import misfit
 from reca.runs.folder_lock import is_alive, is_locked
 
 FILE = "status.json"
@@ -74,17 +76,16 @@ class Status:
         path = run_dir / FILE
         try:
             found = parse_json(path.read_text())
-            status = cls(**{f.name: found[f.name] for f in fields(cls)})
-            if not isinstance(status.checkpoint, str | None):
-                raise TypeError(f"checkpoint is {status.checkpoint!r}")
-            return status
+            if misfit(found, SHAPE) is not None:
+                raise ValueError("a field is missing, or is of another type")
+            return cls(**{name: found[name] for name in FIELDS})
         except (FileNotFoundError, NotADirectoryError) as error:
             run = next((folder for folder in run_dir.absolute().parents if is_file(folder / FILE)), None)
             inside = f"is inside the run folder {run}: pass that folder"
             raise ValueError(f"{run_dir} {inside if run else f'is not a run folder: it has no {FILE}'}") from error
         except OSError as error:
             raise ValueError(f"{path} cannot be read ({error.strerror}); check its permissions and its disk") from error
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except ValueError as error:
             raise ValueError(
                 f"{path} cannot be read: expected a JSON object with {', '.join(FIELDS)}; the next start replaces it"
             ) from error
@@ -99,7 +100,8 @@ class Status:
         return "\n".join(f"{name:<11} {value}" for name, value in asdict(self).items() if value is not None)
 
 
-FIELDS = tuple(f.name for f in fields(Status))
+SHAPE = get_type_hints(Status)
+FIELDS = tuple(SHAPE)
 
 
 def _is_running(run_dir: Path, status: Status) -> bool:
