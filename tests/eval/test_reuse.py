@@ -122,14 +122,29 @@ def test_a_suite_with_options_has_a_folder_of_its_own(painter):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", "{}", "[" * 100_000, '{"a": {"b": 1}}', '{"model": {}, "items": 3}']
-)
+    "content",
+    [
+        "", "{", "[]", "{}", "[" * 100_000, '{"a": {"b": 1}}', '{"model": {}}', '{"model": {"source": "r", "umm": 3}}',
+        '{"model": {"source": "r"}, "items": 3}',
+    ],
+)  # fmt: skip
 def test_a_damaged_list_of_what_was_generated(painter, content):
     reca.evaluate("toy", painter, limit=5)
     (painter / "eval/000002/toy/generation.json").write_text(content)
     with pytest.raises(
         EvaluationError, match="generation.json is damaged: expected .* delete .*/toy or set another out"
     ):
+        reca.evaluate("toy", painter, limit=5)
+
+
+def test_images_of_unknown_weights_are_those_of_other_ones(painter):
+    reca.evaluate("toy", painter, limit=5)
+    path = painter / "eval/000002/toy/generation.json"
+    made = json.loads(path.read_text())
+    del made["model"]["weights_sha256"]
+    path.write_text(json.dumps(made))
+    next(path.parent.rglob("*.png")).unlink()
+    with pytest.raises(EvaluationError, match=r"with other settings \(other weights\)"):
         reca.evaluate("toy", painter, limit=5)
 
 

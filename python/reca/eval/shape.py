@@ -18,7 +18,7 @@ AGAINST = {
     "flips": [FLIP],
 }
 IMAGE = {"k": int, "path": str | None, "value": NUMBER, "reason": str | None}
-GENERATION = {"model": {"weights_sha256?": str | None}, "sampling?": {str: object}, "items?": {str: str | None}}
+GENERATION = {"model": MODEL.shape, "sampling?": {str: object}, "items?": {str: str | None}}
 # Needed keys and the shapes of their values; ? marks keys that may be missing. `reca.eval` documents all keys.
 RESULTS = {
     "suite": str,

@@ -211,7 +211,7 @@ def write_generation(folder: Path, made: Mapping[str, Any], items: Sequence[Item
     """
     before = read_generation(folder)
     changed = [] if not before else _differing(_compared(before), _compared(made))
-    if before and not changed and before["model"]["weights_sha256"] != made["model"]["weights_sha256"]:
+    if before and not changed and before["model"].get("weights_sha256") != made["model"]["weights_sha256"]:
         changed = ["other weights"]
     if changed:
         raise _other_settings(folder, ", ".join(changed))
