@@ -75,7 +75,21 @@ def test_the_run_goes_on_while_it_is_exported(run, tmp_path):
     card.write(copy, reca.api.recipe_of(copy), model, False, tmp_path, "name")
     text = (tmp_path / "README.md").read_text()
     assert "after 2 steps" in text and "16 in total" in text and "Samples at step 2" in text
+    assert "model-index" in metadata(tmp_path)  # the scores of step 2
     assert describe(model, target(copy, (), "toy", None))["step"] == 2
+
+
+def test_a_run_whose_newest_checkpoint_is_damaged(run, tmp_path, capsys):
+    """The one before it is exported, described and compared with the base model."""
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    shutil.copytree(copy / "checkpoints/000002", copy / "checkpoints/000005")
+    for file in (copy / "checkpoints/000005/weights").iterdir():
+        os.truncate(file, 100)
+    assert cli.main(["export", str(copy), "--out", str(tmp_path / "out"), "--card"]) == 0
+    assert "against the model before training: Understanding is bit-identical: " in capsys.readouterr().out
+    assert "Understanding is bit-identical" in (tmp_path / "out/README.md").read_text()
+    assert "model-index" in metadata(tmp_path / "out")
 
 
 def test_results_of_other_weights_are_left_out(run, tmp_path):

@@ -82,7 +82,7 @@ def export(options: argparse.Namespace) -> None:
     from reca.comparison.weights import understanding
     from reca.io.folders import ensure_writable
     from reca.publishing import card, push
-    from reca.runs.lineage import trained_source
+    from reca.runs.lineage import loaded_checkpoint
 
     recipe = recipe_of(options.recipe, options.overrides)
     if not options.push and (options.public or options.update):
@@ -96,7 +96,8 @@ def export(options: argparse.Namespace) -> None:
         name = options.push.split("/")[1] if options.push else options.out.absolute().name
         written += card.write(options.recipe, recipe, model, options.ema, options.out, name)
     print(f"wrote {', '.join(dict.fromkeys(name.split('/')[0] for name in written))} to {options.out}")
-    if trained_source(options.recipe) and (found := understanding(*find_sides("base", str(options.recipe)))):
+    loaded = loaded_checkpoint(options.recipe, model)
+    if loaded and (found := understanding(*find_sides("base", str(loaded)))):
         print(f"against the model before training: {found['text']}")
     if options.push:
         del model  # frees the GPU during the upload, which takes hours

@@ -27,7 +27,7 @@ from reca.models import umm_package
 from reca.models.base import Adapter
 from reca.models.common.hub import hub_name
 from reca.options.values import override_text
-from reca.runs.lineage import trained_source
+from reca.runs.lineage import loaded_checkpoint, trained_source
 
 CARD = "README.md"
 IMAGES = "images"  # folder of the images, below the export
@@ -50,7 +50,8 @@ def write(source: str | Path, recipe: Recipe, model: Adapter, ema: bool, folder:
         return [CARD, *sorted(path.relative_to(folder).as_posix() for path in (folder / IMAGES).glob("*.png"))]
     trained = trained_source(source)
     run = trained[0] if trained else None
-    sides = find_sides("base", str(source)) if trained else None
+    loaded = loaded_checkpoint(source, model)
+    sides = find_sides("base", str(loaded)) if loaded else None
     scores = _scores(*sides, weights_hash(model)) if sides else Scores([], [], [])
     state = model.state if run else None
     images = _images(run, state["step"], recipe, folder) if run and state else []

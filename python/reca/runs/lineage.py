@@ -251,6 +251,16 @@ def load_trained(source: Path, recipe: Recipe, device: torch.device | str = "cpu
     return adapter.eval()
 
 
+def loaded_checkpoint(source: str | Path, adapter: Adapter) -> Path | None:
+    """Return the checkpoint that `load_trained` has read, which is not the newest of a run that goes on or is damaged.
+
+    Return None if it is gone by now, or if the source is not trained.
+    """
+    if (trained := trained_source(source)) is None or adapter.state is None:
+        return None
+    return next((f for f in checkpoint.list_complete(trained[0]) if int(f.name) == adapter.state["step"]), None)
+
+
 def load_start(recipe: Recipe, device: torch.device | str = "cpu", run_dir: Path | None = None) -> Adapter:
     """Load the model that a run of this recipe starts from: the published weights, or those of `train.init_from`.
 
