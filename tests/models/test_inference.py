@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from reca.models.common import inference
-from reca.models.common.images import check_side, to_unit
+from reca.models.common.images import check_side, to_uint8, to_unit
 from reca.models.common.inference import check_pairs, warn_of_cut, warn_of_unknown_words
 from reca.models.common.tiny_tokenizer import word_tokenizer
 
@@ -44,6 +44,21 @@ def test_warnings_of_what_is_not_read(caplog, monkeypatch):
         "words outside this model's vocabulary are read as <unk>: zebra, quux",
         "a prompt has 3 tokens, but this model reads at most 2: its end is truncated; this is reported once",
     ]
+
+
+@pytest.mark.parametrize("floor", [False, True])
+def test_nan_is_black_and_told(floor, caplog):
+    pixels = torch.linspace(-1.5, 1.5, 4 * 3 * 2 * 2).view(4, 3, 2, 2)
+    sound = to_uint8(pixels, floor)
+    assert sound.min() == 0 and sound.max() == 255 and not caplog.records
+    pixels[1, 2, 0, 1] = pixels[3] = torch.nan
+    found = to_uint8(pixels, floor)
+    assert found[3].max() == 0 and found[1, 2, 0, 1] == 0
+    assert torch.equal(found[::2], sound[::2]) and torch.equal(found[1, :2], sound[1, :2])
+    assert "NaN pixels are black in 2 generated images: use a smaller guidance" in caplog.text
+    caplog.clear()
+    to_uint8(pixels[1], floor)
+    assert "in 1 generated image: " in caplog.text
 
 
 def test_pixels():

@@ -5,14 +5,18 @@ Input   uint8 [3, H, W]. At inference an image is resized and cropped as in trai
 Output  about [-1, 1], rounded to the nearest of 256 levels (`to_uint8`).
 """
 
+import logging
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from reca import units
 from reca.data.transforms import make_view
 from reca.data.views import View
 from reca_kernels.host import on_device
+
+log = logging.getLogger("reca")
 
 
 def to_unit(images: Tensor | Sequence[Tensor]) -> Tensor:
@@ -22,10 +26,16 @@ def to_unit(images: Tensor | Sequence[Tensor]) -> Tensor:
 
 
 def to_uint8(pixels: Tensor, floor: bool = False) -> Tensor:
-    """Round pixels of about [-1, 1] to uint8 of the same shape; values outside are clamped.
+    """Round pixels of about [-1, 1], [..., 3, H, W], to uint8 of the same shape; values outside are clamped.
 
+    NaN is black, and warned of: a black image would otherwise be taken, and scored, for what the model has generated.
     floor: round down instead of to the nearest level, as some models' public code does.
     """
+    if lost := int(pixels.isnan().flatten(-3).any(-1).sum()):
+        log.warning(
+            "NaN pixels are black in %s: use a smaller guidance, or weights that have not diverged",
+            units.counted(lost, "generated image"),
+        )
     if floor:
         return ((pixels.float() * 0.5 + 0.5).clamp(0, 1) * 255).to(torch.uint8)
     return (127.5 * pixels.float() + 128).clamp(0, 255).to(torch.uint8)
