@@ -16,6 +16,25 @@ def test_a_local_path_comes_first(tmp_path):
     assert fetch(str(tmp_path)) == tmp_path
 
 
+@pytest.mark.parametrize("inside", ["", "checkpoints/000004", "checkpoints/000004/weights/model.safetensors"])
+def test_a_run_is_no_published_model(inside, tmp_path, monkeypatch):
+    """Its tokenizer is missed first, and to set another would not help."""
+    path = tmp_path / inside
+    path.mkdir(parents=True, exist_ok=True)
+    assert fetch(str(path)) == path
+    for name in ("recipe.yaml", "status.json"):
+        (tmp_path / name).touch()
+    (tmp_path / "export").mkdir()
+    assert fetch(str(tmp_path / "export")) == tmp_path / "export"
+    monkeypatch.chdir(tmp_path)
+    for source in (str(path), f"./{inside}"):
+        said = f"model.weights={source} belongs to the run .* train.init_from"
+        with pytest.raises(ValueError, match=said):
+            fetch(source)
+        with pytest.raises(ValueError, match=said):
+            fetch_tokenizer(SimpleNamespace(tokenizer=None, weights=source), {})
+
+
 def test_hub_repository_and_file_of_one(monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **_: asked.append(repo) or str(tmp_path))

@@ -72,6 +72,13 @@ def _owner(folder: Path, kind: str | None) -> str | None:
     return None
 
 
+def run_of(path: Path) -> Path | None:
+    """Return the run whose folder a path is, or in whose checkpoints it lies; None if there is none."""
+    path = Path(os.path.abspath(path))
+    runs = [path, *(inner.parent for inner in (path, *path.parents) if inner.name == CHECKPOINTS)]
+    return next((run for run in runs if _is_kind(run, RUN)), None)
+
+
 def _is_kind(folder: Path, kind: str) -> bool:
     return any(all(os.path.isfile(folder / name) for name in group) for group in MARKS[kind])
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from reca import catalog, units
+from reca.io.folders import run_of
 from reca.io.paths import exists, is_dir
 
 TOKENIZER = ["*.json", "*.txt", "*.model"]  # patterns of tokenizer files; match no weights
@@ -17,10 +18,10 @@ def fetch(source: str, patterns: list[str] | None = None, key: str = "model.weig
     """Return the local folder or file of a path, a hub id (owner/name) or a file on the hub (owner/name/file).
 
     Downloads are cached. patterns: glob patterns of the files to download; None downloads all. key: the recipe key of
-    `source`, for error messages. Raises ValueError if it cannot be found, with the download command for a hub id.
+    `source`, for error messages. Raises ValueError if it cannot be found, with the download command for a hub id, or
+    if it is a run.
     """
-    path = Path(source).expanduser()
-    if exists(path):
+    if path := _local(source, key):
         return path
     repository, file = hub_name(source, key)
     from huggingface_hub import hf_hub_download, snapshot_download
@@ -43,7 +44,7 @@ def fetch_tokenizer(
     source = getattr(config, key)
     if source is None:
         return None
-    if exists(path := Path(source).expanduser()):
+    if path := _local(source, f"model.{key}"):
         return beside(path)
     repository, file = hub_name(source, f"model.{key}")
     from huggingface_hub import snapshot_download
@@ -51,6 +52,18 @@ def fetch_tokenizer(
     with _asking(repository, file, downloads[key], f"model.{key}", local):
         folder = snapshot_download(repository, allow_patterns=TOKENIZER, local_files_only=local)
     return Path(folder, file).parent if file else Path(folder)
+
+
+def _local(source: str, key: str) -> Path | None:
+    """Return the path that `source` is; None if it does not exist. Raises ValueError for a run and its checkpoints."""
+    if not exists(path := Path(source).expanduser()):
+        return None
+    if run := run_of(path):
+        raise ValueError(
+            f"{key}={source} belongs to the run {run}, which is no published model: name the run in place of the "
+            "recipe, train on from it with train.init_from, or name its export"
+        )
+    return path
 
 
 @contextlib.contextmanager
