@@ -10,7 +10,7 @@ from reca.demo.measure import Rate
 from reca.processes import side_by_side
 from reca.studies import report, runner
 from reca.studies.plan import plan
-from reca.studies.study import load_study
+from reca.studies.study import StudyError, load_study
 from reca.studies.task import Asked
 
 STUDY = """
@@ -91,6 +91,10 @@ def test_the_page_has_curves_and_the_images_of_the_first_seed(tmp_path):
     report.write(found, tmp_path)
     page = (tmp_path / "study.html").read_text()
     assert "a red square" in page and shown["RECA"]["source"] in page and "82.6" in page
+    for damaged in ("", "{", "3", '{"prompt": "a"}', "[{}]", '[{"prompt": null}]', "[" * 100_000):
+        (folder / "images.json").write_text(damaged)
+        with pytest.raises(StudyError, match=f"{folder}/images.json has no list of prompts: remove .*/images.png"):
+            report._images(found)
     variant["results"][0]["failed"] = "it"
     assert report._images(found) == {}
 

@@ -1,5 +1,6 @@
 """A study's results as JSON, an HTML page, and text."""
 
+import contextlib
 import json
 import math
 import platform
@@ -16,8 +17,9 @@ from reca.io.files import parse_json
 from reca.io.folders import write_atomically
 from reca.io.image_grid import enlarged
 from reca.io.paths import is_file
+from reca.io.shape import misfit
 from reca.studies import judge
-from reca.studies.study import BEFORE, PRETRAINED, Study
+from reca.studies.study import BEFORE, PRETRAINED, Study, StudyError
 from reca.studies.task import Asked, Task, short
 
 WIDTH, HEIGHT = 220, 70  # of a loss curve
@@ -167,8 +169,19 @@ def _images(found: dict[str, Any]) -> dict[str, Any]:
         with Image.open(path) as image:
             larger = enlarged(image, ENLARGED)
         shown[variant["name"]] = {"source": html.png_url(larger), "width": larger.width}
-        shown.setdefault("", parse_json(path.with_suffix(".json").read_text()))
+        if "" not in shown:
+            shown[""] = _prompts(path.with_suffix(".json"))
     return shown
+
+
+def _prompts(path: Path) -> list[dict[str, Any]]:
+    """Read the prompts of a variant's images. Raises StudyError if the file is damaged."""
+    found = None
+    with contextlib.suppress(ValueError):
+        found = parse_json(path.read_bytes())
+    if misfit(found, [{"prompt": str}]) is not None:
+        raise StudyError(f"{path} has no list of prompts: remove {path.with_suffix('.png')} to leave the images out")
+    return found
 
 
 def _chart(variant: dict[str, Any]) -> dict[str, Any] | None:
