@@ -140,7 +140,7 @@ def folder_graph(graph: Mapping[str, Collection[str]]) -> dict[str, set[str]]:
 FOUNDATION = {
     f"reca.{name}"
     for name in (
-        *("catalog", "data.micro_batches", "errors", "exits"),
+        *("catalog", "data.micro_batches", "environment", "errors", "exits"),
         *("io.files", "io.folders", "io.html", "io.image_grid", "io.paths"),
         *("options.fields", "options.names", "options.sampling", "options.values", "precision", "rng", "units"),
     )

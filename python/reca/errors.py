@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 
 from reca import exits
-from reca.processes.environment import number
+from reca.environment import number
 
 # The parts of messages of gloo, NCCL and the store that prove a lost connection or a late rank; the group is quoted.
 _LOST = re.compile(

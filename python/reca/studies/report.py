@@ -176,7 +176,7 @@ def _images(found: dict[str, Any]) -> dict[str, Any]:
 
 def _prompts(path: Path) -> list[dict[str, Any]]:
     """Read the prompts of a variant's images. Raises StudyError if the file is damaged."""
-    found = None
+    found: Any = None
     with contextlib.suppress(ValueError):
         found = parse_json(path.read_bytes())
     if misfit(found, [{"prompt": str}]) is not None:
