@@ -19,6 +19,7 @@ from reca.models.base import Adapter
 from reca.models.common.inference import warn_of_random_weights, warn_of_untrained
 from reca.options.fields import RecipeError, format_value
 from reca.options.names import option
+from reca.precision import usual_defaults
 from reca.runs.finished import finished_steps
 from reca.runs.lineage import load_start, load_trained, recipe_of, trained_source
 from reca.trainer import Trainer
@@ -154,6 +155,7 @@ def _check_keys(recipe: Recipe, config: Any) -> None:
         )
 
 
+@usual_defaults()
 def evaluate(
     suite: str,
     source: str | Path,

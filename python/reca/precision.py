@@ -53,16 +53,23 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
 
 
 @contextlib.contextmanager
-def usual_defaults() -> Iterator[None]:
-    """Make new tensors fp32 and on the CPU by default inside this context, whatever the caller has set."""
+def fp32_by_default() -> Iterator[None]:
+    """Make new tensors fp32 by default inside this context, whatever the caller has set."""
     before = torch.get_default_dtype()
-    elsewhere = torch.get_default_device().type != "cpu"
     torch.set_default_dtype(torch.float32)
     try:
-        with torch.device("cpu") if elsewhere else contextlib.nullcontext():  # as a mode, it would slow every call
-            yield
+        yield
     finally:
         torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
+def usual_defaults() -> Iterator[None]:
+    """Make new tensors fp32 and on the CPU by default inside this context, whatever the caller has set."""
+    elsewhere = torch.get_default_device().type != "cpu"
+    # Only if needed: as a mode, the device would slow every call.
+    with fp32_by_default(), torch.device("cpu") if elsewhere else contextlib.nullcontext():
+        yield
 
 
 @contextlib.contextmanager

@@ -178,6 +178,21 @@ def test_a_caller_that_has_switched_gradients_off_can_train(tmp_path, toys, off)
         assert not torch.is_grad_enabled()
 
 
+def test_a_caller_with_another_default_device_loads_and_evaluates_alike(tmp_path):
+    """The judge of the toy dataset took its tensors for images of another size."""
+
+    def weights():
+        return reca.load("show_o_tiny").state_dict()
+
+    def results(out):
+        return reca.evaluate("toy", "show_o_tiny", limit=1, sampling={"steps": 1}, out=out)["overall"]
+
+    wanted = weights(), results(tmp_path / "a")
+    with torch.device("meta"):
+        found = weights(), results(tmp_path / "b")
+    assert all(torch.equal(found[0][name], wanted[0][name]) for name in wanted[0]) and found[1] == wanted[1]
+
+
 def test_a_model_of_other_keys_is_not_trained(tmp_path):
     """Its run would be loaded with the recipe's keys: as another model, or with other frozen weights."""
     small = {"model": {"phi": {"num_hidden_layers": 1}, "seed": 3}}

@@ -131,6 +131,22 @@ def test_the_default_dtype_changes_nothing(model, dtype):
     same(ours, wanted)
 
 
+def test_the_default_device_changes_nothing(model):
+    """On a GPU, torch.set_default_device("cuda") is meant; tensors of meta cannot be read at all."""
+    image = torch.arange(3 * 40 * 30, dtype=torch.uint8).view(3, 40, 30)
+
+    def made():
+        images = model.generate(["a red circle"], [0], **quick(model.name, 3))
+        images += model.edit([image], ["red"], [0], steps=3) if "edit" in model.abilities else []
+        scores = model.log_likelihood([image], ["what"], ["red"])
+        return torch.cat([each.flatten() for each in images]), model.answer([image], ["what"], max_new_tokens=2), scores
+
+    wanted = made()
+    with torch.device("meta"):
+        ours = made()
+    assert torch.equal(ours[0], wanted[0]) and ours[1:] == wanted[1:]
+
+
 def test_copies_answer_alike_and_are_apart(model):
     wanted = answers(model)
     model.zero_grad()

@@ -94,21 +94,6 @@ class LossTerm(NamedTuple):
         return cls(total, torch.full_like(total.detach(), prepared.weight), samples)
 
 
-def in_fp32(function: Callable) -> Callable:
-    """Run a function with fp32 as the default dtype, whatever the caller's default is."""
-
-    @functools.wraps(function)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float32)
-        try:
-            return function(*args, **kwargs)
-        finally:
-            torch.set_default_dtype(before)
-
-    return wrapped
-
-
 def _checked(method: Callable) -> Callable:
     """Validate the arguments of generate, edit, answer or reconstruct, and run it in eval mode.
 

@@ -11,12 +11,12 @@ from transformers import PreTrainedTokenizerBase
 from reca.models.bagel import prompt
 from reca.models.bagel.config import BagelConfig, VisionSizes
 from reca.models.bagel.transformer import GEN, UND, KVCache, LanguageModel, PackedPass
-from reca.models.base import in_fp32
 from reca.models.common.images import check_side, to_unit
 from reca.models.common.kl_codec import KlCodec, PatchMoments
 from reca.models.common.siglip import siglip_encoder
 from reca.models.common.text import encode
 from reca.models.common.trained import any_trained
+from reca.precision import fp32_by_default
 from reca_kernels import template_concat
 from reca_kernels.host import on_device
 
@@ -152,7 +152,7 @@ def by_size(images: Sequence[Tensor], encode: Callable[[Tensor], Tensor], pixels
 class Network(nn.Module):
     """BAGEL's modules. Parameters have their published names, except those of `codec`."""
 
-    @in_fp32
+    @fp32_by_default()
     def __init__(self, config: BagelConfig, tokenizer: PreTrainedTokenizerBase):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from reca.io.paths import is_dir
 from reca.models.common.text import encode
-from reca.precision import attention_without_plans
+from reca.precision import attention_without_plans, usual_defaults
 
 log = logging.getLogger("reca")
 M = TypeVar("M", bound=Callable)
@@ -34,11 +34,14 @@ def options_of(function: Callable) -> Callable[[M], M]:
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode and disable cuDNN attention in the context; restore the training mode afterwards."""
+    """Put a model into eval mode inside this context, without cuDNN attention and the caller's defaults of tensors.
+
+    The training mode is restored afterwards.
+    """
     training = model.training
     model.eval()
     try:
-        with attention_without_plans():
+        with attention_without_plans(), usual_defaults():
             yield
     finally:
         model.train(training)

@@ -8,7 +8,6 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Qwen2ForCausalLM
 
-from reca.models.base import in_fp32
 from reca.models.common.images import check_side
 from reca.models.common.patch_codec import PatchCodec
 from reca.models.common.planned import CAUSAL
@@ -17,6 +16,7 @@ from reca.models.common.vit_blocks import Block
 from reca.models.harmon import prompt
 from reca.models.harmon.config import AutoencoderSizes, HarmonConfig, MarSizes
 from reca.models.harmon.masking import Masking
+from reca.precision import fp32_by_default
 from reca_kernels import template_concat
 
 FREQUENCIES = 256  # width of the sinusoidal timestep embedding
@@ -265,7 +265,7 @@ def _zero(layer: nn.Linear) -> nn.Linear:
 class Network(nn.Module):
     """Harmon's modules under their published names; `codec` has diffusers' names."""
 
-    @in_fp32
+    @fp32_by_default()
     def __init__(self, config: HarmonConfig, tokenizer: PreTrainedTokenizerBase):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer

@@ -11,7 +11,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from reca.data.batch import Batch
 from reca.data.tasks import Turn
 from reca.data.views import View, Views
-from reca.models.base import in_fp32
 from reca.models.common import conv_blocks
 from reca.models.common.conv_blocks import Downsample, ResBlock, Upsample, group_norm
 from reca.models.common.images import check_side, to_unit
@@ -23,7 +22,7 @@ from reca.models.common.vit_blocks import Block, Mlp
 from reca.models.janus import prompt
 from reca.models.janus.config import JanusConfig, LlamaSizes, VisionSizes, VqSizes
 from reca.models.janus.prompt import Layout, Segment, Vocabulary
-from reca.precision import fp32_products
+from reca.precision import fp32_by_default, fp32_products
 from reca_kernels import TextSegment, template_concat
 
 USED = 65536  # length of an unused buffer in DeepSeek's files
@@ -361,7 +360,7 @@ class SharedLlama(nn.Module):
 class Network(SharedLlama):
     """Janus-Pro's modules under DeepSeek's names."""
 
-    @in_fp32
+    @fp32_by_default()
     def __init__(self, config: JanusConfig, tokenizer: PreTrainedTokenizerBase):
         super().__init__()
         self.config, self.tokenizer, width = config, tokenizer, config.language.hidden_size

@@ -11,13 +11,13 @@ from transformers import PreTrainedTokenizerBase
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from reca.data.tasks import Turn
-from reca.models.base import in_fp32
 from reca.models.common.images import check_side
 from reca.models.common.kl_codec import KlCodec, PatchMoments
 from reca.models.janus.modules import SharedLlama, VisionModel, llama
 from reca.models.janusflow import prompt
 from reca.models.janusflow.config import GenerationSizes, JanusFlowConfig
 from reca.models.janusflow.prompt import Layout, Segment
+from reca.precision import fp32_by_default
 
 PATCH = 2  # latents per token in height and width: the published encoder halves each side, the decoder doubles it
 TIMES = 1000  # input of the time embedding for a time of 1
@@ -124,7 +124,7 @@ def check_sizes(config: JanusFlowConfig, factor: int) -> None:
 class Network(SharedLlama):
     """JanusFlow's modules under DeepSeek's names, and the codec, which is published separately."""
 
-    @in_fp32
+    @fp32_by_default()
     def __init__(self, config: JanusFlowConfig, tokenizer: PreTrainedTokenizerBase):
         super().__init__()
         self.config, self.tokenizer, width, sizes = config, tokenizer, config.language.hidden_size, config.generation

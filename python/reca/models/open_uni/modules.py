@@ -12,7 +12,6 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration, PreTr
 from transformers.models.internvl.configuration_internvl import InternVLVisionConfig
 from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
-from reca.models.base import in_fp32
 from reca.models.common.efficientnet import EfficientNetLite0
 from reca.models.common.images import check_side, per_channel
 from reca.models.common.patch_codebook import PatchCodebook
@@ -25,7 +24,7 @@ from reca.models.common.text import control
 from reca.models.common.trained import any_trained
 from reca.models.open_uni.config import AutoencoderSizes, OpenUniConfig, VectorCodebookSizes
 from reca.models.open_uni.prompt import CONTEXT, Layout
-from reca.precision import fp32_products
+from reca.precision import fp32_by_default, fp32_products
 from reca_kernels import template_concat
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -190,7 +189,7 @@ class Network(nn.Module):
     Parameters that RECA trains have their published names.
     """
 
-    @in_fp32
+    @fp32_by_default()
     def __init__(self, config: OpenUniConfig, tokenizer: PreTrainedTokenizerBase):
         super().__init__()
         check_sizes(config)

@@ -5,7 +5,6 @@ from diffusers import DPMSolverMultistepScheduler, SanaPipeline
 from torch import Tensor
 
 from reca.data.views import View
-from reca.models.base import in_fp32
 from reca.models.common.chat import Prompt, reply_start, truncated
 from reca.models.common.greedy import decode_replies
 from reca.models.common.images import fit_to_view, to_uint8, to_unit
@@ -14,6 +13,7 @@ from reca.models.common.planned import greedy
 from reca.models.common.text import control
 from reca.models.open_uni import modules, prompt
 from reca.models.open_uni.modules import Network
+from reca.precision import fp32_by_default
 from reca.rng import RandomStream, seeded_normal
 
 PIPELINE_FACTOR = 32  # pixels per latent that the pipeline assumes when it checks sizes
@@ -143,7 +143,7 @@ def condition(net: Network, prompts: list[Prompt], h_v: Tensor | None) -> Tensor
     return net.condition(layout.to(net.device), h_v)
 
 
-@in_fp32  # the solver creates tensors from Python numbers
+@fp32_by_default()  # the solver creates tensors from Python numbers
 @torch.no_grad()
 def denoise(
     net: Network,

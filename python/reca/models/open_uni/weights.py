@@ -18,7 +18,6 @@ from transformers import PreTrainedTokenizerBase
 
 from reca.io.files import read_json
 from reca.io.paths import is_dir, is_file
-from reca.models.base import in_fp32
 from reca.models.common.exporting import export_to
 from reca.models.common.hub import TOKENIZER, beside, fetch, fetch_tokenizer
 from reca.models.common.pooled_features import assign_weights
@@ -28,6 +27,7 @@ from reca.models.common.weight_files import assign_state_dict, init_on_meta, ini
 from reca.models.open_uni import prompt
 from reca.models.open_uni.config import OpenUniConfig
 from reca.models.open_uni.modules import Network
+from reca.precision import fp32_by_default
 
 log = logging.getLogger("reca")
 
@@ -119,7 +119,7 @@ def _published(cls: type[N], config: OpenUniConfig) -> N:
             )
     with init_on_meta():
         net = cls(config, load_tokenizer(config))
-    assert config.mllm and config.weights, "`absent` would name them"
+    assert config.mllm and config.weights and config.dit and config.codec_weights, "`absent` would name them"
     folder = fetch(config.mllm, DOWNLOADS["mllm"], "model.mllm")
     mllm = mllm_native(read_tensors(folder))
     net.transformer = _diffusers_part(SanaTransformer2DModel, config.dit, "dit", "transformer")
@@ -266,7 +266,7 @@ def overlay(paths: list[Path]) -> tuple[dict[str, Tensor], list[str]]:
     return merged, report
 
 
-@in_fp32
+@fp32_by_default()
 def _diffusers_part(class_: Any, source: str, key: str, part: str) -> nn.Module:
     """Load a diffusers model in fp32 with the sizes of its config.json, from a repository or its subfolder `part`."""
     folder = fetch(source, DOWNLOADS[key], f"model.{key}")

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, PhiConfig, PhiForCausalLM, PreTrainedTokenizerBase
 from transformers.models.phi.modeling_phi import PhiDecoderLayer
 
-from reca.models.base import in_fp32
 from reca.models.common.conv_blocks import Attention, Downsample, ResBlock, Upsample, group_norm
 from reca.models.common.efficientnet import EfficientNetLite0
 from reca.models.common.images import check_side
@@ -23,6 +22,7 @@ from reca.models.common.pooled_features import PooledProjector, projector
 from reca.models.common.text import encode
 from reca.models.show_o.config import ClipSizes, MagvitSizes, PhiSizes, ShowOConfig
 from reca.models.show_o.prompt import Layout, Vocabulary, image_rows, put_image
+from reca.precision import fp32_by_default
 from reca_kernels import template_concat
 
 
@@ -237,7 +237,7 @@ class LastLayer(PhiDecoderLayer):
 class Network(nn.Module):
     """Show-o's modules. `showo` and `mm_projector` have their published names; all others are frozen."""
 
-    @in_fp32
+    @fp32_by_default()
     def __init__(self, config: ShowOConfig, tokenizer: PreTrainedTokenizerBase):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
