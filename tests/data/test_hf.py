@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import struct
 import sys
 from typing import ClassVar
 
@@ -12,6 +13,7 @@ from reca.config.recipe_files import absolute_paths, load_recipe
 from reca.data.config import ColumnsConfig, DataConfig
 from reca.data.errors import BadSample, DataError, LeftOut
 from reca.data.loader import open_loader
+from reca.data.sources import hf
 from reca.data.sources.factory import open_source
 from reca.data.views import View, Views
 from tests.data.files import fill, image_bytes, said
@@ -230,6 +232,35 @@ def test_text_that_is_not_utf8_costs_its_row(tmp_path, column):
         assert source[0].image == image_bytes()
         with pytest.raises(BadSample, match=f"the column {column} is not UTF-8"):
             source[1]
+
+
+@pytest.mark.parametrize("form", ["bytes", "struct", "text", "turns"])
+def test_damaged_offsets_cost_their_rows(tmp_path, form):
+    """A file is mapped to memory unread, and an offset in it was followed to any address."""
+    pa = pytest.importorskip("pyarrow")
+
+    def cut(kind):
+        """Return four parts of 40 bytes, the third of which ends behind them."""
+        offsets = pa.py_buffer(struct.pack("<5i", 0, 4, 8, 60, 40))
+        return pa.Array.from_buffers(kind, 4, [None, offsets, pa.py_buffer(b"abcd" * 10)])
+
+    talk, texts, structs = said("human", "Q", "gpt", "A"), ["a", "b", "c", "d"], pa.StructArray.from_arrays
+    columns = {"image": [image_bytes()] * 4, "caption": texts, "conversations": [talk] * 4}
+    if form == "bytes":
+        columns["image"] = cut(pa.binary())
+    elif form == "struct":
+        columns["image"] = structs([cut(pa.binary()), pa.array(texts)], ["bytes", "path"])
+    elif form == "text":
+        columns["caption"] = cut(pa.string())
+    else:
+        turns = structs([pa.array(["human", "gpt"] * 2), cut(pa.string())], ["from", "value"])
+        columns["conversations"] = pa.ListArray.from_arrays(pa.array([0, 2, 2, 2, 4], pa.int32()), turns)
+    task = {"text": "t2i", "turns": "i2t"}.get(form, "reca")
+    damaged = datasets.Dataset(pa.table(columns), fingerprint="0")  # it would read all of the table for one
+    source = hf.HuggingFace(damaged, task, ColumnsConfig(), "rows", tmp_path)
+    assert source[0].image == (b"abcd" if form in ("bytes", "struct") else image_bytes())
+    with pytest.raises(BadSample, match="the row is damaged: "):
+        source[3]
 
 
 def test_folders_that_are_not_whole_and_no_datasets(tmp_path, monkeypatch):

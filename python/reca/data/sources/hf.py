@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
 from reca.data.config import ColumnsConfig
-from reca.data.errors import DataError
+from reca.data.errors import BadSample, DataError
 from reca.data.sample import Sample, digest
 from reca.data.sources.columns import choose, is_json, make_sample
 from reca.data.sources.folder import total_size
@@ -48,7 +48,14 @@ class HuggingFace:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Sample:
-        return make_sample(self.key(index), self.rows[index], 0, self.columns, self.task, self.root)
+        row = self.rows[index]
+        try:
+            for column in row.columns:
+                for chunk in column.chunks:
+                    _validate(chunk)
+        except ValueError as error:
+            raise BadSample(f"the row is damaged: {error}") from error
+        return make_sample(self.key(index), row, 0, self.columns, self.task, self.root)
 
     def key(self, index: int) -> str:
         return f"{self.split}:{index}"
@@ -86,6 +93,29 @@ def _lengths(array: Any) -> Iterator[bytes]:
         yield from _lengths(array.flatten())
     elif any(test(kind) for test in (types.is_binary, types.is_string, types.is_large_binary, types.is_large_string)):
         yield compute.binary_length(array).fill_null(-1).to_numpy().tobytes()
+
+
+def _validate(array: Any) -> None:
+    """Raise ValueError if offsets in an Arrow array are damaged, which reading it would follow to any address.
+
+    Arrow's own full validation of a nested array checks all rows of its chunk.
+    """
+    import pyarrow
+    from pyarrow import types
+
+    if is_json(array.type):
+        array = array.storage
+    if types.is_struct(array.type):
+        array.validate()
+        for part in array.flatten():
+            _validate(part)
+    elif types.is_list(array.type) or types.is_large_list(array.type):
+        array.validate()
+        _validate(array.flatten())
+    elif types.is_string(array.type):  # text that is not UTF-8 is reported with its column
+        array.view(pyarrow.binary()).validate(full=True)
+    else:
+        array.validate(full=True)
 
 
 def is_saved(folder: Path) -> bool:
