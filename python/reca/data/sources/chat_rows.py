@@ -108,7 +108,7 @@ def _said(item: dict) -> list[tuple[str, str]]:
         role = ROLES.get(role.strip().lower()) if isinstance(role, str) else None
         if role is None:
             raise BadRow("have a turn from a role other than human, gpt or system")
-        if role == "gpt" and any(turn.get(key) is not None and not turn[key] for key in TRAINED):
+        if role == "gpt" and any(turn.get(key) in (False, 0) for key in TRAINED):
             raise BadRow('have an answer marked as not to be trained on (by "loss", "train" or "weight")')
         if not encodable(text) or "\0" in text:
             raise BadRow("have a turn with lone surrogates or NUL characters")
