@@ -126,7 +126,9 @@ def test_rows_of_other_forms_are_left_out_by_reason(tmp_path, bad, reason, caplo
 
 def test_answers_that_other_trainers_train_on_are_used(tmp_path):
     source = opened(
-        tmp_path, marked({"loss": False}, {"loss": True, "weight": 1}), marked({"weight": 0}, {"loss": None})
+        tmp_path,
+        marked({"loss": False}, {"loss": True, "weight": 1}),
+        marked({"weight": 0}, {"loss": None, "train": ""}),
     )
     assert len(source) == 2 and not source.skipped
 
