@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import threading
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -123,6 +124,26 @@ def test_files_that_spark_has_not_committed_are_no_part_of_a_table(tmp_path):
         opened(tmp_path)
     table(tmp_path / "part-0.parquet", {"image": [image_bytes()] * 2})
     assert [opened(tmp_path).key(n) for n in range(len(opened(tmp_path)))] == ["part-0.parquet:0", "part-0.parquet:1"]
+
+
+@pytest.mark.parametrize(("pattern", "task"), [("", "reca"), ("", "i2t"), ("**/*.parquet", "reca")])
+def test_folders_that_cannot_be_read_are_said(tmp_path, monkeypatch, caplog, pattern, task):
+    """Their tables are missing."""
+    columns = {"image": [image_bytes()], "conversations": [said("human", "Q", "gpt", "A")]}
+    for name in ("a", "locked/b", ".cache/c"):
+        table(tmp_path / f"{name}.parquet", columns)
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert len(opened(tmp_path / pattern, task)) == 1
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path / pattern}: skipped 1 folders that cannot be read (the first: locked, Permission denied)"
+    ]
 
 
 def test_names_in_cells_start_from_image_root(tmp_path):

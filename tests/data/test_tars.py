@@ -12,6 +12,7 @@ from reca.data.order import make_order
 from reca.data.sample import digest
 from reca.data.sources import index_files, patterns
 from reca.data.sources.factory import open_source
+from reca.data.sources.skipped import Skipped
 from tests.data.files import image_bytes, tar
 
 DARK, LIGHT = image_bytes((1, 1, 1)), image_bytes((250, 250, 250))
@@ -221,7 +222,7 @@ def test_files_that_are_linked_match_a_glob_once(tmp_path, caplog):
         tar(tmp_path / name, ("a.jpg", DARK))
     for link, target in (("latest", "v1"), ("v1/up", ".."), ("v1/top.tar", "1.tar")):
         os.symlink(target, tmp_path / link)
-    assert sorted(patterns._matches(f"{tmp_path}/**/*.tar")) == [
+    assert sorted(patterns._matches(f"{tmp_path}/**/*.tar", Skipped())) == [
         f"{tmp_path}/{name}" for name in ("a/0.tar", "v1/1.tar", "v1/top.tar")
     ]
     assert keys(tmp_path / "**/*.tar") == keys(tmp_path / "*/*.tar") == ["a/0.tar/a.jpg", "v1/1.tar/a.jpg"]

@@ -11,7 +11,7 @@ from reca.data.errors import DataError
 from reca.data.sample import Source
 from reca.data.sources import hf
 from reca.data.sources.conversations import Conversations
-from reca.data.sources.folder import Folder, NoImages, list_files
+from reca.data.sources.folder import UNREADABLE, Folder, NoImages, list_files
 from reca.data.sources.mixture import Mixture, limit
 from reca.data.sources.parquet import Parquet, one_split
 from reca.data.sources.patterns import expand
@@ -97,16 +97,18 @@ def _open_folder(path: Path, task: str, image_root: str | None, columns: Columns
     if hf.is_saved(path):
         return hf.open_saved(path, task, columns, image_root)
     if task == "i2t":
-        files: Mapping[str, Sequence[str]] = list_files(path, Skipped())
+        skipped = Skipped()
+        files: Mapping[str, Sequence[str]] = list_files(path, skipped)
         if ".parquet" not in files:
             return Conversations(path, image_root)  # raises the error for a folder
     else:
         try:
             return Folder(path, task)
         except NoImages as error:
-            files = error.files
+            files, skipped = error.files, error.skipped
             if not _is_of_tables(files):
                 raise
+    skipped.only(UNREADABLE).warn(str(path))
     tables = [path / name for name in _tables(path, files)]
     return Parquet(one_split(sorted(tables), path), task, columns, image_root)
 

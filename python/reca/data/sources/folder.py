@@ -25,15 +25,16 @@ from reca.data.sources.skipped import Skipped
 from reca.io.files import HEAD, packed, placeholder
 from reca.io.paths import exists, is_dir, is_file
 
+UNREADABLE = "folders that cannot be read"
 METADATA = ("metadata.jsonl", "metadata.csv")  # captions in a folder for `datasets`
 
 
 class NoImages(DataError):
-    """Error for a folder without images. files: suffix -> names of its other files."""
+    """Error for a folder without images. files: suffix -> names of its other files. skipped: by the listing."""
 
-    def __init__(self, message: str, files: Mapping[str, Sequence[str]]):
+    def __init__(self, message: str, files: Mapping[str, Sequence[str]], skipped: Skipped):
         super().__init__(message)
-        self.files = files
+        self.files, self.skipped = files, skipped
 
 
 class ImageFolder:
@@ -49,7 +50,7 @@ class ImageFolder:
         self.names = sorted(names, key=lambda name: name.replace("/", "\0"))  # by parts: no character is below NUL
         if not self.names:
             message = f"{root} has no images ({', '.join(sorted(IMAGE_SUFFIXES))}){holds(files)}"
-            raise NoImages(message, files)
+            raise NoImages(message, files, skipped)
         self.images = len(self.names)  # distinct ones: no two have the same key
         for name in sorted(name for suffix in OTHER_IMAGE_SUFFIXES for name in files.get(suffix, ())):
             skipped.add("images in unsupported formats", name)
@@ -172,7 +173,7 @@ def _walk(root: Path, skipped: Skipped, pool: ThreadPoolExecutor) -> Iterator[tu
         except OSError as error:
             if not folder or not isinstance(error, PermissionError | FileNotFoundError):
                 raise DataError(f"data folder {root / folder} cannot be read: {error.strerror}") from error
-            skipped.add("folders that cannot be read", f"{folder}, {error.strerror}")
+            skipped.add(UNREADABLE, f"{folder}, {error.strerror}")
             continue
         files = []
         for entry, (is_folder, regular) in zip(entries, read_many(_entry_type, entries), strict=True):

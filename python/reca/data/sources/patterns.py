@@ -10,7 +10,7 @@ from pathlib import Path
 from reca.data.errors import DataError
 from reca.data.read_ahead import read_ahead, read_many
 from reca.data.sources import remote
-from reca.data.sources.folder import walk
+from reca.data.sources.folder import UNREADABLE, walk
 from reca.data.sources.remote import REQUESTS, AnyPath, RemotePath
 from reca.data.sources.skipped import Skipped, log_once
 from reca.io.paths import is_file
@@ -28,17 +28,18 @@ def expand(spec: str, kind: str = "tar") -> list[AnyPath]:
     if remote.is_address(spec):
         return _all_there(spec, kind, *remote.find(_ranges(spec)))
     paths: dict[Path, None] = {}  # in order, each once
-    missing = []
+    missing, skipped = [], Skipped()
     names = [spec] if os.path.exists(spec) else _ranges(spec)
     for name, exists in zip(names, read_many(os.path.exists, names), strict=True):
-        found = [name] if exists else _each_once(spec, sorted(_matches(name)))
+        found = [name] if exists else _each_once(spec, sorted(_matches(name, skipped)))
         paths |= dict.fromkeys(map(Path, found))
         if not found:
             missing.append(name)
+    skipped.only(UNREADABLE).warn(spec)
     return _all_there(spec, kind, list(paths), missing)
 
 
-def _matches(pattern: str) -> list[str]:
+def _matches(pattern: str, skipped: Skipped) -> list[str]:
     """Return the names that match a pattern. `**` stands for any folders that are not hidden.
 
     Each of them is read once. `glob` follows links in circles, and with two of them its time doubles at every turn.
@@ -48,8 +49,8 @@ def _matches(pattern: str) -> list[str]:
         return glob.glob(pattern)
     start, rest = pattern[: deep.start()], pattern[deep.end() :]
     roots = filter(os.path.isdir, glob.glob(start) if start else ["."])
-    folders = (os.path.join(root, folder) for root in roots for folder, _ in walk(Path(root), Skipped()))
-    return [name for folder in folders for name in _matches(os.path.join(glob.escape(folder), rest))]
+    folders = (os.path.join(root, folder) for root in roots for folder, _ in walk(Path(root), skipped))
+    return [name for folder in folders for name in _matches(os.path.join(glob.escape(folder), rest), skipped)]
 
 
 def _each_once(spec: str, names: list[str]) -> list[str]:

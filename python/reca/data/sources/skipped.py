@@ -31,6 +31,10 @@ class Skipped:
     def __str__(self) -> str:
         return "; ".join(f"{n} {reason} (the first: {self.first[reason]})" for reason, n in self.counts.items())
 
+    def only(self, reason: str) -> "Skipped":
+        """Return the count of one reason."""
+        return Skipped({reason: self.counts[reason]}, self.first) if reason in self.counts else Skipped()
+
     def warn(self, where: str) -> None:
         """Log all counts as one warning, if there are any."""
         if self.counts:
