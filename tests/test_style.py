@@ -140,8 +140,8 @@ def folder_graph(graph: Mapping[str, Collection[str]]) -> dict[str, set[str]]:
 FOUNDATION = {
     f"reca.{name}"
     for name in (
-        *("catalog", "data.micro_batches", "environment", "errors", "exits"),
-        *("io.files", "io.folders", "io.html", "io.image_grid", "io.paths"),
+        *("catalog", "data.micro_batches", "errors", "exits"),
+        *("io.files", "io.folders", "io.html", "io.image_grid", "io.paths", "launcher"),
         *("options.fields", "options.names", "options.sampling", "options.values", "precision", "rng", "units"),
     )
 }

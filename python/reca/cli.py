@@ -13,7 +13,7 @@ from reca import __version__, exits
 from reca.arguments import OR_RUN, Parser, as_path, path_text, takes_overrides, takes_pairs
 from reca.commands import general, inference, usage
 from reca.commands.examples import about
-from reca.environment import number
+from reca.launcher import number
 from reca.options import names
 from reca.processes import library_logs
 

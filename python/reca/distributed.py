@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from reca import exits
 from reca.environment import number
 from reca.errors import PeerFailed, first_line
+from reca.launcher import number
 from reca.options.fields import RecipeError
 
 log = logging.getLogger("reca")

@@ -86,7 +86,7 @@ def exit_process(code: int) -> None:
     On a busy machine, finished ranks sometimes abort during interpreter shutdown (torch 2.13, gloo: "terminate called
     without an active exception"), which torchrun reports as a failed run.
     """
-    if "RANK" in os.environ:
+    if os.environ.get("RANK"):
         end_now(code)
 
 

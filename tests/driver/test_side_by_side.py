@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from reca.environment import environment
 from reca.hardware import cgroups
 from reca.processes import side_by_side, workers
+from reca.processes.environment import environment
 from reca.processes.side_by_side import Failure, Job
 
 

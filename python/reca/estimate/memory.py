@@ -17,13 +17,13 @@ from reca.data.batch import Batch, task_rng
 from reca.data.micro_batches import accumulation_steps, micro_batch_sizes, passes_by_tokens
 from reca.data.tasks import Scored, ScoredBox, Turn
 from reca.data.templates import load_templates
-from reca.environment import environment
 from reca.estimate.allocations import OTHER, Allocations, on_gpu
 from reca.estimate.meta_model import build_meta, empty_views
 from reca.models.base import Adapter
 from reca.optim import gradient_norm, make_optimizer
 from reca.optim.adamw import PIECE, AdamW
 from reca.precision import autocast
+from reca.processes.environment import environment
 from reca.training import half_weights
 from reca.training.ema import EMA
 from reca.training.parallelize import predicted_shard_size, shard

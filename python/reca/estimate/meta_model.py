@@ -11,10 +11,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from reca.config.recipe import Recipe
 from reca.data.views import Views
-from reca.environment import environment
 from reca.models import umm_package
 from reca.models.base import Adapter
 from reca.options.fields import RecipeError
+from reca.processes.environment import environment
 from reca.training.lora import choose_trained
 
 

@@ -15,8 +15,8 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from reca import exits
-from reca.environment import environment
 from reca.processes import library_logs
+from reca.processes.environment import environment
 
 FORK_SERVER = sys.platform == "linux"  # on macOS some imported libraries do not survive a fork
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")  # of any library

@@ -1,17 +1,8 @@
-"""Environment variables: temporary ones, and numbers that a launcher sets."""
+"""Temporary environment variables."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-
-def number(name: str, default: int) -> int:
-    """Return a whole number that a launcher has set; `default` if the variable is not set or contains another text.
-
-    A batch script may set it from a variable that is empty outside of a job, or from a list such as SLURM's 8(x2).
-    """
-    text = os.environ.get(name, "")
-    return int(text) if text.isdecimal() else default
 
 
 @contextmanager
