@@ -61,6 +61,16 @@ DAMAGE = {
 }
 
 
+def test_a_checkpoint_that_is_a_link_is_removed_as_one(recipe, tmp_path):
+    """It was moved to another disk to keep it. The link stayed as 000001.old.partial, which no start could remove."""
+    run_dir = run_toy(recipe("train.steps=1")).run_dir
+    (run_dir / "checkpoints/000001").rename(tmp_path / "kept")
+    (run_dir / "checkpoints/000001").symlink_to(tmp_path / "kept")
+    run_toy(recipe("train.steps=3", "checkpoint.every=1", "checkpoint.keep=1"))
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["000003"]
+    assert checkpoint.find_damage(tmp_path / "kept") == ""
+
+
 @pytest.mark.parametrize("change", DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(change, recipe, caplog):
     whole, newest = damaged(change, recipe)

@@ -77,7 +77,13 @@ def remove_partial(run_dir: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Remove a checkpoint. If the removal is interrupted, the rest does not count as a checkpoint."""
+    """Remove a checkpoint. If the removal is interrupted, the rest does not count as a checkpoint.
+
+    Of one that was moved to another disk and linked, only the link is removed.
+    """
+    if folder.is_symlink():
+        folder.unlink()
+        return
     trash = folder.with_name(f"{folder.name}.old{PARTIAL}")
     folder.rename(trash)
     shutil.rmtree(trash, ignore_errors=True)
