@@ -12,8 +12,9 @@ import torch
 from reca import checkpoint, distributed
 from reca.config.recipe import TrainConfig
 from reca.io import jsonl
+from reca.options.fields import RecipeError
 from reca.trainer import Trainer
-from reca.training.skipped_steps import SkippedSteps
+from reca.training.skipped_steps import NonFiniteError, SkippedSteps
 from tests.driver.toy import ToyAdapter, run_toy, weights
 
 
@@ -120,6 +121,19 @@ def test_a_run_that_goes_on_skips_the_same(recipe, tmp_path):
     assert all(torch.equal(v, weights(parts.adapter)[n]) for n, v in weights(whole.adapter).items())
     ends = [checkpoint.read_state(checkpoint.latest(t.run_dir))["skipped"] for t in (whole, parts)]
     assert ends[0] == ends[1] and ends[0]["total"] == 2 and len(ends[0]["norms"]) == 8
+
+
+def test_what_is_advised_after_steps_that_are_not_finite_can_be_done(recipe, tmp_path):
+    """The run itself refuses another learning rate."""
+    broken = Trainer(recipe("checkpoint.every=1", "train.max_skips=0"), ToyAdapter())
+    usual = broken.adapter.loss
+    broken.adapter.loss = lambda *given: (t := usual(*given))._replace(sum=t.sum * (math.nan if broken.step else 1))
+    with pytest.raises(NonFiniteError, match=rf"in another run_dir; .* train\.init_from={broken.run_dir} takes over"):
+        broken.run()
+    with pytest.raises(RecipeError, match=r"optim.lr 0.01 -> 0.001.* Set another run_dir"):
+        run_toy(recipe("optim.lr=0.001"))
+    advised = f"run_dir={tmp_path}/next", f"train.init_from={broken.run_dir}", "train.steps=1", "optim.lr=0.001"
+    assert run_toy(recipe(*advised)).step == 1
 
 
 def test_steps_that_are_made_again_are_listed_once(recipe, tmp_path):
