@@ -128,7 +128,7 @@ def test_what_is_advised_after_steps_that_are_not_finite_can_be_done(recipe, tmp
     broken = Trainer(recipe("checkpoint.every=1", "train.max_skips=0"), ToyAdapter())
     usual = broken.adapter.loss
     broken.adapter.loss = lambda *given: (t := usual(*given))._replace(sum=t.sum * (math.nan if broken.step else 1))
-    with pytest.raises(NonFiniteError, match=rf"in another run_dir; .* train\.init_from={broken.run_dir} takes over"):
+    with pytest.raises(NonFiniteError, match=rf"in another run_dir. .* train\.init_from={broken.run_dir} takes over"):
         broken.run()
     with pytest.raises(RecipeError, match=r"optim.lr 0.01 -> 0.001.* Set another run_dir"):
         run_toy(recipe("optim.lr=0.001"))

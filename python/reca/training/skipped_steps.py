@@ -87,7 +87,8 @@ class SkippedSteps:
             raise NonFiniteError(
                 f"{self.in_a_row} steps in a row were not finite; the parameters are those of the last finite step. "
                 f"The samples are in {self.run_dir}/non_finite_*.jsonl. Lower optim.lr, or use train.precision=fp32, "
-                f"in another run_dir; if this run has a checkpoint, train.init_from={self.run_dir} takes over its weights"
+                "in another run_dir. If this run has a checkpoint, "
+                f"train.init_from={self.run_dir} takes over its weights"
             )
 
     def state(self) -> dict[str, Any]:
