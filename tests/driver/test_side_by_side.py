@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from reca import exits
 from reca.hardware import cgroups
 from reca.processes import side_by_side, workers
 from reca.processes.environment import environment
@@ -168,7 +169,8 @@ def test_a_failure_stops_what_comes_after_it_and_nothing_else(slot, tmp_path, mo
     found = side_by_side.run(jobs, [slot])
     assert str(found["broken"]) == "ValueError: no such image"
     assert str(found["never"]) == "broken failed" and str(found["nor this"]) == "never failed"
-    assert isinstance(found["killed"], Failure) and "terminated abruptly" in str(found["killed"])
+    assert isinstance(found["killed"], Failure) and "runs out of memory (see dmesg)" in str(found["killed"])
+    assert exits.code_of(found["killed"].error) == exits.RECIPE  # one sentence; it was the traceback of a bug
     assert found["fine"] == ("fine", "1", slot)  # by a new process, on the same core or GPU
     assert not (tmp_path / "never").exists()
 

@@ -14,7 +14,7 @@ Result = TypeVar("Result")
 
 
 class Killed(RuntimeError):
-    """The subprocess was killed before it had a result."""
+    """A subprocess ended before it had a result."""
 
     exit_code = exits.RECIPE
 

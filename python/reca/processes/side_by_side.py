@@ -8,10 +8,12 @@ import os
 import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any
 
 from reca.hardware import cgroups
+from reca.processes.own_process import Killed
 from reca.processes.workers import Workers
 
 POLL_SECONDS = 0.2
@@ -85,6 +87,11 @@ def run(
                     del running[slot]
                     error = future.exception()
                     workers.free(slot, broken=error is not None)
+                    if isinstance(error, BrokenProcessPool):
+                        error = Killed(
+                            "its process ended without a result: it crashed, or was killed, which the kernel does when "
+                            "a machine runs out of memory (see dmesg). Free memory, then run the same command again"
+                        )
                     end(job, Failure(error) if error else future.result())
             for job in list(waiting):
                 lost = [name for name in job.needs if isinstance(results.get(name), Failure)]
