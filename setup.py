@@ -10,6 +10,7 @@ RECA_CUDA_ARCHS  architectures such as 80, 90a or 100f: machine code for each, a
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -59,10 +60,12 @@ def find_pybind11() -> Path:
 
 
 def find_compiler() -> str:
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    """Return a compiler's path and, as further items of a CMake list, the arguments of CXX, such as "ccache g++"."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX", "").strip() else ["c++", "g++", "clang++"]
     for name in names:
-        if path := shutil.which(name):
-            return path
+        program, *arguments = shlex.split(name)
+        if path := shutil.which(program):
+            return ";".join([path, *arguments])
     raise MissingTool(f"no C++ compiler was found among {', '.join(names)}; install one or set CXX")
 
 

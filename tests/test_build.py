@@ -99,6 +99,18 @@ def test_without_a_compiler_but_told_to_build_it_fails(tmp_path):
 
 
 @needs_setuptools
+@pytest.mark.parametrize(
+    ("given", "program", "arguments"), [("env c++", "env", ";c++"), ("c++ -m64", "c++", ";-m64"), (" ", "c++", "")]
+)
+def test_a_compiler_may_have_arguments(given, program, arguments):
+    """As CXX="ccache g++" has."""
+    code = "import setuptools; setuptools.setup = lambda **_: None; import setup; print(setup.find_compiler())"
+    environment = {**os.environ, "CXX": given}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == f"{shutil.which(program)}{arguments}", done.stderr
+
+
+@needs_setuptools
 def test_a_cmake_that_is_too_old_is_no_cmake(tmp_path):
     """Whatever stands first: the folder of a cmake package, or PATH."""
     tool = tmp_path / "data" / "bin" / "cmake"
