@@ -484,7 +484,7 @@ def test_two_streams(backend):
 
 
 def assert_elements_are_independent_of_the_batch(side, backend, device):
-    """Compare the last of three images, one as large as all three, and an element of its last third with small ones."""
+    """The last image of three, one image as large as they are, and an element of its last third, against small ones."""
     large = torch.zeros(3, 16, side, side, dtype=torch.bfloat16, device=device)
     last = torch.randn(16, side, side, device=device, dtype=torch.bfloat16)
     large[2] = last
@@ -513,7 +513,7 @@ def assert_elements_are_independent_of_the_batch(side, backend, device):
     assert one[4 * block] == (0.5 * x0 + 0.5 * eps[0]).bfloat16()
 
 
-# Triton's interpreter truncates bf16.
+# Not in Triton's interpreter, which truncates bf16.
 @pytest.mark.parametrize(("backend", "device"), targets("flow_matching", skip=("triton",)))
 def test_elements_are_independent_of_the_batch(backend, device):
     assert_elements_are_independent_of_the_batch(16, backend, device)
