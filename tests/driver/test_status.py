@@ -170,9 +170,15 @@ def test_a_run_with_nothing_left_to_do_is_finished(state, tmp_path, capsys):
     assert main(["status", str(tmp_path)]) == 0
     assert not is_locked(tmp_path) and [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["000001"]
 
-    moments = next((tmp_path / "checkpoints/000001/optimizer").glob("*.safetensors"))
-    moments.write_bytes(b"")  # a result that is torn is none
-    recipe = load_recipe("show_o_tiny", command[2:])
+    # A result that is torn is none, nor is one whose counters have a wrong bit.
+    recipe, newest = load_recipe("show_o_tiny", command[2:]), tmp_path / "checkpoints/000001"
+    counters, whole = newest / "state.json", (newest / "state.json").read_text()
+    for key in ("fingerprint", "recipe", "step"):
+        counters.write_text(whole.replace(f'"{key}"', f'"{key[:-1]}~"', 1))
+        assert finished_steps(recipe) is None
+    counters.write_text(whole)
+    assert finished_steps(recipe) == 1
+    next((newest / "optimizer").glob("*.safetensors")).write_bytes(b"")
     assert finished_steps(recipe) is None
 
 

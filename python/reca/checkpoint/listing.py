@@ -48,7 +48,7 @@ def latest_valid(run_dir: Path) -> Path | None:
 def find_damage(folder: Path, contents: bool = True) -> str:
     """Describe the damage to a complete checkpoint; empty if there is none.
 
-    contents: also read the files. The ranks share that work, so all of them must call it then.
+    contents: also read the files of tensors. The ranks share that work, so all of them must call it then.
     Raises OSError if an existing file cannot be read, PeerFailed if that happens on another rank: no proof of damage.
     """
     if not contents:

@@ -22,7 +22,8 @@ log = logging.getLogger("reca")
 def finished_steps(recipe: Recipe) -> int | None:
     """Return the number of steps of a completed run and mark its status as finished; None if it is not complete.
 
-    The checkpoint is validated by file sizes only, which is fast. Data is not read: other names of it are a warning.
+    The checkpoint is validated by its counters and the sizes of its files, which is fast. Data is not read: other names
+    of it are a warning.
     Raises RecipeError as `reject_changed`, RunInUse if another process uses the folder.
     """
     run_dir = Path(recipe.run_dir)
