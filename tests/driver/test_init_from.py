@@ -204,6 +204,20 @@ def test_a_run_records_the_checkpoint_that_it_has_loaded(fate, start, tmp_path, 
     assert parent_checkpoint(second.recipe, second.run_dir) == began
 
 
+@pytest.mark.parametrize("counters", ["{", "{}"])
+def test_the_base_of_a_run_whose_newest_checkpoint_is_damaged(counters, start, tmp_path):
+    """Any checkpoint of the run tells what it started from."""
+    run_toy(start("first", None, *FIRST))
+    second = run_toy(start("second", "first", *SECOND, "checkpoint.every=1"))
+    run_toy(start("first", None, *FIRST, "train.steps=4", "checkpoint.keep=2"))
+    (second.run_dir / "checkpoints/000002/state.json").write_text(counters)
+    assert parent_checkpoint(second.recipe, second.run_dir) == tmp_path / "first/checkpoints/000002"
+    (second.run_dir / "checkpoints/000001/state.json").write_text("{")
+    (second.run_dir / "checkpoints/000002/state.json").write_text("{")
+    with pytest.raises(CheckpointError, match="second/checkpoints/000002 is damaged"):
+        parent_checkpoint(second.recipe, second.run_dir)
+
+
 def test_the_base_of_a_run_is_the_checkpoint_that_it_started_from(start, tmp_path, published):
     first = run_toy(start("first", None, *FIRST))
     began = weights(first.adapter)
