@@ -157,6 +157,9 @@ def test_what_no_try_mends_ends_it(server, image, tmp_path):
     with pytest.raises(EvaluationError, match="HTTP 401: wrong key \\[key\\]; the key is read from RECA_JUDGE_KEY"):
         judge.reply("what?", [image])
     assert len(server.seen) == 1
+    server.plan = [(404, "Not Found")]
+    with pytest.raises(EvaluationError, match="HTTP 404: Not Found; check .* its URL, .*: most end in /v1"):
+        judge.reply("what?", [image])
     server.plan = [(500, f"{SECRET} fault")] * 3
     with pytest.raises(JudgeError, match="failed 3 times; the last error: HTTP 500: \\[key\\] fault"):
         judge.reply("what?", [image])
@@ -216,6 +219,8 @@ def test_a_judge_that_does_not_answer_in_time(server, image):
         ("endpoint:localhost:8000", {}, "expected a URL such as http://localhost:8000/v1"),
         ("endpoint:http://me:word@host/v1", {}, "without a key in it"),
         ("endpoint:http://host/v1?key=x", {}, "the key is read from RECA_JUDGE_KEY"),
+        ("endpoint:http://host/v1/chat/completions/", {}, "8000/v1, to which /chat/completions is appended"),
+        ("endpoint:http://host/v1/models", {}, "8000/v1, to which /chat/completions is appended"),
         ("endpoint:http://host/v1", {"workers": 0}, "judge option workers=0: expected 1 to 1000"),
         ("endpoint:http://host/v1", {"timeout": -1}, "judge option timeout=-1: expected 0.001 to 86400"),
         ("endpoint:http://host/v1", {"timeout": math.inf}, "judge option timeout=inf: expected a number"),

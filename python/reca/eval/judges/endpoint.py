@@ -30,6 +30,10 @@ log = logging.getLogger("reca")
 KEY = "RECA_JUDGE_KEY"
 AGAIN = (408, 409, 425, 429)  # status codes to retry, as are all from 500
 OF_ONE = (400, 413, 422)  # status codes that can concern one image or prompt only, such as those of content filters
+# What to do about some status codes.
+_NO_KEY = f"; the key is read from {KEY}"
+_NO_PATH = "; check the judge's model, and its URL, to which /chat/completions is appended: most end in /v1"
+HINTS = {401: _NO_KEY, 403: _NO_KEY, 404: _NO_PATH, 405: _NO_PATH}
 # Parameters that some models reject, such as OpenAI's since o1, and their replacements; None: omit.
 IN_PLACE = {"max_tokens": "max_completion_tokens", "temperature": None}
 REFUSED = re.compile(r"'(max_tokens|temperature)' (is not supported|does not support)")
@@ -76,10 +80,11 @@ class EndpointJudge(Judge):
     @classmethod
     def check(cls, argument: str, **options: Any) -> None:
         parts = urlsplit(argument)
-        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.query:
+        whole = parts.path.rstrip("/").endswith(("/completions", "/models"))  # instead of what these are appended to
+        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.query or whole:
             raise ValueError(
-                f"{option('judge', 'endpoint')}: expected a URL such as http://localhost:8000/v1, without a key in it; "
-                f"the key is read from {KEY}"
+                f"{option('judge', 'endpoint')}: expected a URL such as http://localhost:8000/v1, to which "
+                f"/chat/completions is appended, without a key in it; the key is read from {KEY}"
             )
 
     def reply(self, text: str, images: Sequence[ImageOrFile]) -> str:
@@ -176,7 +181,7 @@ class EndpointJudge(Judge):
                     self._note_refusal(about[1])
                     return self._request(method, path, body)
                 if refusal.code not in AGAIN and refusal.code < 500:
-                    hint = f"; the key is read from {KEY}" if refusal.code in (401, 403) else ""
+                    hint = HINTS.get(refusal.code, "")
                     kind = JudgeError if method == "POST" and refusal.code in OF_ONE else EvaluationError
                     raise kind(
                         f"{self.url} rejected the request with HTTP {refusal.code}: {self._short(said)}{hint}"
