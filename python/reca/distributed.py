@@ -15,7 +15,6 @@ from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from reca import exits
-from reca.environment import number
 from reca.errors import PeerFailed, first_line
 from reca.launcher import number
 from reca.options.fields import RecipeError
