@@ -33,6 +33,7 @@ class TrainedRun(NamedTuple):
     new_steps: bool  # whether this call made any of them
 
 
+@usual_defaults()
 def load(
     source: str | Path,
     overrides: Sequence[str] | Mapping[str, Any] = (),
