@@ -11,6 +11,7 @@ micro-batch.
 
 import contextlib
 import copy
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -87,9 +88,17 @@ def backward(
 
 
 def _ready(adapter: Adapter, batch: Batch, rng: CounterRNG, by_sample: bool) -> Batch:
-    """Return a copy of the batch with its `prepared` set, computing it if the loader has not."""
+    """Return a copy of the batch with its `prepared` set, computing it if the loader has not.
+
+    Raises ValueError for a weight that is negative or not finite, with which nothing would be trained.
+    """
     ready = copy.copy(batch)
     ready.prepared = adapter.ensure_prepared(batch, rng)
+    if not 0 <= ready.prepared.weight < math.inf:
+        raise ValueError(
+            f"{type(adapter).__module__}.{type(adapter).__name__}.prepare gave a {batch.task} batch the weight "
+            f"{ready.prepared.weight}: expected the divisor of its loss, 0 if there is nothing to predict"
+        )
     if by_sample:
         ready.prepared = ready.prepared.asked_by_sample()
     return ready

@@ -301,6 +301,18 @@ def test_a_loss_that_is_no_loss_term(changed, said, recipe):
         trainer.run()
 
 
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), -1.0])
+def test_a_weight_that_divides_no_loss(weight, recipe):
+    """A step with such a weight would train nothing, without a word."""
+
+    class Other(ToyAdapter):
+        def prepare(self, *given):
+            return replace(super().prepare(*given), weight=weight)
+
+    with pytest.raises(ValueError, match=rf"Other.prepare gave a reca batch the weight {weight}: expected the divisor"):
+        Trainer(recipe(), Other()).run()
+
+
 def test_unknown_role(recipe):
     with pytest.raises(ValueError, match="'everything', which is not a role"):
         Trainer(recipe("train.roles=[everything]"), ToyAdapter())
