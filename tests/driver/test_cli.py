@@ -1,5 +1,6 @@
 import contextlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 
 from reca.cli import main
 from reca.commands import general
+from reca.data.sources.skipped import log_once
 
 
 def test_explain_prints_every_key(capsys):
@@ -71,10 +73,13 @@ def test_help_status_and_usage_errors_need_no_torch(arguments):
     assert done.stdout.splitlines()[-1] == "loaded", done.stderr
 
 
-def test_a_rank_that_is_empty_is_none(monkeypatch):
+def test_a_rank_that_is_empty_is_none(monkeypatch, caplog, capsys):
     """As `export RANK=$SLURM_PROCID` makes it outside of a job."""
     monkeypatch.setenv("RANK", "")
     assert main(["status", "nowhere"]) == 3
+    assert main(["train", "show_o_tiny", "--explain"]) == 0 and "train.steps" in capsys.readouterr().out
+    log_once(logging.WARNING, "of rank 0")
+    assert "of rank 0" in caplog.text
 
 
 def test_usage_error_is_exit_2(capsys):

@@ -4,7 +4,6 @@ Each takes the parsed arguments and returns the exit code, or None for 0.
 """
 
 import argparse
-import os
 import runpy
 import shlex
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from reca.io.paths import exists, is_file
+from reca.launcher import number
 
 MOST_GPUS = 2**20
 
@@ -22,7 +22,7 @@ def train(options: argparse.Namespace) -> None:
 
     recipe = load_recipe(options.recipe, options.overrides)
     if options.explain:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if number("RANK", 0) == 0:
             print(explain(recipe))
         return
     if options.overfit is not None:

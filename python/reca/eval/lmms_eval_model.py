@@ -9,7 +9,6 @@ lmms-eval finds it by the entry point `lmms_eval.models` of this package. Nothin
 
 import itertools
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from reca import inference
 from reca.data.errors import BadSample
 from reca.data.pixels import as_rgb, pixels_of, read_image
 from reca.hardware.devices import usable_device
+from reca.launcher import number
 
 log = logging.getLogger("reca")
 NEW_TOKENS = 128  # maximum tokens of an answer if a task sets none
@@ -55,7 +55,7 @@ class Reca(lmms):
         """
         self.model_name = f"reca:{source}"
         super().__init__()
-        self._rank, self._world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self._rank, self._world_size = number("RANK", 0), number("WORLD_SIZE", 1)
         self.device = usable_device(device) if device else _own_device()
         self.model = reca.load(source, overrides, self.device, ema)
         if "answer" not in self.model.abilities:
@@ -165,7 +165,7 @@ def _own_device() -> torch.device:
     """Return the device of this process: the GPU of its local rank, or the CPU without GPUs."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    return torch.device("cuda", number("LOCAL_RANK", 0) % torch.cuda.device_count())
 
 
 def _until(answer: str, stops: str | list[str] | None) -> str:

@@ -2,9 +2,9 @@
 
 import functools
 import logging
-import os
 
 from reca.data.text import one_line
+from reca.launcher import number
 
 log = logging.getLogger("reca")
 
@@ -44,5 +44,5 @@ class Skipped:
 @functools.cache
 def log_once(level: int, message: str) -> None:
     """Log a message once per process, and on rank 0 only: every rank opens the same sources."""
-    if os.environ.get("RANK", "0") == "0":
+    if number("RANK", 0) == 0:
         log.log(level, "%s", message)
