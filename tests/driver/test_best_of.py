@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -242,7 +243,7 @@ def test_images_of_two_runs_do_not_mix(tmp_path, monkeypatch, capsys):
 
     def load(options, _):
         model = Model()
-        model.state = {"step": 7, "digest": checkpoint.digest(checkpoint.latest(Path(options.recipe)))}
+        model.state = {"step": 7, "digest": checkpoint.digest(Path(options.recipe))}
         return model
 
     monkeypatch.setattr(inference, "_model", load)
@@ -259,6 +260,25 @@ def test_images_of_two_runs_do_not_mix(tmp_path, monkeypatch, capsys):
     assert "made with other settings: model was {'umm': 'show_o', 'step': 7, " in capsys.readouterr().err
     (tmp_path / "a").rename(tmp_path / "moved")
     assert run("moved") == 0 and contents(tmp_path / "out") == before
+
+
+def test_a_damaged_checkpoint_is_not_replaced_by_the_one_before_it(tmp_path, monkeypatch, capsys):
+    """The same command would then be refused, as its folder has images of another step than the newest."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("a red square\n")
+    keys = ["train.steps=1", "run_dir=run", "log.tensorboard=false", "log.reconstructions=0", "data.workers=0"]
+    assert main(["train", "show_o_tiny", *keys]) == 0
+    newest = Path(shutil.copytree("run/checkpoints/000001", "run/checkpoints/000002"))
+    weights = next((newest / "weights").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    command = ["best-of", "run", "prompts.txt", "--candidates", "2", "--out", "kept", "--sampling", "steps=2"]
+    for _ in range(2):
+        assert main(command) == 3
+        assert "run/checkpoints/000002 is damaged" in capsys.readouterr().err
+    shutil.rmtree(newest)
+    for _ in range(2):
+        assert main(command) == 0
+    assert json.loads(Path("kept/best_of.json").read_text())["model"]["step"] == 1
 
 
 @pytest.mark.parametrize("umm", ["show_o", "harmon", "open_uni", "bagel"])

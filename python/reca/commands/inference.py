@@ -39,6 +39,8 @@ def answer(options: argparse.Namespace) -> None:
 
 def best_of(options: argparse.Namespace) -> None:
     """Run `reca best-of`. Under torchrun every rank takes a share of the prompts."""
+    from dataclasses import replace
+
     from reca import distributed
     from reca.api import recipe_of
     from reca.commands import best_of
@@ -58,18 +60,21 @@ def best_of(options: argparse.Namespace) -> None:
     if "i2t" not in adapter.tasks and adapter.log_likelihood is Adapter.log_likelihood:
         raise RecipeError(f"{recipe.umm} cannot score prompts: it has no i2t task, which computes their likelihood")
     source = target(options.recipe, options.overrides, "", options.out, options.ema)
+    distributed.initialize(60 * distributed.HOURS)  # each rank works on its share alone
+    # The run may save another checkpoint meanwhile, and this one may be damaged: no rank loads another.
+    source = replace(source, checkpoint=distributed.all_gather(source.checkpoint)[0])
+    options.recipe = str(source.checkpoint or options.recipe)
 
-    def identify(step: int | None, model: Any = None) -> None:
-        weights = digest([source.fingerprint(model)])
+    def identify(model: Any = None) -> None:
+        step, weights = source.checkpoint and int(source.checkpoint.name), digest([source.fingerprint(model)])
         choice.model = {"umm": recipe.umm, "step": step, "ema": options.ema, "weights": weights}
 
     def load() -> Any:
         model = _model(options, [*prompts, choice.question])
-        identify(model.state["step"] if source.trained else None, model)
+        identify(model)
         return model
 
-    identify(int(source.checkpoint.name) if source.checkpoint else None)
-    distributed.initialize(60 * distributed.HOURS)  # each rank works on its share alone
+    identify()
     records = best_of.choose(load, prompts, choice, options.out)
     if distributed.is_main_process():
         print(*best_of.report(records, options.out), sep="\n")
