@@ -30,6 +30,7 @@ from reca.commands.serve import (
     read_sampling,
     served,
 )
+from reca.models import umm_package
 from tests.driver.browser import CHROMIUM, Browser
 
 STEP = "steps=2"
@@ -71,6 +72,23 @@ def test_sampling_options_are_read_and_checked(tiny):
     for text, words in (("stepz=3", "did you mean steps"), ("steps=0", "at least 1"), ("steps", "has no '='")):
         with pytest.raises(ValueError, match=words):
             read_sampling(text, tiny.generate)
+
+
+@pytest.mark.parametrize(
+    ("umm", "text", "words"),
+    [
+        ("show_o", "steps=501", "steps=501 would take 10.02 times as long as the defaults .steps=50.; the limit"),
+        ("show_o", "steps=1000000000", "2e.07 times as long"),
+        ("harmon", "steps=640 diffusion_steps=101", "steps=640 diffusion_steps=101 would take 10.1 times"),
+        ("open_uni", "height=2080", "height=2080: the limit of this page is 2048 pixels"),
+    ],
+)
+def test_a_request_may_not_keep_the_others_waiting(umm, text, words):
+    method = umm_package(umm).Adapter.generate
+    with pytest.raises(ValueError, match=words):
+        read_sampling(text, method)
+    assert read_sampling("steps=20", method) == {"steps": 20}
+    assert read_sampling("steps=1280, diffusion_steps=50", umm_package("harmon").Adapter.generate)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +217,7 @@ def test_a_server_is_stopped_while_it_draws(tmp_path):
             client = Client(address, verbose=False, analytics_enabled=False)
             client.predict("a", 0, "steps=1", api_name="/generate")
             assert list(tmp_path.glob("reca_serve_*/**/*.png"))
-            job = client.submit("a", 0, "steps=1000000", api_name="/generate")
+            job = client.submit("a", 0, "steps=200 height=200 width=200", api_name="/generate")
             while job.status().code.name != "PROCESSING":
                 assert not job.done()
                 time.sleep(0.1)

@@ -4,13 +4,14 @@ import contextlib
 import functools
 import html
 import logging
+import math
 import os
 import re
 import signal
 import socket
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from reca.models import umm_package
 from reca.models.base import Adapter
 from reca.models.common.inference import check_pairs, warn_of_unknown_words
 from reca.options.fields import RecipeError
-from reca.options.sampling import check_sampling_options, read_pairs
+from reca.options.sampling import check_sampling_options, defaults, read_pairs
 
 log = logging.getLogger("reca")
 
@@ -36,6 +37,8 @@ OFFERED = frozenset({"generate", "edit", "answer"})  # abilities that have a tab
 MAX_UPLOAD = 32 * 2**20  # bytes per image
 MAX_TEXT = 4000  # characters of a prompt, an instruction or a question
 MAX_WAITING = 16  # queued requests
+MAX_TIMES = 10  # the sampling steps of a request, as a multiple of the defaults
+MAX_SIDE = 2048  # pixels of the height and the width of a generated image
 SMALLEST = 256  # minimum of the longer side of an image on the page, in pixels
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # Local fonts only: the page loads nothing from other servers.
@@ -92,10 +95,28 @@ class Requests:
 
 
 def read_sampling(text: str | None, method: Callable) -> dict[str, Any]:
-    """Parse key=value options of `method`, separated by blanks, commas, semicolons or lines. Raises ValueError."""
+    """Parse key=value options of `method`, separated by blanks, commas, semicolons or lines.
+
+    Raises ValueError, also for more work than one request may ask for, since all others wait for it.
+    """
     text = (text or "").strip()
     parts = re.split(r"[\s,;]+(?=\w+\s*=)", text) if text else ()
-    return check_sampling_options(method, read_pairs((part.strip(" ,;") for part in parts), "sampling option"))
+    given = check_sampling_options(method, read_pairs((part.strip(" ,;") for part in parts), "sampling option"))
+    _check_work(given, defaults(method))
+    return given
+
+
+def _check_work(given: Mapping[str, Any], usual: Mapping[str, Any]) -> None:
+    for name in ("height", "width"):
+        if (given.get(name) or 0) > MAX_SIDE:
+            raise ValueError(f"sampling option {name}={given[name]}: the limit of this page is {MAX_SIDE} pixels")
+    steps = [name for name in ("steps", "diffusion_steps") if name in given]
+    if (times := math.prod(given[name] / usual[name] for name in steps)) > MAX_TIMES:
+        asked, default = (" ".join(f"{name}={values[name]}" for name in steps) for values in (given, usual))
+        raise ValueError(
+            f"sampling options {asked} would take {times:.4g} times as long as the defaults ({default}); the limit of "
+            f"this page is {MAX_TIMES} times"
+        )
 
 
 def read_upload(path: str | None) -> Tensor:
