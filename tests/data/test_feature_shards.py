@@ -3,7 +3,11 @@
 import errno
 import itertools
 import os
+import signal
+import subprocess
+import sys
 import threading
+import time
 from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
@@ -75,6 +79,24 @@ def test_nothing_half_done_is_left_behind(tmp_path):
     with pytest.raises(StopIteration):
         fill(zip(ADDRESSES, range(4), strict=True), 1, lambda _: next(encodings), tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_next_start_removes_the_partial_shard_of_a_killed_process(tmp_path):
+    """That of another process, which is being written now, is kept."""
+    write = (
+        "import os, signal, sys, torch; from pathlib import Path; from reca.io import folders; "
+        "from reca.data.feature_shards import ShardWriter; "
+        "folders.sync_to_disk = lambda part: os.kill(os.getpid(), signal.SIGKILL); "
+        "writer = ShardWriter(Path(sys.argv[1])); writer.add(['00' * 32], {'h': torch.ones(1, 2)}); writer.write()"
+    )
+    folder = FeatureCache(tmp_path, VIEWS, "a").folder
+    assert subprocess.run([sys.executable, "-c", write, str(folder)]).returncode == -signal.SIGKILL
+    (killed,) = folder.iterdir()
+    recent = killed.with_name(f".shard-1{killed.name.removeprefix('.shard-')}")
+    recent.write_bytes(killed.read_bytes())
+    os.utime(killed, (0, time.time() - 2 * feature_shards.ABANDONED))
+    FeatureCache(tmp_path, VIEWS, "a")
+    assert list(folder.iterdir()) == [recent]
 
 
 VIEWS = Views(gen=View(4), und=None)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from reca import units
 from reca.data.errors import DataError
-from reca.data.feature_shards import FeatureShards, features_of
+from reca.data.feature_shards import FeatureShards, features_of, remove_partial
 from reca.data.sources.skipped import log_once
 from reca.data.views import Views
 from reca.io.folders import NotWritable, ensure_writable, write_atomically
@@ -60,6 +60,8 @@ class FeatureCache:
         self.folder = folder / hashlib.sha256(text.encode()).hexdigest()[:16]
         self.full = not _writable(self.folder)  # nothing more is written
         self.spare = spare
+        if not self.full:
+            remove_partial(self.folder)
         self.shards = FeatureShards(self.folder)
         self.kept: dict[str, dict[str, Tensor]] = {}
         self.room = KEPT_BYTES

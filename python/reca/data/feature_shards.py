@@ -1,7 +1,9 @@
 """Precomputed features of many images in one file."""
 
+import contextlib
 import itertools
 import logging
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
@@ -16,13 +18,14 @@ from torch import Tensor
 
 from reca.data.read_ahead import read_ahead
 from reca.data.sources.remote import REQUESTS
-from reca.io.folders import write_atomically
+from reca.io.folders import PART, write_atomically
 
 log = logging.getLogger("reca")
 
 PATTERN = "shard-*.safetensors"
 SHARD_BYTES = 2**28  # of features per shard
 OPEN = 64  # most shards that stay open
+ABANDONED = 3600.0  # seconds without a write after which a partial shard is that of a killed process
 
 
 class FeatureShards:
@@ -92,6 +95,14 @@ def _starts_of(path: Path) -> np.ndarray[Any, Any] | Exception:
         return np.array([_start(address) for address in addresses], np.uint64)
     except (OSError, SafetensorError) as error:
         return error
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove partial shards of killed processes. Others may be writing to the same folder, so recent ones are kept."""
+    for part in folder.glob(f".{PATTERN}.*{PART}"):
+        with contextlib.suppress(OSError):  # another rank has removed it, or it belongs to another user
+            if time.time() - part.stat().st_mtime > ABANDONED:
+                part.unlink()
 
 
 class ShardWriter:
