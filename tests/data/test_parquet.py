@@ -312,6 +312,24 @@ def test_row_groups_without_an_image_are_no_samples(tmp_path, nothing):
         opened(table(tmp_path / "u.parquet", {"image": [nothing], "conversations": [talk]}, {"image": IMAGE}), "i2t")
 
 
+@pytest.mark.parametrize("nothing", [None, {"bytes": None, "path": None}, []])
+@pytest.mark.parametrize("name", ["a", "z"])
+def test_a_file_without_images_has_no_type_for_them(tmp_path, nothing, name):
+    """Pandas derives the types of a shard from its values, so those of nulls are null, before and after other files."""
+    image = {"bytes": image_bytes(), "path": None}
+    table(tmp_path / "m.parquet", {"image": [image] * 2, "text": ["a", "b"], "url": [None] * 2})
+    table(tmp_path / f"{name}.parquet", {"image": [nothing] * 3, "text": ["c"] * 3})
+    source = opened(tmp_path, "t2i")
+    assert [source.key(n) for n in range(len(source))] == ["m.parquet:0", "m.parquet:1"]
+    assert source[1].text == "b" and source.skipped.counts == {"row groups without an image": 1}
+
+
+def test_paths_beside_bytes_without_a_type(tmp_path):
+    fill(tmp_path, {"one.png": image_bytes()})
+    source = opened(table(tmp_path / "t.parquet", {"picture": [{"bytes": None, "path": "one.png"}]}))
+    assert source[0].image == image_bytes()
+
+
 def test_tables_with_few_images_say_that_rows_have_none(tmp_path):
     columns = {"image": [None] * 199 + [{"bytes": image_bytes(), "path": None}]}
     path = table(tmp_path / "t.parquet", columns, {"image": IMAGE}, rows=200)

@@ -13,7 +13,8 @@ from reca.data.sources.skipped import Skipped
 from reca.data.tasks import Captions
 from reca.io.files import parse_json
 
-IMAGE, BYTES, TEXT, LIST, OTHER = "image", "bytes", "text", "list", "other"  # forms of a column
+# Forms of a column. Writers such as pandas derive the type from the values, so a column without any may be of any form.
+IMAGE, BYTES, TEXT, LIST, NULL, OTHER = "image", "bytes", "text", "list", "null", "other"
 # Column names that are recognised if no recipe key names the column.
 IMAGE_NAMES = ("image", "img", "jpg", "png", "webp", "image_bytes", "image_path", "path", "file_name", "url")
 CAPTION_NAMES = ("caption", "captions", "text", "txt", "prompt", "llava")
@@ -35,7 +36,7 @@ class Columns(NamedTuple):
 
 
 def choose(forms: Mapping[str, str], task: str, config: ColumnsConfig, where: str) -> Columns:
-    """Choose the columns of a task. forms: name -> IMAGE, BYTES, TEXT, LIST or OTHER.
+    """Choose the columns of a task. forms: name -> IMAGE, BYTES, TEXT, LIST, NULL or OTHER.
 
     Raises DataError, with the list of columns, if a named column is missing or the choice is ambiguous.
     """
@@ -65,13 +66,13 @@ def _named(forms: Mapping[str, str], name: str | None, wanted: tuple, key: str, 
         near = get_close_matches(name, list(forms), 1)
         hint = f"; did you mean {near[0]}?" if near else "."
         raise DataError(f"{key}={name}: {where} has no such column{hint} Its columns are {_list(forms)}")
-    if forms[name] not in wanted:
+    if forms[name] not in (*wanted, NULL):
         raise DataError(f"{key}={name}: this column of {where} has type {forms[name]}. Its columns are {_list(forms)}")
     return name
 
 
 def _known(forms: Mapping[str, str], names: tuple, wanted: tuple, what: str, key: str, where: str) -> str:
-    found = [name for name in names if forms.get(name) in wanted]
+    found = [name for name in names if forms.get(name) in wanted] or [name for name in names if forms.get(name) == NULL]
     if len(found) != 1:
         fault = f"{' and '.join(found)} may be" if found else "no column name is recognised as"
         raise DataError(f"{where}: {fault} the {what}; name one in data.columns.{key}. Its columns are {_list(forms)}")

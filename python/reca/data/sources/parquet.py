@@ -18,7 +18,7 @@ from reca.data.order import WINDOW, Block
 from reca.data.read_ahead import read_ahead
 from reca.data.recently_used import RecentlyUsed
 from reca.data.sample import Sample, digest
-from reca.data.sources.columns import BYTES, IMAGE, LIST, OTHER, TEXT, choose, is_json, make_sample
+from reca.data.sources.columns import BYTES, IMAGE, LIST, NULL, OTHER, TEXT, choose, is_json, make_sample
 from reca.data.sources.patterns import relative_names, some
 from reca.data.sources.remote import REQUESTS, AnyPath, Ranges, RemotePath, read_range, reason_of, to_path
 from reca.data.sources.skipped import Skipped, log_once
@@ -87,7 +87,11 @@ class Parquet:
                 "name the columns in data.columns.image, .caption and .conversations, or the files as two sources"
             )
         self.columns, first = columns, 0
-        leaves, images = _leaves(metadata, columns.names), _leaves(metadata, [columns.image])
+        leaves = _leaves(metadata, columns.names)
+        # The logical type UNKNOWN is parquet's for a column of nulls, which has no statistics.
+        images = [
+            n for n in _leaves(metadata, [columns.image]) if metadata.schema.column(n).logical_type.type != "UNKNOWN"
+        ]
         for number in range(metadata.num_row_groups):
             group = metadata.row_group(number)
             if group.num_rows < 0:
@@ -199,7 +203,7 @@ def _is_empty(column: Any) -> bool:
 
 
 def form_of(kind: Any) -> str:
-    """Return the form of a column with an Arrow type: IMAGE, BYTES, TEXT, LIST or OTHER."""
+    """Return the form of a column with an Arrow type: IMAGE, BYTES, TEXT, LIST, NULL or OTHER."""
     import pyarrow.types as types
 
     if types.is_dictionary(kind):
@@ -208,7 +212,7 @@ def form_of(kind: Any) -> str:
         return LIST
     if types.is_struct(kind):
         parts = {kind.field(i).name: form_of(kind.field(i).type) for i in range(kind.num_fields)}
-        return IMAGE if parts.get("bytes") == BYTES else OTHER
+        return IMAGE if parts.get("bytes") in (BYTES, NULL) else OTHER
     if any(
         test(kind)
         for test in (types.is_binary, types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary)
@@ -217,8 +221,9 @@ def form_of(kind: Any) -> str:
     if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
         return TEXT
     if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
-        return IMAGE if form_of(kind.value_type) == IMAGE else LIST
-    return OTHER
+        item = form_of(kind.value_type)
+        return item if item in (IMAGE, NULL) else LIST
+    return NULL if types.is_null(kind) else OTHER
 
 
 def read_footer(path: AnyPath) -> tuple[Any, str]:
