@@ -263,6 +263,20 @@ def test_damaged_offsets_cost_their_rows(tmp_path, form):
         source[3]
 
 
+@pytest.mark.parametrize("offset", [-5, 60])
+def test_damaged_offsets_of_lists_do_not_end_the_process(tmp_path, offset):
+    """The identity is made at the start, of the lengths of all cells, and Arrow follows offsets around a null."""
+    pa = pytest.importorskip("pyarrow")
+    turns = pa.array(said("human", "Q", "gpt", "A") * 2)
+    offsets = pa.py_buffer(struct.pack("<5i", 0, 2, offset, 2, 4))
+    lists = pa.Array.from_buffers(pa.list_(turns.type), 4, [pa.py_buffer(b"\x0b"), offsets], children=[turns])
+    damaged = datasets.Dataset(pa.table({"image": [image_bytes()] * 4, "messages": lists}), fingerprint="0")
+    source = hf.HuggingFace(damaged, "i2t", ColumnsConfig(), "rows", tmp_path)
+    assert source.identity() == source.identity() and source[0].text == source[3].text
+    with pytest.raises(BadSample, match="the row is damaged: "):
+        source[1]
+
+
 def test_folders_that_are_not_whole_and_no_datasets(tmp_path, monkeypatch):
     fill(tmp_path / "saved", {"state.json": b"{", "dataset_info.json": b"{}"})
     with pytest.raises(DataError, match="saved cannot be opened by datasets: "):

@@ -90,7 +90,10 @@ def _lengths(array: Any) -> Iterator[bytes]:
             yield from _lengths(part)
     elif types.is_list(kind) or types.is_large_list(kind):
         yield compute.list_value_length(array).fill_null(-1).to_numpy().tobytes()
-        yield from _lengths(array.flatten())
+        offsets = array.offsets.to_numpy()
+        # Flattening follows them, and Arrow aborts the process for one that is damaged: then only its row is bad.
+        if (offsets[1:] >= offsets[:-1]).all() and 0 <= offsets[0] <= offsets[-1] <= len(array.values):
+            yield from _lengths(array.flatten())
     elif any(test(kind) for test in (types.is_binary, types.is_string, types.is_large_binary, types.is_large_string)):
         yield compute.binary_length(array).fill_null(-1).to_numpy().tobytes()
 
