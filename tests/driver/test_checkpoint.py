@@ -1,6 +1,7 @@
 """What is on a disk: damaged, planted, left over, full."""
 
 import contextlib
+import copy
 import errno
 import json
 import os
@@ -18,7 +19,9 @@ from reca.checkpoint import CheckpointError, listing, manifest, reading, writing
 from reca.data import cache as caching
 from reca.data.cache import FeatureCache, content
 from reca.data.views import View, Views
+from reca.io.checkpoints import MARKER
 from reca.models.common.weight_files import read_tensors
+from reca.runs.finished import finished_steps
 from reca.runs.lineage import load_recipe
 from reca.runs.status import Status
 from reca.trainer import Trainer
@@ -422,6 +425,32 @@ def test_counters_that_are_nested_too_deeply_are_damage(tmp_path):
     (tmp_path / "state.json").write_text("[" * 10**5)
     with pytest.raises(CheckpointError, match="is damaged .*nested too deeply"):
         checkpoint.read_state(tmp_path)
+
+
+def test_counters_of_another_version_are_named(recipe):
+    """Their checksum is right. Each key is missing, or has a value of another type."""
+    run = recipe("train.steps=2", "ema.half_life=2")
+    folder = checkpoint.latest(run_toy(run).run_dir)
+    whole = json.loads((folder / "state.json").read_text())
+    inner = [(key, name) for key in ("skipped", "monitor", "ema") for name in whole[key]]
+    listed = [path for path in manifest.files(folder) if path != MARKER]
+    readers = [
+        lambda: Trainer(recipe("train.steps=3", "ema.half_life=2"), ToyAdapter()),
+        lambda: finished_steps(run),
+        lambda: checkpoint.load_weights(folder, ToyAdapter()),
+    ]
+    for place in [*((key,) for key in reading.STATE), ("recipe", "train"), *inner]:
+        for value in ("text", ...):
+            state = copy.deepcopy(whole)
+            part = state[place[0]] if place[1:] else state
+            part[place[-1]] = value
+            if value is ...:
+                del part[place[-1]]
+            (folder / "state.json").write_text(json.dumps(state))
+            (folder / MARKER).write_text(json.dumps(manifest.entries(folder, listed)))
+            for read in readers:
+                with pytest.raises(CheckpointError, match=rf"state.json does not fit .*: {'.'.join(place)} is missing"):
+                    read()
 
 
 @pytest.mark.parametrize("gone", ["state.json", "COMPLETE", "weights", "."])

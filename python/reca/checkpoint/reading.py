@@ -25,9 +25,18 @@ from reca.io.checkpoints import MARKER
 from reca.io.files import parse_json
 from reca.io.folders import is_utf8
 from reca.io.paths import exists, is_dir
+from reca.io.shape import OrNull, misfit
 from reca.models.base import Adapter
 from reca.training import lora
 
+NUMBER = int | float
+# Shape of the counters that a run saves. Names of metrics, of data keys and of the recipe's other keys are free.
+STATE = {
+    "step": int, "schedule_end": int, "ranks": int, "inherited": [str], "group_steps": list, "recipe": {"train": dict},
+    "fingerprint": dict, "skipped": {"norms": [NUMBER], "total": int, "in_a_row": int},
+    "monitor": {"start": {str: [NUMBER]}, "smooth": {str: NUMBER}, "first": {str: NUMBER}, "active": [str]},
+    "ema": OrNull({"half_life": NUMBER, "updates": int}),
+}  # fmt: skip
 PROVE_NOTHING = (OSError, MemoryError, RuntimeError)  # no proof of damage; safetensors reports EMFILE as a missing file
 
 
@@ -82,8 +91,18 @@ def digest(folder: Path) -> str:
 
 
 def read_state(folder: Path) -> dict:
-    """Read the counters of a checkpoint. Raises CheckpointError if they are damaged."""
-    return _reading(folder, lambda: parse_json((folder / "state.json").read_bytes()))
+    """Read the counters of a checkpoint. Raises CheckpointError if they are damaged, or those of another version."""
+    return _reading(folder, lambda: _state(folder / "state.json"))
+
+
+def _state(path: Path) -> dict:
+    state = parse_json(path.read_bytes())
+    if (place := misfit(state, STATE)) is not None:
+        raise CheckpointError(
+            f"{path} does not fit this version of reca: {place.lstrip('.') or 'it'} is missing or of another type. Use "
+            "the version that wrote it, or an earlier checkpoint"
+        )
+    return state
 
 
 def load_weights(folder: Path, adapter: Adapter, ema: bool = False) -> frozenset[str]:
