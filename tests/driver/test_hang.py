@@ -235,6 +235,20 @@ def test_a_rank_that_is_late_asks_the_others_until_it_goes_on(tmp_path, monkeypa
         assert request.exists()
 
 
+@pytest.mark.parametrize("key", [*hang.SUMMARY, None])
+def test_a_damaged_summary_of_another_rank_is_left_out(tmp_path, key):
+    """A folder may have those of another version. The thread that watches ended with a traceback."""
+    watch = HangWatch(tmp_path, 0.02)
+    watch.folder.mkdir()
+    whole = {"rank": 1, "step": 3, "phase": "training", "seconds": 0.5, "waits": None, "time": 9.0, "innermost": "f"}
+    whole |= {"place": "g"}
+    (watch.folder / "rank_1.json").write_text(json.dumps(whole))
+    assert watch._reports(9.0) == [whole] and "rank 1 has been in" in summary(watch._reports(9.0), 1, tmp_path)
+    for damaged in ({k: v for k, v in whole.items() if k != key}, whole | {key: {}}) if key else ([], "text", 3):
+        (watch.folder / "rank_1.json").write_text(json.dumps(damaged))
+        assert watch._reports(0.0) == []
+
+
 def test_the_flight_recorder_of_nccl(monkeypatch):
     """The names of a build with NCCL, which this machine may lack; and one that fails costs nothing."""
     module = torch._C._distributed_c10d

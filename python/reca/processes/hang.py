@@ -26,10 +26,15 @@ from reca import distributed
 from reca.io.files import parse_json
 from reca.io.folders import write_atomically
 from reca.io.paths import exists
+from reca.io.shape import OrNull, misfit
 
 log = logging.getLogger("reca")
 
 FOLDER, REQUEST = "hang", "request"
+SUMMARY = {
+    "rank": int, "step": int, "phase": str, "seconds": int | float, "waits": OrNull(str), "time": int | float,
+    "innermost": str, "place": str,
+}  # fmt: skip
 RECORDED = "2000"  # size of the flight recorder's buffer, in collectives
 # Seconds. The stacks are written by a Python thread, which needs the GIL. If another thread holds it, faulthandler's
 # own thread writes them this much later.
@@ -156,12 +161,12 @@ class HangWatch:
                 (self.folder / REQUEST).unlink()
 
     def _reports(self, after: float) -> list[dict[str, Any]]:
-        """Read the summaries that ranks have written since a time, ordered by rank."""
+        """Read the summaries that ranks have written since a time, ordered by rank. Damaged ones are left out."""
         found = []
         for path in self.folder.glob("rank_*.json"):
             with contextlib.suppress(OSError, ValueError):
                 state = parse_json(path.read_text())
-                if state["time"] >= after:
+                if misfit(state, SUMMARY) is None and state["time"] >= after:
                     found.append(state)
         return sorted(found, key=lambda state: state["rank"])
 
