@@ -200,7 +200,7 @@ def _decide(op: str, where: torch.device, dtype: torch.dtype, numel: int | None,
     chosen = _by_table(op, device, index, dtype, numel)
     kernels = _kernels(op, device)
     if kernels and dtype in FLOATS and all(unusable(op, backend, device, index) for backend in kernels):
-        _warn_slow(op, device)
+        _warn_slow(device, "; ".join(f"{backend}: {unusable(op, backend, device)}" for backend in kernels))
     return chosen
 
 
@@ -220,9 +220,9 @@ def _kernels(op: str, device: str) -> list[str]:
 
 
 @cache
-def _warn_slow(op: str, device: str) -> None:
-    reasons = "; ".join(f"{b}: {unusable(op, b, device, None)}" for b in _kernels(op, device))
-    warnings.warn(f"{op} runs on its PyTorch reference on {device} ({reasons})", stacklevel=2)
+def _warn_slow(device: str, reasons: str) -> None:
+    """Warn once for all ops that lack their kernels for the same reasons."""
+    warnings.warn(f"ops run on their slow PyTorch reference on {device} ({reasons})", stacklevel=2)
 
 
 def unusable(op: str, backend: str, device: str, index: int | None = None) -> str | None:

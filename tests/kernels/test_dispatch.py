@@ -172,10 +172,12 @@ def test_without_the_native_module_everything_runs_and_says_so():
             logits = torch.zeros(4, 8, requires_grad=True)
             reca_kernels.masked_cross_entropy(logits, torch.zeros(4, dtype=torch.int64)).backward()
             reca_kernels.masked_cross_entropy(logits, torch.zeros(4, dtype=torch.int64))
+            hidden, weight = torch.zeros(4, 2), torch.zeros(8, 2)
+            reca_kernels.masked_linear_cross_entropy(hidden, weight, torch.zeros(4, dtype=torch.int64))
         print(len(caught), caught[0].message)
         print(reca_kernels.backend_report())
         """)
-    assert out.startswith("1 masked_cross_entropy runs on its PyTorch reference")
+    assert out.startswith("1 ops run on their slow PyTorch reference on cpu (cpu: the native module did not load")
     advice = "install a C++ compiler and reinstall with pip's --force-reinstall --no-deps --no-cache-dir and"
     assert "NO NATIVE MODULE" in out and out.count(advice) == 2  # the warning's, and once in the report
     assert "masked_cross_entropy on cpu: reference  (not cpu: no native module)\n" in out
