@@ -13,7 +13,7 @@ from benchmarks import docs
 from benchmarks.__main__ import OPS
 from benchmarks.plot import plot
 from benchmarks.rows import BACKWARD, BOTH, FORWARD, RESULTS, Row, files, read, write
-from reca_kernels import backend_report, dispatch
+from reca_kernels import backend_report, dispatch, native
 from reca_kernels.attention import order
 
 
@@ -173,6 +173,7 @@ def test_a_compiled_graph_takes_the_rule_of_large_tensors(monkeypatch):
     assert dispatch._by_table("philox", "cpu", None, torch.float32, 9) == "reference"
 
 
+@pytest.mark.skipif(native.module is None, reason=str(native.missing))
 def test_the_report_says_what_was_measured_and_what_not(monkeypatch):
     entry = {"dtype": "float32", "measured_on": "AMD EPYC", "date": "2026-01-02"}
     monkeypatch.setattr(dispatch, "MEASURED", {("philox", "cpu"): [entry]})

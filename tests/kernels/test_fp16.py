@@ -15,6 +15,7 @@ from reca_kernels import (
     flow_matching_loss,
     masked_cross_entropy,
     masked_linear_cross_entropy,
+    native,
 )
 from reca_kernels.diffusion_loss import reference as diffusion
 from reca_kernels.masked_linear_cross_entropy.linear_chunks import fp16_unit
@@ -75,6 +76,7 @@ def test_a_head_of_show_o(backend, device):
     check_head(backend, device, rows=8, classes=SHOW_O, width=16)
 
 
+@pytest.mark.skipif(native.module is None, reason=str(native.missing))
 def test_a_batch_of_show_o():
     """Divided by 512 rows, a probability is half of the least number above 0."""
     check_head("cpu", "cpu", rows=512, classes=SHOW_O, width=4)

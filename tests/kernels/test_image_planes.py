@@ -12,6 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from reca_kernels import native
 from reca_kernels.image_planes.op import arrow_planes, image_planes
 
+needs_native = pytest.mark.skipif(native.module is None, reason=str(native.missing))
+
 
 def noise(height, width, step):
     return torch.from_numpy(np.random.default_rng(width).integers(0, 256, (height, width, step), dtype=np.uint8))
@@ -64,6 +66,7 @@ def test_under_modes():
     assert torch.equal(torch.func.vmap(image_planes)(image[None])[0], image.contiguous())
 
 
+@needs_native
 def test_an_image_of_pillow_is_read_in_place():
     image = Image.fromarray(noise(9, 14, 3).numpy())
     _, array = image.__arrow_c_array__()
@@ -73,6 +76,7 @@ def test_an_image_of_pillow_is_read_in_place():
         arrow_planes(array, 10, 12)
 
 
+@needs_native
 @pytest.mark.parametrize("mode", ["L", "I", "F"])
 def test_arrays_of_another_form_are_refused(mode):
     _, array = Image.new(mode, (4, 4)).__arrow_c_array__()
