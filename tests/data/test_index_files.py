@@ -354,3 +354,12 @@ def test_a_tar_that_is_not_whole_has_no_index(tmp_path):
         with contextlib.suppress(DataError):
             open_source(str(path), "reca")
     assert kept(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["RECA_CACHE", "XDG_CACHE_HOME"])
+def test_a_tilde_is_the_home_of_the_user(name, tmp_path, monkeypatch):
+    """No shell expands a variable of `docker --env-file` or of a job's environment: a folder named ~ was made here."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("RECA_CACHE")
+    monkeypatch.setenv(name, "~/here")
+    assert tmp_path / "here" in index_files.cache_folder().parents

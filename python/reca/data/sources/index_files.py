@@ -30,10 +30,8 @@ VERSION = 6  # of all index formats; increment when the content of an index chan
 
 def cache_folder() -> Path:
     """Return the folder of index files: below RECA_CACHE or the user's cache folder."""
-    root = os.environ.get("RECA_CACHE")
-    if not root:
-        root = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "reca")
-    return Path(root) / "index"
+    root = os.environ.get("RECA_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "reca")
+    return Path(os.path.expanduser(root)) / "index"
 
 
 class Stamp(NamedTuple):
