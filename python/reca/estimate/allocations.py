@@ -28,6 +28,12 @@ PROCESSORS = 132  # multiprocessors of the assumed GPU, which masked_linear_cros
 
 _DEVICE = torch.ops.prim.device.default
 _NUMBER = torch.ops.aten._local_scalar_dense.default
+# Gradients of indexing are added up in place, but out of place where a tensor is of a subclass, such as a fake one.
+_IN_PLACE = {
+    torch.ops.aten.index_add.default: torch.ops.aten.index_add_.default,
+    torch.ops.aten.index_put.default: torch.ops.aten.index_put_.default,
+    torch.ops.aten.scatter_add.default: torch.ops.aten.scatter_add_.default,
+}
 _SCALE = torch.ops.reca.masked_linear_cross_entropy_scale.default
 
 
@@ -90,6 +96,8 @@ class Allocations(TorchDispatchMode):
             return args[0]
         if func is _NUMBER and isinstance(args[0], FakeTensor):
             return 1.0 if args[0].is_floating_point() else 1
+        if func in _IN_PLACE and torch._C._current_graph_task_id() >= 0:  # in a backward pass
+            func = _IN_PLACE[func]
         out = func(*args, **(kwargs or {}))
         for x in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(x, Tensor):
