@@ -104,7 +104,7 @@ class Trainer:
         self.recipe = recipe = fit_run.fit_on_ranks(self.recipe, adapter is None, self.folder.write_accepted)
         newest = checkpoint.latest_valid(self.run_dir)
         with distributed.fail_together():
-            state = None if newest is None else checkpoint.read_state(newest)
+            state = None if newest is None else checkpoint.read_state(newest, of_run=True)
         self.step = self.saved = 0 if state is None else state["step"]
         self.schedule_end = lineage.schedule_end(recipe, state)
         self.folder.record_checkpoint(newest)

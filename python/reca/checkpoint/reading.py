@@ -30,8 +30,9 @@ from reca.models.base import Adapter
 from reca.training import lora
 
 NUMBER = int | float
-# Shape of the counters that a run saves. Names of metrics, of data keys and of the recipe's other keys are free.
-STATE = {
+STATE = {"step": int}
+# Shape of the counters that a run resumes from. Names of metrics, of data keys and of the recipe's other keys are free.
+RUN_STATE = {
     "step": int, "schedule_end": int, "ranks": int, "inherited": [str], "group_steps": list, "recipe": {"train": dict},
     "fingerprint": dict, "skipped": {"norms": [NUMBER], "total": int, "in_a_row": int},
     "monitor": {"start": {str: [NUMBER]}, "smooth": {str: NUMBER}, "first": {str: NUMBER}, "active": [str]},
@@ -90,14 +91,18 @@ def digest(folder: Path) -> str:
     return _reading(folder, lambda: hashlib.sha256((folder / MARKER).read_bytes()).hexdigest())
 
 
-def read_state(folder: Path) -> dict:
-    """Read the counters of a checkpoint. Raises CheckpointError if they are damaged, or those of another version."""
-    return _reading(folder, lambda: _state(folder / "state.json"))
+def read_state(folder: Path, of_run: bool = False) -> dict:
+    """Read the counters of a checkpoint.
+
+    of_run: all that a run resumes from must be there; a checkpoint of weights alone has the step only.
+    Raises CheckpointError if they are damaged, or those of another version.
+    """
+    return _reading(folder, lambda: _state(folder / "state.json", RUN_STATE if of_run else STATE))
 
 
-def _state(path: Path) -> dict:
+def _state(path: Path, shape: dict) -> dict:
     state = parse_json(path.read_bytes())
-    if (place := misfit(state, STATE)) is not None:
+    if (place := misfit(state, shape)) is not None:
         raise CheckpointError(
             f"{path} does not fit this version of reca: {place.lstrip('.') or 'it'} is missing or of another type. Use "
             "the version that wrote it, or an earlier checkpoint"

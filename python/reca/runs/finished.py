@@ -30,7 +30,7 @@ def finished_steps(recipe: Recipe) -> int | None:
     newest = checkpoint.latest(run_dir)
     if newest is None or int(newest.name) < recipe.train.steps or checkpoint.find_damage(newest, contents=False):
         return None
-    state = checkpoint.read_state(newest)
+    state = checkpoint.read_state(newest, of_run=True)
     data = {key: value for key, value in state["fingerprint"].items() if key != "train.init_from"}
     reject_changed(recipe, run_dir, state, data | parent_of(recipe, state))
     if distributed.is_main_process():

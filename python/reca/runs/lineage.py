@@ -88,7 +88,7 @@ def parent_checkpoint(recipe: Recipe, run_dir: Path | None = None) -> Path | Non
         complete = [folder for folder in complete if folder == trained[1]]
     if run_dir is not None and (own := checkpoint.list_complete(run_dir)):
         sound = (folder for folder in reversed(own) if not checkpoint.find_damage(folder, contents=False))
-        digest = checkpoint.read_state(next(sound, own[-1]))["fingerprint"].get("train.init_from")
+        digest = checkpoint.read_state(next(sound, own[-1]), of_run=True)["fingerprint"].get("train.init_from")
         complete = [folder for folder in complete if checkpoint.digest(folder) == digest]
     return complete[-1] if complete else None
 
