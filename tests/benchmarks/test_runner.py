@@ -59,8 +59,8 @@ def test_a_definition_that_lacks_something_says_what():
         with pytest.raises(ValueError, match=f"cpu, cuda and sizes, each name -> sizes; {missing} is missing"):
             list(runner.shapes(table, Cpu()))
     double = Provider(lambda x: (x.x * 2,))
-    for moved, told in (({FORWARD: 1}, "'forward'"), ({}, "nothing")):
-        with pytest.raises(ValueError, match=f"op shape: bytes must have 'forward\\+backward', .*; it has {told}"):
+    for moved, listed in (({FORWARD: 1}, "'forward'"), ({}, "nothing")):
+        with pytest.raises(ValueError, match=f"op shape: bytes must have 'forward\\+backward', .*; it has {listed}"):
             case({"ours: cpu": double}, moved)
     made = case({"ours: cpu": double}, {BOTH: 1})
     made.formula = double.run
@@ -69,7 +69,7 @@ def test_a_definition_that_lacks_something_says_what():
 
 
 def test_rows_of_a_gpu_name_a_driver(monkeypatch):
-    """A CPU's have none, which is how rows of steps are told apart."""
+    """A CPU's have none, by which rows of steps are distinguished."""
     monkeypatch.setenv("PATH", "")
     assert Cuda(FakeCuda(), "cpu").facts()["driver"] == "unknown" and Cpu().facts()["driver"] == ""
 
