@@ -179,11 +179,6 @@ def _forget_ended() -> None:
             _groups.pop(key, None)
 
 
-def is_main_process() -> bool:
-    """Tell whether this is rank 0, which prints for the user; also before the process group exists."""
-    return number("RANK", 0) == 0
-
-
 def is_joined() -> bool:
     """Tell whether this process has joined the process group of its run."""
     return dist.is_initialized()

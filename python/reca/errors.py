@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 
 from reca import exits
-from reca.launcher import number
+from reca.launcher import is_main_process, number
 
 # The parts of messages of gloo, NCCL and the store that prove a lost connection or a late rank; the group is quoted.
 _LOST = re.compile(
@@ -94,7 +94,7 @@ def print_once(sentence: str) -> None:
 
 def print_of_other_machine(error: PeerFailed) -> None:
     """Print on rank 0 the error of a rank of another machine, whose output may be another terminal or file."""
-    if number("RANK", 0) == 0 and error.rank >= number("LOCAL_WORLD_SIZE", error.rank + 1):
+    if is_main_process() and error.rank >= number("LOCAL_WORLD_SIZE", error.rank + 1):
         print_once(f"reca: {error}")
         with _ignore_sigterm():
             time.sleep(HEAD_START + 1)  # the store may end with this rank; that one needs it until it has printed

@@ -1,4 +1,4 @@
-"""Numbers that a launcher of processes, such as torchrun, sets in environment variables."""
+"""What a launcher of processes, such as torchrun, sets in environment variables. Imports no torch."""
 
 import os
 
@@ -10,3 +10,8 @@ def number(name: str, default: int) -> int:
     """
     text = os.environ.get(name, "")
     return int(text) if text.isdecimal() else default
+
+
+def is_main_process() -> bool:
+    """Tell whether this is rank 0, which prints for the user; also before the process group exists."""
+    return number("RANK", 0) == 0

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from reca import distributed
+from reca.launcher import is_main_process
 from tests.driver.forks import exit_codes, fork_ranks
 
 RANKS = 4
@@ -63,7 +64,7 @@ def results(rank: int) -> dict:
     errors = (1, OSError("full")), (1, KeyError()), (None, KeyError()), (RANKS, KeyError())
     return {
         "rank": [distributed.rank(), distributed.world_size(), distributed.local_world_size()],
-        "main": distributed.is_main_process(),
+        "main": is_main_process(),
         "gathered": distributed.all_gather({"own": rank}),
         "sum": distributed.sum_over_ranks(torch.tensor([1.0, 10.0 * rank])).tolist(),
         "most": distributed.max_over_ranks([rank, -rank, 5]),

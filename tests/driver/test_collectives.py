@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from reca import distributed
+from reca.launcher import is_main_process
 from tests.driver.test_distributed import ROOT, environment
 
 
@@ -63,7 +64,7 @@ def test_one_process_is_all_ranks(monkeypatch):
     for name in ("RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     distributed.initialize(1)
-    assert distributed.is_main_process() and not distributed.is_joined() and "LOCAL_WORLD_SIZE" not in os.environ
+    assert is_main_process() and not distributed.is_joined() and "LOCAL_WORLD_SIZE" not in os.environ
     assert [distributed.rank(), distributed.world_size(), distributed.local_world_size()] == [0, 1, 1]
     assert distributed.all_gather("own") == ["own"] and distributed.max_over_ranks([3, 1]) == [3, 1]
     assert distributed.sum_over_ranks(torch.ones(2)).tolist() == [1, 1]

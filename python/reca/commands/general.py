@@ -11,25 +11,25 @@ from pathlib import Path
 from typing import Any
 
 from reca.io.paths import exists, is_file
-from reca.launcher import number
+from reca.launcher import is_main_process
 
 MOST_GPUS = 2**20
 
 
 def train(options: argparse.Namespace) -> None:
-    from reca import api, distributed, exits
+    from reca import api, exits
     from reca.config.recipe_files import explain, load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)
     if options.explain:
-        if number("RANK", 0) == 0:
+        if is_main_process():
             print(explain(recipe))
         return
     if options.overfit is not None:
         _overfit(recipe, options.overfit, options.overfit_to)
         return
     run = api.train(recipe)
-    if not distributed.is_main_process():
+    if not is_main_process():
         return
     try:
         _tell(recipe, run)
@@ -62,7 +62,7 @@ def _overfit(recipe: Any, steps: int, target: float) -> None:
     from reca.commands.overfit import NotLearning, overfit
 
     found = overfit(recipe, steps, target)
-    if distributed.is_main_process():
+    if is_main_process():
         print(*found.describe(), sep="\n")
     distributed.shut_down()
     if fault := found.fault():
@@ -96,12 +96,11 @@ def check(options: argparse.Namespace) -> None:
 
 
 def cache(options: argparse.Namespace) -> None:
-    from reca import distributed
     from reca.config.recipe_files import load_recipe
     from reca.precompute import cache_features
 
     lines = cache_features(load_recipe(options.recipe, options.overrides))
-    if distributed.is_main_process():
+    if is_main_process():
         print(*lines, sep="\n")
 
 

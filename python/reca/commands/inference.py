@@ -5,6 +5,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from reca.launcher import is_main_process
+
 
 def generate(options: argparse.Namespace) -> None:
     from reca import inference
@@ -76,7 +78,7 @@ def best_of(options: argparse.Namespace) -> None:
 
     identify()
     records = best_of.choose(load, prompts, choice, options.out)
-    if distributed.is_main_process():
+    if is_main_process():
         print(*best_of.report(records, options.out), sep="\n")
     distributed.shut_down()
 

@@ -38,6 +38,7 @@ from reca.eval.targets import (
 from reca.hardware.devices import usable_device
 from reca.io.folders import EVALUATION, NotWritable, ensure_writable
 from reca.io.paths import is_file
+from reca.launcher import is_main_process
 from reca.models import umm_package
 from reca.options.names import option
 from reca.options.sampling import defaults
@@ -75,7 +76,7 @@ def evaluate(
     if "generate" in settings.steps:
         wanted = [s for s in sides if s.recipe is not None and (s is not mine or not (images or records))]
         device = _generate_on_all_ranks(settings, wanted, device)
-    if not distributed.is_main_process():
+    if not is_main_process():
         return None
     judge_device = usable_device(device)
     found = []

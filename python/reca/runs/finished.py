@@ -8,10 +8,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from reca import checkpoint, distributed, exits
+from reca import checkpoint, exits
 from reca.config.recipe import Recipe
 from reca.config.recipe_files import absolute_paths
 from reca.data.sources.factory import DATA_KEYS
+from reca.launcher import is_main_process
 from reca.runs.folder import RunFolder
 from reca.runs.lineage import COMPARED_BY_CONTENT, flattened, parent_of, reject_changed
 from reca.runs.status import Status
@@ -33,7 +34,7 @@ def finished_steps(recipe: Recipe) -> int | None:
     state = checkpoint.read_state(newest, of_run=True)
     data = {key: value for key, value in state["fingerprint"].items() if key != "train.init_from"}
     reject_changed(recipe, run_dir, state, data | parent_of(recipe, state))
-    if distributed.is_main_process():
+    if is_main_process():
         if renamed := _renamed_data(recipe, state):
             log.warning(
                 "%s was trained with other data keys (%s). No step is left to train, so the new data is not read; set "

@@ -4,7 +4,7 @@ import functools
 import logging
 
 from reca.data.text import one_line
-from reca.launcher import number
+from reca.launcher import is_main_process
 
 log = logging.getLogger("reca")
 
@@ -44,5 +44,5 @@ class Skipped:
 @functools.cache
 def log_once(level: int, message: str) -> None:
     """Log a message once per process, and on rank 0 only: every rank opens the same sources."""
-    if number("RANK", 0) == 0:
+    if is_main_process():
         log.log(level, "%s", message)
