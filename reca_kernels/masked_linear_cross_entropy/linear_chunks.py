@@ -7,7 +7,7 @@ from torch import Tensor
 
 from reca_kernels.masked_cross_entropy.options import CrossEntropyOptions
 from reca_kernels.masked_linear_cross_entropy.kernels import Kernels, LabelledRows
-from reca_kernels.masked_linear_cross_entropy.plan import machine, plan
+from reca_kernels.masked_linear_cross_entropy.plan import Plan, machine, plan
 
 ONES = 8  # columns of ones in the matmul that sums over rows: 16 bytes of 16-bit elements
 
@@ -101,7 +101,7 @@ def forward(
         logits = padded[:, :classes]
         kernels.gather_scatter_rows(hidden, rows[chunk], x, None)
         left = bias if kernels.adds_bias(logits) else None
-        multiply_logits(x, weight, bias if left is None else None, logits, cut.body)
+        multiply_logits(x, weight, bias if left is None else None, logits, cut)
         kernels.row_gradients(
             logits, left, row_labels[chunk], rows[chunk], row_grad, factor, options, losses, wants_gradient
         )
@@ -134,13 +134,15 @@ def parts(classes: int, body: int) -> list[slice]:
     return [slice(0, body), slice(body, classes)] if body < classes else [slice(0, classes)]
 
 
-def multiply_logits(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, body: int) -> None:
+def multiply_logits(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, cut: Plan) -> None:
     """Write x @ weight.T + bias into out."""
-    for columns in parts(len(weight), body):
-        if bias is None:
-            torch.mm(x, weight[columns].t(), out=out[:, columns])
-        else:
-            torch.addmm(bias[columns], x, weight[columns].t(), out=out[:, columns])
+    for part in parts(len(weight), cut.body):
+        for begin in range(part.start, part.stop, cut.columns):
+            columns = slice(begin, min(begin + cut.columns, part.stop))
+            if bias is None:
+                torch.mm(x, weight[columns].t(), out=out[:, columns])
+            else:
+                torch.addmm(bias[columns], x, weight[columns].t(), out=out[:, columns])
 
 
 def add_column_sums(total: Tensor, padded: Tensor, classes: int) -> None:

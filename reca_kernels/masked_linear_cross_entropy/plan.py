@@ -7,6 +7,7 @@ import torch
 
 PITCH = 128  # the row stride of logits is a multiple of this: 256 bytes of 16-bit elements
 CPU_ROWS = 512  # rows per chunk on CPUs
+CPU_COLUMNS = 1024  # of one fp32 matmul of logits on a CPU: MKL is slower on all columns at once
 ACCESS = 16  # bytes; matmuls are fast if every contiguous extent is a multiple of this
 # A GPU computes a matmul in waves of output tiles, one tile per multiprocessor. It performs about 200 FLOPs per byte of
 # memory traffic (A100 156, H200 184, H100 263).
@@ -30,12 +31,16 @@ CPU = Machine(0)
 
 
 class Plan(NamedTuple):
-    """Chunks of `rows` rows, the last of which may have fewer, and separate columns [0, body) and [body, classes)."""
+    """Chunks of `rows` rows, the last of which may have fewer, and separate columns [0, body) and [body, classes).
+
+    The logits of a chunk are computed at most `columns` columns at a time.
+    """
 
     rows: int
     chunks: int
     pitch: int  # row stride of the logits, in elements
     body: int
+    columns: int
 
 
 @functools.cache
@@ -65,7 +70,8 @@ def plan(most: int, classes: int, width: int, size: int, machine: Machine, chunk
     pitch = -(-classes // PITCH) * PITCH
     if not machine.is_gpu:
         rows = max(min(chunk_rows or CPU_ROWS, most), 1)
-        return Plan(rows, -(-most // rows), pitch, classes)
+        columns = CPU_COLUMNS if size == torch.float32.itemsize else classes
+        return Plan(rows, -(-most // rows), pitch, classes, columns)
     whole = classes // PITCH * PITCH
     body = classes if classes * size % ACCESS == 0 or whole == 0 else whole
     fit = chunk_rows or max(machine.memory // SHARE // (pitch * size), PITCH)
@@ -74,7 +80,7 @@ def plan(most: int, classes: int, width: int, size: int, machine: Machine, chunk
         equal = -(-most // -(-most // fit))
         tiled = range(fit // TILE_ROWS * TILE_ROWS, fit // 2, -TILE_ROWS)
         rows = min((*tiled, equal), key=lambda rows: _cost(rows, most, classes, width, machine.processors))
-    return Plan(rows, -(-most // rows), pitch, body)
+    return Plan(rows, -(-most // rows), pitch, body, classes)
 
 
 def waves(rows: int, columns: int, processors: int) -> int:

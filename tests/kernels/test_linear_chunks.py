@@ -59,7 +59,8 @@ def test_waves():
 def test_what_the_caller_says_and_small_problems():
     assert plan(10, 77, 8, 4, H100, chunk_rows=3)[:2] == (3, 4)
     assert plan(0, 77, 8, 4, H100)[:2] == (1, 0) and plan(0, 77, 8, 4, CPU)[:2] == (1, 0)
-    assert plan(1305, 58498, 1024, 4, CPU) == (512, 3, 58624, 58498)
+    assert plan(1305, 58498, 1024, 4, CPU) == (512, 3, 58624, 58498, 1024)
+    assert plan(1305, 58498, 1024, 2, CPU).columns == 58498
     assert plan(5, 77, 8, 2, H100).body == 77  # no whole tile
     assert plan(5, 50257, 8, 2, H100).body == 50176 and plan(5, 128256, 8, 2, H100).body == 128256
 

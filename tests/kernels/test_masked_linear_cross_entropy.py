@@ -40,13 +40,14 @@ def test_loss_and_gradients(backend, device, chunk_rows, dtype, options, reducti
 
 # In steps of several units; what a kernel may have of shared memory without asking, 48 KB, of which it has used some
 # itself; more than a block has in the emulator.
-@pytest.mark.parametrize("classes", [2053, 12288, 17001])
+@pytest.mark.parametrize(("classes", "biased"), [(2053, True), (2053, False), (12288, True), (17001, True)])
 @EVERYWHERE
-def test_wide_rows(backend, device, classes):
+def test_wide_rows(backend, device, classes, biased):
     leaves, labels = problem(rows=7, classes=classes, width=8, device=device)
+    leaves = leaves if biased else leaves[:2]
     wide = exact(leaves)
-    loss = masked_linear_cross_entropy(*leaves[:2], labels, leaves[2], label_smoothing=0.1, backend=backend)
-    want = reference.masked_linear_cross_entropy(*wide[:2], labels, wide[2], label_smoothing=0.1)
+    loss = masked_linear_cross_entropy(*leaves[:2], labels, *leaves[2:], label_smoothing=0.1, backend=backend)
+    want = reference.masked_linear_cross_entropy(*wide[:2], labels, *wide[2:], label_smoothing=0.1)
     close(loss.detach(), want.detach(), 1e-6)
     for got, true in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(want, wide), strict=True):
         close(got, true, 1e-5)
@@ -181,7 +182,7 @@ def test_products_as_a_gpu_has_them(backend, device, reduction, rows, classes, c
     monkeypatch.setattr(linear_chunks, "machine", lambda device: Machine(3, 0))
     leaves, labels = problem(rows=rows, classes=classes, width=8, device=device)
     most, (pitch, body) = int((labels != IGNORED).sum()), (-(-classes // 128) * 128, classes // 128 * 128 or 77)
-    assert plan(most, classes, 8, 4, Machine(3, 0)) == Plan(128, chunks, pitch, body)
+    assert plan(most, classes, 8, 4, Machine(3, 0)) == Plan(128, chunks, pitch, body, classes)
     wide = exact(leaves)
     loss = masked_linear_cross_entropy(*leaves[:2], labels, leaves[2], reduction=reduction, backend=backend)
     want = reference.masked_linear_cross_entropy(*wide[:2], labels, wide[2], reduction=reduction)
