@@ -10,6 +10,7 @@ reca_kernels/attention/order.json orders the impls of attention per device by th
 models' layouts.
 """
 
+import argparse
 import json
 import math
 from collections import defaultdict
@@ -121,6 +122,9 @@ def order_text(folder: Path = RESULTS) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        prog="python -m benchmarks.dispatch", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    ).parse_args()
     dispatch.TABLE.write_text(text())
     ORDER_TABLE.write_text(order_text())
     for entry in attention_order()["devices"]:

@@ -5,6 +5,7 @@ NAME is an op, `kernels` for one table of all ops, `step` for whole training ste
 the time that runs wait for images.
 """
 
+import argparse
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -208,6 +209,9 @@ def short(dtype: str) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        prog="python -m benchmarks.docs", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    ).parse_args()
     for page in pages():
         page.write_text(filled(page))
         print(f"wrote {page}")
