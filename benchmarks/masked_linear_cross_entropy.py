@@ -129,7 +129,7 @@ class _Products(torch.autograd.Function):
         w = weight[:body]
         dx, dw = torch.empty_like(hidden), torch.empty_like(weight)
         logits = x.new_empty(count, body)
-        multiply_logits(x, w, None, logits, plan(count, body, x.shape[1], x.dtype.itemsize, machine(x.device)))
+        multiply_logits(x, w, logits, plan(count, body, x.shape[1], x.dtype.itemsize, machine(x.device)))
         torch.mm(logits, w, out=dx[:count])
         torch.mm(logits.t(), x, out=dw[:body])
         ctx.gradients = dx, dw, None if bias is None else torch.empty_like(bias)

@@ -14,7 +14,7 @@ void masked_cross_entropy_forward(const CrossEntropy& args, float* losses, float
         return;
       }
       const T* row = static_cast<const T*>(args.logits) + r * args.row_stride;
-      const RowStats s = row_forward<T, cap.value, smooth.value>(args, row, label, losses + r);
+      const RowStats s = row_forward<T, cap.value, smooth.value>(args, row, nullptr, label, losses + r);
       stats[2 * r] = s.row_max;
       stats[2 * r + 1] = s.log_sum_exp;
     });
@@ -34,7 +34,7 @@ void masked_cross_entropy_backward(const CrossEntropy& args, const float* stats,
       }
       const T* row = static_cast<const T*>(args.logits) + r * args.row_stride;
       const RowStats of_row = {stats[2 * r], stats[2 * r + 1]};
-      row_backward<T, cap.value, smooth.value>(args, row, label, of_row, *scale * grad[r * grad_stride], out);
+      row_backward<T, cap.value, smooth.value>(args, row, nullptr, label, of_row, *scale * grad[r * grad_stride], out);
     });
   });
 }

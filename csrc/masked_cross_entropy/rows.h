@@ -30,20 +30,32 @@ struct RowStats {
   float log_sum_exp;  // s: log of the sum of e^(z - m)
 };
 
-// Calls f(i, z, n) for every 4 W elements of a row, from element i on, in the lane order of load_pair. The last call
-// has n elements, first and in memory order; the rest of z is -inf.
+// The logit of a class; bias may be null.
+template <typename T>
+static inline float logit(const T* row, const T* bias, int64_t i) {
+  return bias ? widen(row[i]) + widen(bias[i]) : widen(row[i]);
+}
+
+// Calls f(i, z, n) for every 4 W elements of row + bias, from element i on, in the lane order of load_pair. The last
+// call has n elements, first and in memory order; the rest of z is -inf. bias may be null.
 template <typename T, typename F>
-static inline void for_each_four(const T* row, int64_t classes, const F& f) {
+static inline void for_each_four(const T* row, const T* bias, int64_t classes, const F& f) {
   vfloat z[4];
   int64_t i = 0;
   for (; i + 4 * W <= classes; i += 4 * W) {
     load_pair(row + i, z[0], z[1]);
     load_pair(row + i + 2 * W, z[2], z[3]);
+    if (bias) {
+      vfloat b[4];
+      load_pair(bias + i, b[0], b[1]);
+      load_pair(bias + i + 2 * W, b[2], b[3]);
+      for (int k = 0; k < 4; ++k) z[k] += b[k];
+    }
     f(i, z, 4 * W);
   }
   if (i < classes) {
     float last[4 * W];
-    for (int64_t k = 0; k < 4 * W; ++k) last[k] = i + k < classes ? widen(row[i + k]) : -inf;
+    for (int64_t k = 0; k < 4 * W; ++k) last[k] = i + k < classes ? logit(row, bias, i + k) : -inf;
     for (int k = 0; k < 4; ++k) z[k] = load(last + k * W);
     f(i, z, int(classes - i));
   }
@@ -52,12 +64,12 @@ static inline void for_each_four(const T* row, int64_t classes, const F& f) {
 // Reads the row from memory once, in blocks. A block stays in the L1 cache between its maximum and its exponentials,
 // while the next block is prefetched.
 template <typename T, bool CAP, bool SMOOTH>
-static RowStats row_forward(const CrossEntropy& args, const T* row, int64_t label, float* loss) {
+static RowStats row_forward(const CrossEntropy& args, const T* row, const T* bias, int64_t label, float* loss) {
   constexpr int64_t block = 8192 / sizeof(T), part = 64 * W;  // part: 16 additions per lane
   const int64_t classes = args.classes;
   float softcapped[CAP ? block + 4 * W : 1];
 
-  const float z_label = softcap_logits<CAP>(splat(widen(row[label])), args.softcap)[0];
+  const float z_label = softcap_logits<CAP>(splat(logit(row, bias, label)), args.softcap)[0];
   const float pivot = SMOOTH && std::fabs(z_label) < inf ? z_label : 0.0f;  // so that no digits are lost to an offset
   double sum_z = 0;  // of sum_scale * (z - pivot)
   float row_max = -inf;
@@ -65,10 +77,11 @@ static RowStats row_forward(const CrossEntropy& args, const T* row, int64_t labe
   for (int64_t begin = 0; begin < classes; begin += block) {
     const int64_t n = classes - begin < block ? classes - begin : block;
     const T* const p = row + begin;
+    const T* const b = bias ? bias + begin : nullptr;
 
     vfloat tops[4] = {splat(-inf), splat(-inf), splat(-inf), splat(-inf)};
     vfloat sums[4] = {};
-    for_each_four(p, n, [&](int64_t i, vfloat(&z)[4], int count) {
+    for_each_four(p, b, n, [&](int64_t i, vfloat(&z)[4], int count) {
       if constexpr (CAP) {
         for (int k = 0; k < 4; ++k) z[k] = softcap_logits<CAP>(z[k], args.softcap);
         for (int k = count; k < 4 * W; ++k) z[k / W][k % W] = -inf;
@@ -96,9 +109,9 @@ static RowStats row_forward(const CrossEntropy& args, const T* row, int64_t labe
         for (int k = 0; k < 4; ++k) exps[k] += exp(z[k] - base);
       };
       if constexpr (CAP) {
-        for_each_four(softcapped + from, to, add);
+        for_each_four<float>(softcapped + from, nullptr, to, add);
       } else {
-        for_each_four(p + from, to, add);
+        for_each_four(p + from, b ? b + from : nullptr, to, add);
       }
       total += (to_double(exps[0]) + to_double(exps[1])) + (to_double(exps[2]) + to_double(exps[3]));
     }
@@ -117,7 +130,8 @@ static RowStats row_forward(const CrossEntropy& args, const T* row, int64_t labe
 
 // out may be the row itself.
 template <typename T, bool CAP, bool SMOOTH>
-static void row_backward(const CrossEntropy& args, const T* row, int64_t label, RowStats stats, float scale, T* out) {
+static void row_backward(const CrossEntropy& args, const T* row, const T* bias, int64_t label, RowStats stats, float scale,
+                         T* out) {
   const int64_t classes = args.classes;
   const float by_z_loss = 2 * args.z_loss * (stats.row_max + stats.log_sum_exp);
   const float level = scale * args.label_smoothing / float(classes);
@@ -128,13 +142,13 @@ static void row_backward(const CrossEntropy& args, const T* row, int64_t label, 
   if (slope != slope) slope = std::numeric_limits<float>::quiet_NaN();  // for store_pair
 
   // The target's gradient is computed before the row may be overwritten, with p - 1 by expm1, without cancellation.
-  vfloat z_label = splat(widen(row[label]));
+  vfloat z_label = splat(logit(row, bias, label));
   const float bent = CAP ? bend(z_label, args.softcap)[0] : 1.0f;
   const float log_p = (z_label[0] - stats.row_max) - stats.log_sum_exp;
   float target_grad = std::expm1(log_p) + std::exp(log_p) * by_z_loss + args.label_smoothing;
   target_grad = (scale * target_grad - level) * bent;
 
-  for_each_four(row, classes, [&](int64_t i, vfloat(&z)[4], int n) {
+  for_each_four(row, bias, classes, [&](int64_t i, vfloat(&z)[4], int n) {
     for (int k = 0; k < 4; ++k) {
       vfloat slope_of_cap;
       if constexpr (CAP) slope_of_cap = bend(z[k], args.softcap);

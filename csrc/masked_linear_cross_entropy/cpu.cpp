@@ -5,10 +5,11 @@
 
 namespace reca::RECA_ISA {
 
-void row_gradients(const CrossEntropy& args, const int64_t* rows, const void*, const float* row_grad, const float* scale,
+void row_gradients(const CrossEntropy& args, const int64_t* rows, const void* bias, const float* row_grad, const float* scale,
                    float* losses, bool gradient, Launch on) {
   with_options(args, [&](auto type, auto cap, auto smooth) {
     using T = decltype(type);
+    const T* const b = static_cast<const T*>(bias);
     parallel_for(args.rows, on.threads, [&](int64_t i) {
       T* const logits = const_cast<T*>(static_cast<const T*>(args.logits)) + i * args.row_stride;
       const int64_t row = rows[i], label = label_of(args.labels, args.labels_are_int64, i);
@@ -17,10 +18,10 @@ void row_gradients(const CrossEntropy& args, const int64_t* rows, const void*, c
         if (gradient) std::memset(logits, 0, args.classes * sizeof(T));
         return;
       }
-      const RowStats stats = row_forward<T, cap.value, smooth.value>(args, logits, label, losses + row);
+      const RowStats stats = row_forward<T, cap.value, smooth.value>(args, logits, b, label, losses + row);
       if (!gradient) return;
       const float factor = row_grad ? *scale * row_grad[row] : *scale;
-      row_backward<T, cap.value, smooth.value>(args, logits, label, stats, factor, logits);
+      row_backward<T, cap.value, smooth.value>(args, logits, b, label, stats, factor, logits);
     });
   });
 }

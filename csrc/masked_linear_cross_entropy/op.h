@@ -6,8 +6,8 @@
 // Both passes over the rows of a chunk: writes losses[rows[i]] of logits[i] + bias and, with `gradient`, overwrites the
 // logits with their gradient, scaled by *scale, and by row_grad[rows[i]] if row_grad is not null. Rows with index -1
 // are padding: no loss, gradient 0. A label outside [0, classes) gives loss NaN and gradient 0.
-// bias [row_stride] in the dtype of the logits, or null; not used on the host, where the matmul adds the bias. On
-// devices labels are int64 and row_stride is a multiple of 16 bytes.
+// bias [row_stride] in the dtype of the logits, or null. On devices labels are int64 and row_stride is a multiple of 16
+// bytes.
 RECA_LAUNCHER(void row_gradients(const CrossEntropy& args, const int64_t* rows, const void* bias, const float* row_grad,
                                  const float* scale, float* losses, bool gradient, Launch on))
 

@@ -33,9 +33,6 @@ class Kernels(Protocol):
         and stands for i.
         """
 
-    def adds_bias(self, logits: Tensor) -> bool:
-        """Return whether row_gradients adds the bias to the logits. If not, the matmul does."""
-
     def row_gradients(
         self,
         logits: Tensor,  # [n, V], with a row stride that is a multiple of plan.PITCH

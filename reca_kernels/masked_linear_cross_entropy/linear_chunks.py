@@ -100,10 +100,9 @@ def forward(
         x, padded = x_buffer[:n], logits_buffer[:n]
         logits = padded[:, :classes]
         kernels.gather_scatter_rows(hidden, rows[chunk], x, None)
-        left = bias if kernels.adds_bias(logits) else None
-        multiply_logits(x, weight, bias if left is None else None, logits, cut)
+        multiply_logits(x, weight, logits, cut)
         kernels.row_gradients(
-            logits, left, row_labels[chunk], rows[chunk], row_grad, factor, options, losses, wants_gradient
+            logits, bias, row_labels[chunk], rows[chunk], row_grad, factor, options, losses, wants_gradient
         )
         if dx is not None:
             product = empty(n, width, dtype=dtype if unit is None else torch.float32)
@@ -134,15 +133,12 @@ def parts(classes: int, body: int) -> list[slice]:
     return [slice(0, body), slice(body, classes)] if body < classes else [slice(0, classes)]
 
 
-def multiply_logits(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, cut: Plan) -> None:
-    """Write x @ weight.T + bias into out."""
+def multiply_logits(x: Tensor, weight: Tensor, out: Tensor, cut: Plan) -> None:
+    """Write x @ weight.T into out."""
     for part in parts(len(weight), cut.body):
         for begin in range(part.start, part.stop, cut.columns):
             columns = slice(begin, min(begin + cut.columns, part.stop))
-            if bias is None:
-                torch.mm(x, weight[columns].t(), out=out[:, columns])
-            else:
-                torch.addmm(bias[columns], x, weight[columns].t(), out=out[:, columns])
+            torch.mm(x, weight[columns].t(), out=out[:, columns])
 
 
 def add_column_sums(total: Tensor, padded: Tensor, classes: int) -> None:

@@ -9,7 +9,7 @@ from reca_kernels.masked_cross_entropy.options import CrossEntropyOptions
 from reca_kernels.masked_linear_cross_entropy.kernels import LabelledRows
 from reca_kernels.masked_linear_cross_entropy.linear_chunks import empty_labelled_rows
 
-__all__ = ["adds_bias", "compact_labelled_rows", "gather_scatter_rows", "reduce", "row_gradients", "scale"]
+__all__ = ["compact_labelled_rows", "gather_scatter_rows", "reduce", "row_gradients", "scale"]
 
 
 def compact_labelled_rows(labels: Tensor, options: CrossEntropyOptions, max_labelled: int | None) -> LabelledRows:
@@ -56,10 +56,6 @@ def gather_scatter_rows(source: Tensor, source_rows: Tensor | None, out: Tensor,
         source.shape[1],
         launch,
     )
-
-
-def adds_bias(logits: Tensor) -> bool:
-    return not native.launch(logits).on_host
 
 
 def row_gradients(

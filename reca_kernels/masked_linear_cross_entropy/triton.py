@@ -28,7 +28,7 @@ from reca_kernels.masked_cross_entropy.triton import (
 from reca_kernels.masked_linear_cross_entropy.kernels import LabelledRows
 from reca_kernels.masked_linear_cross_entropy.linear_chunks import empty_labelled_rows
 
-__all__ = ["adds_bias", "compact_labelled_rows", "gather_scatter_rows", "reduce", "row_gradients", "scale"]
+__all__ = ["compact_labelled_rows", "gather_scatter_rows", "reduce", "row_gradients", "scale"]
 
 
 @triton.jit
@@ -174,10 +174,6 @@ def gather_scatter_rows(source: Tensor, source_rows: Tensor | None, out: Tensor,
                 source, source.stride(0), source_rows, out, out.stride(0), out_rows, width,
                 FROM=source_rows is not None, TO=out_rows is not None, BLOCK=block, **LAUNCH,
             )  # fmt: skip
-
-
-def adds_bias(logits: Tensor) -> bool:
-    return True
 
 
 def row_gradients(

@@ -96,7 +96,6 @@ def counted(most, classes, width, gpu, monkeypatch, chunk_rows=None, bias=True):
             torch.empty(most, dtype=torch.int64), labels, torch.empty(most), torch.empty(())
         ),
         gather_scatter_rows=lambda *_: launches.append("gather_scatter_rows"),
-        adds_bias=lambda logits: True,
         row_gradients=lambda logits, *_: launches.append(("row_gradients", *logits.shape)),
         reduce=lambda losses, *_: (losses.sum(), None),
     )  # fmt: skip
