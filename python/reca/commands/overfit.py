@@ -77,9 +77,10 @@ class DryRun:
         """Return a summary in lines: losses, losses by task, gradient norms, notes."""
         lines, steps = [], len(self.losses) - 1
         if self.losses:
+            share = f": {self.share:.1%} of the initial loss (target: at most {self.target:.0%})"
             lines.append(
                 f"loss       {self.losses[0]:.4g} initially, {self.losses[-1]:.4g} after {steps} steps on the same "
-                f"batch: {self.share:.1%} of the initial loss (target: at most {self.target:.0%})"
+                f"batch{'' if math.isnan(self.share) else share}"
             )
         if len(self.tasks) > 1 and self.losses:
             parts = (f"{task} {losses[0]:.4g} to {losses[-1]:.4g}" for task, losses in self.tasks.items())
@@ -99,6 +100,11 @@ class DryRun:
             return "the learning rate is 0: set optim.lr"
         if silent := self._silent_roles():
             return "; ".join(silent)
+        if math.isnan(self.share):
+            return (
+                f"the initial loss is {self.losses[0]:.4g}, and the target is a fraction of it: it must be positive. "
+                "Add a constant to the loss"
+            )
         steps = len(self.losses) - 1
         moved = self.lr * steps / self.size if self.size else math.inf
         if abs(1 - self.share) < FLAT and moved < STILL:
