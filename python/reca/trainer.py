@@ -364,7 +364,7 @@ class Trainer:
             with distributed.fail_together(distributed.gloo_group()):  # raises its own error if a rank is gone
                 raise NotSavedError(
                     f"step {self.step} is done, but its checkpoint could NOT be written to {self.run_dir}; {there}. "
-                    "Free space there: the same command repeats the steps since then"
+                    "Once it can be written, the same command repeats the steps since then"
                 )
 
     def _task(self, task: str) -> TaskConfig:

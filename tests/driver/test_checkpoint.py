@@ -345,13 +345,14 @@ def test_all_ranks_begin_at_the_checkpoint_that_rank_0_sees(recipe, monkeypatch)
     assert checkpoint.latest_valid(folder.parents[1]) == folder
 
 
-def test_a_full_disk_that_the_library_meets_is_reported_as_one(recipe, monkeypatch, caplog):
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EFBIG])
+def test_a_disk_that_fails_the_library_is_reported_with_its_reason(recipe, monkeypatch, caplog, code):
     """It raises errors of its own, which hold the first one of every rank."""
     trainer = Trainer(recipe(), ToyAdapter())
-    full = fail_with(OSError(28, "No space left on device"))
-    monkeypatch.setattr(writing.HuggingFaceStorageWriter, "write_data", full)
+    monkeypatch.setattr(writing.HuggingFaceStorageWriter, "write_data", fail_with(OSError(code, os.strerror(code))))
     assert trainer.save() is None
-    assert "NOT saved: [Errno 28] No space left on device. " in caplog.text and "free space in" in caplog.text
+    assert f"NOT saved: [Errno {code}] {os.strerror(code)}. " in caplog.text
+    assert f"free space in {trainer.run_dir}, or make it writable" in caplog.text
 
 
 def test_checksums_tell_every_change(tmp_path):

@@ -231,7 +231,7 @@ def test_too_little_space_is_seen_before_writing(recipe, monkeypatch):
     trainer = Trainer(recipe(), ToyAdapter())
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10))
-    with pytest.raises(NotSavedError, match="Free space"):
+    with pytest.raises(NotSavedError, match="Once it can be written, the same command"):
         trainer.run()
     assert checkpoint.latest(trainer.run_dir) is None
 

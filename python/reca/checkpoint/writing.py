@@ -73,7 +73,7 @@ def write(run_dir: Path, taken: Snapshot, keep: Keep, is_lost: Callable[[], bool
         if is_lost() or not is_dir(final.parent):
             reason = f"the run folder {run_dir} was moved or removed"
         elif exits.code_of(error) == exits.DATA:
-            reason += f"; free space in {run_dir}"
+            reason += f"; free space in {run_dir}, or make it writable"
         bug = not isinstance(error, OSError | RuntimeError)
         log.error("checkpoint at step %d NOT saved: %s", step, reason, exc_info=error if bug else None)
         if distributed.rank() == 0:
