@@ -121,7 +121,10 @@ def cases(device: Device):
 
 
 class _Products(torch.autograd.Function):
-    """Only the three matmuls of the labelled rows, over whole tiles, logits in the columns of ours, without loss."""
+    """Only the three matmuls of the labelled rows, over whole tiles: no loss, no gathering.
+
+    The logits are computed in the same blocks of columns as by the op.
+    """
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, count):
