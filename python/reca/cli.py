@@ -3,7 +3,6 @@
 import argparse
 import io
 import logging
-import os
 import sys
 import traceback
 import warnings
@@ -13,7 +12,7 @@ from reca import __version__, exits
 from reca.arguments import OR_RUN, Parser, as_path, path_text, takes_overrides, takes_pairs
 from reca.commands import general, inference, usage
 from reca.commands.examples import about
-from reca.launcher import number
+from reca.launcher import is_launched, number
 from reca.options import names
 from reca.processes import library_logs
 
@@ -70,7 +69,7 @@ def _set_up_output() -> None:
     where = f"[rank {rank}] " if rank else ""
     logging.basicConfig(format=f"{where}%(levelname)s %(message)s", level=logging.ERROR if rank else logging.WARNING)
     logging.getLogger("reca").setLevel(logging.WARNING if rank else logging.INFO)
-    if os.environ.get("RANK"):
+    if is_launched():
         logging.getLogger("reca").addFilter(OncePerMessage())
     if rank:
         warnings.simplefilter("ignore")  # of libraries; rank 0 prints the same ones

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from reca import exits
 from reca.errors import PeerFailed, first_line
-from reca.launcher import number
+from reca.launcher import is_launched, number
 from reca.options.fields import RecipeError
 
 log = logging.getLogger("reca")
@@ -43,7 +43,7 @@ def initialize(timeout_minutes: int) -> torch.device:
     _forget_ended()
     if dist.is_initialized():
         set_timeout(timeout_minutes, device)
-    elif os.environ.get("RANK"):
+    elif is_launched():
         gpu = device if device.type == "cuda" else None  # given, so NCCL connects now and knows each rank's GPU
         try:
             if number("RANK", -1) not in range(number("WORLD_SIZE", 0)):  # it would wait until the timeout

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 
 from reca import exits
-from reca.launcher import is_main_process, number
+from reca.launcher import is_launched, is_main_process, number
 
 # The parts of messages of gloo, NCCL and the store that prove a lost connection or a late rank; the group is quoted.
 _LOST = re.compile(
@@ -180,7 +180,7 @@ def _store():
 def _report_to_torchrun(sentence: str) -> None:
     """Add the sentence to torchrun's own failure report, which is printed last."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path and os.environ.get("RANK"):
+    if path and is_launched():
         message = {"message": sentence, "extraInfo": {"timestamp": int(time.time())}}
         with contextlib.suppress(OSError), open(path, "w") as file:
             json.dump({"message": message}, file)

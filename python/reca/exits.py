@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from reca.launcher import is_launched
+
 DONE = 0
 BUG = 1  # unexpected exception, with its traceback
 USAGE = 2
@@ -86,7 +88,7 @@ def exit_process(code: int) -> None:
     On a busy machine, finished ranks sometimes abort during interpreter shutdown (torch 2.13, gloo: "terminate called
     without an active exception"), which torchrun reports as a failed run.
     """
-    if os.environ.get("RANK"):
+    if is_launched():
         end_now(code)
 
 

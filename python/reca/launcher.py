@@ -12,6 +12,11 @@ def number(name: str, default: int) -> int:
     return int(text) if text.isdecimal() else default
 
 
+def is_launched() -> bool:
+    """Tell whether a launcher has started this process as one of several ranks."""
+    return bool(os.environ.get("RANK"))
+
+
 def is_main_process() -> bool:
     """Tell whether this is rank 0, which prints for the user; also before the process group exists."""
     return number("RANK", 0) == 0
