@@ -42,6 +42,15 @@ def test_every_file_of_a_package_comes_with_it(package):
     assert {path for path in modules if not (path / "__init__.py").is_file()} == set()
 
 
+@pytest.mark.parametrize("package", ["triton"])
+def test_what_only_linux_has_is_asked_for_there_alone(package):
+    """`make demo` and `make test` install the extra `dev`, also on macOS."""
+    asked = re.findall(rf'"({package}[^"]*)"', PROJECT)
+    assert {text.partition(";")[2].strip() for text in asked if ";" in text or text == package} == {
+        "sys_platform == 'linux'"
+    }
+
+
 @pytest.mark.parametrize("tool", ["ruff"])
 def test_one_pin_of_a_tool(tool):
     pins = re.findall(rf"{tool}==([\d.]+)", PROJECT)

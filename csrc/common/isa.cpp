@@ -1,8 +1,19 @@
 #include "common/isa.h"
 
 #include <atomic>
+#ifdef __x86_64__
+#include <cpuid.h>
+#endif
 
 namespace reca {
+
+#ifdef __x86_64__
+// Clang's __builtin_cpu_supports does not know f16c before version 18.
+static bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
 
 Isa best_isa() {
 #ifdef __x86_64__
@@ -11,7 +22,7 @@ Isa best_isa() {
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
     return Isa::avx512;
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c() &&
       __builtin_cpu_supports("bmi2")) {
     return Isa::avx2;
   }

@@ -25,6 +25,8 @@ RACES = ("-fsanitize=thread",)  # of emulator/races.h
 
 def missing() -> str | None:
     """Why the emulator cannot be built here."""
+    if sys.platform != "linux":  # macOS's g++ is Clang
+        return "the CUDA emulator is built on Linux"
     if shutil.which("g++") is None:
         return "no g++ to build the CUDA emulator with"
     if _pybind11() is None:
