@@ -58,6 +58,8 @@ build/docs-env/.ready: pyproject.toml
 # The torch of a system's Python is used, if it has one; otherwise $(TORCH) is installed first, so nothing else picks a
 # version. An activated environment's torch cannot be used: --system-site-packages passes on the packages of the base alone.
 $(VENV)/.torch:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "reca needs Python 3.10 or newer, and $(PYTHON) is "\
+	+ sys.version.split()[0] + ": give another, as in make $(or $(MAKECMDGOALS),demo) PYTHON=python3.12")'
 	if $(PYTHON) -c 'import sys, torch; sys.exit(sys.prefix != sys.base_prefix)' 2>/dev/null; \
 	then $(PYTHON) -m venv --system-site-packages $(VENV); \
 	else $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet '$(TORCH)'; fi

@@ -21,6 +21,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 OLDEST_CMAKE = (3, 26)  # as in CMakeLists.txt
+OLDEST_GCC = 9  # the first with __builtin_convertvector
 CUDA_ARCHS = "80;90;100"  # as in CMakeLists.txt
 
 
@@ -62,11 +63,22 @@ def find_pybind11() -> Path:
 def find_compiler() -> str:
     """Return a compiler's path and, as further items of a CMake list, the arguments of CXX, such as "ccache g++"."""
     names = [os.environ["CXX"]] if os.environ.get("CXX", "").strip() else ["c++", "g++", "clang++"]
+    too_old = []
     for name in names:
         program, *arguments = shlex.split(name)
         if path := shutil.which(program):
-            return ";".join([path, *arguments])
-    raise MissingTool(f"no C++ compiler was found among {', '.join(names)}; install one or set CXX")
+            if (version := gcc_version([path, *arguments])) is None or version >= OLDEST_GCC:
+                return ";".join([path, *arguments])
+            too_old.append(f"{name} is GCC {version}, older than {OLDEST_GCC}")
+    found = "; ".join(too_old) or f"no C++ compiler was found among {', '.join(names)}"
+    raise MissingTool(f"{found}; install {'a newer one' if too_old else 'one'} or set CXX")
+
+
+def gcc_version(compiler: list[str]) -> int | None:
+    """Return a compiler's major version, None if it is not GCC. Clang calls itself GCC 4.2 as well."""
+    command = [*compiler, "-dM", "-E", "-x", "c++", os.devnull]
+    macros = dict(re.findall(r"#define (\S+) (.*)", subprocess.run(command, capture_output=True, text=True).stdout))
+    return int(macros["__GNUC__"]) if "__GNUC__" in macros and "__clang__" not in macros else None
 
 
 def cuda_archs() -> str:

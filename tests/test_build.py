@@ -99,15 +99,32 @@ def test_without_a_compiler_but_told_to_build_it_fails(tmp_path):
 
 
 @needs_setuptools
+def test_a_compiler_that_is_too_old_is_passed_over(tmp_path):
+    """Red Hat 8 comes with GCC 8, which would fail in the middle of the build."""
+    for name, macro in [("c++", "__GNUC__ 8"), ("g++", "__GNUC__ 8"), ("clang++", "__GNUC__ 4\n#define __clang__ 1")]:
+        (tmp_path / name).write_text(f"#!/bin/sh\necho '#define {macro}'\n")
+        (tmp_path / name).chmod(0o755)
+    assert compiler(PATH=str(tmp_path)) == str(tmp_path / "clang++")
+    assert "MissingTool: c++ is GCC 8, older than 9; install a newer one or set CXX" in compiler(
+        PATH=str(tmp_path), CXX="c++"
+    )
+
+
+def compiler(**environment):
+    """Return what setup.py compiles with, or its error."""
+    code = "import setuptools; setuptools.setup = lambda **_: None; import setup; print(setup.find_compiler())"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
+    return done.stdout.strip() or done.stderr
+
+
+@needs_setuptools
 @pytest.mark.parametrize(
     ("given", "program", "arguments"), [("env c++", "env", ";c++"), ("c++ -m64", "c++", ";-m64"), (" ", "c++", "")]
 )
 def test_a_compiler_may_have_arguments(given, program, arguments):
     """As CXX="ccache g++" has."""
-    code = "import setuptools; setuptools.setup = lambda **_: None; import setup; print(setup.find_compiler())"
-    environment = {**os.environ, "CXX": given}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.stdout.strip() == f"{shutil.which(program)}{arguments}", done.stderr
+    assert compiler(CXX=given) == f"{shutil.which(program)}{arguments}"
 
 
 @needs_setuptools

@@ -17,14 +17,12 @@ static bool has_f16c() {
 
 Isa best_isa() {
 #ifdef __x86_64__
-  // The features of -march=x86-64-v4 and -v3 that processors or hypervisors are known to lack individually.
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    return Isa::avx512;
-  }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c() &&
-      __builtin_cpu_supports("bmi2")) {
-    return Isa::avx2;
+  // The features that CMakeLists.txt compiles for.
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c() && __builtin_cpu_supports("bmi2")) {
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                        __builtin_cpu_supports("avx512vl");
+    return avx512 ? Isa::avx512 : Isa::avx2;
   }
 #endif
   return Isa::baseline;

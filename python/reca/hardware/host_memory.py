@@ -1,6 +1,7 @@
 """Host memory: its size and what is free, within the limits of a container or batch job, and reuse of freed memory."""
 
 import ctypes
+import mmap
 import os
 import platform
 from pathlib import Path
@@ -14,7 +15,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 def total() -> int:
     """Return the bytes of memory of this machine, or of the container or batch job that this process runs in."""
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    machine = mmap.PAGESIZE * os.sysconf("SC_PHYS_PAGES")
     return min([machine, *(limit for limit, _ in cgroups.memory_limits())])
 
 
