@@ -66,8 +66,10 @@ $(VENV)/.torch:
 	touch $@
 
 # gradio asks for Pillow below 13 and runs with 13, whose resizing the golden pixels were recorded with: pip is told last.
-# Python 3.10 has no Pillow 13, and tests of those pixels are skipped there.
+# Python 3.10 has no Pillow 13, and tests of those pixels are skipped there. The pip of Python 3.10.0 to 3.10.2 cannot
+# install an editable package that is built by a pyproject.toml.
 $(READY): $(VENV)/.torch $(BUILD_INPUTS)
+	$(BIN)/python -m pip install --quiet 'pip>=21.3'
 	$(BIN)/python -m pip install --quiet --editable '.[dev,log,serve,emoji]'
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade 'pillow>=13; python_version >= "3.11"'
 	$(BIN)/reca doctor
