@@ -44,7 +44,8 @@ def test_columns_keep_their_places():
     assert "data wait   3%  MFU 41.2%  ETA    0:01:00" in step_line(7, 9, METRICS | {"mfu": 0.412}, 60)
 
 
-def test_lines_where_the_output_is_no_terminal(recipe, capsys):
+def test_lines_where_the_output_is_no_terminal(recipe, capsys, monkeypatch):
+    monkeypatch.setattr(header, "WIDTH", 10000)  # the path of the run may be long
     run_toy(recipe("train.steps=6", "log.every=2", "ema.half_life=3"))
     out, shown = capsys.readouterr()
     lines = shown.splitlines()

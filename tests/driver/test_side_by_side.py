@@ -76,6 +76,7 @@ def descendants(pid):
     return [*children, *(found for child in children for found in descendants(child))]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="descendants are read from /proc")
 def test_processes_end_with_a_parent_that_is_killed(tmp_path):
     """A run saves first; a process that waits for a job just ends."""
     code = f"""
@@ -203,6 +204,7 @@ def test_imports_before_a_fork_do_not_ask_for_gpus():
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=Path(__file__).parents[2], check=True)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="affinities and cgroups are Linux's")
 def test_slots(monkeypatch, tmp_path):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {1, 5, 6})  # as in a container or a job of SLURM
     assert side_by_side.cores() == [None] * 3

@@ -23,7 +23,7 @@ def test_the_space_is_that_of_the_checkpoints_to_come(recipe):
     each = checkpoint.size(ToyAdapter(), longer.optim)
     assert needed(run_dir) == 2.5 * each  # two are kept, and a third one is written before the oldest is removed
     Trainer(longer, ToyAdapter()).run()
-    assert needed(run_dir) == 1.25 * each and needed(Path("/proc")) == 0
+    assert needed(run_dir) == 1.25 * each and needed(Path("/dev")) == 0
 
 
 def test_the_cache_ends_where_the_space_would_be_used(tmp_path, monkeypatch, caplog):
