@@ -20,6 +20,8 @@ STALLED = 30.0  # seconds without a byte, likewise
 class WebFiles(HTTPFileSystem):
     """Files of a web server. FileNotFoundError means that the server reports a file as missing, and nothing else."""
 
+    protocol = ("http", "https")  # which fsspec's own class has since 2025.10
+
     async def _info(self, url: str, **options: Any) -> dict[str, Any]:
         try:
             return await super()._info(url, **options)
