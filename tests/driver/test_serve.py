@@ -11,6 +11,8 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,6 +27,7 @@ from reca.commands.serve import (
     Requests,
     Side,
     check_address,
+    import_gradio,
     make_page,
     open_sides,
     read_sampling,
@@ -168,6 +171,19 @@ def test_gradio_is_asked_for(monkeypatch, capsys):
     monkeypatch.setattr(builtins, "__import__", without)
     assert main(["serve", "show_o_tiny"]) == 3
     assert "pip install 'reca[serve]'" in capsys.readouterr().err
+
+
+def test_an_old_gradio_is_named(monkeypatch, capsys):
+    """One before 6.27 has no alternative texts of images."""
+    oldest = re.search(r'"gradio>=([\d.]+),', (Path(__file__).parents[2] / "pyproject.toml").read_text())[1]
+    for version in ("5.50.0", "6.26.0"):
+        monkeypatch.setitem(sys.modules, "gradio", SimpleNamespace(__version__=version))
+        assert main(["serve", "show_o_tiny"]) == 3
+        said = f"reca serve needs gradio {oldest} or later, found {version}: pip install 'reca[serve]'"
+        assert said in capsys.readouterr().err
+    for version in (f"{oldest}.0", "7.0.0.dev1"):
+        monkeypatch.setitem(sys.modules, "gradio", SimpleNamespace(__version__=version))
+        assert import_gradio().__version__ == version
 
 
 def free_port() -> int:

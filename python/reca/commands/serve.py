@@ -33,6 +33,7 @@ from reca.options.sampling import check_sampling_options, defaults, read_pairs
 
 log = logging.getLogger("reca")
 
+OLDEST_GRADIO = (6, 27)  # as in pyproject.toml
 OFFERED = frozenset({"generate", "edit", "answer"})  # abilities that have a tab
 MAX_UPLOAD = 32 * 2**20  # bytes per image
 MAX_TEXT = 4000  # characters of a prompt, an instruction or a question
@@ -241,13 +242,18 @@ def _with_messages(function: Callable, message: Callable[..., Exception]) -> Cal
 
 
 def import_gradio() -> Any:
-    """Import gradio with telemetry disabled. Raises ValueError if it cannot be imported."""
+    """Import gradio with telemetry disabled. Raises ValueError if it cannot be imported, or is too old."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
         import gradio
     except ImportError as error:
         raise ValueError(f"reca serve needs gradio, which cannot be imported ({error}): pip install 'reca[serve]'") \
             from error  # fmt: skip
+    if tuple(map(int, gradio.__version__.split(".")[:2])) < OLDEST_GRADIO:
+        oldest = ".".join(map(str, OLDEST_GRADIO))
+        raise ValueError(
+            f"reca serve needs gradio {oldest} or later, found {gradio.__version__}: pip install 'reca[serve]'"
+        )
     return gradio
 
 
