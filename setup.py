@@ -66,10 +66,13 @@ def find_compiler() -> str:
     too_old = []
     for name in names:
         program, *arguments = shlex.split(name)
-        if path := shutil.which(program):
-            if (version := gcc_version([path, *arguments])) is None or version >= OLDEST_GCC:
-                return ";".join([path, *arguments])
-            too_old.append(f"{name} is GCC {version}, older than {OLDEST_GCC}")
+        path = shutil.which(program)
+        if path is None:
+            continue
+        version = gcc_version([path, *arguments])
+        if version is None or version >= OLDEST_GCC:
+            return ";".join([path, *arguments])
+        too_old.append(f"{name} is GCC {version}, older than {OLDEST_GCC}")
     found = "; ".join(too_old) or f"no C++ compiler was found among {', '.join(names)}"
     raise MissingTool(f"{found}; install {'a newer one' if too_old else 'one'} or set CXX")
 

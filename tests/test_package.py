@@ -42,11 +42,10 @@ def test_every_file_of_a_package_comes_with_it(package):
     assert {path for path in modules if not (path / "__init__.py").is_file()} == set()
 
 
-@pytest.mark.parametrize("package", ["triton"])
-def test_what_only_linux_has_is_asked_for_there_alone(package):
-    """`make demo` and `make test` install the extra `dev`, also on macOS."""
+def test_triton_is_asked_for_on_linux_alone():
+    """It has no wheel for macOS, where `make demo` and `make test` install the extra `dev`, too."""
     extras = PROJECT.partition("[project.optional-dependencies]")[2].partition("[project.urls]")[0]
-    asked = re.findall(rf'"{package}\b([^"]*)"', extras)
+    asked = re.findall(r'"triton\b([^"]*)"', extras)
     assert asked and all(text.endswith("; sys_platform == 'linux'") for text in asked)
 
 

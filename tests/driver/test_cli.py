@@ -240,8 +240,8 @@ def test_an_unknown_option_shows_the_usage_of_its_command(arguments, usage, said
     assert stop.value.code == 2 and error.startswith(f"usage: reca {usage} ") and said in error
 
 
-def full_disk():
-    """Return a descriptor of a file on it."""
+def open_dev_full():
+    """Open a file that takes no byte, as on a full disk. Return its descriptor."""
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full")
     return os.open("/dev/full", os.O_WRONLY)
@@ -251,7 +251,7 @@ def full_disk():
 def test_output_on_a_full_disk_ends_nothing(more, code, monkeypatch, tmp_path):
     """As where a batch job's output is beside its runs. The exit code stays that of the run."""
     run = tmp_path / "run"
-    full = os.fdopen(full_disk(), "w", buffering=1)  # it cannot be closed
+    full = os.fdopen(open_dev_full(), "w", buffering=1)  # it cannot be closed
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", full)
         patch.setattr(sys, "stdout", full)
@@ -267,7 +267,7 @@ def test_output_on_a_full_disk_ends_nothing(more, code, monkeypatch, tmp_path):
 @pytest.mark.parametrize("reader", ["full disk", "ended"])
 def test_output_that_cannot_be_written_has_an_exit_code_of_ours(arguments, reader):
     if reader == "full disk":
-        out = full_disk()
+        out = open_dev_full()
     else:
         unread, out = os.pipe()
         os.close(unread)
